@@ -1,0 +1,113 @@
+"""The errors a user can meet. Each carries what, where, expected, found and what to do next, and an exit code.
+
+Exit codes are a contract (docs/cli.md): 2 usage, 3 input invalid or corrupt, 4 unsupported feature,
+5 verification failed, 6 output I/O, 7 unsafe input refused.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+
+def printable(text: object) -> str:
+    """``text`` on one line, control characters escaped: names come from files nobody vouched for."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class GptConvertError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        message: what is wrong, in one sentence without the file name.
+        path: the file or directory at fault.
+        tensor: the tensor (or config key) at fault.
+        expected: what should have been there.
+        found: what was there.
+        hint: what to do next.
+    """
+
+    exit_code: ClassVar[int] = 3
+    kind: ClassVar[str] = "error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        self.expected = None if expected is None else str(expected)
+        self.found = None if found is None else str(found)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = "".join(f"{printable(part)}: " for part in (self.path, self.tensor) if part is not None)
+        lines = where + "\n".join(printable(line) for line in self.message.splitlines())
+        if self.expected is not None:
+            lines += f"; expected {printable(self.expected)}"
+        if self.found is not None:
+            lines += f"{'; found' if self.expected is None else ', found'} {printable(self.found)}"
+        return lines
+
+    def as_dict(self) -> dict[str, object]:
+        """The same fields for ``--json``."""
+        return {
+            "kind": self.kind,
+            "exit_code": self.exit_code,
+            "message": self.message,
+            "file": self.path,
+            "tensor": self.tensor,
+            "expected": self.expected,
+            "found": self.found,
+            "hint": self.hint,
+        }
+
+
+class UsageError(GptConvertError):
+    """The request itself makes no sense (a wrong option value, a missing source)."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class InputError(GptConvertError):
+    """The checkpoint is invalid, incomplete or corrupt."""
+
+    exit_code = 3
+    kind = "input"
+
+
+class UnsupportedError(GptConvertError):
+    """The checkpoint is what it claims to be, and this program does not do it."""
+
+    exit_code = 4
+    kind = "unsupported"
+
+
+class VerificationError(GptConvertError):
+    """The artifact does not compute what the checkpoint computes. Nothing is published."""
+
+    exit_code = 5
+    kind = "verification"
+
+
+class OutputError(GptConvertError):
+    """The output could not be written."""
+
+    exit_code = 6
+    kind = "output"
+
+
+class UnsafeInputError(GptConvertError):
+    """The input tries to do what a checkpoint must not: run code, leave its directory, expand without bound."""
+
+    exit_code = 7
+    kind = "unsafe"

@@ -1,0 +1,105 @@
+"""The GPT families: one file each, listed once here."""
+
+from __future__ import annotations
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.families import gpt2
+from gptconvert.families.base import Family, Request
+from gptconvert.mapping import find_prefix, resolve
+from gptconvert.sources.source import Source
+
+FAMILIES: tuple[Family, ...] = (gpt2.FAMILY,)
+
+__all__ = ["FAMILIES", "Family", "Request", "family_of", "understand"]
+
+
+def family_named(name: str) -> Family:
+    """The family of a configuration."""
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def family_of(source: Source) -> Family:
+    """The family whose files these are: by ``model_type`` where the configuration says it, else by tensor names.
+
+    Raises:
+        UnsupportedError: no family here has this model type.
+        InputError: nothing says which family it is.
+    """
+    declared = source.config.get("model_type")
+    able = [family for family in FAMILIES if source.scheme in family.read_config]
+    if declared is not None:
+        for family in able:
+            if declared in family.model_types:
+                return family
+        known = ", ".join(t for family in FAMILIES for t in family.model_types)
+        raise UnsupportedError(
+            f"model_type {declared!r} is not supported",
+            path=source.config_path,
+            tensor="model_type",
+            expected=f"one of {known}",
+            found=declared,
+        )
+    guesses = _fitting(source)
+    if source.scheme == "hf":
+        raise InputError(
+            "no model_type, so the architecture is not known",
+            path=source.config_path or source.path,
+            hint=f'the tensor names look like {guesses[0].name}: add "model_type" to config.json'
+            if guesses
+            else None,
+        )
+    if guesses:
+        return guesses[0]
+    if able:
+        return able[0]  # its name table says, tensor by tensor, what does not fit
+    raise UnsupportedError(f"no family reads {source.format} files", path=source.path)
+
+
+def understand(source: Source, request: Request) -> Checkpoint:
+    """The checkpoint behind a source: configuration read, every tensor accounted for. Headers only.
+
+    Raises:
+        InputError: configuration and tensors do not fit each other, or either is wrong.
+        UnsupportedError: a configuration key or a family is not implemented.
+    """
+    family = family_of(source)
+    scheme = family.scheme(source.scheme)
+    config, carried, notes = family.read_config[source.scheme](
+        source.config, source.config_path, source.tensors, request
+    )
+    try:
+        resolved = resolve(scheme, config, source.tensors, path=source.path)
+    except InputError as error:
+        others = [other.name for other in _fitting(source) if other is not family]
+        if others:
+            error.hint = (
+                f"the configuration says {family.name}, the tensor names look like {', '.join(others)}"
+            )
+        raise
+    return Checkpoint(
+        config=config,
+        weights=resolved.weights,
+        source=source,
+        prefix=resolved.prefix,
+        dropped=resolved.dropped,
+        carried=carried,
+        notes=(*source.notes, *source.tensors.notes, *notes),
+    )
+
+
+def _fitting(source: Source) -> list[Family]:
+    """Families one of whose layers' tensors are all here, best first."""
+    scored = []
+    for family in FAMILIES:
+        for scheme in family.schemes:
+            prefix = find_prefix(scheme, source.tensors) if scheme.name == source.scheme else None
+            if prefix is None:
+                continue
+            wanted = [
+                prefix + n.replace("{i}", "0") for row in scheme.rows if not row.head for n in row.names
+            ]
+            found = sum(name in source.tensors for name in wanted)
+            if found > len(wanted) // 2:
+                scored.append((found / len(wanted), family))
+    return [family for _, family in sorted(scored, key=lambda pair: -pair[0])]

@@ -1,0 +1,126 @@
+"""GPTConfig: the one description of an architecture. No torch here.
+
+It describes and never assumes: everything in which GPT-1, GPT-2, GPT-Neo, GPT-J and GPT-NeoX differ is a field.
+Symbols used in shapes throughout the project: V vocab_size, C n_ctx, D n_embd, L n_layer, H n_head, F n_inner,
+hd = D / H, B batch, S new tokens, P past tokens, T = P + S, K n_labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+#: Activations by exact formula, not by the name a framework gives them.
+ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "silu", "tanh")
+#: Tasks whose outputs are one vector per token of the body's last hidden state.
+TASKS = (
+    "text-generation",
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+)
+
+NormPosition = Literal["pre", "post"]
+Residual = Literal["serial", "parallel", "parallel_one_norm"]
+MAX_SIZE = 1 << 31
+
+
+class ConfigError(ValueError):
+    """A configuration no model can have. ``key`` names the field, ``value`` what it held."""
+
+    def __init__(self, key: str, value: object, why: str) -> None:
+        super().__init__(f"{key} = {value!r}: {why}")
+        self.key, self.value, self.why = key, value, why
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021) on the first ``dim`` features of each head.
+
+    ``interleaved``: pairs are (0,1), (2,3) … as in GPT-J; else (0, dim/2), (1, dim/2+1) … as in GPT-NeoX.
+    """
+
+    dim: int
+    base: float = 10000.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """One architecture.
+
+    Attributes:
+        family: registry name (``gpt2``).
+        norm_position: ``post`` normalises after each residual sum (GPT-1), ``pre`` before each sub-layer.
+        final_norm: whether a norm follows the last block.
+        residual: ``serial``; ``parallel``: x + attn(ln_1 x) + mlp(ln_2 x) (NeoX); ``parallel_one_norm``:
+            both branches read ln_1 (GPT-J).
+        rotary: None for learned positions.
+        activation: one of :data:`ACTIVATIONS`.
+        attn_scale: what query·key is multiplied by, per layer.
+        attn_window: how many keys, itself included, a query sees, per layer; None: all.
+        tied_head: the language-model head is the token embedding.
+        pad_token_id: the token classification heads look for; None if the checkpoint names none.
+    """
+
+    family: str
+    vocab_size: int
+    n_ctx: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    attn_scale: tuple[float, ...]
+    attn_window: tuple[int | None, ...]
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-5
+    norm_position: NormPosition = "pre"
+    final_norm: bool = True
+    residual: Residual = "serial"
+    rotary: Rotary | None = None
+    qkv_bias: bool = True
+    attn_out_bias: bool = True
+    tied_head: bool = True
+    head_bias: bool = False
+    task: str = "text-generation"
+    n_labels: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_SIZE:
+                raise ConfigError(key, value, f"must be a whole number from 1 to {MAX_SIZE - 1}")
+        if self.n_layer > 10_000:
+            raise ConfigError("n_layer", self.n_layer, "no GPT has more than 10000 layers")
+        if self.n_embd % self.n_head:
+            raise ConfigError("n_head", self.n_head, f"does not divide n_embd = {self.n_embd}")
+        if not 0 < self.norm_eps < 1:
+            raise ConfigError("norm_eps", self.norm_eps, "must lie between 0 and 1")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError("activation", self.activation, f"must be one of {', '.join(ACTIVATIONS)}")
+        if self.task not in TASKS:
+            raise ConfigError("task", self.task, f"must be one of {', '.join(TASKS)}")
+        if len(self.attn_scale) != self.n_layer or len(self.attn_window) != self.n_layer:
+            raise ConfigError("n_layer", self.n_layer, "attn_scale and attn_window need one entry per layer")
+        if self.rotary is not None and (self.rotary.dim % 2 or not 0 < self.rotary.dim <= self.head_dim):
+            raise ConfigError("rotary.dim", self.rotary.dim, f"must be even and at most {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        """hd."""
+        return self.n_embd // self.n_head
+
+    @property
+    def has_second_norm(self) -> bool:
+        """Whether a block has ``ln_2``."""
+        return self.residual != "parallel_one_norm"
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)

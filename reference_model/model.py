@@ -1,0 +1,247 @@
+"""The reference GPT: what a checkpoint computes, in PyTorch, one file for all families.
+
+Sources: GPT-1 (Radford et al. 2018; openai/finetune-transformer-lm), GPT-2 (Radford et al. 2019;
+openai/gpt-2 src/model.py), GPT-Neo (EleutherAI/gpt-neo), GPT-J (kingoflolz/mesh-transformer-jax),
+GPT-NeoX (Black et al. 2022; EleutherAI/gpt-neox), rotary positions (Su et al. 2021).
+
+Written to be read beside ``gptconvert/targets/onnx/graph.py``, which tells the same story in the same order.
+Shapes: B batch, S new tokens, P past tokens, T = P + S, D n_embd, H heads, hd = D / H, F n_inner, V vocabulary.
+Positions and ids outside their tables raise ``IndexError``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reference_model.config import GPTConfig, Rotary
+
+KeyValue = tuple[Tensor, Tensor]
+
+ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_erf": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "relu": torch.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def default_positions(attention_mask: Tensor, new_tokens: int) -> Tensor:
+    """Positions that count real tokens only: [B, T] mask → [B, S]. Padding before the first gets 0."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -new_tokens:]  # (B, S)
+
+
+def visible(attention_mask: Tensor, new_tokens: int, window: int | None) -> Tensor:
+    """Which key each new query may see: [B, T] 0/1 mask → bool [B, 1, S, T].
+
+    A query at absolute index q sees key k iff k <= q, the mask has k, and q - k < window.
+    """
+    total = attention_mask.shape[1]
+    key = torch.arange(total)  # (T)
+    query = key[total - new_tokens :, None]  # (S, 1)
+    seen = key <= query  # (S, T)
+    if window is not None:
+        seen = seen & (query - key < window)  # (S, T)
+    return seen & attention_mask.bool()[:, None, None, :]  # (B, 1, S, T)
+
+
+def rotary_angles(rotary: Rotary, position_ids: Tensor, dtype: torch.dtype) -> KeyValue:
+    """(cos, sin), each [B, 1, S, dim], laid out for the pairing that ``rotary`` says."""
+    exponent = torch.arange(0, rotary.dim, 2, dtype=torch.float64) / rotary.dim  # (dim/2)
+    angle = position_ids[:, None, :, None].double() * rotary.base**-exponent  # (B, 1, S, dim/2)
+    angle = angle.repeat_interleave(2, -1) if rotary.interleaved else torch.cat((angle, angle), -1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)  # (B, 1, S, dim) each
+
+
+def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
+    """Rotate the first ``dim`` features of each head: [B, H, S, hd] → [B, H, S, hd]."""
+    turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]  # (B, H, S, dim), (B, H, S, hd - dim)
+    if rotary.interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]  # (B, H, S, dim/2) each
+        other = torch.stack((-b, a), -1).flatten(-2)  # (B, H, S, dim)
+    else:
+        a, b = turned.chunk(2, -1)  # (B, H, S, dim/2) each
+        other = torch.cat((-b, a), -1)  # (B, H, S, dim)
+    cos, sin = angles
+    return torch.cat((turned * cos + other * sin, rest), -1)  # (B, H, S, hd)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over past and new tokens."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = config.attn_scale[layer]
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.attn_out_bias)
+
+    def forward(
+        self, x: Tensor, seen: Tensor, angles: KeyValue | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        batch, new_tokens, width = x.shape
+        heads, head_dim = self.config.n_head, self.config.head_dim
+        q, k, v = (
+            part.view(batch, new_tokens, heads, head_dim).transpose(1, 2)  # (B, H, S, hd)
+            for part in self.c_attn(x).split(width, dim=2)  # 3 x (B, S, D)
+        )
+        if self.config.rotary is not None and angles is not None:
+            q, k = rotate(self.config.rotary, q, angles), rotate(self.config.rotary, k, angles)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, T, hd)
+        scores = (q * self.scale) @ k.transpose(-1, -2)  # (B, H, S, T)
+        scores = scores.masked_fill(~seen, torch.finfo(x.dtype).min)  # (B, H, S, T)
+        mixed = scores.softmax(-1) @ v  # (B, H, S, hd)
+        out = self.c_proj(mixed.transpose(1, 2).reshape(batch, new_tokens, width))  # (B, S, D)
+        return out, (k, v)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATION[config.activation]
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))  # (B, S, D) → (B, S, F) → (B, S, D)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, joined as the configuration says."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.window = config.attn_window[layer]
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config, layer)
+        if config.has_second_norm:
+            self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor,
+        angles: KeyValue | None = None,
+        past: KeyValue | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """[B, S, D] → [B, S, D] and this layer's keys and values [B, H, T, hd]."""
+        seen = visible(attention_mask, x.shape[1], self.window)  # (B, 1, S, T)
+        if self.config.norm_position == "post":
+            a, present = self.attn(x, seen, angles, past)  # (B, S, D)
+            n = self.ln_1(x + a)  # (B, S, D)
+            return self.ln_2(n + self.mlp(n)), present  # (B, S, D)
+        n = self.ln_1(x)  # (B, S, D)
+        a, present = self.attn(n, seen, angles, past)  # (B, S, D)
+        if self.config.residual == "serial":
+            x = x + a  # (B, S, D)
+            return x + self.mlp(self.ln_2(x)), present  # (B, S, D)
+        m = self.mlp(self.ln_2(x) if self.config.has_second_norm else n)  # (B, S, D)
+        return x + a + m, present  # (B, S, D)
+
+
+class Embedding(nn.Module):
+    """Token vectors, plus position vectors where positions are learned."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.rotary is None:
+            self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x: Tensor = self.wte(input_ids)  # (B, S, D)
+        return x + self.wpe(position_ids) if hasattr(self, "wpe") else x  # (B, S, D)
+
+
+class Head(nn.Module):
+    """What comes after the last block: the final norm and the task's projection."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.final_norm:
+            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        if config.task == "text-generation":
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] → logits [B, S, V], or the last hidden state [B, S, D] for feature-extraction."""
+        x = self.ln_f(x) if self.config.final_norm else x  # (B, S, D)
+        return self.lm_head(x) if self.config.task == "text-generation" else x  # (B, S, V)
+
+
+class GPT(nn.Module):
+    """A whole model: embedding, blocks, head. Each part also runs alone, for one-block-at-a-time passes."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.head = Head(config)
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor]) -> GPT:
+        """A model whose parameters *are* ``weights`` (canonical names), without a second copy of them.
+
+        Raises:
+            KeyError: a weight is missing.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        fill(model, lambda name: weights[name], config)
+        return model.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past: Sequence[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """All logits and every layer's keys and values.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, T] of 0 and 1 in any pattern; default all ones.
+            position_ids: [B, S]; default counts the mask's ones.
+            past: per layer keys and values [B, H, P, hd].
+
+        Returns:
+            logits [B, S, V] and, per layer, keys and values [B, H, T, hd].
+        """
+        total = input_ids.shape[1] + (past[0][0].shape[2] if past else 0)
+        mask = torch.ones(len(input_ids), total) if attention_mask is None else attention_mask  # (B, T)
+        positions = default_positions(mask, input_ids.shape[1]) if position_ids is None else position_ids
+        x = self.embedding(input_ids, positions)  # (B, S, D)
+        angles = None
+        if self.config.rotary is not None:
+            angles = rotary_angles(self.config.rotary, positions, x.dtype)  # (B, 1, S, dim) each
+        presents = []
+        for i, block in enumerate(self.h):
+            x, present = block(x, mask, angles, past[i] if past else None)  # (B, S, D)
+            presents.append(present)
+        return self.head(x), presents  # (B, S, V)
+
+
+def canonical_name(parameter: str, config: GPTConfig) -> str:
+    """The checkpoint's name of a parameter of :class:`GPT` (the head of a tied model is the embedding)."""
+    if parameter == "head.lm_head.weight" and config.tied_head:
+        return "wte.weight"
+    return parameter.removeprefix("embedding.").removeprefix("head.")
+
+
+def fill(module: nn.Module, weight: Callable[[str], Tensor], config: GPTConfig, prefix: str = "") -> None:
+    """Give every parameter of ``module`` (a part of :class:`GPT` named ``prefix``) its weight, uncopied."""
+    state = {name: weight(canonical_name(prefix + name, config)) for name, _ in module.named_parameters()}
+    module.load_state_dict(state, assign=True)
