@@ -221,7 +221,10 @@ def resolve(
         )
     outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
     bound = expand(scheme.rows, config, prefix, outer)
-    weights, missing, misshaped, used = {}, [], [], set()
+    weights: dict[str, LazyTensor] = {}
+    missing: list[str] = []
+    misshaped: list[tuple[str, Shape, Shape]] = []
+    used: set[str] = set()
     for b in bound:
         used.update(b.theirs)
         absent = [name for name in b.theirs if name not in tensors]
@@ -308,8 +311,7 @@ def _mismatch(
         lines.append(f"  missing     {name}" + (f"   (is it {near[0]}?)" if near else ""))
     lines += [f"  unexpected  {name}" for name in collapse(unexpected)]
     lines += [
-        f"  wrong shape {name}: expected {list(expected)}, found {list(found)}"
-        for name, expected, found in misshaped
+        f"  wrong shape {name}: expected {list(expected)}, found {list(found)}" for name, expected, found in misshaped
     ]
     return InputError(
         "\n".join(lines),

@@ -111,7 +111,9 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.n_inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))  # (B, S, D) → (B, S, F) → (B, S, D)
+        x = self.activation(self.c_fc(x))  # (B, S, F)
+        out: Tensor = self.c_proj(x)  # (B, S, D)
+        return out
 
 
 class Block(nn.Module):

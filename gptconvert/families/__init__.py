@@ -73,9 +73,7 @@ def understand(source: Source, request: Request) -> Checkpoint:
     except InputError as error:
         others = [other.name for other in _fitting(source) if other is not family]
         if others:
-            error.hint = (
-                f"the configuration says {family.name}, the tensor names look like {', '.join(others)}"
-            )
+            error.hint = f"the configuration says {family.name}, the tensor names look like {', '.join(others)}"
         raise
     return Checkpoint(
         config=config,
@@ -96,9 +94,7 @@ def _fitting(source: Source) -> list[Family]:
             prefix = find_prefix(scheme, source.tensors) if scheme.name == source.scheme else None
             if prefix is None:
                 continue
-            wanted = [
-                prefix + n.replace("{i}", "0") for row in scheme.rows if not row.head for n in row.names
-            ]
+            wanted = [prefix + n.replace("{i}", "0") for row in scheme.rows if not row.head for n in row.names]
             found = sum(name in source.tensors for name in wanted)
             if found > len(wanted) // 2:
                 scored.append((found / len(wanted), family))

@@ -127,9 +127,7 @@ class ConfigKeys:
             )
         return table[value]
 
-    def finish(
-        self, harmless: Collection[str] = (), unused: Mapping[str, object] | None = None
-    ) -> dict[str, object]:
+    def finish(self, harmless: Collection[str] = (), unused: Mapping[str, object] | None = None) -> dict[str, object]:
         """Refuse, by name, every key that is neither handled, harmless nor at its unused value.
 
         Returns:
@@ -168,9 +166,7 @@ class ConfigKeys:
         return value
 
     def _wrong(self, key: str, expected: str, found: object) -> InputError:
-        return InputError(
-            "wrong value", path=self.path, tensor=key, expected=expected, found=repr(found)[:80]
-        )
+        return InputError("wrong value", path=self.path, tensor=key, expected=expected, found=repr(found)[:80])
 
 
 def _same(value: object, unused: object) -> bool:

@@ -184,9 +184,7 @@ def _openai_config(
     return config, {}, notes
 
 
-def _infer_hparams(
-    tensors: Mapping[str, LazyTensor], request: Request
-) -> tuple[dict[str, object], list[str]]:
+def _infer_hparams(tensors: Mapping[str, LazyTensor], request: Request) -> tuple[dict[str, object], list[str]]:
     """hparams.json from the shapes. The number of heads is in none of them."""
     prefix = find_prefix(OPENAI_TF, tensors)
     shapes = {name.removeprefix(prefix or ""): tensor.shape for name, tensor in tensors.items()}

@@ -1,0 +1,1 @@
+"""ONNX: a graph built node by node, its weights streamed beside it."""
