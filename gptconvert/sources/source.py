@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gptconvert.tensors import TensorSet
@@ -41,3 +41,41 @@ class Source:
         """Every file that was, or will be, read."""
         config = () if self.config_path is None else (self.config_path,)
         return (*self.tensors.files, *config, *self.tokenizer.values())
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to open a source; every field has its command-line option.
+
+    Attributes:
+        step: training step, where a directory holds several checkpoints.
+        hparams: a configuration file to use instead of the one beside the weights.
+        weights_file: which weights file to read, where a directory holds several.
+        revision: hub branch, tag or commit.
+        cache_dir: hub cache; None: the hub library's own.
+        offline: never ask the network.
+    """
+
+    step: int | None = None
+    hparams: str | None = None
+    weights_file: str | None = None
+    revision: str | None = None
+    cache_dir: str | None = None
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Format:
+    """One checkpoint format.
+
+    Attributes:
+        name: the naming scheme and, where it has one, the command (``openai-tf``, ``hf``).
+        title: for people.
+        recognises: whether this local path looks like the format, judged cheaply (names, magic bytes).
+        open: headers read, :class:`Source` returned.
+    """
+
+    name: str
+    title: str
+    recognises: Callable[[str], bool]
+    open: Callable[[str, OpenOptions], Source]
