@@ -1,0 +1,99 @@
+"""A thin layer over onnx_ir: named weights, small constants, and one call per node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from gptconvert.tensors import LazyTensor, Transposed
+
+Dim = int | str
+FLOAT32 = np.dtype(np.float32)
+
+
+class Builder:
+    """Collects nodes, weights and constants of one graph.
+
+    Attributes:
+        stored: canonical name → the tensor as it goes into the file, in order of first use. A transposed weight is
+            stored as it lies in the source; the node that uses it says so (``transB``).
+    """
+
+    def __init__(self, weights: Mapping[str, LazyTensor], opset: int) -> None:
+        self.weights, self.opset = weights, opset
+        self.stored: dict[str, LazyTensor] = {}
+        self.nodes: list[ir.Node] = []
+        self.constants: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
+        self._values: dict[str, ir.Value] = {}
+
+    def op(self, kind: str, *inputs: ir.Value, name: str, **attributes: ir.SupportedAttrTypes) -> ir.Value:
+        """The single output, called ``name``, of a new node."""
+        return self.ops(kind, *inputs, names=(name,), **attributes)[0]
+
+    def ops(
+        self, kind: str, *inputs: ir.Value, names: Sequence[str], **attributes: ir.SupportedAttrTypes
+    ) -> Sequence[ir.Value]:
+        """The outputs, called ``names``, of a new node."""
+        outputs = [ir.Value(name=name) for name in names]
+        attrs = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items()]
+        self.nodes.append(ir.Node("", kind, inputs, attrs, outputs=outputs, name=f"/{names[0]}"))
+        return outputs
+
+    def constant(self, value: float | int | Sequence[int], dtype: type[np.generic] = np.int64) -> ir.Value:
+        """A small constant; equal constants are one initializer."""
+        array = np.asarray(value, dtype)
+        key = (array.dtype.str, array.tobytes(), array.shape)
+        if key not in self.constants:
+            name = f"constant.{len(self.constants)}"
+            self.constants[key] = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+        return self.constants[key]
+
+    def stored_weight(self, name: str) -> tuple[ir.Value, bool]:
+        """The initializer holding a weight, and whether it is the weight's transpose."""
+        weight = self.weights[name]
+        flipped = isinstance(weight, Transposed)
+        if name not in self._values:
+            self.stored[name] = weight.base if isinstance(weight, Transposed) else weight
+            self._values[name] = ir.Value(name=name)
+        return self._values[name], flipped
+
+    def weight(self, name: str) -> ir.Value:
+        """A weight that is no matrix, in float32."""
+        return self.in_float32(name, self.stored_weight(name)[0])
+
+    def in_float32(self, name: str, value: ir.Value) -> ir.Value:
+        """``value`` (from the weight ``name``), cast for computing if it is stored in another type."""
+        if self.weights[name].dtype == FLOAT32:
+            return value
+        wide = f"{value.name}.float32"
+        if wide not in self._values:
+            self._values[wide] = self.op("Cast", value, name=wide, to=ir.DataType.FLOAT.value)
+        return self._values[wide]
+
+    def linear(
+        self, x: ir.Value, prefix: str, *, weight: str | None = None, bias: bool = True, name: str
+    ) -> ir.Value:
+        """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (however it is stored) plus bias → [N, out]."""
+        matrix_name = weight or f"{prefix}.weight"
+        matrix, flipped = self.stored_weight(matrix_name)
+        operands = [x, self.in_float32(matrix_name, matrix)]
+        if bias:
+            operands.append(self.weight(f"{prefix}.bias"))
+        return self.op("Gemm", *operands, name=name, transB=int(not flipped))
+
+    def initializers(self) -> list[ir.Value]:
+        """Constants and weights, the weights in sorted order of their names."""
+        return [*self.constants.values(), *(self._values[name] for name in sorted(self.stored))]
+
+
+def graph_input(name: str, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value:
+    """A typed graph input; strings are symbolic dimensions."""
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def as_output(value: ir.Value, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value:
+    """``value`` with the type and shape an output must state."""
+    value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+    return value

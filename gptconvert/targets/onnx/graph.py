@@ -1,0 +1,278 @@
+"""The ONNX graph of a GPT, built node by node.
+
+Written to be read beside ``reference_model/model.py``: the same story in the same order under the same names.
+Only ai.onnx operators, opset 17 to 21. The hidden state stays 2-D, [N, D] with N = B * S, so that every linear
+layer is one Gemm that takes its weight as it lies in the checkpoint; masks and shapes are computed once per run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from gptconvert.targets.onnx.builder import Builder, as_output, graph_input
+from gptconvert.tensors import LazyTensor
+from reference_model.config import GPTConfig, Rotary
+
+BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"
+TOTAL = f"{PAST} + {NEW}"
+INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
+KeyValue = tuple[ir.Value, ir.Value]
+
+
+def gelu_tanh(b: Builder, x: ir.Value, name: str) -> ir.Value:
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
+    if b.opset >= 20:
+        return b.op("Gelu", x, name=name, approximate="tanh")
+    square = b.op("Mul", x, x, name=f"{name}.square")
+    slope = b.op("Mul", square, b.constant(0.044715 * math.sqrt(2 / math.pi), np.float32), name=f"{name}.slope")
+    slope = b.op("Add", slope, b.constant(math.sqrt(2 / math.pi), np.float32), name=f"{name}.slope_1")
+    gate = b.op("Tanh", b.op("Mul", x, slope, name=f"{name}.inner"), name=f"{name}.tanh")
+    return _half_gated(b, x, gate, name)
+
+
+def gelu_erf(b: Builder, x: ir.Value, name: str) -> ir.Value:
+    """0.5 x (1 + erf(x / √2))."""
+    if b.opset >= 20:
+        return b.op("Gelu", x, name=name, approximate="none")
+    inner = b.op("Mul", x, b.constant(math.sqrt(0.5), np.float32), name=f"{name}.inner")
+    return _half_gated(b, x, b.op("Erf", inner, name=f"{name}.erf"), name)
+
+
+def _half_gated(b: Builder, x: ir.Value, gate: ir.Value, name: str) -> ir.Value:
+    """0.5 x (1 + gate)."""
+    gate = b.op("Add", gate, b.constant(1.0, np.float32), name=f"{name}.gate")
+    half = b.op("Mul", x, b.constant(0.5, np.float32), name=f"{name}.half")
+    return b.op("Mul", half, gate, name=name)
+
+
+def silu(b: Builder, x: ir.Value, name: str) -> ir.Value:
+    """X · sigmoid(x)."""
+    return b.op("Mul", x, b.op("Sigmoid", x, name=f"{name}.gate"), name=name)
+
+
+ACTIVATION: Mapping[str, Callable[[Builder, ir.Value, str], ir.Value]] = {
+    "gelu_tanh": gelu_tanh,
+    "gelu_erf": gelu_erf,
+    "relu": lambda b, x, name: b.op("Relu", x, name=name),
+    "silu": silu,
+    "tanh": lambda b, x, name: b.op("Tanh", x, name=name),
+}
+
+
+def visible(b: Builder, input_ids: ir.Value, attention_mask: ir.Value, window: int | None) -> ir.Value:
+    """What is added to scores: 0 where a query sees a key, else the lowest float. [B, 1, S, T].
+
+    A query at absolute index q sees key k iff k <= q, the mask has k, and q - k < window.
+    """
+    name = "bias" if window is None else f"bias.window_{window}"
+    zero, one, axis = b.constant(0), b.constant(1), b.constant([1])
+    new = b.op("Squeeze", b.op("Shape", input_ids, name=f"{name}.new_1d", start=1), name=f"{name}.new")  # S
+    total = b.op("Squeeze", b.op("Shape", attention_mask, name=f"{name}.total_1d", start=1), name=f"{name}.total")
+    key = b.op("Range", zero, total, one, name=f"{name}.key")  # (T)
+    query = b.op("Range", b.op("Sub", total, new, name=f"{name}.past"), total, one, name=f"{name}.query_1d")
+    query = b.op("Unsqueeze", query, axis, name=f"{name}.query")  # (S, 1)
+    seen = b.op("LessOrEqual", key, query, name=f"{name}.causal")  # (S, T)
+    if window is not None:
+        distance = b.op("Sub", query, key, name=f"{name}.distance")  # (S, T)
+        near = b.op("Less", distance, b.constant(window), name=f"{name}.near")  # (S, T)
+        seen = b.op("And", seen, near, name=f"{name}.local")  # (S, T)
+    real = b.op("Cast", attention_mask, name=f"{name}.real_2d", to=ir.DataType.BOOL.value)  # (B, T)
+    real = b.op("Unsqueeze", real, b.constant([1, 2]), name=f"{name}.real")  # (B, 1, 1, T)
+    seen = b.op("And", seen, real, name=f"{name}.seen")  # (B, 1, S, T)
+    lowest = float(np.finfo(np.float32).min)
+    return b.op("Where", seen, b.constant(0.0, np.float32), b.constant(lowest, np.float32), name=name)
+
+
+def rotary_angles(b: Builder, rotary: Rotary, position_ids: ir.Value) -> KeyValue:
+    """(cos, sin), each [B, S, 1, dim], laid out for the pairing that ``rotary`` says."""
+    exponent = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim  # (dim/2)
+    frequency = rotary.base**-exponent  # (dim/2)
+    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (dim)
+    # Large positions times a float32 frequency would lose bits, so the angle is taken in float64.
+    position = b.op("Cast", position_ids, name="rotary.position_2d", to=ir.DataType.DOUBLE.value)  # (B, S)
+    position = b.op("Unsqueeze", position, b.constant([2, 3]), name="rotary.position")  # (B, S, 1, 1)
+    angle = b.op("Mul", position, b.constant(frequency, np.float64), name="rotary.angle_64")  # (B, S, 1, dim)
+    turns = b.op("Mul", angle, b.constant(1 / (2 * math.pi), np.float64), name="rotary.turns")
+    turns = b.op("Floor", turns, name="rotary.whole_turns")
+    whole = b.op("Mul", turns, b.constant(2 * math.pi, np.float64), name="rotary.whole")
+    rest = b.op("Sub", angle, whole, name="rotary.rest")  # (B, S, 1, dim), in [0, 2π)
+    angle = b.op("Cast", rest, name="rotary.angle", to=FLOAT.value)  # (B, S, 1, dim)
+    return b.op("Cos", angle, name="rotary.cos"), b.op("Sin", angle, name="rotary.sin")
+
+
+def rotate(b: Builder, config: GPTConfig, x: ir.Value, angles: KeyValue, name: str) -> ir.Value:
+    """Rotate the first ``dim`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
+    rotary = config.rotary
+    if rotary is None:
+        return x
+    dim, rest_dim = rotary.dim, config.head_dim - rotary.dim
+    turned, rest = x, None
+    if rest_dim:
+        turned, rest = b.ops(
+            "Split", x, b.constant([dim, rest_dim]), names=(f"{name}.turned", f"{name}.rest"), axis=3
+        )
+    if rotary.interleaved:
+        paired = b.op("Reshape", turned, b.constant([0, 0, 0, dim // 2, 2]), name=f"{name}.paired")
+        first, second = b.ops("Split", paired, b.constant([1, 1]), names=(f"{name}.a", f"{name}.b"), axis=4)
+        other = b.op("Concat", b.op("Neg", second, name=f"{name}.neg"), first, name=f"{name}.swapped", axis=4)
+        other = b.op("Reshape", other, b.constant([0, 0, 0, dim]), name=f"{name}.other")
+    else:
+        halves = b.constant([dim // 2, dim // 2])
+        first, second = b.ops("Split", turned, halves, names=(f"{name}.a", f"{name}.b"), axis=3)
+        other = b.op("Concat", b.op("Neg", second, name=f"{name}.neg"), first, name=f"{name}.other", axis=3)
+    cos, sin = angles
+    along, across = b.op("Mul", turned, cos, name=f"{name}.cos"), b.op("Mul", other, sin, name=f"{name}.sin")
+    sum_name = name if rest is None else f"{name}.sum"
+    turned = b.op("Add", along, across, name=sum_name)
+    return turned if rest is None else b.op("Concat", turned, rest, name=name, axis=3)
+
+
+class Once:
+    """What every layer shares and is computed once per run."""
+
+    def __init__(self, b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> None:
+        ids = inputs["input_ids"]
+        self.bias = {w: visible(b, ids, inputs["attention_mask"], w) for w in dict.fromkeys(config.attn_window)}
+        self.batch_and_new = b.op("Shape", ids, name="shape.tokens")  # [B, S]
+        heads = b.constant([config.n_head, config.head_dim])
+        self.per_head = b.op("Concat", self.batch_and_new, heads, name="shape.heads", axis=0)  # [B, S, H, hd]
+        self.angles = rotary_angles(b, config.rotary, inputs["position_ids"]) if config.rotary else None
+
+
+def attention(
+    b: Builder, config: GPTConfig, i: int, x: ir.Value, once: Once, past: KeyValue | None
+) -> tuple[ir.Value, KeyValue]:
+    """[N, D] → [N, D] and this layer's keys and values [B, H, T, hd]."""
+    name, width = f"h.{i}.attn", config.n_embd
+    qkv = b.linear(x, f"{name}.c_attn", bias=config.qkv_bias, name=f"{name}.qkv")  # (N, 3D)
+    names = [f"{name}.{part}_2d" for part in "qkv"]
+    q, k, v = (
+        b.op("Reshape", part, once.per_head, name=f"{name}.{letter}_heads")  # (B, S, H, hd)
+        for letter, part in zip("qkv", b.ops("Split", qkv, b.constant([width] * 3), names=names, axis=1), strict=True)
+    )
+    if once.angles is not None:
+        q, k = (rotate(b, config, part, once.angles, f"{part.name}.rotated") for part in (q, k))
+    q, k, v = (
+        b.op("Transpose", part, name=f"{name}.{letter}", perm=[0, 2, 1, 3])  # (B, H, S, hd)
+        for letter, part in zip("qkv", (q, k, v), strict=True)
+    )
+    if past is not None:
+        k = b.op("Concat", past[0], k, name=f"present.{i}.key", axis=2)  # (B, H, T, hd)
+        v = b.op("Concat", past[1], v, name=f"present.{i}.value", axis=2)  # (B, H, T, hd)
+    if config.attn_scale[i] != 1.0:
+        q = b.op("Mul", q, b.constant(config.attn_scale[i], np.float32), name=f"{name}.q_scaled")
+    flipped = b.op("Transpose", k, name=f"{name}.k_flipped", perm=[0, 1, 3, 2])  # (B, H, hd, T)
+    scores = b.op("MatMul", q, flipped, name=f"{name}.scores")  # (B, H, S, T)
+    scores = b.op("Add", scores, once.bias[config.attn_window[i]], name=f"{name}.masked")  # (B, H, S, T)
+    weights = b.op("Softmax", scores, name=f"{name}.weights", axis=-1)  # (B, H, S, T)
+    mixed = b.op("MatMul", weights, v, name=f"{name}.mixed")  # (B, H, S, hd)
+    mixed = b.op("Transpose", mixed, name=f"{name}.mixed_heads", perm=[0, 2, 1, 3])  # (B, S, H, hd)
+    mixed = b.op("Reshape", mixed, b.constant([-1, width]), name=f"{name}.mixed_2d")  # (N, D)
+    return b.linear(mixed, f"{name}.c_proj", bias=config.attn_out_bias, name=f"{name}.out"), (k, v)
+
+
+def mlp(b: Builder, config: GPTConfig, i: int, x: ir.Value) -> ir.Value:
+    """[N, D] → [N, D]."""
+    name = f"h.{i}.mlp"
+    inner = b.linear(x, f"{name}.c_fc", name=f"{name}.inner")  # (N, F)
+    inner = ACTIVATION[config.activation](b, inner, f"{name}.active")  # (N, F)
+    return b.linear(inner, f"{name}.c_proj", name=f"{name}.out")  # (N, D)
+
+
+def norm(b: Builder, config: GPTConfig, x: ir.Value, weight: str, name: str) -> ir.Value:
+    """Layer norm over the last axis."""
+    scale, shift = b.weight(f"{weight}.weight"), b.weight(f"{weight}.bias")
+    return b.op("LayerNormalization", x, scale, shift, name=name, axis=-1, epsilon=config.norm_eps)
+
+
+def block(
+    b: Builder, config: GPTConfig, i: int, x: ir.Value, once: Once, past: KeyValue | None
+) -> tuple[ir.Value, KeyValue]:
+    """One layer: [N, D] → [N, D], called ``h.{i}``, and its keys and values."""
+    name = f"h.{i}"
+    if config.norm_position == "post":
+        a, present = attention(b, config, i, x, once, past)  # (N, D)
+        n = norm(b, config, b.op("Add", x, a, name=f"{name}.sum_1"), f"{name}.ln_1", f"{name}.norm_1")
+        m = b.op("Add", n, mlp(b, config, i, n), name=f"{name}.sum_2")  # (N, D)
+        return norm(b, config, m, f"{name}.ln_2", name), present
+    n = norm(b, config, x, f"{name}.ln_1", f"{name}.norm_1")  # (N, D)
+    a, present = attention(b, config, i, n, once, past)  # (N, D)
+    after = b.op("Add", x, a, name=f"{name}.sum_1")  # (N, D)
+    if config.has_second_norm:
+        before = after if config.residual == "serial" else x  # (N, D)
+        n = norm(b, config, before, f"{name}.ln_2", f"{name}.norm_2")  # (N, D)
+    return b.op("Add", after, mlp(b, config, i, n), name=name), present  # (N, D)
+
+
+def embedding(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> ir.Value:
+    """Token vectors, plus position vectors where positions are learned: [N, D]."""
+    x = _rows(b, "wte.weight", inputs["input_ids"], "tokens")  # (B, S, D)
+    if config.rotary is None:
+        x = b.op("Add", x, _rows(b, "wpe.weight", inputs["position_ids"], "positions"), name="embedded")
+    return b.op("Reshape", x, b.constant([-1, config.n_embd]), name="embedding")  # (N, D)
+
+
+def _rows(b: Builder, weight: str, ids: ir.Value, name: str) -> ir.Value:
+    """Rows of a table in float32; only the rows taken are cast."""
+    return b.in_float32(weight, b.op("Gather", b.stored_weight(weight)[0], ids, name=name))
+
+
+def head(b: Builder, config: GPTConfig, x: ir.Value, once: Once) -> ir.Value:
+    """[N, D] → logits [B, S, V], or the last hidden state [B, S, D] for feature-extraction."""
+    if config.final_norm:
+        x = norm(b, config, x, "ln_f", "final_norm")  # (N, D)
+    width = config.n_embd
+    if config.task == "text-generation":
+        weight = "wte.weight" if config.tied_head else "lm_head.weight"
+        x = b.linear(x, "lm_head", weight=weight, bias=config.head_bias, name="logits_2d")  # (N, V)
+        width = config.vocab_size
+    shape = b.op("Concat", once.batch_and_new, b.constant([width]), name="shape.output", axis=0)
+    return b.op("Reshape", x, shape, name=OUTPUTS[config.task])  # (B, S, V)
+
+
+#: Name of the main output, by task.
+OUTPUTS = {"text-generation": "logits", "feature-extraction": "last_hidden_state"}
+
+
+def build(
+    config: GPTConfig, weights: Mapping[str, LazyTensor], opset: int, kv_cache: bool
+) -> tuple[ir.Graph, Builder]:
+    """The whole graph, weights not yet attached.
+
+    Inputs and outputs are a contract (docs/onnx.md): their names, order, types and symbolic dimensions.
+    """
+    b = Builder(weights, opset)
+    total = TOTAL if kv_cache else NEW
+    shapes = {"input_ids": (BATCH, NEW), "attention_mask": (BATCH, total), "position_ids": (BATCH, NEW)}
+    inputs = {name: graph_input(name, INT64, shape) for name, shape in shapes.items()}
+    pasts: list[KeyValue | None] = [None] * config.n_layer
+    cache_shape = (BATCH, config.n_head, PAST, config.head_dim)
+    if kv_cache:
+        pasts = [
+            (
+                graph_input(f"past_key_values.{i}.key", FLOAT, cache_shape),
+                graph_input(f"past_key_values.{i}.value", FLOAT, cache_shape),
+            )
+            for i in range(config.n_layer)
+        ]
+    once = Once(b, config, inputs)
+    x = embedding(b, config, inputs)  # (N, D)
+    presents = []
+    for i in range(config.n_layer):
+        x, present = block(b, config, i, x, once, pasts[i])  # (N, D)
+        presents += [as_output(p, FLOAT, (BATCH, config.n_head, TOTAL, config.head_dim)) for p in present]
+    width = config.vocab_size if config.task == "text-generation" else config.n_embd
+    output = as_output(head(b, config, x, once), FLOAT, (BATCH, NEW, width))
+    graph = ir.Graph(
+        [*inputs.values(), *(p for pair in pasts if pair for p in pair)],
+        [output, *(presents if kv_cache else [])],
+        nodes=b.nodes,
+        initializers=b.initializers(),
+        opset_imports={"": opset},
+        name="gpt",
+    )
+    return graph, b
