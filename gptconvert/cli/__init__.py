@@ -1,1 +1,138 @@
-"""The command line: one file per command."""
+"""The command line: one file per command, imported only when it runs, so that ``--help`` comes in a blink."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+import click
+
+from gptconvert import __version__
+from gptconvert.errors import GptConvertError, printable
+
+#: command → (module, attribute, one line for the list of commands).
+COMMANDS: Mapping[str, tuple[str, str, str]] = {
+    "openai-tf": ("convert", "openai_tf", "Convert OpenAI's own checkpoints (GPT-2 TensorFlow bundles)."),
+    "hf": ("convert", "hf", "Convert a Hugging Face directory or hub repository."),
+    "convert": ("convert", "convert", "Convert any supported checkpoint; the format is detected."),
+    "inspect": ("inspect", "inspect", "Show configuration and tensors; reads headers only."),
+    "verify": ("verify", "verify", "Check an existing export against its checkpoint."),
+    "generate": ("generate", "generate", "Continue a text with an exported model."),
+    "formats": ("formats", "formats", "List what can be read, and what it can become."),
+}
+SCHEMA_VERSION = 1
+EPILOG = """\b
+Exit codes: 0 ok, 2 usage, 3 input invalid, 4 unsupported, 5 verification failed
+(nothing published), 6 output, 7 unsafe input refused, 130/143 interrupted.
+
+\b
+Examples:
+  gptconvert openai-tf ./model.ckpt --to onnx
+  gptconvert hf distilgpt2 --to onnx --to safetensors -o distilgpt2-export
+  gptconvert inspect ./models/124M
+"""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is looked up, and suggests near names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[name]
+        command: click.Command = getattr(importlib.import_module(f"gptconvert.cli.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            hint = f" Did you mean {near[0]}?" if near else f" Commands: {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command {printable(name)!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gptconvert")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def group(ctx: click.Context, debug: bool) -> None:
+    """Convert GPT checkpoints to ONNX and safetensors, and prove that each computes the same."""
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: runs a command and turns every outcome into one message and one exit code."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(args))
+
+
+def run(args: list[str]) -> int:
+    """Exit code of a command line."""
+    debug = "--debug" in args or os.environ.get("GPTCONVERT_DEBUG", "") not in ("", "0")
+    as_json = "--json" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        group.main(args, prog_name="gptconvert", standalone_mode=False, auto_envvar_prefix="GPTCONVERT")
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        if as_json:
+            _report(GptConvertError(error.format_message()), error.exit_code, as_json=True, kind="usage")
+        else:
+            error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _end_line("interrupted")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except GptConvertError as error:
+        if debug:
+            raise
+        _report(error, error.exit_code, as_json)
+        return error.exit_code
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except MemoryError:
+        _report(GptConvertError("out of memory", hint="no output was published"), 1, as_json)
+        return 1
+    except BaseException as error:
+        # Some libraries raise from outside Exception (pyo3's PanicException); nothing may reach the user raw.
+        if debug:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        hint = "this is a fault of gptconvert: rerun with --debug and report it"
+        _report(GptConvertError(what, hint=hint), 1, as_json)
+        return 1
+    return 0
+
+
+def _report(error: GptConvertError, code: int, as_json: bool, kind: str | None = None) -> None:
+    """The error, once, on stderr; with ``--json`` also as the one object on stdout."""
+    if as_json:
+        fields = {**error.as_dict(), "exit_code": code, **({"kind": kind} if kind else {})}
+        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "ok": False, "error": fields}, indent=2))
+    _end_line(f"{click.style('error:', fg='red', bold=True)} {error}")
+    if error.hint:
+        click.echo(f"  hint: {printable(error.hint)}", err=True)
+
+
+def _end_line(text: str) -> None:
+    click.echo(text, err=True)
