@@ -303,6 +303,23 @@ def total(parts: Sequence[LazyTensor]) -> LazyTensor:
     return Computed(read, parts[0].dtype, parts[0].shape)
 
 
+@dataclass(frozen=True, slots=True)
+class FileChecksum:
+    """A checksum that a container records for a run of its bytes, which need not be one tensor.
+
+    Attributes:
+        segment: the bytes.
+        algorithm: ``crc32`` (zip) or ``crc32c`` (TensorFlow).
+        value: what the container says.
+        what: the bytes' name inside the container (``archive/data/3``), for messages.
+    """
+
+    segment: Segment
+    algorithm: str
+    value: int
+    what: str
+
+
 @dataclass(frozen=True)
 class TensorSet(Mapping[str, LazyTensor]):
     """What one reader found: tensors by the name they have in the file.
@@ -311,11 +328,13 @@ class TensorSet(Mapping[str, LazyTensor]):
         tensors: name → tensor, in the container's order.
         files: every file the tensors lie in (for digests and for noticing a change while reading).
         notes: things the reader did that the user should know (one sentence each).
+        checksums: recorded checksums of bytes under the tensors, not compared yet.
     """
 
     tensors: Mapping[str, LazyTensor]
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    checksums: tuple[FileChecksum, ...] = ()
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]

@@ -122,7 +122,6 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.config = config
-        self.window = config.attn_window[layer]
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config, layer)
         if config.has_second_norm:
@@ -132,12 +131,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attention_mask: Tensor,
+        seen: Tensor,
         angles: KeyValue | None = None,
         past: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """[B, S, D] → [B, S, D] and this layer's keys and values [B, H, T, hd]."""
-        seen = visible(attention_mask, x.shape[1], self.window)  # (B, 1, S, T)
+        """[B, S, D] and :func:`visible` [B, 1, S, T] → [B, S, D] and this layer's keys and values [B, H, T, hd]."""
         if self.config.norm_position == "post":
             a, present = self.attn(x, seen, angles, past)  # (B, S, D)
             n = self.ln_1(x + a)  # (B, S, D)
@@ -229,9 +227,11 @@ class GPT(nn.Module):
         angles = None
         if self.config.rotary is not None:
             angles = rotary_angles(self.config.rotary, positions, x.dtype)  # (B, 1, S, dim) each
+        seen = {w: visible(mask, input_ids.shape[1], w) for w in set(self.config.attn_window)}  # (B, 1, S, T) each
         presents = []
         for i, block in enumerate(self.h):
-            x, present = block(x, mask, angles, past[i] if past else None)  # (B, S, D)
+            window = self.config.attn_window[i]
+            x, present = block(x, seen[window], angles, past[i] if past else None)  # (B, S, D)
             presents.append(present)
         return self.head(x), presents  # (B, S, V)
 

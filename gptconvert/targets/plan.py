@@ -38,12 +38,15 @@ class PlannedFile:
         nbytes: final size.
         head: the bytes at offset 0; the whole file if it holds no tensors.
         tensors: by increasing offset.
+        finish: for a file that records the checksums of other files' tensors: called once these are written with a
+            function that gives the unmasked CRC32C of a placed tensor, it returns the ``nbytes`` bytes of this file.
     """
 
     path: str
     nbytes: int
     head: bytes = b""
     tensors: tuple[Placed, ...] = ()
+    finish: Callable[[Callable[[Placed], int]], bytes] | None = None
 
     @classmethod
     def of_bytes(cls, path: str, content: bytes) -> PlannedFile:

@@ -41,7 +41,7 @@ class Builder:
         self.nodes.append(ir.Node("", kind, inputs, attrs, outputs=outputs, name=f"/{names[0]}"))
         return outputs
 
-    def constant(self, value: float | int | Sequence[int], dtype: type[np.generic] = np.int64) -> ir.Value:
+    def constant(self, value: object, dtype: type[np.generic] = np.int64) -> ir.Value:
         """A small constant; equal constants are one initializer."""
         array = np.asarray(value, dtype)
         key = (array.dtype.str, array.tobytes(), array.shape)
