@@ -97,6 +97,12 @@ class VerificationError(GptConvertError):
 
     exit_code = 5
     kind = "verification"
+    #: The report as plain values, for ``--json``.
+    report: dict[str, object] | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """The error's fields and the report's."""
+        return {**super().as_dict(), "verification": self.report}
 
 
 class OutputError(GptConvertError):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from gptconvert.errors import InputError
 from gptconvert.tensors import LazyTensor, Shape, filled
@@ -32,6 +32,7 @@ class Row:
         when: whether a model of this configuration has the tensor at all.
         absent: value that stands for the tensor where the file may leave it out (nanoGPT's ``bias=False``).
         head: True for tensors outside the transformer body, which carry no body prefix.
+        aliases: other names a file may use for ``theirs`` (one name); never written.
     """
 
     ours: str
@@ -41,6 +42,7 @@ class Row:
     when: Condition = lambda config: True
     absent: float | None = None
     head: bool = False
+    aliases: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,12 +96,18 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Bound:
-    """A row made concrete: one canonical name, its file names, and the shape of each of these."""
+    """A row made concrete: one canonical name, its file names, the shape of each of these, and other names."""
 
     row: Row
     ours: str
     theirs: tuple[str, ...]
     shape: Shape
+    aliases: tuple[str, ...] = ()
+
+    def named_as_in(self, tensors: Container[str]) -> Bound:
+        """The same tensor under the name that this file has for it."""
+        alias = next((name for name in self.aliases if name in tensors), None)
+        return self if alias is None or self.theirs[0] in tensors else replace(self, theirs=(alias,))
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,10 @@ def expand(rows: Iterable[Row], config: GPTConfig, prefix: str = "", head_prefix
             continue
         before = head_prefix if row.head else prefix
         for i in range(config.n_layer) if "{i}" in row.ours else (0,):
-            names = tuple(before + name.replace("{i}", str(i)) for name in row.names)
-            bound.append(Bound(row, row.ours.replace("{i}", str(i)), names, concrete(row.shape, sizes)))
+            names, aliases = (
+                tuple(before + name.replace("{i}", str(i)) for name in some) for some in (row.names, row.aliases)
+            )
+            bound.append(Bound(row, row.ours.replace("{i}", str(i)), names, concrete(row.shape, sizes), aliases))
     return sorted(bound, key=lambda b: b.ours)
 
 
@@ -220,7 +230,7 @@ def resolve(
             hint="this is not the variable scheme of any supported model; `gptconvert inspect` lists the names",
         )
     outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
-    bound = expand(scheme.rows, config, prefix, outer)
+    bound = [b.named_as_in(tensors) for b in expand(scheme.rows, config, prefix, outer)]
     weights: dict[str, LazyTensor] = {}
     missing: list[str] = []
     misshaped: list[tuple[str, Shape, Shape]] = []

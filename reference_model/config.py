@@ -8,20 +8,36 @@ hd = D / H, B batch, S new tokens, P past tokens, T = P + S, K n_labels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 #: Activations by exact formula, not by the name a framework gives them.
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "silu", "tanh")
-#: Tasks whose outputs are one vector per token of the body's last hidden state.
-TASKS = (
-    "text-generation",
-    "feature-extraction",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "multiple-choice",
-)
+#: What each task gives out, by the names Hugging Face's ONNX exporter uses. Every graph and the verifier read this.
+OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    "text-generation": ("logits",),  # [B, S, V]
+    "feature-extraction": ("last_hidden_state",),  # [B, S, D]
+    "text-classification": ("logits",),  # [B, K]
+    "token-classification": ("logits",),  # [B, S, K]
+    "question-answering": ("start_logits", "end_logits"),  # [B, S] each
+    "multiple-choice": ("logits", "mc_logits"),  # [B, choices, S, V], [B, choices]
+}
+#: What each task takes in besides past keys and values. Where there is no ``position_ids``, positions count the
+#: attention mask's ones.
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "text-generation": ("input_ids", "attention_mask", "position_ids"),
+    "feature-extraction": ("input_ids", "attention_mask", "position_ids"),
+    "text-classification": ("input_ids", "attention_mask"),
+    "token-classification": ("input_ids", "attention_mask"),
+    "question-answering": ("input_ids", "attention_mask"),
+    "multiple-choice": ("input_ids", "attention_mask", "mc_token_ids"),
+}
+TASKS = tuple(OUTPUTS)
+#: Tasks that are run token after token, so that keys and values are worth keeping.
+CACHED_TASKS = frozenset({"text-generation", "feature-extraction"})
+#: Tasks whose number of labels is the checkpoint's choice.
+LABELLED_TASKS = frozenset({"text-classification", "token-classification"})
 
 NormPosition = Literal["pre", "post"]
 Residual = Literal["serial", "parallel", "parallel_one_norm"]
@@ -63,7 +79,10 @@ class GPTConfig:
         attn_scale: what query·key is multiplied by, per layer.
         attn_window: how many keys, itself included, a query sees, per layer; None: all.
         tied_head: the language-model head is the token embedding.
-        pad_token_id: the token classification heads look for; None if the checkpoint names none.
+        head_bias: whether the language-model head has a bias.
+        task: one of :data:`TASKS`.
+        n_labels: K; 0 where the task has no labels.
+        pad_token_id: the token that text classification looks for; None: the last position is classified.
     """
 
     family: str
@@ -106,6 +125,8 @@ class GPTConfig:
             raise ConfigError("activation", self.activation, f"must be one of {', '.join(ACTIVATIONS)}")
         if self.task not in TASKS:
             raise ConfigError("task", self.task, f"must be one of {', '.join(TASKS)}")
+        if self.task in LABELLED_TASKS and not 0 < self.n_labels < MAX_SIZE:
+            raise ConfigError("n_labels", self.n_labels, f"{self.task} needs at least one label")
         if len(self.attn_scale) != self.n_layer or len(self.attn_window) != self.n_layer:
             raise ConfigError("n_layer", self.n_layer, "attn_scale and attn_window need one entry per layer")
         if self.rotary is not None and (self.rotary.dim % 2 or not 0 < self.rotary.dim <= self.head_dim):
@@ -120,6 +141,11 @@ class GPTConfig:
     def has_second_norm(self) -> bool:
         """Whether a block has ``ln_2``."""
         return self.residual != "parallel_one_norm"
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the task scores the vocabulary."""
+        return self.task in ("text-generation", "multiple-choice")
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""

@@ -6,7 +6,8 @@ GPT-NeoX (Black et al. 2022; EleutherAI/gpt-neox), rotary positions (Su et al. 2
 
 Written to be read beside ``gptconvert/targets/onnx/graph.py``, which tells the same story in the same order.
 Shapes: B batch, S new tokens, P past tokens, T = P + S, D n_embd, H heads, hd = D / H, F n_inner, V vocabulary.
-Positions and ids outside their tables raise ``IndexError``.
+Token ids outside the vocabulary raise ``IndexError``, and so do learned positions from n_ctx on. Rotary positions
+are a formula, not a table: they go on past n_ctx, with results the model was never trained for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference_model.config import GPTConfig, Rotary
+from reference_model.config import OUTPUTS, GPTConfig, Rotary
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -169,15 +170,81 @@ class Head(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        width = config.n_embd
         if config.final_norm:
-            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
-        if config.task == "text-generation":
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+            self.ln_f = nn.LayerNorm(width, eps=config.norm_eps)
+        if config.has_lm_head:
+            self.lm_head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
+        if config.task == "text-classification":
+            self.score = nn.Linear(width, config.n_labels, bias=False)
+        if config.task == "token-classification":
+            self.classifier = nn.Linear(width, config.n_labels)
+        if config.task == "question-answering":
+            self.qa_outputs = nn.Linear(width, 2)
+        if config.task == "multiple-choice":
+            self.mc_head = nn.Linear(width, 1)
+
+    def per_token(self, x: Tensor) -> dict[str, Tensor]:
+        """Every output of the task (``config.OUTPUTS``) for every token: [B, S, D] → name: [B, S, width]."""
+        x = self.ln_f(x) if self.config.final_norm else x  # (B, S, D)
+        return dict(zip(OUTPUTS[self.config.task], PROJECTIONS[self.config.task](self, x), strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, D] → logits [B, S, V], or the last hidden state [B, S, D] for feature-extraction."""
-        x = self.ln_f(x) if self.config.final_norm else x  # (B, S, D)
-        return self.lm_head(x) if self.config.task == "text-generation" else x  # (B, S, V)
+        """The first of :meth:`per_token`: for a language model, logits [B, S, V]."""
+        return next(iter(self.per_token(x).values()))
+
+
+PROJECTIONS: Mapping[str, Callable[[Head, Tensor], tuple[Tensor, ...]]] = {
+    "text-generation": lambda head, x: (head.lm_head(x),),  # (B, S, V)
+    "feature-extraction": lambda head, x: (x,),  # (B, S, D)
+    "text-classification": lambda head, x: (head.score(x),),  # (B, S, K)
+    "token-classification": lambda head, x: (head.classifier(x),),  # (B, S, K)
+    "question-answering": lambda head, x: head.qa_outputs(x).split(1, -1),  # 2 x (B, S, 1)
+    "multiple-choice": lambda head, x: (head.lm_head(x), head.mc_head(x)),  # (B, S, V), (B, S, 1)
+}
+
+
+def pooled(
+    config: GPTConfig, values: Mapping[str, Tensor], input_ids: Tensor, mc_token_ids: Tensor
+) -> dict[str, Tensor]:
+    """What a task gives out of :meth:`Head.per_token`'s [B, S, width]; shapes in ``config.OUTPUTS``.
+
+    Args:
+        config: the model's.
+        values: what :meth:`Head.per_token` gave.
+        input_ids: [B, S].
+        mc_token_ids: which token scores a choice, [B / choices, choices]; read for multiple-choice alone.
+    """
+    if config.task == "text-classification":
+        last = last_real(input_ids, config.pad_token_id)  # (B)
+        return {name: take(value, last) for name, value in values.items()}
+    if config.task == "question-answering":
+        return {name: value.squeeze(-1) for name, value in values.items()}
+    if config.task == "multiple-choice":
+        scores = take(values["mc_logits"], mc_token_ids.flatten())  # (B, 1)
+        logits = values["logits"]  # (B, S, V)
+        return {
+            "logits": logits.view(*mc_token_ids.shape, *logits.shape[1:]),
+            "mc_logits": scores.view(mc_token_ids.shape),
+        }
+    return dict(values)
+
+
+def last_real(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """Index of the last token that is not padding: [B, S] → [B].
+
+    Padding, on either side, is known by its id. Without a padding id it is the last token, whatever it is; in a
+    sequence of padding alone it is the first. (transformers does the same, and refuses a batch without an id.)
+    """
+    batch, new_tokens = input_ids.shape
+    if pad_token_id is None:
+        return torch.full((batch,), new_tokens - 1)
+    return (torch.arange(new_tokens) * (input_ids != pad_token_id)).argmax(1)  # (B)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """One token of each sequence: [B, S, D] and [B] → [B, D]."""
+    return x[torch.arange(len(x)), index]
 
 
 class GPT(nn.Module):
@@ -202,6 +269,44 @@ class GPT(nn.Module):
         fill(model, lambda name: weights[name], config)
         return model.eval()
 
+    def outputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past: Sequence[KeyValue] | None = None,
+        mc_token_ids: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], list[KeyValue]]:
+        """All outputs of the task and every layer's keys and values.
+
+        Args:
+            input_ids: [B, S]; [B, choices, S] for multiple-choice, and so for the next two.
+            attention_mask: [B, T] of 0 and 1 in any pattern; default all ones.
+            position_ids: [B, S]; default counts the mask's ones.
+            past: per layer keys and values [B, H, P, hd].
+            mc_token_ids: [B, choices], for multiple-choice; default the last token of each choice.
+
+        Returns:
+            outputs by name (``config.OUTPUTS``) and, per layer, keys and values [B, H, T, hd].
+        """
+        new_tokens, choices = input_ids.shape[-1], input_ids.shape[:-1]
+        ids = input_ids.flatten(0, -2)  # (B, S); for multiple-choice B counts choices from here on
+        total = new_tokens + (past[0][0].shape[2] if past else 0)
+        mask = torch.ones(len(ids), total) if attention_mask is None else attention_mask.flatten(0, -2)  # (B, T)
+        positions = default_positions(mask, new_tokens) if position_ids is None else position_ids.flatten(0, -2)
+        x = self.embedding(ids, positions)  # (B, S, D)
+        angles = None
+        if self.config.rotary is not None:
+            angles = rotary_angles(self.config.rotary, positions, x.dtype)  # (B, 1, S, dim) each
+        seen = {w: visible(mask, new_tokens, w) for w in set(self.config.attn_window)}  # (B, 1, S, T) each
+        presents = []
+        for i, block in enumerate(self.h):
+            window = self.config.attn_window[i]
+            x, present = block(x, seen[window], angles, past[i] if past else None)  # (B, S, D)
+            presents.append(present)
+        chosen = torch.full(choices, new_tokens - 1) if mc_token_ids is None else mc_token_ids  # (B, choices)
+        return pooled(self.config, self.head.per_token(x), ids, chosen), presents
+
     def forward(
         self,
         input_ids: Tensor,
@@ -209,31 +314,9 @@ class GPT(nn.Module):
         position_ids: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """All logits and every layer's keys and values.
-
-        Args:
-            input_ids: [B, S].
-            attention_mask: [B, T] of 0 and 1 in any pattern; default all ones.
-            position_ids: [B, S]; default counts the mask's ones.
-            past: per layer keys and values [B, H, P, hd].
-
-        Returns:
-            logits [B, S, V] and, per layer, keys and values [B, H, T, hd].
-        """
-        total = input_ids.shape[1] + (past[0][0].shape[2] if past else 0)
-        mask = torch.ones(len(input_ids), total) if attention_mask is None else attention_mask  # (B, T)
-        positions = default_positions(mask, input_ids.shape[1]) if position_ids is None else position_ids
-        x = self.embedding(input_ids, positions)  # (B, S, D)
-        angles = None
-        if self.config.rotary is not None:
-            angles = rotary_angles(self.config.rotary, positions, x.dtype)  # (B, 1, S, dim) each
-        seen = {w: visible(mask, input_ids.shape[1], w) for w in set(self.config.attn_window)}  # (B, 1, S, T) each
-        presents = []
-        for i, block in enumerate(self.h):
-            window = self.config.attn_window[i]
-            x, present = block(x, seen[window], angles, past[i] if past else None)  # (B, S, D)
-            presents.append(present)
-        return self.head(x), presents  # (B, S, V)
+        """The first output of :meth:`outputs` (for a language model, logits [B, S, V]) and the keys and values."""
+        outputs, presents = self.outputs(input_ids, attention_mask, position_ids, past)
+        return next(iter(outputs.values())), presents
 
 
 def canonical_name(parameter: str, config: GPTConfig) -> str:

@@ -86,7 +86,7 @@ def run(args: list[str]) -> int:
     """Exit code of a command line."""
     debug = "--debug" in args or os.environ.get("GPTCONVERT_DEBUG", "") not in ("", "0")
     as_json = "--json" in args
-    args = [arg for arg in args if arg != "--debug"]
+    args = _bare_verify([arg for arg in args if arg != "--debug"])
     try:
         group.main(args, prog_name="gptconvert", standalone_mode=False, auto_envvar_prefix="GPTCONVERT")
     except click.exceptions.Exit as error:
@@ -98,7 +98,7 @@ def run(args: list[str]) -> int:
             error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
-        _end_line("interrupted")
+        click.echo("interrupted", err=True)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,6 +109,8 @@ def run(args: list[str]) -> int:
         _report(error, error.exit_code, as_json)
         return error.exit_code
     except SystemExit as error:
+        # SIGINT or SIGTERM, after everything staged was removed.
+        click.echo("interrupted; nothing was published", err=True)
         return error.code if isinstance(error.code, int) else 1
     except MemoryError:
         _report(GptConvertError("out of memory", hint="no output was published"), 1, as_json)
@@ -124,15 +126,22 @@ def run(args: list[str]) -> int:
     return 0
 
 
+def _bare_verify(args: list[str]) -> list[str]:
+    """``--verify`` alone means its default level, whatever word follows it."""
+    levels = {"default", "full"}
+    return [
+        "--verify=default" if arg == "--verify" and following not in levels else arg
+        for arg, following in zip(args, [*args[1:], ""], strict=True)
+    ]
+
+
 def _report(error: GptConvertError, code: int, as_json: bool, kind: str | None = None) -> None:
     """The error, once, on stderr; with ``--json`` also as the one object on stdout."""
     if as_json:
         fields = {**error.as_dict(), "exit_code": code, **({"kind": kind} if kind else {})}
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "ok": False, "error": fields}, indent=2))
-    _end_line(f"{click.style('error:', fg='red', bold=True)} {error}")
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
     if error.hint:
         click.echo(f"  hint: {printable(error.hint)}", err=True)
 
 
-def _end_line(text: str) -> None:
-    click.echo(text, err=True)

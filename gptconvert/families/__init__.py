@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.families import gpt2
+from gptconvert.families import gpt1, gpt2, gpt_neo, gpt_neox, gptj
 from gptconvert.families.base import Family, Request
 from gptconvert.mapping import find_prefix, resolve
 from gptconvert.sources.source import Source
 
-FAMILIES: tuple[Family, ...] = (gpt2.FAMILY,)
+FAMILIES: tuple[Family, ...] = (gpt1.FAMILY, gpt2.FAMILY, gpt_neo.FAMILY, gptj.FAMILY, gpt_neox.FAMILY)
 
 __all__ = ["FAMILIES", "Family", "Request", "family_of", "understand"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.mapping import Scheme
 from gptconvert.tensors import LazyTensor
 from reference_model.config import ConfigError, GPTConfig
@@ -93,9 +93,9 @@ class ConfigKeys:
             raise self._wrong(key, "a whole number or null", value)
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, *aliases: str) -> float:
         """A finite number."""
-        value = self._get(key, default, ())
+        value = self._get(key, default, aliases)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             raise self._wrong(key, "a finite number", value)
         return float(value)
@@ -173,6 +173,16 @@ def _same(value: object, unused: object) -> bool:
     return value == unused or (not value and not unused)
 
 
+def per_layer(value: T, layers: int) -> tuple[T, ...]:
+    """``value`` for every layer; a bound keeps a damaged layer count from filling memory before it is refused."""
+    return (value,) * min(layers, 10_001)
+
+
+def usual_scale(width: int, heads: int) -> float:
+    """1 / √(features per head); 1 for sizes that are refused later."""
+    return float((width / heads) ** -0.5) if width > 0 and heads > 0 else 1.0
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user asked beyond the files: None leaves it to the checkpoint.
@@ -180,10 +190,41 @@ class Request:
     Attributes:
         task: one of ``reference_model.config.TASKS``.
         n_head: number of heads, for formats that do not record it.
+        pad_token_id: the token text classification takes for padding, over the configuration's.
     """
 
     task: str | None = None
     n_head: int | None = None
+    pad_token_id: int | None = None
+
+
+def heads_of_width(width: int, request: Request, missing: str) -> tuple[int, str]:
+    """The number of heads where no file records it: as asked, else OpenAI's head size of 64.
+
+    Args:
+        width: D.
+        request: what the user wants.
+        missing: why it is not known, for messages.
+
+    Returns:
+        the number and how it was found.
+
+    Raises:
+        UsageError: it must be asked for, or what was asked for cannot be.
+    """
+    if request.n_head is None:
+        if width % 64 or not width:
+            raise UsageError(
+                f"{missing} and the number of heads is not in the weights (n_embd {width} is no multiple of 64, "
+                "OpenAI's head size)",
+                hint="pass --n-head N or --hparams FILE",
+            )
+        return width // 64, f"{width} / 64, OpenAI's head size"
+    if request.n_head < 1 or width % request.n_head:
+        raise UsageError(
+            f"--n-head {request.n_head} does not divide the embedding's width", expected=f"a divisor of {width}"
+        )
+    return request.n_head, "as asked"
 
 
 ReadConfig = Callable[
@@ -203,6 +244,7 @@ class Family:
         schemes: name table of each naming scheme.
         read_config: per naming scheme: (raw, path, tensors, request) → (config, carried keys, notes).
         write_config: config.json, from the configuration and the carried keys.
+        heads: task → the architecture that config.json names for it; tasks the family has no head for are absent.
         tokenizer: kind of BPE: ``byte-level`` or ``word-end``.
     """
 
@@ -212,6 +254,7 @@ class Family:
     schemes: tuple[Scheme, ...]
     read_config: Mapping[str, ReadConfig]
     write_config: Callable[[GPTConfig, Mapping[str, object]], dict[str, object]]
+    heads: Mapping[str, str]
     tokenizer: str = "byte-level"
 
     def scheme(self, name: str) -> Scheme:

@@ -11,7 +11,26 @@ import re
 from collections.abc import Mapping
 
 from gptconvert.errors import InputError, UsageError
-from gptconvert.families.base import HF_ACTIVATION_NAME, HF_ACTIVATIONS, ConfigKeys, Family, Request
+from gptconvert.families.base import (
+    HF_ACTIVATION_NAME,
+    HF_ACTIVATIONS,
+    ConfigKeys,
+    Family,
+    Request,
+    heads_of_width,
+    per_layer,
+    usual_scale,
+)
+from gptconvert.families.heads import (
+    HEAD_DROPS,
+    HEAD_ROWS,
+    SUMMARY_KEYS,
+    choose_task,
+    head_config,
+    head_fields,
+    own_lm_head,
+    tied_lm_head,
+)
 from gptconvert.mapping import Drop, Row, Scheme, Tied, find_prefix
 from gptconvert.tensors import LazyTensor
 from gptconvert.transforms import DropLeadingAxis, Transpose
@@ -19,10 +38,14 @@ from reference_model.config import GPTConfig
 
 CONV1D = (Transpose(),)
 CONV_TF = (DropLeadingAxis(), Transpose())
-
-
-def _has_lm_head(config: GPTConfig) -> bool:
-    return config.task == "text-generation" and not config.tied_head
+HEADS = {
+    "text-generation": "GPT2LMHeadModel",
+    "feature-extraction": "GPT2Model",
+    "text-classification": "GPT2ForSequenceClassification",
+    "token-classification": "GPT2ForTokenClassification",
+    "question-answering": "GPT2ForQuestionAnswering",
+    "multiple-choice": "GPT2DoubleHeadsModel",
+}
 
 
 HF = Scheme(
@@ -48,14 +71,21 @@ HF = Scheme(
         Row("h.{i}.mlp.c_proj.bias", "h.{i}.mlp.c_proj.bias", "D"),
         Row("ln_f.weight", "ln_f.weight", "D"),
         Row("ln_f.bias", "ln_f.bias", "D"),
-        Row("lm_head.weight", "lm_head.weight", "V D", when=_has_lm_head, head=True),
+        Row("lm_head.weight", "lm_head.weight", "V D", when=own_lm_head, head=True),
+        *HEAD_ROWS,
     ),
     drops=(
         Drop(r"h\.\d+\.attn\.bias", "causal mask buffer"),
         Drop(r"h\.\d+\.attn\.masked_bias", "mask constant"),
-        Drop(r"lm_head\.weight", "language-model head", when=lambda c: c.task != "text-generation"),
+        *HEAD_DROPS,
     ),
-    tied=(Tied("lm_head.weight", "wte.weight", "V D"),),
+    tied=(Tied("lm_head.weight", "wte.weight", "V D", when=tied_lm_head),),
+)
+
+#: Last part of a slot variable's name: the optimizer's own, or that of a moment.
+OPTIMIZER_SLOT = (
+    r"(?i:\w*(?:adam|adafactor|momentum|rmsprop|adagrad|adadelta|ftrl|lamb|lars|novograd|yogi|lion)\w*"
+    r"|(?:ExponentialMovingAverage|grad_accum\w*|accumulator|m|v|vr|vc)(?:_\d+)?)"
 )
 
 OPENAI_TF = Scheme(
@@ -81,9 +111,11 @@ OPENAI_TF = Scheme(
         Row("ln_f.bias", "model/ln_f/b", "D"),
     ),
     drops=(
-        # Whatever a training script adds lies outside model/ or hangs below one of the variables above.
+        # What an optimizer adds lies outside model/ or hangs, under its own name, below one of the variables above.
+        # Anything else in there could be part of the model (an adapter, say) and is not dropped.
         Drop(
-            r"(?:.*/)?model/(?:wte|wpe|ln_f/[gb]|h\d+/(?:ln_\d/[gb]|(?:attn|mlp)/c_\w+/[wb]))/.+",
+            r"(?:.*/)?model/(?:wte|wpe|ln_f/[gb]|h\d+/(?:ln_[12]/[gb]|attn/c_(?:attn|proj)/[wb]|mlp/c_(?:fc|proj)/[wb]))/"
+            rf"{OPTIMIZER_SLOT}",
             "optimizer slot",
         ),
         Drop(r"(?:.*/)?(?:global_step|beta\d_power|step|learning_rate)", "training counter"),
@@ -105,8 +137,8 @@ def _hf_config(
     scaled = keys.boolean("scale_attn_weights", True)
     by_layer = keys.boolean("scale_attn_by_inverse_layer_idx", False)
     keys.boolean("reorder_and_upcast_attn", False)  # the same mathematics, softmax kept in float32
-    scale = (width / heads) ** -0.5 if scaled and heads else 1.0
-    tied = keys.boolean("tie_word_embeddings", True)
+    scale = usual_scale(width, heads) if scaled else 1.0
+    head, notes = head_fields(HEADS, keys, tensors, request, tied=keys.boolean("tie_word_embeddings", True))
     config = keys.build(
         family="gpt2",
         vocab_size=keys.integer("vocab_size", 50257),
@@ -118,32 +150,12 @@ def _hf_config(
         activation=keys.choice("activation_function", "gelu_new", HF_ACTIVATIONS),
         norm_eps=keys.number("layer_norm_epsilon", 1e-5),
         attn_scale=tuple(scale / (i + 1) if by_layer else scale for i in range(min(layers, 10_001))),
-        attn_window=(None,) * min(layers, 10_001),
-        tied_head=tied,
-        task=_task(raw, tied, tensors, request),
+        attn_window=per_layer(None, layers),
         bos_token_id=keys.optional_integer("bos_token_id", 50256),
         eos_token_id=keys.optional_integer("eos_token_id", 50256),
-        pad_token_id=keys.optional_integer("pad_token_id"),
+        **head,
     )
-    carried = keys.finish(harmless=SUMMARY_KEYS)
-    return config, carried, []
-
-
-SUMMARY_KEYS = (
-    "summary_type",
-    "summary_use_proj",
-    "summary_activation",
-    "summary_proj_to_labels",
-    "summary_first_dropout",
-)
-
-
-def _task(raw: Mapping[str, object], tied: bool, tensors: Mapping[str, LazyTensor], request: Request) -> str:
-    """The task asked for, else what the checkpoint can do: text generation wherever there is a head."""
-    if request.task is not None:
-        return request.task
-    has_head = tied or any(name.endswith("lm_head.weight") for name in tensors)
-    return "text-generation" if has_head else "feature-extraction"
+    return config, keys.finish(harmless=SUMMARY_KEYS), notes
 
 
 def _openai_config(
@@ -174,9 +186,9 @@ def _openai_config(
         n_layer=layers,
         n_head=heads,
         n_inner=4 * width,
-        attn_scale=((width / heads) ** -0.5 if heads else 1.0,) * min(layers, 10_001),
-        attn_window=(None,) * min(layers, 10_001),
-        task=request.task or "text-generation",
+        attn_scale=per_layer(usual_scale(width, heads), layers),
+        attn_window=per_layer(None, layers),
+        task=choose_task(HEADS, {}, path, tensors, request, tied=True),
         bos_token_id=vocabulary - 1,  # <|endoftext|> is the last entry of OpenAI's vocabularies
         eos_token_id=vocabulary - 1,
     )
@@ -194,15 +206,8 @@ def _infer_hparams(tensors: Mapping[str, LazyTensor], request: Request) -> tuple
             hint="this is not OpenAI's GPT-2 variable scheme; pass --hparams FILE if it is",
         )
     vocabulary, width = shapes["model/wte"]
-    layers = {int(m[1]) for name in shapes if (m := re.match(r"model/h(\d+)/", name))}
-    if request.n_head is None and width % 64:
-        raise UsageError(
-            f"hparams.json is missing and the number of heads is not in the weights (n_embd {width} is no multiple "
-            "of 64, OpenAI's head size)",
-            hint="pass --n-head N or --hparams FILE",
-        )
-    heads = request.n_head or width // 64
-    how = "as asked" if request.n_head else f"{width} / 64, OpenAI's head size"
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"model/h([0-9]{1,5})/", name))}
+    heads, how = heads_of_width(width, request, "hparams.json is missing")
     note = f"hparams.json is missing: sizes taken from the shapes, n_head = {heads} ({how})"
     sizes = {"n_vocab": vocabulary, "n_ctx": shapes["model/wpe"][0], "n_embd": width}
     return {**sizes, "n_head": heads, "n_layer": max(layers, default=-1) + 1}, [note]
@@ -211,23 +216,18 @@ def _infer_hparams(tensors: Mapping[str, LazyTensor], request: Request) -> tuple
 def _write_config(config: GPTConfig, carried: Mapping[str, object]) -> dict[str, object]:
     per_head = config.head_dim**-0.5
     base, last = config.attn_scale[0], config.attn_scale[-1]
-    architecture = "GPT2LMHeadModel" if config.task == "text-generation" else "GPT2Model"
     defaults = {
         "attn_pdrop": 0.1,
         "embd_pdrop": 0.1,
         "resid_pdrop": 0.1,
         "initializer_range": 0.02,
         "use_cache": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "summary_activation": None,
-        "summary_proj_to_labels": True,
-        "summary_first_dropout": 0.1,
+        **SUMMARY_KEYS,
     }
     return {
         **defaults,
         **carried,
-        "architectures": [architecture],
+        **head_config(HEADS, config, carried),
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.n_ctx,
@@ -255,4 +255,5 @@ FAMILY = Family(
     schemes=(HF, OPENAI_TF),
     read_config={"hf": _hf_config, "openai-tf": _openai_config},
     write_config=_write_config,
+    heads=HEADS,
 )

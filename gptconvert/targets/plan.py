@@ -80,6 +80,7 @@ class TargetOptions:
         kv_cache: whether the ONNX graph takes and returns keys and values.
         single_file: whether ONNX weights go inside the graph file.
         max_shard_size: bytes of one safetensors file.
+        xla: whether the SavedModel also gets compiled signatures of fixed shapes.
     """
 
     dtype: str | None = None
@@ -87,6 +88,7 @@ class TargetOptions:
     kv_cache: bool = True
     single_file: bool = False
     max_shard_size: int = 5_000_000_000
+    xla: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Target:
         plan: the files it writes for a checkpoint (weights already cast to the dtype asked for).
         requires: (module, extra) that must be installed.
         families: names of the families it writes; empty: all.
+        libraries: installed distributions that have a hand in the bytes.
     """
 
     name: str
@@ -106,3 +109,4 @@ class Target:
     plan: Callable[[Checkpoint, TargetOptions], tuple[PlannedFile, ...]]
     requires: tuple[tuple[str, str], ...] = ()
     families: frozenset[str] = field(default_factory=frozenset)
+    libraries: tuple[str, ...] = ()

@@ -136,4 +136,4 @@ def _onnx_type(dtype: np.dtype[np.generic]) -> int:
     return int(ir.DataType.from_numpy(dtype).value)
 
 
-TARGET = Target("onnx", "ONNX", plan)
+TARGET = Target("onnx", "ONNX", plan, libraries=("onnx", "onnx_ir"))

@@ -1,0 +1,1 @@
+"""Measurements side by side with ``cp`` and with PyTorch: ``python -m benchmarks``."""

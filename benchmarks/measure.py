@@ -1,0 +1,87 @@
+"""Whole-process figures: wall time, and peaks of anonymous and file-mapped memory summed over the process tree.
+
+``VmHWM`` counts mapped file pages that the kernel may drop at any time, so it says little about a program that maps
+its input. The peak of ``RssAnon`` is what the machine must really have; /proc keeps no high-water mark of it, so it
+is sampled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+SAMPLE_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a command."""
+
+    seconds: float
+    anon_mib: float
+    file_mib: float
+    code: int
+    output: str
+
+
+def run(command: Sequence[str], *, env: dict[str, str] | None = None) -> Run:
+    """Run ``command`` and watch it."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
+    )
+    anon = file = 0.0
+    while process.poll() is None:
+        pages = [_rss(pid) for pid in _tree(process.pid)]
+        anon = max(anon, sum(a for a, _ in pages))
+        file = max(file, sum(f for _, f in pages))
+        time.sleep(SAMPLE_SECONDS)
+    seconds = time.perf_counter() - start
+    output = process.stdout.read() if process.stdout else ""
+    return Run(seconds, anon / 1024, file / 1024, process.returncode, output)
+
+
+def _tree(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(p for child in children for p in _tree(int(child)))]
+
+
+def _rss(pid: int) -> tuple[int, int]:
+    """(RssAnon, RssFile) in KiB."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0, 0
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return tuple(int(fields.get(key, "0 kB").split()[0]) for key in ("RssAnon", "RssFile"))  # type: ignore[return-value]
+
+
+def interleaved(commands: dict[str, Sequence[str]], rounds: int, clean: Sequence[Path] = ()) -> dict[str, list[Run]]:
+    """Run every command ``rounds`` times, in turn, so that drift of the machine hits all alike."""
+    import shutil
+
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            for path in clean:
+                shutil.rmtree(path, ignore_errors=True)
+            result = run(command)
+            if result.code:
+                raise RuntimeError(f"{name} exited with {result.code}:\n{result.output}")
+            runs[name].append(result)
+    for path in clean:
+        shutil.rmtree(path, ignore_errors=True)
+    return runs
+
+
+def median_ratio(runs: list[Run], base: list[Run]) -> float:
+    """Median over the rounds of the ratio of wall times."""
+    return median(a.seconds / b.seconds for a, b in zip(runs, base, strict=True))

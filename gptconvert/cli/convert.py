@@ -1,0 +1,214 @@
+"""``gptconvert openai-tf``, ``hf`` and ``convert``: one implementation, three names for the source."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gptconvert.cli import options
+from gptconvert.cli.output import Progress, human_bytes, note, print_json, table
+from gptconvert.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from gptconvert.families import Request
+    from gptconvert.pipeline import Options, Plan, Result
+    from gptconvert.sources.source import OpenOptions
+
+OPENSETS = (17, 21)
+
+CONVERTING = options.stack(
+    click.option(
+        "--to",
+        "targets",
+        type=click.Choice(["onnx", "safetensors", "tf"]),
+        multiple=True,
+        default=("onnx",),
+        show_default="onnx",
+        help="Format to write; repeat for several.",
+    ),
+    click.option("-o", "--output", type=click.Path(), help="Directory to publish. [default: ./NAME-gptconvert]"),
+    options.TASK,
+    click.option(
+        "--dtype",
+        type=click.Choice(["fp32", "fp16", "bf16"]),
+        help="Storage type of the weights. [default: as stored]",
+    ),
+    click.option("--opset", type=click.IntRange(*OPENSETS), default=21, show_default=True, help="ONNX operator set."),
+    click.option(
+        "--kv-cache/--no-kv-cache", default=True, help="ONNX graph with keys and values as inputs and outputs."
+    ),
+    click.option("--single-file", is_flag=True, help="Put ONNX weights inside the graph file (below 2 GiB)."),
+    click.option(
+        "--max-shard-size",
+        default="5GB",
+        show_default=True,
+        callback=options.size_in_bytes,
+        help="Largest safetensors file.",
+    ),
+    options.VERIFY_LEVEL,
+    click.option("--no-verify", is_flag=True, help="Publish without proof."),
+    click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing."),
+    click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinities."),
+    click.option("--force", is_flag=True, help="Replace an existing output, once the new one is complete."),
+    options.OUTPUT_FORMAT,
+)
+
+OPENAI_EPILOG = """\b
+SOURCE is a prefix (model.ckpt), a directory, the `checkpoint` file or the
+.index file. Directories of gpt-2-simple and nshepperd's fork work too.
+
+\b
+Example:
+  gptconvert openai-tf ./models/124M --to onnx --to safetensors -o gpt2
+"""
+HF_EPILOG = """\b
+SOURCE is a directory, a weights file with config.json beside it, or a hub
+repository. A token is taken from HF_TOKEN or the login of the hub's own
+tools. No code from a repository is ever run, and no pickle executed.
+
+\b
+Example:
+  gptconvert hf distilgpt2 --to onnx -o distilgpt2-onnx
+"""
+
+
+@click.command("openai-tf", epilog=OPENAI_EPILOG)
+@click.argument("source")
+@options.OPENING
+@CONVERTING
+def openai_tf(source: str, **given: Any) -> None:
+    """Convert OpenAI's own checkpoint SOURCE."""
+    _convert(source, "openai-tf", given)
+
+
+@click.command("hf", epilog=HF_EPILOG)
+@click.argument("source")
+@options.OPENING
+@options.HUB
+@CONVERTING
+def hf(source: str, **given: Any) -> None:
+    """Convert the Hugging Face checkpoint SOURCE: a directory or a hub repository."""
+    _convert(source, "hf", given)
+
+
+@click.command("convert")
+@click.argument("source")
+@options.OPENING
+@options.HUB
+@CONVERTING
+def convert(source: str, **given: Any) -> None:
+    """Convert SOURCE, whatever it is: the format is detected."""
+    _convert(source, None, given)
+
+
+def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
+    options.quieten()
+    from gptconvert import pipeline
+
+    quiet, as_json = given["quiet"], given["as_json"]
+    chosen = options_of(given)
+    output = given["output"] or default_output(source)
+    checkpoint = pipeline.open_checkpoint(source, format=format, opening=opening_of(given), request=request_of(given))
+    if given["dry_run"]:
+        planned = pipeline.plan(checkpoint, chosen)
+        for text in planned.notes:
+            note(text, quiet)
+        if as_json:
+            print_json({"ok": True, "dry_run": True, "output": output, **planned.as_dict()})
+        else:
+            click.echo(describe_plan(planned, output))
+        return
+    progress = Progress(quiet or as_json)
+    try:
+        result = pipeline.convert(checkpoint, output, chosen, progress=progress)
+    finally:
+        progress.close()
+    for text in result.notes:
+        note(text, quiet)
+    if as_json:
+        print_json({"ok": True, **result.as_dict()})
+    else:
+        click.echo(describe_result(result))
+
+
+def opening_of(given: dict[str, Any]) -> OpenOptions:
+    """How to open the source."""
+    from gptconvert.sources.source import OpenOptions
+
+    names = ("step", "hparams", "weights_file", "revision", "cache_dir")
+    return OpenOptions(**{name: given.get(name) for name in names}, offline=bool(given.get("offline")))
+
+
+def request_of(given: dict[str, Any]) -> Request:
+    """What is asked of the checkpoint."""
+    from gptconvert.families import Request
+
+    return Request(task=given.get("task"), n_head=given.get("n_head"))
+
+
+def options_of(given: dict[str, Any]) -> Options:
+    """What to write, and how."""
+    from gptconvert.pipeline import Options
+    from gptconvert.targets.plan import TargetOptions
+
+    target = TargetOptions(
+        dtype=given["dtype"],
+        opset=given["opset"],
+        kv_cache=given["kv_cache"],
+        single_file=given["single_file"],
+        max_shard_size=given["max_shard_size"],
+    )
+    return Options(
+        targets=tuple(dict.fromkeys(given["targets"])),
+        target=target,
+        verify=None if given["no_verify"] else given["verify"],
+        force=given["force"],
+        allow_nonfinite=given["allow_nonfinite"],
+    )
+
+
+def default_output(source: str) -> str:
+    """``./NAME-gptconvert``, NAME from the source."""
+    path = os.path.abspath(source)
+    if not os.path.isdir(path) and os.path.isdir(os.path.dirname(path)) and os.sep in source:
+        stem = os.path.basename(path).split(".")[0]
+        path = os.path.dirname(path) if stem in ("model", "checkpoint", "pytorch_model") else os.path.join("", stem)
+    name = os.path.basename(path)
+    if not name:
+        raise UsageError("no name to derive the output from", hint="pass -o DIR")
+    return f"{name}-gptconvert"
+
+
+def describe_plan(planned: Plan, output: str) -> str:
+    """A dry run, for people."""
+    rows = [("file", "size", "tensors", "copied as stored", "transformed")]
+    for entry in planned.as_dict()["files"]:  # type: ignore[attr-defined]
+        has = bool(entry["tensors"])
+        rows.append(
+            (
+                entry["path"],
+                human_bytes(entry["bytes"]),
+                str(entry["tensors"]) if has else "",
+                human_bytes(entry["copied_bytes"]) if has else "",
+                str(len(entry["transformed"])) if has else "",
+            )
+        )
+    head = f"Would write {human_bytes(planned.nbytes)} to {printable(output)}"
+    return f"{head}\n{table(rows, right=(1, 2, 3, 4))}"
+
+
+def describe_result(result: Result) -> str:
+    """What was done, for people: the proof, then the files."""
+    from gptconvert.families import family_named
+
+    config = result.checkpoint.config
+    parameters = sum(weight.size for weight in result.checkpoint.weights.values())
+    lines = [f"{family_named(config.family).title}: {parameters:,} parameters, {config.n_layer} layers"]
+    lines.append(result.report.table() if result.report else "not verified (--no-verify)")
+    lines.append(f"{printable(result.output)}/")
+    lines.append(
+        table([(f.path, human_bytes(f.nbytes)) for f in sorted(result.files, key=lambda f: f.path)], right=(1,))
+    )
+    return "\n".join(lines)

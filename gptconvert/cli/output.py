@@ -1,0 +1,82 @@
+"""What people and pipelines see: tables and one JSON object on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from gptconvert.errors import printable
+
+SCHEMA_VERSION = 1
+
+
+def print_json(fields: Mapping[str, object]) -> None:
+    """The one object of ``--json``."""
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False))
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """One sentence the user should know."""
+    if not quiet:
+        click.echo(f"note: {printable(text)}", err=True)
+
+
+def human_bytes(count: float) -> str:
+    """1234567 → ``1.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ", right: Iterable[int] = ()) -> str:
+    """Columns lined up; columns in ``right`` are right-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    ends = set(right)
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.rjust(w) if i in ends else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return (indent + "  ".join(cells)).rstrip()
+
+    return "\n".join(line(row) for row in rows)
+
+
+class Progress:
+    """Progress by bytes on a terminal; silence anywhere else."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.shown = not quiet and sys.stderr.isatty()
+        self.bar: Any = None
+
+    def stage(self, name: str, total: int = 0) -> None:
+        """A new stage of ``total`` bytes (0: unknown) begins."""
+        self.close()
+        if self.shown:
+            from tqdm import tqdm
+
+            form = None if total else "{desc} [{elapsed}]"
+            self.bar = tqdm(
+                desc=name,
+                total=total or None,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                bar_format=form,
+                file=sys.stderr,
+            )
+
+    def advance(self, count: int) -> None:
+        """``count`` more bytes of the stage are done."""
+        if self.bar is not None:
+            self.bar.update(count)
+
+    def close(self) -> None:
+        """Wipe the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,45 @@
+"""``gptconvert verify``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gptconvert.cli import options
+from gptconvert.cli.output import Progress, note, print_json
+
+
+@click.command()
+@click.argument("source")
+@click.argument("artifact", type=click.Path())
+@click.option("--full", is_flag=True, help="All probes, up to the whole context; slow for large models.")
+@options.OPENING
+@options.HUB
+@options.TASK
+@options.OUTPUT_FORMAT
+def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Check ARTIFACT, a directory or graph exported by anyone, against the checkpoint SOURCE.
+
+    Exit code 0: every weight is the checkpoint's and every output is within rounding noise. 5: not so.
+    """
+    options.quieten()
+    from gptconvert.cli.convert import opening_of, request_of
+    from gptconvert.pipeline import verify as run
+
+    progress = Progress(quiet or as_json)
+    level = "full" if full else "default"
+    try:
+        report = run(
+            source, artifact, level=level, opening=opening_of(given), request=request_of(given), progress=progress
+        )
+    finally:
+        progress.close()
+    for text in report.notes:
+        note(text, quiet)
+    if as_json:
+        print_json({"ok": report.passed, "verification": report.as_dict()})
+    else:
+        click.echo(report.table())
+    if not report.passed:
+        raise click.exceptions.Exit(5)

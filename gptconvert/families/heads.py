@@ -1,0 +1,211 @@
+"""The heads that a body can carry, the same in every family: their tensors, and which task a checkpoint is for.
+
+Names, shapes and biases are those of Hugging Face's ``…LMHeadModel``, ``…DoubleHeadsModel``,
+``…ForSequenceClassification``, ``…ForTokenClassification`` and ``…ForQuestionAnswering``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.families.base import ConfigKeys, Request
+from gptconvert.mapping import Drop, Row
+from gptconvert.tensors import LazyTensor
+from reference_model.config import LABELLED_TASKS, GPTConfig
+
+#: The tensor that tells that a task's head is there, the most particular task first.
+HEAD_TENSORS: Mapping[str, tuple[str, ...]] = {
+    "multiple-choice": ("multiple_choice_head.summary.weight",),
+    "text-classification": ("score.weight",),
+    "token-classification": ("classifier.weight",),
+    "question-answering": ("qa_outputs.weight",),
+    "text-generation": ("lm_head.weight", "embed_out.weight"),
+}
+#: Number of labels of the tasks where it is no choice.
+FIXED_LABELS: Mapping[str, int] = {"question-answering": 2, "multiple-choice": 1}
+#: How a double-heads model makes its one score per choice. Only the values they all have are implemented.
+SUMMARY_KEYS: Mapping[str, object] = {
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "summary_activation": None,
+    "summary_proj_to_labels": True,
+    "summary_first_dropout": 0.1,
+}
+
+
+def own_lm_head(config: GPTConfig) -> bool:
+    """Whether there is a language-model head that is not the embedding."""
+    return config.has_lm_head and not config.tied_head
+
+
+def tied_lm_head(config: GPTConfig) -> bool:
+    """Whether there is a language-model head that is the embedding."""
+    return config.has_lm_head and config.tied_head
+
+
+def lm_head_bias(config: GPTConfig) -> bool:
+    """Whether there is a language-model head with a bias."""
+    return config.has_lm_head and config.head_bias
+
+
+def _for(task: str) -> Callable[[GPTConfig], bool]:
+    return lambda config: config.task == task
+
+
+def _not_for(task: str) -> Callable[[GPTConfig], bool]:
+    return lambda config: config.task != task
+
+
+#: Every head but the language model's.
+HEAD_ROWS = (
+    Row("score.weight", "score.weight", "K D", when=_for("text-classification"), head=True),
+    Row("classifier.weight", "classifier.weight", "K D", when=_for("token-classification"), head=True),
+    Row("classifier.bias", "classifier.bias", "K", when=_for("token-classification"), head=True),
+    Row("qa_outputs.weight", "qa_outputs.weight", "2 D", when=_for("question-answering"), head=True),
+    Row("qa_outputs.bias", "qa_outputs.bias", "2", when=_for("question-answering"), head=True),
+    Row("mc_head.weight", "multiple_choice_head.summary.weight", "1 D", when=_for("multiple-choice"), head=True),
+    Row("mc_head.bias", "multiple_choice_head.summary.bias", "1", when=_for("multiple-choice"), head=True),
+)
+#: Heads of other tasks than the one asked for.
+HEAD_DROPS = (
+    Drop(r"(lm_head|embed_out)\.(weight|bias)", "language-model head", when=lambda c: not c.has_lm_head),
+    Drop(r"score\.weight", "text-classification head", when=_not_for("text-classification")),
+    Drop(r"classifier\.(weight|bias)", "token-classification head", when=_not_for("token-classification")),
+    Drop(r"qa_outputs\.(weight|bias)", "question-answering head", when=_not_for("question-answering")),
+    Drop(r"multiple_choice_head\.summary\.(weight|bias)", "multiple-choice head", when=_not_for("multiple-choice")),
+)
+
+
+def choose_task(
+    heads: Mapping[str, str],
+    raw: Mapping[str, object],
+    path: str | None,
+    tensors: Mapping[str, LazyTensor],
+    request: Request,
+    *,
+    tied: bool,
+) -> str:
+    """The task asked for; else the one ``architectures`` names; else the most particular one with its head here.
+
+    A body alone whose head is its embedding is taken for the language model it can be.
+
+    Args:
+        heads: the family's tasks.
+        raw: config.json.
+        path: of config.json, for messages.
+        tensors: what the files hold.
+        request: what the user wants.
+        tied: whether the language-model head is the embedding.
+
+    Raises:
+        UnsupportedError: the task asked for has no head in this family, or none in these files.
+    """
+    here = [task for task in heads if _has_head(task, tensors, tied)]
+    if request.task is None:
+        declared = _declared_task(heads, raw)
+        return declared or next(task for task in (*HEAD_TENSORS, "feature-extraction") if task in here)
+    if request.task not in here:
+        missing = " or ".join(HEAD_TENSORS.get(request.task, ())) if request.task in heads else ""
+        raise UnsupportedError(
+            f"this checkpoint has no head for {request.task}"
+            if missing
+            else f"this family has no model for {request.task}",
+            path=path,
+            expected=missing or f"one of {', '.join(heads)}",
+            found=f"heads for {', '.join(here)}",
+            hint=f"pass --task {here[0]}, or leave --task out",
+        )
+    return request.task
+
+
+def _has_head(task: str, tensors: Mapping[str, LazyTensor], tied: bool) -> bool:
+    if task == "feature-extraction" or (task == "text-generation" and tied):
+        return True
+    return any(_ends_with(name, ends) for ends in HEAD_TENSORS[task] for name in tensors)
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _declared_task(heads: Mapping[str, str], raw: Mapping[str, object]) -> str | None:
+    """The task of the first of ``architectures`` that names a head; TensorFlow's and Flax's classes count too."""
+    declared = raw.get("architectures")
+    names = [n for n in declared if isinstance(n, str)] if isinstance(declared, list) else []
+    plain = [name.removeprefix("TF").removeprefix("Flax") for name in names]
+    tasks = (task for name in plain for task, known in heads.items() if name == known)
+    return next((task for task in tasks if task != "feature-extraction"), None)
+
+
+def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor]) -> int:
+    """K: as the configuration says (``id2label``, then ``num_labels``), else as many rows as the head has.
+
+    Raises:
+        InputError: the number of labels is no number.
+    """
+    if task not in LABELLED_TASKS:
+        return FIXED_LABELS.get(task, 0)
+    names = raw.get("id2label")
+    if isinstance(names, Mapping) and names:
+        return len(names)
+    for key in ("num_labels", "_num_labels"):
+        value = raw.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise InputError(
+                "wrong value", path=path, tensor=key, expected="a positive number", found=repr(value)[:80]
+            )
+        if isinstance(value, int):
+            return value
+    shapes = [t.shape for n, t in tensors.items() if any(_ends_with(n, end) for end in HEAD_TENSORS[task])]
+    return shapes[0][0] if shapes and shapes[0] else 2  # transformers' default
+
+
+def head_fields(
+    heads: Mapping[str, str],
+    keys: ConfigKeys,
+    tensors: Mapping[str, LazyTensor],
+    request: Request,
+    *,
+    tied: bool,
+) -> tuple[dict[str, object], list[str]]:
+    """The fields of :class:`GPTConfig` that a task decides, from config.json, and notes for the user.
+
+    Raises:
+        UnsupportedError: see :func:`choose_task`; or a double-heads model of an unusual make.
+    """
+    task = choose_task(heads, keys.raw, keys.path, tensors, request, tied=tied)
+    if task == "multiple-choice":
+        _require_plain_summary(keys)
+    declared = keys.optional_integer("pad_token_id")
+    pad = declared if request.pad_token_id is None else request.pad_token_id
+    notes = []
+    if task == "text-classification" and pad is None:
+        notes.append(
+            "no pad_token_id is known, so the last token of every sequence is classified: right for one sequence "
+            "at a time, wrong for padded batches (--pad-token-id)"
+        )
+    labels = count_labels(task, keys.raw, keys.path, tensors)
+    return {"task": task, "n_labels": labels, "tied_head": tied, "pad_token_id": pad}, notes
+
+
+def _require_plain_summary(keys: ConfigKeys) -> None:
+    wrong = {k: keys.raw[k] for k, v in SUMMARY_KEYS.items() if k in keys.raw and keys.raw[k] != v}
+    wrong.pop("summary_first_dropout", None)
+    if wrong:
+        listed = ", ".join(f"{key} = {value!r}"[:120] for key, value in wrong.items())
+        raise UnsupportedError(
+            f"multiple-choice head not implemented: {listed}",
+            path=keys.path,
+            hint="only a linear score of the token that mc_token_ids names is",
+        )
+
+
+def head_config(heads: Mapping[str, str], config: GPTConfig, carried: Mapping[str, object]) -> dict[str, object]:
+    """The keys of config.json that say which head there is."""
+    written: dict[str, object] = {"architectures": [heads[config.task]]}
+    if config.n_labels not in (0, 2) and "id2label" not in carried:  # 2 is what transformers assumes
+        names = [f"LABEL_{i}" for i in range(config.n_labels)]
+        written["id2label"] = {str(i): name for i, name in enumerate(names)}
+        written["label2id"] = {name: i for i, name in enumerate(names)}
+    return written

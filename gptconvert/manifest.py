@@ -1,0 +1,158 @@
+"""What a published directory says of itself: ``manifest.json``, ``SHA256SUMS``, and proof that the input held still.
+
+Nothing here depends on when, where or on which machine the conversion ran: no dates, no directories, no host names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from gptconvert import __version__
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.errors import InputError
+from gptconvert.json_text import dump_json
+from gptconvert.mapping import collapse
+from gptconvert.source_reader import FileDigest
+from gptconvert.targets.plan import PlannedFile
+from gptconvert.writer import Written, WrittenFile
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE, SUMS_FILE = "manifest.json", "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was asked for.
+
+    Attributes:
+        targets: as in ``--to``.
+        options: every option that changes what is written.
+        libraries: installed distributions that had a hand in the bytes (``onnx``, ``tokenizers`` …).
+    """
+
+    targets: Iterable[str]
+    options: Mapping[str, object]
+    libraries: Iterable[str] = ()
+
+
+def manifest_files(
+    checkpoint: Checkpoint,
+    planned: Iterable[PlannedFile],
+    written: Written,
+    recipe: Recipe,
+    *,
+    also: Sequence[WrittenFile] = (),
+    verification: Mapping[str, object] | None = None,
+) -> tuple[PlannedFile, PlannedFile]:
+    """``manifest.json``, and ``SHA256SUMS`` over it and everything else (``sha256sum -c`` checks it).
+
+    Args:
+        checkpoint: what was exported.
+        planned: the files that hold tensors, as planned.
+        written: what became of them.
+        recipe: what was asked for.
+        also: further published files (a model card, files that other programs wrote).
+        verification: its result; None: not verified.
+
+    Raises:
+        ValueError: ``verification`` or an option holds NaN or an infinity.
+    """
+    files = sorted((*written.files, *also), key=lambda file: file.path)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "gptconvert", "version": __version__},
+        "libraries": {name: metadata.version(name) for name in recipe.libraries},
+        "source": _source(checkpoint, written.sources),
+        "config": checkpoint.config.as_dict(),
+        "targets": sorted(recipe.targets),
+        "options": dict(recipe.options),
+        "files": [{"path": f.path, "size": f.nbytes, "sha256": f.sha256} for f in files],
+        "tensors": _tensors(planned, written.tensors),
+        "verification": None if verification is None else dict(verification),
+    }
+    manifest = PlannedFile.of_bytes(MANIFEST_FILE, dump_json(content))
+    return manifest, PlannedFile.of_bytes(SUMS_FILE, _sums(files, manifest))
+
+
+def _source(checkpoint: Checkpoint, digests: Mapping[str, FileDigest]) -> dict[str, object]:
+    source = checkpoint.source
+    files = [(os.path.basename(path), digest) for path, digest in digests.items()]
+    return {
+        "format": source.format,
+        "scheme": source.scheme,
+        "repo": source.repo,
+        "revision": source.revision,
+        "prefix": checkpoint.prefix,
+        "files": [
+            {"name": name, "size": digest.nbytes, "sha256": digest.sha256}
+            for name, digest in sorted(files, key=lambda pair: (pair[0], pair[1].sha256))
+        ],
+        "dropped": sorted(collapse(checkpoint.dropped)),
+    }
+
+
+def _tensors(planned: Iterable[PlannedFile], digests: Mapping[tuple[str, str], str]) -> list[dict[str, object]]:
+    placed = [(file.path, tensor) for file in planned for tensor in file.tensors]
+    return [
+        {
+            "file": path,
+            "name": tensor.name,
+            "dtype": tensor.tensor.dtype.newbyteorder("=").name,
+            "shape": list(tensor.tensor.shape),
+            "sha256": digests[path, tensor.name],
+        }
+        for path, tensor in sorted(placed, key=lambda pair: (pair[0], pair[1].name))
+    ]
+
+
+def _sums(files: Iterable[WrittenFile], manifest: PlannedFile) -> bytes:
+    sums = {file.path: file.sha256 for file in files} | {manifest.path: hashlib.sha256(manifest.head).hexdigest()}
+    return "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items())).encode()
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when somebody writes to a file or replaces it."""
+
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+
+def snapshot(paths: Iterable[str]) -> dict[str, FileState | None]:
+    """The state of every path; None for those that are not there."""
+    found: dict[str, FileState | None] = {}
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            found[path] = None
+        else:
+            found[path] = FileState(status.st_size, status.st_mtime_ns, status.st_ino)
+    return found
+
+
+def check_inputs_unchanged(
+    before: Mapping[str, FileState | None], after: Mapping[str, FileState | None] | None = None
+) -> None:
+    """Refuse a result whose input was written to meanwhile.
+
+    Args:
+        before: :func:`snapshot` from before the first byte was read.
+        after: the same from afterwards; None: taken now.
+
+    Raises:
+        InputError: files changed; all are named.
+    """
+    after = snapshot(before) if after is None else after
+    changed = [path for path, state in before.items() if after.get(path) != state]
+    if changed:
+        raise InputError(
+            f"input changed while it was being read: {', '.join(sorted(map(os.path.basename, changed)))}",
+            path=changed[0],
+            hint="wait until whatever writes it (a training run, a download) is done, then convert again",
+        )

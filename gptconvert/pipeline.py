@@ -1,0 +1,343 @@
+"""The flow, top to bottom: open, understand, plan, write, verify, publish. The only module that knows all rooms.
+
+Nothing is visible at the output before everything is written, checked and on disk; a failure at any point leaves
+the output as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from gptconvert import signals
+from gptconvert.card import card
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.errors import UnsupportedError, UsageError, VerificationError
+from gptconvert.families import FAMILIES, Request, family_named, understand
+from gptconvert.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
+from gptconvert.sources.detect import FORMATS, open_source
+from gptconvert.sources.source import OpenOptions
+from gptconvert.staging import Staging
+from gptconvert.targets import TARGETS
+from gptconvert.targets.plan import PlannedFile, Target, TargetOptions
+from gptconvert.targets.sidecars import sidecar_files
+from gptconvert.tensors import BFLOAT16
+from gptconvert.tokenizer import tokenizer_files
+from gptconvert.transforms import cast
+from gptconvert.writer import Written, WrittenFile, write_and_digest, write_files
+
+if TYPE_CHECKING:
+    from gptconvert.verify import Report
+
+DTYPES: Mapping[str, np.dtype[np.generic]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": BFLOAT16,
+}
+
+
+class Progress(Protocol):
+    """Told what is going on; see ``gptconvert.cli.output.Progress``."""
+
+    def stage(self, name: str, total: int = 0) -> None: ...
+    def advance(self, count: int) -> None: ...
+
+
+class Silent:
+    """No progress."""
+
+    def stage(self, name: str, total: int = 0) -> None:
+        """Nothing."""
+
+    def advance(self, count: int) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to convert to, and how.
+
+    Attributes:
+        targets: names as in ``--to``.
+        target: choices that change what is written.
+        verify: ``default`` or ``full``; None: not at all.
+        force: replace an existing output.
+        allow_nonfinite: convert weights that hold NaN or infinities.
+    """
+
+    targets: tuple[str, ...] = ("onnx",)
+    target: TargetOptions = field(default_factory=TargetOptions)
+    verify: str | None = "default"
+    force: bool = False
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write, before any weight is read."""
+
+    checkpoint: Checkpoint
+    files: tuple[PlannedFile, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the manifest and the card, which come last."""
+        return sum(file.nbytes for file in self.files)
+
+    def as_dict(self) -> dict[str, object]:
+        """For ``--dry-run --json``."""
+        return {"bytes": self.nbytes, "files": [_file_plan(file) for file in self.files], "notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did."""
+
+    output: str
+    checkpoint: Checkpoint
+    files: tuple[WrittenFile, ...]
+    report: Report | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """For ``--json``."""
+        return {
+            "output": self.output,
+            "family": self.checkpoint.config.family,
+            "task": self.checkpoint.config.task,
+            "files": [{"path": f.path, "size": f.nbytes, "sha256": f.sha256} for f in self.files],
+            "verification": None if self.report is None else self.report.as_dict(),
+            "notes": list(self.notes),
+        }
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    format: str | None = None,
+    opening: OpenOptions | None = None,
+    request: Request | None = None,
+) -> Checkpoint:
+    """The checkpoint at a path or hub name: configuration checked, every tensor accounted for, nothing read.
+
+    Raises:
+        GptConvertError: it is damaged, incomplete, unsupported or unsafe.
+    """
+    opened = open_source(source, opening or OpenOptions(), format=format)
+    return understand(opened, request or Request())
+
+
+def inspect(source: str, *, opening: OpenOptions | None = None, request: Request | None = None) -> dict[str, Any]:
+    """What a checkpoint is, as plain values. Only headers are read."""
+    checkpoint = open_checkpoint(source, opening=opening, request=request)
+    weights = checkpoint.weights
+    stored = {name: t for name, t in checkpoint.source.tensors.items() if name not in checkpoint.dropped}
+    return {
+        "title": family_named(checkpoint.config.family).title,
+        "format": checkpoint.source.format,
+        "family": checkpoint.config.family,
+        "task": checkpoint.config.task,
+        "revision": checkpoint.source.revision,
+        "prefix": checkpoint.prefix,
+        "parameters": sum(weight.size for weight in weights.values()),
+        "bytes": checkpoint.nbytes,
+        "dtypes": sorted({weight.dtype.name for weight in weights.values()}),
+        "config": checkpoint.config.as_dict(),
+        "tensors": [
+            {"name": name, "dtype": t.dtype.name, "shape": list(t.shape), "bytes": t.nbytes}
+            for name, t in stored.items()
+        ],
+        "dropped": dict(checkpoint.dropped),
+        "tokenizer": sorted(checkpoint.source.tokenizer),
+        "notes": list(checkpoint.notes),
+    }
+
+
+def plan(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Every file of the output but the ones that describe the others.
+
+    Raises:
+        UnsupportedError: a target cannot be written: a package is missing, or the model has no place in the format.
+    """
+    targets = [target_named(name) for name in dict.fromkeys(options.targets)]
+    for target in targets:
+        _require(target, checkpoint)
+    checkpoint = stored_as(checkpoint, options.target.dtype)
+    tokenizer, notes = tokenizer_files(checkpoint)
+    files = [file for target in targets for file in target.plan(checkpoint, options.target)]
+    paths = [file.path for file in files]
+    files += sidecar_files(checkpoint, options.target, options.targets, paths, tokenizer)
+    return Plan(checkpoint, tuple(files), (*checkpoint.notes, *notes))
+
+
+def convert(
+    checkpoint: Checkpoint, output: str, options: Options | None = None, *, progress: Progress | None = None
+) -> Result:
+    """Write, verify and publish; all of it or nothing.
+
+    Args:
+        checkpoint: from :func:`open_checkpoint`.
+        output: directory to publish.
+        options: what to write.
+        progress: told about stages and bytes.
+
+    Raises:
+        VerificationError: an artifact does not compute what the checkpoint computes. Its ``report`` says where.
+        GptConvertError: anything else that went wrong. In every case the output is as it was before.
+    """
+    options, progress = options or Options(), progress or Silent()
+    before = snapshot(checkpoint.source.files)
+    planned = plan(checkpoint, options)
+    with signals.raising(), Staging(output, inputs=checkpoint.source.files, force=options.force) as staging:
+        staging.require_space(planned.nbytes)
+        progress.stage("writing", planned.nbytes)
+        written = write_and_digest(
+            staging.path,
+            planned.files,
+            planned.checkpoint,
+            progress.advance,
+            allow_nonfinite=options.allow_nonfinite,
+        )
+        report = _verified(planned, staging.path, options, progress)
+        progress.stage("publishing")
+        described = _describe(planned, written, staging.path, options, report)
+        check_inputs_unchanged(before)
+        staging.publish()
+    notes = (*planned.notes, *written.notes, *(report.notes if report else ()), *staging.notes)
+    return Result(output, planned.checkpoint, (*written.files, *described), report, notes)
+
+
+def verify(
+    source: str,
+    artifact: str,
+    *,
+    level: str = "default",
+    opening: OpenOptions | None = None,
+    request: Request | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Check an existing export, anyone's, against its checkpoint.
+
+    Raises:
+        InputError: the source, or a file of the artifact, is damaged.
+        UnsupportedError: the artifact holds nothing that can be checked.
+    """
+    from gptconvert.verify import find_artifacts
+    from gptconvert.verify import verify as run
+
+    checkpoint = open_checkpoint(source, opening=opening, request=request)
+    artifacts = find_artifacts(artifact)
+    (progress or Silent()).stage("verifying")
+    return run(checkpoint, artifacts, level=level)
+
+
+def _verified(planned: Plan, directory: str, options: Options, progress: Progress) -> Report | None:
+    """The report on the staged files, or None if none was asked for."""
+    if options.verify is None:
+        return None
+    from gptconvert.verify import find_artifacts
+    from gptconvert.verify import verify as run
+
+    progress.stage("verifying")
+    report = run(planned.checkpoint, find_artifacts(directory), level=options.verify)
+    if not report.passed:
+        error = VerificationError(
+            f"the export does not compute what the checkpoint computes\n{report.table()}",
+            hint="nothing was published; this is a fault of gptconvert, so please report it with the table above",
+        )
+        error.report = report.as_dict()
+        raise error
+    return report
+
+
+def _describe(
+    planned: Plan, written: Written, directory: str, options: Options, report: Report | None
+) -> list[WrittenFile]:
+    """Write the files that describe the others: card, manifest, checksums."""
+    verification = report.as_dict() if report else {}
+    about = card(planned.checkpoint, options.targets, options.target, verification, planned.files)
+    readme = write_files(directory, [PlannedFile.of_bytes("README.md", about)])
+    recipe = Recipe(
+        options.targets,
+        {**dataclasses.asdict(options.target), "allow_nonfinite": options.allow_nonfinite, "verify": options.verify},
+        [library for name in options.targets for library in target_named(name).libraries],
+    )
+    manifest = manifest_files(
+        planned.checkpoint, planned.files, written, recipe, also=readme, verification=verification or None
+    )
+    return [*readme, *write_files(directory, manifest)]
+
+
+def stored_as(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+    """The checkpoint with its weights in the storage type asked for; None keeps each as it is."""
+    if dtype is None:
+        return checkpoint
+    weights = {name: cast(weight, DTYPES[dtype]) for name, weight in checkpoint.weights.items()}
+    return dataclasses.replace(checkpoint, weights=weights)
+
+
+def target_named(name: str) -> Target:
+    """A target by its ``--to`` name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"no target {name!r}", expected=f"one of {', '.join(TARGETS)}", found=name)
+    target: Target = importlib.import_module(TARGETS[name]).TARGET
+    return target
+
+
+def _require(target: Target, checkpoint: Checkpoint) -> None:
+    """Refuse, before any work, a target that cannot be written."""
+    for module, extra in target.requires:
+        if importlib.util.find_spec(module) is None:
+            raise UnsupportedError(
+                f"--to {target.name} needs the package {module}",
+                hint=f"pip install 'gptconvert[{extra}]'",
+            )
+    if target.families and checkpoint.config.family not in target.families:
+        raise UnsupportedError(
+            f"{checkpoint.config.family} cannot be written as {target.title}",
+            expected=f"one of {', '.join(sorted(target.families))}",
+            found=checkpoint.config.family,
+        )
+
+
+def matrix() -> dict[str, Any]:
+    """What can be read and what it can become, from the registries."""
+    targets = [target_named(name) for name in TARGETS]
+    return {
+        "sources": [{"name": f.name, "title": f.title} for f in FORMATS],
+        "targets": [{"name": t.name, "title": t.title} for t in targets],
+        "families": [
+            {
+                "name": family.name,
+                "title": family.title,
+                "sources": sorted(family.read_config),
+                "targets": [t.name for t in targets if not t.families or family.name in t.families],
+                "tasks": sorted(family.heads),
+            }
+            for family in FAMILIES
+        ],
+    }
+
+
+def _file_plan(file: PlannedFile) -> dict[str, object]:
+    """One file of a dry run: how much of it is copied as it is, and what is computed."""
+    raw = [placed.tensor.nbytes for placed in file.tensors if placed.tensor.segments() is not None]
+    computed = [placed.name for placed in file.tensors if placed.tensor.segments() is None]
+    return {
+        "path": file.path,
+        "bytes": file.nbytes,
+        "tensors": len(file.tensors),
+        "copied_bytes": sum(raw),
+        "transformed": computed,
+    }

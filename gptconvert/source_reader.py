@@ -1,0 +1,117 @@
+"""Input files read block by block, and hashed whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from gptconvert import fileops
+from gptconvert.errors import InputError
+from gptconvert.tensors import Segment
+
+#: Small enough to stay in a core's cache while every consumer looks at it, large enough to hide Python.
+BLOCK_BYTES = 1 << 20
+
+
+class StoppedError(Exception):
+    """Another thread failed; its error is the one to report."""
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """A whole file's size and SHA-256."""
+
+    nbytes: int
+    sha256: str
+
+
+class SourceReader:
+    """Reads input files block by block; the file used last stays open.
+
+    Args:
+        stop: when set, reading raises :class:`StoppedError`.
+    """
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self._stop = stop or threading.Event()
+        self._path, self._descriptor = "", -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor, self._path = -1, ""
+
+    def open(self, path: str) -> int:
+        """A descriptor for reading; it belongs to this object.
+
+        Raises:
+            InputError: the file cannot be opened.
+        """
+        if self._path != path:
+            self.__exit__(None, None, None)
+            try:
+                self._descriptor, self._path = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
+            except OSError as error:
+                raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+        return self._descriptor
+
+    def read(self, path: str, nbytes: int, offset: int) -> bytes:
+        """At most ``nbytes``; none at the end of the file.
+
+        Raises:
+            InputError: the file cannot be read.
+            StoppedError: asked to stop.
+        """
+        if self._stop.is_set():
+            raise StoppedError
+        try:
+            return fileops.read(self.open(path), nbytes, offset)
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+
+    def blocks(self, segments: Iterable[Segment]) -> Iterator[bytes]:
+        """The bytes of ``segments``, one after the other.
+
+        Raises:
+            InputError: a file cannot be read or has become too short.
+        """
+        for segment in segments:
+            offset = segment.offset
+            while offset < segment.end:
+                data = self.read(segment.path, min(BLOCK_BYTES, segment.end - offset), offset)
+                if not data:
+                    raise truncated(segment.path, segment.end, offset)
+                yield data
+                offset += len(data)
+
+
+def truncated(path: str, expected: int, found: int) -> InputError:
+    """The error for a file that ends too early."""
+    return InputError("file is truncated", path=path, expected=f"{expected} bytes", found=f"{found} bytes")
+
+
+def digest_files(paths: Iterable[str], stop: threading.Event | None = None) -> dict[str, FileDigest]:
+    """Size and SHA-256 of whole files.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    found = {}
+    with SourceReader(stop) as reader:
+        for path in paths:
+            sha, offset = hashlib.sha256(), 0
+            while data := reader.read(path, BLOCK_BYTES, offset):
+                sha.update(data)
+                offset += len(data)
+            found[path] = FileDigest(offset, sha.hexdigest())
+    return found

@@ -1,0 +1,28 @@
+"""CRC-32C (Castagnoli) as TensorFlow's checkpoints record it.
+
+Polynomial 0x82F63B78 (reflected), initial and final value 0xFFFFFFFF. Files store it *masked*, so that a checksum
+of data that itself contains checksums stays useful.
+"""
+
+from __future__ import annotations
+
+import google_crc32c
+
+_WORD = 0xFFFFFFFF
+_MASK_DELTA = 0xA282EAD8
+
+
+def crc32c(data: bytes) -> int:
+    """The checksum of ``data``."""
+    return int(google_crc32c.value(data))
+
+
+def mask(crc: int) -> int:
+    """A checksum as files store it: rotated right by 15 bits, plus a constant."""
+    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & _WORD
+
+
+def unmask(masked: int) -> int:
+    """The inverse of :func:`mask`."""
+    rotated = (masked - _MASK_DELTA) & _WORD
+    return (rotated >> 17 | rotated << 15) & _WORD

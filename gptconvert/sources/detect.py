@@ -1,0 +1,167 @@
+"""All formats in one place, and what a path is when nobody says so.
+
+:data:`FORMATS` is what the command line, ``inspect`` and the documentation list. What looks like a checkpoint of
+another kind gets its name in the error, so that nobody has to guess why it is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+
+from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
+from gptconvert.sources import hf, hub, openai_tf
+from gptconvert.sources.hf_files import weights_named
+from gptconvert.sources.near import no_such_path
+from gptconvert.sources.sniff import explain_file, file_size
+from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.sources.torch_zip import read_torch_pickle
+
+#: In the order they are tried: Hugging Face's file names are the least mistakable.
+FORMATS: tuple[Format, ...] = (hf.FORMAT, openai_tf.FORMAT)
+
+
+def open_source(path: str | os.PathLike[str], options: OpenOptions, format: str | None = None) -> Source:
+    """The checkpoint at ``path``, a local file or directory or a repository on the hub. Headers only.
+
+    Args:
+        path: what the user named.
+        options: how to open it.
+        format: name of a :class:`Format`; None: found out.
+
+    Raises:
+        UsageError: no format of that name.
+        InputError: nothing there, not readable, or not a checkpoint.
+        UnsupportedError: a checkpoint of a kind that is not read.
+        UnsafeInputError: no regular file, or a file that tries to run code.
+    """
+    path = os.fspath(path)
+    if format is not None:
+        return _format_named(format).open(path, options)
+    found = next((each for each in FORMATS if each.recognises(path)), None)
+    if found is not None:
+        return found.open(path, options)
+    if os.path.lexists(path):
+        raise _unrecognised(path)
+    if hub.is_repo_id(path) and not _in_local_directory(path):
+        return hf.FORMAT.open(path, options)
+    raise no_such_path(path)
+
+
+def _format_named(name: str) -> Format:
+    for each in FORMATS:
+        if each.name == name:
+            return each
+    raise UsageError("unknown source format", expected=f"one of {', '.join(f.name for f in FORMATS)}", found=name)
+
+
+def _in_local_directory(path: str) -> bool:
+    """Whether ``org/name`` is more likely a mistyped file in an existing directory ``org``."""
+    parent = os.path.dirname(path)
+    return parent != "" and os.path.isdir(parent)
+
+
+@dataclass(frozen=True)
+class Lookalike:
+    """A kind of checkpoint that no format reads.
+
+    Attributes:
+        title: its name.
+        names: pattern for the whole name of such a file, or of an entry of such a directory.
+        magic: first bytes of such a file; empty: told by the name alone.
+    """
+
+    title: str
+    names: str
+    magic: bytes = b""
+
+
+LOOKALIKES: tuple[Lookalike, ...] = (
+    Lookalike("OpenAI's GPT-1 release", r"params_\d+\.npy|params_shapes\.json"),
+    Lookalike("a fine-tuned OpenAI GPT-1 (joblib)", r".*_params\.jl"),
+    Lookalike("a mesh-transformer-jax checkpoint (original GPT-J)", r"step_\d+|shard_\d+"),
+    Lookalike("a GPT-NeoX checkpoint (DeepSpeed)", r"global_step\d+|layer_\d+-.*\.pt|mp_rank_\d+_model_states\.pt"),
+    Lookalike(
+        "a Megatron-LM checkpoint", r"latest_checkpointed_iteration\.txt|iter_\d+|mp_rank_\d+|model_optim_rng\.pt"
+    ),
+    Lookalike("a nanoGPT checkpoint", r"ckpt\.pt"),
+    Lookalike("an llm.c checkpoint", r"gpt2_\d+M.*\.bin", struct.pack("<i", 20240326)),
+    Lookalike("llama.cpp weights (GGUF)", r".*\.gguf", b"GGUF"),
+    Lookalike("Keras weights (HDF5)", r".*\.(?:h5|hdf5|keras)", b"\x89HDF\r\n\x1a\n"),
+    Lookalike("Flax weights (msgpack)", r".*\.msgpack"),
+    Lookalike("an ONNX model", r".*\.onnx"),
+    Lookalike("a TensorFlow SavedModel", r"saved_model\.pb(?:txt)?"),
+    Lookalike("rust-bert weights", r".*\.ot"),
+    Lookalike("NumPy arrays", r".*\.np[yz]", b"\x93NUMPY"),
+)
+
+
+def lookalike(path: str) -> str | None:
+    """The name of the kind of checkpoint at ``path`` among those that are not read; None: unknown."""
+    if os.path.isdir(path):
+        names = _entries(path)
+        return next((k.title for k in LOOKALIKES if any(re.fullmatch(k.names, name) for name in names)), None)
+    head = read_head(path)
+    by_bytes = next((k.title for k in LOOKALIKES if k.magic and head.startswith(k.magic)), None)
+    if by_bytes is not None:
+        return by_bytes
+    if head[:2] == b"PK" and _mentions_model_args(path):
+        return "a nanoGPT checkpoint"
+    name = os.path.basename(path)
+    return next((k.title for k in LOOKALIKES if re.fullmatch(k.names, name)), None)
+
+
+def read_head(path: str) -> bytes:
+    """The first bytes of a regular file.
+
+    Raises:
+        InputError: it cannot be read.
+        UnsafeInputError: it is no regular file.
+    """
+    file_size(path)
+    try:
+        with open(path, "rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+
+
+def _mentions_model_args(path: str) -> bool:
+    """nanoGPT's ``torch.save({"model": …, "model_args": …})``, whatever the file is called."""
+    try:
+        tree = read_torch_pickle(path).tree
+    except GptConvertError:
+        return False
+    return isinstance(tree, dict) and {"model", "model_args"} <= tree.keys()
+
+
+def _entries(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+
+
+def _unrecognised(path: str) -> GptConvertError:
+    """What to say of a path that exists and that no format claims."""
+    supported = "; ".join(f"{each.name}: {each.title}" for each in FORMATS)
+    title = lookalike(path)
+    if title is not None:
+        return UnsupportedError(
+            f"recognised as {title}; not supported by this version", path=path, expected=f"one of {supported}"
+        )
+    if os.path.isdir(path):
+        found = ", ".join(_entries(path)[:8]) or "an empty directory"
+        return InputError(
+            "no checkpoint of a known kind here", path=path, expected=f"one of {supported}", found=found
+        )
+    explained = explain_file(path) or f"begins with {read_head(path)[:16]!r}"
+    hint = "if these are Hugging Face weights, put the model's config.json beside them"
+    return InputError(
+        f"no checkpoint of a known kind: this file {explained}",
+        path=path,
+        expected=f"one of {supported}",
+        hint=hint if weights_named(path) is not None else None,
+    )

@@ -1,0 +1,241 @@
+"""Checkpoints on the Hugging Face hub: resolved to one commit, only the needed files fetched, their digests checked.
+
+All requests, the cache, proxies and authentication are huggingface_hub's; the token comes from the environment or
+``hf auth login``, never from an option, and the server from ``HF_ENDPOINT``. What is added here is the choice of
+files and the check of what arrived: huggingface_hub itself compares only lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from gptconvert.errors import GptConvertError, InputError, OutputError
+from gptconvert.sources.hf_files import CONFIG, TOKENIZER_FILES, Weights, choose_weights
+from gptconvert.sources.shards import read_weight_map
+from gptconvert.sources.source import OpenOptions
+
+_REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?)?", re.ASCII)
+_FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index", ".json", ".npy", ".h5", ".onnx", ".gguf")
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A repository's files in the local cache.
+
+    Attributes:
+        directory: the snapshot of one commit.
+        revision: that commit.
+        weights_file: the weights (or their index) inside ``directory``.
+        notes: what the user should know.
+    """
+
+    directory: str
+    revision: str
+    weights_file: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Digest:
+    """What the hub says a file's digest is: SHA-256 of large files, git's blob id of small ones."""
+
+    value: str
+    git: bool
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether ``text`` could name a repository (``org/name`` or ``name``), rather than a mistyped path."""
+    return _REPO_ID.fullmatch(text) is not None and ".." not in text and not text.endswith(_FILE_ENDINGS)
+
+
+def fetch(repo: str, options: OpenOptions) -> Fetched:
+    """The repository's configuration, weights and tokenizer in the local cache, downloaded where not there yet.
+
+    Raises:
+        InputError: repository, revision or file not found, no access, no network, or a digest does not match.
+        UnsupportedError: the repository has only weights that are not read.
+        OutputError: the cache cannot be written.
+    """
+    from huggingface_hub import constants
+
+    with _quiet(), _translated(repo, options):
+        if options.offline or constants.HF_HUB_OFFLINE:
+            return _from_cache(repo, options)
+        return _from_hub(repo, options)
+
+
+def _from_hub(repo: str, options: OpenOptions) -> Fetched:
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(repo, revision=options.revision, files_metadata=True)
+    commit = str(info.sha)
+    digests = {file.rfilename: _digest(file) for file in info.siblings or () if "/" not in file.rfilename}
+    if CONFIG not in digests:
+        raise InputError(
+            "config.json is missing from the repository", path=repo, found=", ".join(sorted(digests)[:8])
+        )
+    weights, notes = choose_weights(digests, options.weights_file, repo)
+    # By the revision's own name, so that the cache can resolve it again without the network.
+    directory = os.path.dirname(_download(repo, CONFIG, options.revision, digests[CONFIG], options))
+    if os.path.basename(directory) != commit:
+        raise InputError("the repository changed while it was read", path=repo, hint="run the same command again")
+    for name in TOKENIZER_FILES:
+        if name in digests:
+            _download(repo, name, commit, digests[name], options)
+    for name in _weights_files(repo, weights, commit, digests, options):
+        _download(repo, name, commit, digests[name], options)
+    return Fetched(directory, commit, weights.name, tuple(notes))
+
+
+def _weights_files(
+    repo: str, weights: Weights, commit: str, digests: Mapping[str, _Digest | None], options: OpenOptions
+) -> list[str]:
+    """The weights file, or all shards its index names."""
+    if not weights.sharded:
+        return [weights.name]
+    index = _download(repo, weights.name, commit, digests[weights.name], options)
+    shards = sorted(set(read_weight_map(index).values()))
+    missing = [name for name in shards if name not in digests]
+    if missing:
+        listed = ", ".join(missing[:8])
+        raise InputError(
+            f"{len(missing)} of {len(shards)} shards are missing from the repository: {listed}", path=repo
+        )
+    return shards
+
+
+def _from_cache(repo: str, options: OpenOptions) -> Fetched:
+    from huggingface_hub import hf_hub_download
+
+    config = hf_hub_download(
+        repo, CONFIG, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True
+    )
+    directory = os.path.dirname(config)
+    try:
+        weights, notes = choose_weights(os.listdir(directory), options.weights_file, directory)
+    except InputError as error:
+        error.hint = "only a part of the repository is in the cache: run once without --offline"
+        raise
+    return Fetched(directory, os.path.basename(directory), weights.name, tuple(notes))
+
+
+def _download(repo: str, name: str, revision: str | None, digest: _Digest | None, options: OpenOptions) -> str:
+    """The file's path in the cache. What was fetched just now is checked, and does not stay if it is wrong."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cache = options.cache_dir
+    known = isinstance(try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision), str)
+    path = hf_hub_download(repo, name, revision=revision, cache_dir=cache)
+    if digest is not None and not known:
+        try:
+            _check(path, digest, f"{repo}/{name}")
+        except BaseException:  # an interrupted check must not leave a file that the next run trusts
+            for leftover in (os.path.realpath(path), path):
+                if os.path.lexists(leftover):
+                    os.unlink(leftover)
+            raise
+    return path
+
+
+def _digest(file: Any) -> _Digest | None:
+    """The digest of one entry of the hub's listing."""
+    if file.lfs is not None:
+        return _Digest(file.lfs.sha256, git=False)
+    return None if file.blob_id is None else _Digest(file.blob_id, git=True)
+
+
+def _check(path: str, expected: _Digest, where: str) -> None:
+    digest = hashlib.sha1(usedforsecurity=False) if expected.git else hashlib.sha256()
+    if expected.git:
+        digest.update(b"blob %d\0" % os.path.getsize(path))
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != expected.value:
+        raise InputError(
+            "downloaded file is damaged, and was removed from the cache",
+            path=where,
+            expected=f"{'git blob' if expected.git else 'SHA-256'} {expected.value}",
+            found=digest.hexdigest(),
+            hint="run the same command again; if it happens again, a proxy or mirror alters the file",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars only where somebody watches."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled() or sys.stderr.isatty():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def _translated(repo: str, options: OpenOptions) -> Iterator[None]:
+    """The hub library's errors in this program's words."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except GptConvertError:
+        raise
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise InputError(
+            f"not in the local cache at revision {options.revision or 'main'}, and working offline",
+            path=repo,
+            hint="run once without --offline (and without HF_HUB_OFFLINE)",
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise _http_error(repo, options, error) from error
+    except errors.HFValidationError as error:
+        raise InputError("this is no name of a hub repository", path=repo, expected="org/name") from error
+    except OSError as error:
+        if error.errno is None:
+            raise _unreachable(repo, error) from error
+        raise OutputError(f"the hub cache cannot be written ({error.strerror})", path=error.filename) from error
+    except Exception as error:  # the transport's own errors; which library raises them depends on the version
+        if not isinstance(error, getattr(errors, "HTTPError", ())):
+            raise
+        raise _unreachable(repo, error) from error
+
+
+def _http_error(repo: str, options: OpenOptions, error: Any) -> InputError:
+    from huggingface_hub import constants, errors
+
+    status = getattr(error.response, "status_code", None)
+    login = "set HF_TOKEN, or log in with `hf auth login`"
+    if isinstance(error, errors.GatedRepoError):
+        hint = f"accept its terms at {constants.ENDPOINT}/{repo}, then {login}"
+        return InputError("access to this repository must be granted by its owner", path=repo, hint=hint)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"the repository has no revision {options.revision!r}", path=repo, hint="check --revision")
+    if status in (401, 403):
+        what = "the hub refuses access" if status == 403 else "no such repository, or it is private"
+        return InputError(what, path=repo, found=f"HTTP {status}", hint=f"check the name; if it is private, {login}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "check the name (there is no such local file or directory either)"
+        return InputError("no such repository on the hub", path=repo, found=f"HTTP {status}", hint=hint)
+    return InputError("the hub answers with an error", path=repo, found=f"HTTP {status}", hint="try again later")
+
+
+def _unreachable(repo: str, error: Exception) -> InputError:
+    return InputError(
+        "the hub cannot be reached",
+        path=repo,
+        found=str(error)[:120] or type(error).__name__,
+        hint="check the network, HF_ENDPOINT and proxies; --offline uses what was downloaded before",
+    )

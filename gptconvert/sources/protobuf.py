@@ -1,0 +1,122 @@
+"""Protocol Buffers' wire format, as much of it as a checkpoint index needs, and no trust in what it says.
+
+Source: protobuf.dev, "Encoding". Every length is checked against the bytes that are there, so nothing is ever
+allocated because a file says so.
+"""
+
+from __future__ import annotations
+
+import struct
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+_MAX_VARINT_BYTES = 10
+
+
+class MalformedError(ValueError):
+    """The bytes are not what the format allows. Readers turn it into an error that names the file."""
+
+
+def varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
+    """An unsigned base-128 number at ``at``.
+
+    Returns:
+        the number and the position after it.
+
+    Raises:
+        MalformedError: the bytes end inside it, or it has more than ``bits`` bits.
+    """
+    if at < len(data) and data[at] < 0x80:  # by far the commonest
+        return data[at], at + 1
+    value = 0
+    for index in range(_MAX_VARINT_BYTES):
+        if at + index >= len(data):
+            raise MalformedError("ends inside a number")
+        byte = data[at + index]
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            if value >> bits:
+                break
+            return value, at + index + 1
+    raise MalformedError(f"holds a number of more than {bits} bits")
+
+
+def signed(value: int) -> int:
+    """A 64-bit varint read as int64."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+class Message:
+    """A message's fields by number, in order of appearance; unknown fields stay unread.
+
+    Args:
+        data: the whole message.
+
+    Raises:
+        MalformedError: not a sequence of complete fields.
+    """
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, data: bytes) -> None:
+        self._fields: dict[int, list[int | bytes]] = {}
+        at = 0
+        while at < len(data):
+            key, at = varint(data, at)
+            number, wire = key >> 3, key & 7
+            if not 0 < number < 1 << 29:
+                raise MalformedError(f"has a field numbered {number}")
+            value, at = _value(data, at, wire)
+            self._fields.setdefault(number, []).append(value)
+
+    def integer(self, number: int, default: int = 0) -> int:
+        """A singular int64 field (or one of its narrower kin); absent: ``default``."""
+        value = self._single(number)
+        if value is None:
+            return default
+        if not isinstance(value, int):
+            raise MalformedError(f"has bytes where field {number} is a number")
+        return signed(value)
+
+    def message(self, number: int) -> Message:
+        """A singular embedded message; absent: an empty one."""
+        value = self._single(number)
+        if isinstance(value, int):
+            raise MalformedError(f"has a number where field {number} is a message")
+        return Message(value or b"")
+
+    def messages(self, number: int) -> list[Message]:
+        """A repeated embedded message."""
+        values = self._fields.get(number, [])
+        if any(isinstance(value, int) for value in values):
+            raise MalformedError(f"has a number where field {number} is a message")
+        return [Message(value) for value in values if isinstance(value, bytes)]
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._fields
+
+    def _single(self, number: int) -> int | bytes | None:
+        values = self._fields.get(number)
+        if values is None:
+            return None
+        if len(values) > 1:  # legal protobuf, written by no checkpoint writer: two readers could differ on it
+            raise MalformedError(f"has field {number} {len(values)} times")
+        return values[0]
+
+
+def _value(data: bytes, at: int, wire: int) -> tuple[int | bytes, int]:
+    """One field's value and the position after it."""
+    if wire == VARINT:
+        return varint(data, at)
+    if wire == BYTES:
+        length, at = varint(data, at)
+    elif wire in (FIXED32, FIXED64):
+        length = 4 if wire == FIXED32 else 8
+    else:
+        raise MalformedError(f"has a field of wire type {wire}")
+    if length > len(data) - at:
+        raise MalformedError(f"ends inside a field of {length} bytes")
+    raw = data[at : at + length]
+    if wire == BYTES:
+        return raw, at + length
+    number: int = struct.unpack("<I" if wire == FIXED32 else "<Q", raw)[0]
+    return number, at + length

@@ -1,0 +1,288 @@
+"""A pickle interpreter that can do nothing but build data.
+
+Python's own unpickler imports what a file names, calls it, and lets a file allocate and recurse without bound. This
+one works through the opcodes itself: a *global* becomes a :class:`Global`, a record of two strings that was never
+imported; calling one looks it up in the reader's table; whatever the table does not list is refused by name. Memory
+and time are bounded by the number of bytes and opcodes read.
+Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from gptconvert.errors import InputError, UnsafeInputError
+
+#: Most bytes of pickle read from one file: the largest GPT's names and shapes take less than 1 MiB.
+MAX_BYTES = 64 << 20
+#: Most opcodes executed (a second or two of work).
+MAX_OPCODES = 2_000_000
+_MAX_INTEGER = 1 << 128
+
+RESAVE = "in an environment where you trust the file: torch.save(model.state_dict(), 'pytorch_model.bin')"
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the file asks for; nothing was imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A harmless value that nobody here needs, by what it is (``numpy scalar``)."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one kind of file may name.
+
+    Attributes:
+        calls: global → what stands in for calling it with these arguments.
+        values: globals that may be named and are never called (storage types, dtypes).
+        persistent: stands in for an object that lies outside the pickle (a storage), from its id.
+    """
+
+    calls: Mapping[Global, Callable[[tuple[object, ...]], object]]
+    values: frozenset[Global]
+    persistent: Callable[[object], object]
+
+
+class RefusedError(Exception):
+    """Raised by a rule's function: the arguments make no sense. Becomes an :class:`InputError`."""
+
+
+def load_pickle(file: BinaryIO, rules: Rules, path: str) -> object:
+    """The object of the one pickle that begins at the file's position; the position moves behind it.
+
+    Dictionaries and ordered dictionaries become ``dict``, sets become lists (their order is not defined).
+
+    Raises:
+        UnsafeInputError: the pickle names or does something that is not in ``rules``.
+        InputError: the pickle is damaged or cut off.
+    """
+    machine = _Machine(rules, path)
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(cast("BinaryIO", _Bounded(file, path)))):
+            if count > MAX_OPCODES:
+                raise UnsafeInputError("pickle refused: too long", path=path, expected=f"≤ {MAX_OPCODES} opcodes")
+            machine.step(opcode.name, argument)
+    except RefusedError as error:
+        raise InputError(f"pickle is damaged: {error}", path=path) from error
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
+        raise InputError(f"pickle is damaged ({error})", path=path) from error
+    return machine.result
+
+
+class _Bounded:
+    """The file, as pickletools reads it, with a budget."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self.file, self.path, self.left = file, path, MAX_BYTES
+
+    def read(self, nbytes: int) -> bytes:
+        if nbytes > self.left:
+            raise UnsafeInputError("pickle refused: too long", path=self.path, expected=f"≤ {MAX_BYTES} bytes")
+        self.left -= nbytes
+        return self.file.read(nbytes)
+
+    def readline(self) -> bytes:
+        line = self.file.readline(min(self.left, 1 << 16))
+        self.left -= len(line)
+        return line
+
+
+class _Mark:
+    """What MARK leaves on the stack; never a value."""
+
+
+_MARK = _Mark()
+
+
+class _Machine:
+    """The pickle machine: a stack, a memo, and one method per kind of opcode."""
+
+    def __init__(self, rules: Rules, path: str) -> None:
+        self.rules, self.path = rules, path
+        self.stack: list[object] = []
+        self.memo: dict[int, object] = {}
+        self.result: object = None
+
+    def step(self, name: str, argument: object) -> None:
+        if name in _PUSHED:
+            if isinstance(argument, int) and abs(argument) >= _MAX_INTEGER:
+                raise RefusedError("a whole number of more than 128 bits")
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name]())
+        elif name in _HANDLERS:
+            _HANDLERS[name](self, argument)
+        else:
+            raise UnsafeInputError(f"pickle refused: opcode {name}, which torch.save does not write", path=self.path)
+
+    def pop(self) -> object:
+        value = self.stack.pop()
+        if value is _MARK:
+            raise RefusedError("a mark in the place of a value")
+        return value
+
+    def top(self) -> object:
+        if not self.stack or self.stack[-1] is _MARK:
+            raise RefusedError("stack is empty")
+        return self.stack[-1]
+
+    def drop(self) -> None:
+        self.stack.pop()
+
+    def drop_to_mark(self) -> None:
+        self.pop_to_mark()
+
+    def pop_to_mark(self) -> list[object]:
+        for i in range(len(self.stack) - 1, -1, -1):
+            if self.stack[i] is _MARK:
+                values = self.stack[i + 1 :]
+                del self.stack[i:]
+                return values
+        raise RefusedError("no mark on the stack")
+
+    def pops(self, count: int) -> list[object]:
+        return [self.pop() for _ in range(count)][::-1]
+
+    def find(self, module: object, name: object) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise RefusedError("a global that is not named by strings")
+        found = Global(module, name)
+        if found not in self.rules.calls and found not in self.rules.values:
+            raise UnsafeInputError(
+                f"refused global {found}, nothing executed",
+                path=self.path,
+                expected="tensors in plain dictionaries",
+                found="a whole pickled model object" if _is_model_class(found) else None,
+                hint=f"save the weights alone, {RESAVE}",
+            )
+        self.stack.append(found)
+
+    def instance(self, module: str, name: str) -> None:
+        """Protocol 0's way to build an object: never torch.save's."""
+        self.find(module, name)
+        raise RefusedError(f"an instance of {module}.{name}")
+
+    def call(self) -> None:
+        function, arguments = self.pops(2)
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
+            raise RefusedError("a call of something that is no global")
+        if function not in self.rules.calls:
+            raise RefusedError(f"a call of {function}")
+        self.stack.append(self.rules.calls[function](arguments))
+
+    def build(self) -> None:
+        """Attributes set on an object: ours have none, so those of dictionaries (``_metadata``) are let go."""
+        self.pop()
+        if not isinstance(self.top(), (dict, Opaque)):
+            raise RefusedError("attributes set on something that is no dictionary")
+
+    def persistent(self) -> None:
+        self.stack.append(self.rules.persistent(self.pop()))
+
+    def extend(self, values: list[object]) -> None:
+        target = self.top()
+        if not isinstance(target, list):
+            raise RefusedError("elements appended to something that is no list")
+        target.extend(values)
+
+    def update(self, values: list[object]) -> None:
+        target = self.top()
+        if not isinstance(target, dict):
+            raise RefusedError("items set on something that is no dictionary")
+        target.update(_pairs(values))
+
+    def memoize(self, index: object) -> None:
+        self.memo[cast("int", index)] = self.top()
+
+    def stop(self) -> None:
+        self.result = self.pop()
+
+
+def _pairs(values: list[object]) -> dict[str | int | None, object]:
+    """Key, value, key, value … → a dictionary. Keys are scalars: hashing a deep tuple would overflow the C stack."""
+    if len(values) % 2:
+        raise RefusedError("a dictionary key without a value")
+    found: dict[str | int | None, object] = {}
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        if key is not None and not isinstance(key, (str, int)):
+            raise RefusedError(f"a dictionary key of type {type(key).__name__}")
+        found[key] = value
+    return found
+
+
+def ordered_dict(arguments: tuple[object, ...]) -> dict[str | int | None, object]:
+    """``collections.OrderedDict()``. Its items follow as opcodes of their own, each counted."""
+    if arguments:
+        raise RefusedError("an ordered dictionary that is not built item by item")
+    return {}
+
+
+def _is_model_class(found: Global) -> bool:
+    package = found.module.split(".")[0]
+    return found.module.startswith("torch.nn.") or package in ("transformers", "pytorch_transformers", "__main__")
+
+
+#: Opcodes whose argument is the value.
+_PUSHED = frozenset(
+    """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING
+    BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8""".split()
+)
+_CONSTANTS: Mapping[str, Callable[[], object]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": list,
+    "MARK": lambda: _MARK,
+}
+_HANDLERS: Mapping[str, Callable[[_Machine, object], None]] = {
+    "PROTO": lambda m, _: None,
+    "FRAME": lambda m, _: None,
+    "STOP": lambda m, _: m.stop(),
+    "POP": lambda m, _: m.drop(),
+    "POP_MARK": lambda m, _: m.drop_to_mark(),
+    "DUP": lambda m, _: m.stack.append(m.top()),
+    "TUPLE": lambda m, _: m.stack.append(tuple(m.pop_to_mark())),
+    "TUPLE1": lambda m, _: m.stack.append(tuple(m.pops(1))),
+    "TUPLE2": lambda m, _: m.stack.append(tuple(m.pops(2))),
+    "TUPLE3": lambda m, _: m.stack.append(tuple(m.pops(3))),
+    "LIST": lambda m, _: m.stack.append(m.pop_to_mark()),
+    "FROZENSET": lambda m, _: m.stack.append(m.pop_to_mark()),
+    "DICT": lambda m, _: m.stack.append(_pairs(m.pop_to_mark())),
+    "APPEND": lambda m, _: m.extend(m.pops(1)),
+    "APPENDS": lambda m, _: m.extend(m.pop_to_mark()),
+    "ADDITEMS": lambda m, _: m.extend(m.pop_to_mark()),
+    "SETITEM": lambda m, _: m.update(m.pops(2)),
+    "SETITEMS": lambda m, _: m.update(m.pop_to_mark()),
+    "PUT": lambda m, index: m.memoize(index),
+    "BINPUT": lambda m, index: m.memoize(index),
+    "LONG_BINPUT": lambda m, index: m.memoize(index),
+    "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
+    "GET": lambda m, index: m.stack.append(m.memo[cast("int", index)]),
+    "BINGET": lambda m, index: m.stack.append(m.memo[cast("int", index)]),
+    "LONG_BINGET": lambda m, index: m.stack.append(m.memo[cast("int", index)]),
+    "GLOBAL": lambda m, words: m.find(*str(words).split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m.find(*m.pops(2)),
+    "INST": lambda m, words: m.instance(*str(words).split(" ", 1)),
+    "REDUCE": lambda m, _: m.call(),
+    "NEWOBJ": lambda m, _: m.call(),
+    "BUILD": lambda m, _: m.build(),
+    "BINPERSID": lambda m, _: m.persistent(),
+}

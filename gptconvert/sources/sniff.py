@@ -1,0 +1,147 @@
+"""Opening files nobody vouched for: only regular ones, and a word on what a file is when it is not what it claims.
+
+Readers call :func:`file_size` (or :func:`read_small`) before they open anything, so that a FIFO or a device can
+neither block nor be read without end, and :func:`explain_file` once parsing has failed, so that the message says
+"Git LFS pointer" and not "bad magic number".
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Collection
+
+from gptconvert.errors import InputError, UnsafeInputError
+
+_HEAD_BYTES = 512
+_TAR_MAGIC_AT = 257
+
+#: What lies at a path that is no regular file, by ``stat``'s predicates.
+_SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+#: (kind, first bytes, in words). The first that fits wins.
+_MAGIC: tuple[tuple[str, bytes, str], ...] = (
+    (
+        "lfs",
+        b"version https://git-lfs.github.com/spec/",
+        "is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned",
+    ),
+    (
+        "lfs",
+        b"# xet version",
+        "is a Xet pointer, not the file itself; download it with `hf download`",
+    ),
+    ("annex", b"/annex/objects/", "is a git-annex pointer, not the file itself; run `git annex get`"),
+    ("gzip", b"\x1f\x8b", "is gzip-compressed; decompress it first"),
+    ("bzip2", b"BZh", "is bzip2-compressed; decompress it first"),
+    ("xz", b"\xfd7zXZ\x00", "is xz-compressed; decompress it first"),
+    ("zstd", b"\x28\xb5\x2f\xfd", "is zstd-compressed; decompress it first"),
+    ("7z", b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive; unpack it first"),
+    ("zip", b"PK\x03\x04", "is a zip archive (PyTorch's .bin and .pt files are such archives)"),
+    ("hdf5", b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras weights, perhaps)"),
+    ("npy", b"\x93NUMPY", "is a NumPy array file"),
+    ("pickle", b"\x80\x02", "is a Python pickle"),
+    ("pickle", b"\x80\x03", "is a Python pickle"),
+    ("pickle", b"\x80\x04", "is a Python pickle"),
+    ("pickle", b"\x80\x05", "is a Python pickle"),
+    ("gguf", b"GGUF", "is a GGUF file (llama.cpp)"),
+    ("pdf", b"%PDF-", "is a PDF document"),
+    ("image", b"\x89PNG\r\n\x1a\n", "is an image"),
+    ("elf", b"\x7fELF", "is a program"),
+)
+_HTML_STARTS = (b"<!doctype html", b"<html", b"<head", b"<body", b"<!--")
+
+
+def explain_bytes(head: bytes, allow: Collection[str] = ()) -> str | None:
+    """What a file that begins with ``head`` is, as the end of the sentence "this file …"; None: nothing known.
+
+    Args:
+        head: the first bytes, a few hundred at least where the file has them.
+        allow: kinds not to report, because they are right here (``{"zip"}`` for a PyTorch file).
+    """
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    found: list[tuple[str, str]] = []
+    if not head:
+        found.append(("empty", "is empty (0 bytes); the download or copy did not finish"))
+    if text.startswith(_HTML_STARTS):
+        found.append(("html", "is an HTML page: the download gave a web page in place of the file"))
+    if text.startswith((b"<?xml", b"<error")):
+        found.append(("xml", "is an XML page: the download gave a server's error message in place of the file"))
+    found += [(kind, words) for kind, magic, words in _MAGIC if head.startswith(magic)]
+    if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
+        found.append(("tar", "is a tar archive; unpack it first"))
+    if len(head) >= 64 and not any(head):
+        found.append(("zeros", "begins with nothing but zero bytes; the download or copy did not finish"))
+    if head and not found and _is_text(head):
+        start = head[:60].decode("ascii").strip().splitlines() or [""]
+        found.append(("text", f"is a text file that begins with {start[0]!r}"))
+    return next((words for kind, words in found if kind not in allow), None)
+
+
+def explain_file(path: str | os.PathLike[str], allow: Collection[str] = ()) -> str | None:
+    """:func:`explain_bytes` of the file at ``path``; None also where it is no regular file or cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with open(path, "rb") as file:
+            return explain_bytes(file.read(_HEAD_BYTES), allow)
+    except (OSError, ValueError):
+        return None
+
+
+def file_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of the regular, readable file at ``path``, found without opening it.
+
+    Raises:
+        UnsafeInputError: a directory, named pipe, device or socket.
+        InputError: missing, or not readable by this user.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise InputError("file is missing", path=path) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
+        raise InputError(f"cannot be read ({_reason(error)})", path=path) from error
+    if not stat.S_ISREG(status.st_mode):
+        found = next((words for test, words in _SPECIAL if test(status.st_mode)), "something else")
+        raise UnsafeInputError("not a regular file", path=path, expected="a regular file", found=found)
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise InputError(
+            "cannot be read (Permission denied)", path=path, hint="make it readable: chmod u+r, or ask its owner"
+        )
+    return status.st_size
+
+
+def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
+    """The whole of a small file.
+
+    Args:
+        path: the file.
+        limit: the most bytes it may have.
+        what: it is, for the message (``hparams.json``).
+
+    Raises:
+        UnsafeInputError: not a regular file.
+        InputError: missing, unreadable, or larger than ``limit``.
+    """
+    size = file_size(path)
+    if size > limit:
+        raise InputError(f"too large for {what}", path=path, expected=f"at most {limit} bytes", found=f"{size} bytes")
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit + 1)[:limit]
+    except OSError as error:
+        raise InputError(f"cannot be read ({_reason(error)})", path=path) from error
+
+
+def _is_text(head: bytes) -> bool:
+    return all(byte in b"\t\r\n" or 0x20 <= byte < 0x7F for byte in head)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

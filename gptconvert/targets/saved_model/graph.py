@@ -1,0 +1,286 @@
+"""The TensorFlow graph of a GPT.
+
+Written to be read beside ``reference_model/model.py`` and ``targets/onnx/graph.py``: the same story in the same
+order under the same names. The hidden state stays 2-D, [N, D] with N = B * S, so that every linear layer is one
+MatMul that takes its weight as it lies in the checkpoint; masks and angles are computed once per run. Everything is
+computed in float32, whatever the weights are stored in. Imported in the TensorFlow process only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from reference_model.config import OUTPUTS, GPTConfig, Rotary
+
+#: TensorFlow ships no types.
+Tensor = Any
+Variable = Any
+KeyValue = tuple[Tensor, Tensor]
+
+
+class Weights:
+    """A model's variables by canonical name.
+
+    Attributes:
+        variables: name → variable, as stored.
+        shapes: name → shape as stored (a variable is declared before it has one).
+        flipped: names of matrices stored [in, out]; all others are [out, in].
+    """
+
+    def __init__(
+        self, variables: Mapping[str, Variable], shapes: Mapping[str, Sequence[int]], flipped: frozenset[str]
+    ) -> None:
+        self.variables, self.shapes, self.flipped = variables, shapes, flipped
+
+    def stored(self, name: str) -> Tensor:
+        """The value as stored. Not gathered from the variable itself: that would make every other read a copy."""
+        value = self.variables[name].read_value()
+        value.set_shape(self.shapes[name])
+        return value
+
+    def __call__(self, name: str) -> Tensor:
+        return tf.cast(self.stored(name), tf.float32)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of a table in float32; only the rows taken are cast."""
+        return tf.cast(tf.gather(self.stored(name), ids), tf.float32)
+
+    def linear(self, x: Tensor, prefix: str, *, weight: str | None = None, bias: bool = True) -> Tensor:
+        """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (however it is stored) plus bias → [N, out]."""
+        name = weight or f"{prefix}.weight"
+        x = tf.matmul(x, self(name), transpose_b=name not in self.flipped)
+        return tf.nn.bias_add(x, self(f"{prefix}.bias")) if bias else x
+
+
+ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
+    # TensorFlow's own forms: they are what its CPU kernels recognise and fuse with the matrix product.
+    "gelu_tanh": lambda x: tf.nn.gelu(x, approximate=True),
+    "gelu_erf": lambda x: tf.nn.gelu(x, approximate=False),
+    "relu": tf.nn.relu,
+    "silu": lambda x: x * tf.sigmoid(x),
+    "tanh": tf.tanh,
+}
+
+
+def default_positions(attention_mask: Tensor, new_tokens: Tensor) -> Tensor:
+    """Positions that count real tokens only: [B, T] mask → [B, S]. Padding before the first gets 0."""
+    positions = tf.maximum(tf.cumsum(attention_mask, axis=1) - 1, 0)  # (B, T)
+    return positions[:, tf.shape(attention_mask)[1] - new_tokens :]  # (B, S)
+
+
+def visible(attention_mask: Tensor, new_tokens: Tensor, window: int | None) -> Tensor:
+    """What is added to scores: 0 where a query sees a key, else the lowest float. [B, 1, S, T].
+
+    A query at absolute index q sees key k iff k <= q, the mask has k, and q - k < window.
+    """
+    total = tf.shape(attention_mask)[1]
+    key = tf.range(total)  # (T)
+    query = tf.expand_dims(tf.range(total - new_tokens, total), 1)  # (S, 1)
+    seen = key <= query  # (S, T)
+    if window is not None:
+        seen = seen & (query - key < window)  # (S, T)
+    real = tf.cast(attention_mask, tf.bool)  # (B, T)
+    seen = seen & tf.expand_dims(tf.expand_dims(real, 1), 1)  # (B, 1, S, T)
+    return tf.where(seen, 0.0, tf.float32.min)  # (B, 1, S, T)
+
+
+def rotary_angles(rotary: Rotary, position_ids: Tensor) -> KeyValue:
+    """(cos, sin), each [B, S, 1, dim], laid out for the pairing that ``rotary`` says."""
+    exponent = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim  # (dim/2)
+    frequency = rotary.base**-exponent  # (dim/2)
+    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (dim)
+    # Large positions times a float32 frequency would lose bits, so the angle is taken in float64.
+    position = tf.cast(position_ids, tf.float64)[:, :, tf.newaxis, tf.newaxis]  # (B, S, 1, 1)
+    angle = tf.cast(tf.math.floormod(position * frequency, 2 * math.pi), tf.float32)  # (B, S, 1, dim)
+    return tf.cos(angle), tf.sin(angle)
+
+
+def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
+    """Rotate the first ``dim`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
+    turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]  # (B, S, H, dim), (B, S, H, hd - dim)
+    if rotary.interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]  # (B, S, H, dim/2) each
+        other = tf.reshape(tf.stack((-b, a), -1), tf.shape(turned))  # (B, S, H, dim)
+    else:
+        a, b = tf.split(turned, 2, -1)  # (B, S, H, dim/2) each
+        other = tf.concat((-b, a), -1)  # (B, S, H, dim)
+    cos, sin = angles
+    return tf.concat((turned * cos + other * sin, rest), -1)  # (B, S, H, hd)
+
+
+class Once:
+    """What every layer shares and is computed once per run."""
+
+    def __init__(self, config: GPTConfig, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> None:
+        self.batch, self.new = tf.unstack(tf.shape(input_ids))  # B, S
+        windows = dict.fromkeys(config.attn_window)
+        self.bias = {w: visible(attention_mask, self.new, w) for w in windows}  # (B, 1, S, T) each
+        self.angles = rotary_angles(config.rotary, position_ids) if config.rotary else None
+
+
+def attention(
+    w: Weights, config: GPTConfig, i: int, x: Tensor, once: Once, past: KeyValue
+) -> tuple[Tensor, KeyValue]:
+    """[N, D] → [N, D] and this layer's keys and values [B, H, T, hd]."""
+    name, width = f"h.{i}.attn", config.n_embd
+    qkv = w.linear(x, f"{name}.c_attn", bias=config.qkv_bias)  # (N, 3D)
+    per_head = (once.batch, once.new, config.n_head, config.head_dim)
+    q, k, v = (tf.reshape(part, per_head) for part in tf.split(qkv, 3, 1))  # (B, S, H, hd) each
+    if config.rotary is not None and once.angles is not None:
+        q, k = rotate(config.rotary, q, once.angles), rotate(config.rotary, k, once.angles)
+    q, k, v = (tf.transpose(part, (0, 2, 1, 3)) for part in (q, k, v))  # (B, H, S, hd) each
+    k, v = tf.concat((past[0], k), 2), tf.concat((past[1], v), 2)  # (B, H, T, hd)
+    if config.attn_scale[i] != 1.0:
+        q = q * config.attn_scale[i]
+    scores = tf.matmul(q, k, transpose_b=True)  # (B, H, S, T)
+    scores = scores + once.bias[config.attn_window[i]]  # (B, H, S, T)
+    mixed = tf.matmul(tf.nn.softmax(scores), v)  # (B, H, S, hd)
+    mixed = tf.reshape(tf.transpose(mixed, (0, 2, 1, 3)), (-1, width))  # (N, D)
+    return w.linear(mixed, f"{name}.c_proj", bias=config.attn_out_bias), (k, v)
+
+
+def mlp(w: Weights, config: GPTConfig, i: int, x: Tensor) -> Tensor:
+    """[N, D] → [N, D]."""
+    inner = ACTIVATION[config.activation](w.linear(x, f"h.{i}.mlp.c_fc"))  # (N, F)
+    return w.linear(inner, f"h.{i}.mlp.c_proj")  # (N, D)
+
+
+def norm(w: Weights, config: GPTConfig, x: Tensor, weight: str) -> Tensor:
+    """Layer norm over the last axis."""
+    centred = x - tf.reduce_mean(x, -1, keepdims=True)  # (N, D)
+    variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)  # (N, 1)
+    return centred * tf.math.rsqrt(variance + config.norm_eps) * w(f"{weight}.weight") + w(f"{weight}.bias")
+
+
+def block(w: Weights, config: GPTConfig, i: int, x: Tensor, once: Once, past: KeyValue) -> tuple[Tensor, KeyValue]:
+    """One layer: [N, D] → [N, D], and its keys and values."""
+    name = f"h.{i}"
+    if config.norm_position == "post":
+        a, present = attention(w, config, i, x, once, past)  # (N, D)
+        n = norm(w, config, x + a, f"{name}.ln_1")  # (N, D)
+        return norm(w, config, n + mlp(w, config, i, n), f"{name}.ln_2"), present
+    n = norm(w, config, x, f"{name}.ln_1")  # (N, D)
+    a, present = attention(w, config, i, n, once, past)  # (N, D)
+    after = x + a  # (N, D)
+    if config.has_second_norm:
+        n = norm(w, config, after if config.residual == "serial" else x, f"{name}.ln_2")  # (N, D)
+    return after + mlp(w, config, i, n), present  # (N, D)
+
+
+def embedding(w: Weights, config: GPTConfig, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Token vectors, plus position vectors where positions are learned: [N, D]."""
+    x = w.rows("wte.weight", input_ids)  # (B, S, D)
+    if config.rotary is None:
+        x = x + w.rows("wpe.weight", position_ids)  # (B, S, D)
+    return tf.reshape(x, (-1, config.n_embd))  # (N, D)
+
+
+def lm_head(w: Weights, config: GPTConfig, x: Tensor) -> Tensor:
+    """[N, D] → logits [N, V]; a tied head is the token embedding."""
+    weight = "wte.weight" if config.tied_head else "lm_head.weight"
+    return w.linear(x, "lm_head", weight=weight, bias=config.head_bias)  # (N, V)
+
+
+PROJECTIONS: Mapping[str, Callable[[Weights, GPTConfig, Tensor], Sequence[Tensor]]] = {
+    "text-generation": lambda w, config, x: (lm_head(w, config, x),),  # (N, V)
+    "feature-extraction": lambda w, config, x: (x,),  # (N, D)
+    "text-classification": lambda w, config, x: (w.linear(x, "score", bias=False),),  # (N, K)
+    "token-classification": lambda w, config, x: (w.linear(x, "classifier"),),  # (N, K)
+    "question-answering": lambda w, config, x: tf.split(w.linear(x, "qa_outputs"), 2, 1),  # 2 x (N, 1)
+    "multiple-choice": lambda w, config, x: (lm_head(w, config, x), w.linear(x, "mc_head")),  # (N, V), (N, 1)
+}
+
+
+def per_token(w: Weights, config: GPTConfig, x: Tensor) -> dict[str, Tensor]:
+    """Every output of the task, by the names of ``config.OUTPUTS``, for every token: [N, D] → [N, width]."""
+    x = norm(w, config, x, "ln_f") if config.final_norm else x  # (N, D)
+    return dict(zip(OUTPUTS[config.task], PROJECTIONS[config.task](w, config, x), strict=True))
+
+
+def pooled(
+    config: GPTConfig, values: Mapping[str, Tensor], input_ids: Tensor, mc_token_ids: Tensor | None
+) -> dict[str, Tensor]:
+    """What a task gives out of :func:`per_token`'s [N, width]; shapes in ``config.OUTPUTS``.
+
+    ``input_ids`` [B, S]; ``mc_token_ids`` [B / choices, choices] for multiple-choice alone.
+    """
+    batch, new = tf.unstack(tf.shape(input_ids))  # B, S
+    values = {name: tf.reshape(value, (batch, new, value.shape[-1])) for name, value in values.items()}
+    if config.task == "text-classification":
+        last = last_real(input_ids, config.pad_token_id)  # (B)
+        return {name: take(value, last) for name, value in values.items()}
+    if config.task == "question-answering":
+        return {name: tf.squeeze(value, 2) for name, value in values.items()}
+    if mc_token_ids is not None:
+        scores = take(values["mc_logits"], tf.reshape(mc_token_ids, (-1,)))  # (B, 1)
+        rows, choices = tf.unstack(tf.shape(mc_token_ids))
+        logits = tf.reshape(values["logits"], (rows, choices, new, config.vocab_size))
+        return {"logits": logits, "mc_logits": tf.reshape(scores, (rows, choices))}
+    return values
+
+
+def last_real(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """Index of the last token that is not padding: [B, S] → [B].
+
+    Padding is known by its id. Without one it is the last token; in a sequence of padding alone it is the first.
+    """
+    batch, new = tf.unstack(tf.shape(input_ids, tf.int64))  # B, S
+    if pad_token_id is None:
+        return tf.fill([batch], new - 1)
+    return tf.argmax(tf.range(new) * tf.cast(input_ids != pad_token_id, tf.int64), 1)  # (B)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """One token of each sequence: [B, S, D] and [B] → [B, D]."""
+    return tf.gather(x, index, batch_dims=1)
+
+
+def check(
+    config: GPTConfig, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_tokens: Tensor
+) -> None:
+    """Refuse at run time what has no row in a table (a GPU would read zeros) and masks of the wrong length.
+
+    Compiled graphs (XLA) leave such checks out.
+    """
+    total = past_tokens + tf.shape(input_ids)[1]
+    require(
+        tf.equal(tf.shape(attention_mask)[1], total),
+        "attention_mask must have as many columns as there are past and new tokens",
+    )
+    limits = {"input_ids": (input_ids, config.vocab_size)}
+    if config.rotary is None:
+        limits["position_ids"] = (position_ids, config.n_ctx)
+    for name, (ids, size) in limits.items():
+        require(tf.reduce_all((ids >= 0) & (ids < size)), f"{name} must lie between 0 and {size - 1}")
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Fail the run with ``message`` unless ``condition`` holds."""
+    tf.raw_ops.Assert(condition=condition, data=[message])
+
+
+def body(
+    w: Weights,
+    config: GPTConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    pasts: Sequence[KeyValue],
+) -> tuple[Tensor, list[KeyValue]]:
+    """All blocks: ids [B, S], mask [B, T], positions [B, S] → [N, D] and every layer's keys and values.
+
+    ``pasts`` are per layer keys and values [B, H, P, hd]; P may be 0.
+    """
+    check(config, input_ids, attention_mask, position_ids, tf.shape(pasts[0][0])[2])
+    once = Once(config, input_ids, attention_mask, position_ids)
+    x = embedding(w, config, input_ids, position_ids)  # (N, D)
+    presents = []
+    for i in range(config.n_layer):
+        x, present = block(w, config, i, x, once, pasts[i])  # (N, D)
+        presents.append(present)
+    return x, presents

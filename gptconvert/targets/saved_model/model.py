@@ -1,0 +1,96 @@
+"""The SavedModel files: graph, variables and their index. Weights never pass through TensorFlow.
+
+TensorFlow, in a process of its own, builds the graph around variables that hold nothing; the weights' bytes then
+go from the source into the data file like those of any other target. There is no ``fingerprint.pb``: it is
+optional, and its uuid is random by design.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.errors import UnsupportedError
+from gptconvert.targets.plan import PlannedFile, Target, TargetOptions
+from gptconvert.targets.saved_model.bundle import plan_bundle
+from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
+from gptconvert.targets.tf_index import DATA_TYPES
+from gptconvert.tensors import LazyTensor, Transposed
+
+DIRECTORY = "saved_model"
+#: Weights that are looked up by row, and so stored as they are named.
+TABLES = ("wte.weight", "wpe.weight")
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """What TensorFlow made.
+
+    Attributes:
+        saved_model: ``saved_model.pb``.
+        object_graph: the variables' tree, as the checkpoint keeps it.
+        keys: canonical name → checkpoint key.
+    """
+
+    saved_model: bytes
+    object_graph: bytes
+    keys: Mapping[str, str]
+
+
+def plan(checkpoint: Checkpoint, options: TargetOptions) -> tuple[PlannedFile, ...]:
+    """The files of the SavedModel target; ``saved_model.pb`` last, because its presence says that all is there.
+
+    Raises:
+        UnsupportedError: TensorFlow is not installed or cannot build the graph, or a weight is of a type that has
+            no place in a checkpoint.
+    """
+    require_tensorflow()
+    weights = {name: stored(name, weight) for name, weight in checkpoint.weights.items()}
+    for name, weight in weights.items():
+        if weight.dtype not in DATA_TYPES:
+            raise UnsupportedError("weights of this type are not written", tensor=name, found=weight.dtype)
+    built = build_graph(checkpoint, weights, options.xla)
+    data, index = plan_bundle(f"{DIRECTORY}/variables", weights, built.keys, built.object_graph)
+    return data, index, PlannedFile.of_bytes(f"{DIRECTORY}/saved_model.pb", built.saved_model)
+
+
+def stored(name: str, weight: LazyTensor) -> LazyTensor:
+    """A weight as it goes into the file: a transposed matrix as it lies in the source; the graph transposes."""
+    return weight.base if isinstance(weight, Transposed) and name not in TABLES else weight
+
+
+def build_graph(checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], xla: bool) -> BuiltGraph:
+    """The graph for weights stored as ``weights``.
+
+    Raises:
+        UnsupportedError: TensorFlow cannot build it.
+    """
+    described = {name: (weight.dtype.name, weight.shape) for name, weight in sorted(weights.items())}
+    flipped = [name for name, weight in checkpoint.weights.items() if weight is not weights[name]]
+    try:
+        with TensorFlowProcess() as tensorflow:
+            answer = tensorflow.ask(
+                "build",
+                config=checkpoint.config.as_dict(),
+                weights=described,
+                flipped=flipped,
+                xla=xla,
+                directory=tensorflow.directory,
+            )
+            files = [_read(tensorflow.directory, name) for name in ("saved_model.pb", "object_graph")]
+    except TensorFlowError as error:
+        raise UnsupportedError(
+            f"TensorFlow could not build the graph: {error}",
+            hint="TensorFlow 2.18 to 2.21 can: pip install 'gptconvert[tf]'",
+        ) from error
+    return BuiltGraph(*files, keys=answer["keys"])
+
+
+def _read(directory: str, name: str) -> bytes:
+    with open(os.path.join(directory, name), "rb") as file:
+        return file.read()
+
+
+TARGET = Target("tf", "TensorFlow SavedModel", plan, requires=(("tensorflow", "tf"),))

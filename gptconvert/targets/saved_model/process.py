@@ -1,0 +1,120 @@
+"""The other end of :mod:`.worker`: one TensorFlow process, asked in JSON, arrays passed as files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from gptconvert.errors import UnsupportedError
+from gptconvert.tensors import Array
+
+WORKER = "gptconvert.targets.saved_model.worker"
+
+
+class TensorFlowError(Exception):
+    """TensorFlow refused, or its process died. One line."""
+
+
+def require_tensorflow() -> None:
+    """Raises :class:`UnsupportedError` unless TensorFlow is installed. Does not import it."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UnsupportedError(
+            "TensorFlow is not installed, and SavedModels are built and run with it",
+            hint="pip install 'gptconvert[tf]'",
+        )
+
+
+class TensorFlowProcess:
+    """A TensorFlow of its own. Use as a context manager.
+
+    Attributes:
+        directory: passes files to and fro; removed at the end.
+    """
+
+    def __init__(self) -> None:
+        require_tensorflow()
+        self._temporary = tempfile.TemporaryDirectory(prefix="gptconvert-tf-")
+        self.directory = self._temporary.name
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115: lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=_environment(),
+            text=True,
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process and remove its directory."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+        self._temporary.cleanup()
+
+    def ask(self, command: str, **request: object) -> dict[str, Any]:
+        """The answer to one request.
+
+        Raises:
+            TensorFlowError: it could not be answered.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None  # both are pipes, see above
+        try:
+            print(json.dumps({"command": command, **request}), file=stdin, flush=True)
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise TensorFlowError(self._last_words())
+        answer: dict[str, Any] = json.loads(line)
+        if not answer["ok"]:
+            message = " ".join(answer["message"].split())[:400]
+            raise TensorFlowError(f"TensorFlow {answer['tensorflow']}: {answer['kind']}: {message}")
+        return answer
+
+    def run(self, signature: str, inputs: Mapping[str, Array], wanted: tuple[str, ...] = ()) -> dict[str, Array]:
+        """Outputs of a loaded model's signature: those ``wanted``, or all.
+
+        Raises:
+            TensorFlowError: TensorFlow refused the inputs.
+        """
+        given, results = (os.path.join(self.directory, name) for name in ("inputs.npz", "outputs.npz"))
+        np.savez(given, allow_pickle=False, **inputs)
+        self.ask("run", signature=signature, inputs=given, outputs=results, wanted=wanted)
+        with np.load(results, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def _last_words(self) -> str:
+        """Why the process ended, as far as can be known."""
+        status = self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"the TensorFlow process {how}" + (f": {lines[-1].strip()[:400]}" if lines else "")
+
+
+def _environment() -> dict[str, str]:
+    """The environment of the worker: quiet, no accelerator, the same gptconvert, the same order of hashes always."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    fixed = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONHASHSEED": "0", "PYTHONPATH": path}
+    return {**os.environ, **fixed}

@@ -1,0 +1,156 @@
+"""The TensorFlow process: builds the graph, or runs a SavedModel. Started by :mod:`.process`, never imported.
+
+TensorFlow takes seconds and half a gigabyte to import, so it lives alone in here. Requests and answers are lines of
+JSON on stdin and stdout; arrays and files pass through a directory that the parent made and removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from gptconvert.targets.saved_model.graph import Weights
+from gptconvert.targets.saved_model.signatures import signatures
+from reference_model.config import GPTConfig, Rotary
+
+OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
+
+
+def build(request: Mapping[str, Any]) -> dict[str, object]:
+    """Save the model without its weights into ``request["directory"]``.
+
+    Variables are declared with unknown sizes and hold nothing while the graph is traced and saved; their real
+    shapes are then written into the saved graph. TensorFlow's own checkpoint of the empty variables says under
+    which keys it will look for them.
+
+    Returns:
+        ``keys``: canonical name → checkpoint key. Left in the directory: ``saved_model.pb`` and ``object_graph``.
+    """
+    from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+    config = config_of(request["config"])
+    shapes = {name: shape for name, (_, shape) in request["weights"].items()}
+    variables = {name: empty_variable(name, dtype, len(shape)) for name, (dtype, shape) in request["weights"].items()}
+    weights = Weights(variables, shapes, frozenset(request["flipped"]))
+    root, saved = module_tree(variables), os.path.join(request["directory"], "empty")
+    tf.saved_model.save(root, saved, signatures=signatures(weights, config, request["xla"]))
+    reader = tf.train.load_checkpoint(os.path.join(saved, "variables", "variables"))
+    objects = reader.get_tensor(OBJECT_GRAPH_KEY)
+    graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(objects)
+    keys = {a.full_name: a.checkpoint_key for node in graph.nodes for a in node.attributes}
+    _write(request["directory"], "object_graph", objects)
+    _write(request["directory"], "saved_model.pb", with_shapes(saved, shapes))
+    return {"keys": keys}
+
+
+def config_of(fields: Mapping[str, Any]) -> GPTConfig:
+    """The configuration whose ``as_dict`` went through JSON."""
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    rotary = plain.pop("rotary")
+    return GPTConfig(**plain, rotary=None if rotary is None else Rotary(**rotary))
+
+
+def empty_variable(name: str, dtype: str, rank: int) -> Any:
+    """A variable that takes no memory: no size of it is known, and there is nothing in it."""
+    nothing = tf.zeros([0] * rank, tf.as_dtype(dtype))
+    return tf.Variable(nothing, name=name, shape=tf.TensorShape([None] * rank))
+
+
+def module_tree(variables: Mapping[str, Any]) -> Any:
+    """Variables under their canonical names: ``h.0.ln_1.weight`` is ``root.h[0].ln_1.weight`` to who loads it."""
+    root = tf.Module()
+    layers = {int(name.split(".")[1]) for name in variables if name.startswith("h.")}
+    root.h = [tf.Module() for _ in layers]
+    for name, variable in variables.items():
+        *path, last = name.split(".")
+        node = root
+        for part in path:
+            if not part.isdigit() and not hasattr(node, part):
+                setattr(node, part, tf.Module())
+            node = node[int(part)] if part.isdigit() else getattr(node, part)
+        setattr(node, last, variable)
+    return root
+
+
+def with_shapes(saved: str, shapes: Mapping[str, list[int]]) -> bytes:
+    """``saved_model.pb`` with the variables' real shapes."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    with open(os.path.join(saved, "saved_model.pb"), "rb") as file:
+        model = saved_model_pb2.SavedModel.FromString(file.read())
+    graph = model.meta_graphs[0]
+    declared = {n.variable.name: n.variable.shape for n in graph.object_graph_def.nodes if n.HasField("variable")}
+    handles = {n.name: n.attr["shape"].shape for n in graph.graph_def.node if n.op == "VarHandleOp"}
+    if not declared.keys() == handles.keys() == shapes.keys():
+        raise RuntimeError("this version of TensorFlow declares variables in a way that is not understood")
+    for name, shape in shapes.items():
+        for written in (declared[name], handles[name]):
+            written.CopyFrom(tf.TensorShape(shape).as_proto())
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def _write(directory: str, name: str, content: bytes) -> None:
+    with open(os.path.join(directory, name), "wb") as file:
+        file.write(content)
+
+
+LOADED: dict[str, Any] = {}
+
+
+def load(request: Mapping[str, Any]) -> dict[str, object]:
+    """Load the SavedModel at ``path``.
+
+    Returns:
+        ``signatures``: name → {``inputs``: …, ``outputs``: …}, each name → [dtype, shape].
+    """
+    model = LOADED["model"] = tf.saved_model.load(request["path"])
+    return {
+        "signatures": {
+            name: {
+                "inputs": {spec.name: _described(spec) for spec in tf.nest.flatten(f.structured_input_signature)},
+                "outputs": {key: _described(spec) for key, spec in f.structured_outputs.items()},
+            }
+            for name, f in model.signatures.items()
+        }
+    }
+
+
+def _described(spec: Any) -> list[object]:
+    return [spec.dtype.name, spec.shape.as_list()]
+
+
+def run(request: Mapping[str, Any]) -> dict[str, object]:
+    """Run ``signature`` on the arrays of the file ``inputs``; the outputs named in ``wanted`` go to ``outputs``."""
+    function = LOADED["model"].signatures[request["signature"]]
+    with np.load(request["inputs"], allow_pickle=False) as arrays:
+        results = function(**{name: tf.constant(arrays[name]) for name in arrays.files})
+    np.savez(request["outputs"], **{name: results[name].numpy() for name in request["wanted"] or results})
+    return {}
+
+
+COMMANDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, object]]] = {"build": build, "load": load, "run": run}
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    tf.get_logger().setLevel("ERROR")
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"ok": True, "tensorflow": tf.__version__, **COMMANDS[request["command"]](request)}
+        except Exception as error:
+            answer = {"ok": False, "tensorflow": tf.__version__, "kind": type(error).__name__, "message": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

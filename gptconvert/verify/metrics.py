@@ -1,0 +1,183 @@
+"""The rule: an error is judged in units of the rounding noise that a correct float32 model has itself.
+
+t is the truth (float64), e the yardstick (the reference model in the candidate's own computing type), c the
+candidate. Source of the principle: ``torch._dynamo.utils.same`` (compare with a float64 run, not with a number
+somebody liked). A correct export measures a ratio of 1 to 2; the mildest real bug known measures 271.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: rmse(c, t) may be this many times rmse(e, t).
+MAX_RMSE_RATIO = 4.0
+#: max|c - t| may be this many times max|e - t|.
+MAX_ABS_RATIO = 8.0
+#: Either may be larger by this many roundings of the typical value: a yardstick of few numbers can be zero by luck.
+FLOOR_ROUNDINGS = 8.0
+#: Unit roundoff is half of this: distance from 1 to the next number.
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """How far values [N, width] lie from the truth, token by token.
+
+    Attributes:
+        square: [N] sum of squared errors.
+        largest: [N] largest absolute error.
+    """
+
+    square: Tensor
+    largest: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, truth: Tensor) -> Errors:
+        """Errors of ``values`` (any type) against float64 ``truth``, both [N, width]."""
+        difference = values.double().sub_(truth) if values.dtype != truth.dtype else values - truth
+        largest = difference.abs().amax(1)
+        return cls(difference.square_().sum(1), largest)
+
+    def joined(self, other: Errors) -> Errors:
+        """Errors of both, the widths laid side by side."""
+        return Errors(self.square + other.square, self.largest.maximum(other.largest))
+
+
+@dataclass
+class Measure:
+    """One tensor in one probe group: sums that become the figures.
+
+    Attributes:
+        tensor: its name (``logits``, ``present.3.key``, ``h.3``).
+        epsilon: of the computing type.
+    """
+
+    tensor: str
+    epsilon: float
+    count: int = 0
+    truth_square: float = 0.0
+    error_square: float = 0.0
+    error_max: float = 0.0
+    noise_square: float = 0.0
+    noise_max: float = 0.0
+
+    def add(self, errors: Errors, noise: Errors, truth: Tensor) -> None:
+        """Count further tokens in: errors and noise [n], truth [n, width]."""
+        self.count += truth.numel()
+        self.truth_square += float(truth.square().sum())
+        self.error_square += float(errors.square.sum())
+        self.noise_square += float(noise.square.sum())
+        self.error_max = max(self.error_max, float(errors.largest.max()))
+        self.noise_max = max(self.noise_max, float(noise.largest.max()))
+
+    def _root(self, square: float) -> float:
+        return math.sqrt(square / self.count) if self.count else 0.0
+
+    @property
+    def rmse(self) -> float:
+        """Of the candidate against the truth."""
+        return self._root(self.error_square)
+
+    @property
+    def noise_rmse(self) -> float:
+        """Of the yardstick against the truth."""
+        return self._root(self.noise_square)
+
+    @property
+    def floor(self) -> float:
+        """What is allowed on top."""
+        return FLOOR_ROUNDINGS * self.epsilon * self._root(self.truth_square)
+
+    @property
+    def most_rmse(self) -> float:
+        """The rmse allowed."""
+        return MAX_RMSE_RATIO * self.noise_rmse + self.floor
+
+    @property
+    def most(self) -> float:
+        """The largest error allowed."""
+        return MAX_ABS_RATIO * self.noise_max + self.floor
+
+    @property
+    def ratio(self) -> float:
+        """R: the candidate's error in units of the noise."""
+        return self.rmse / self.noise_rmse if self.noise_rmse else math.inf if self.rmse else 0.0
+
+    @property
+    def ok(self) -> bool:
+        """The rule. A comparison with NaN is false, so NaN never passes."""
+        return self.rmse <= self.most_rmse and self.error_max <= self.most
+
+    @property
+    def badness(self) -> float:
+        """Error over what is allowed; over 1 fails."""
+        parts = ((self.rmse, self.most_rmse), (self.error_max, self.most))
+        return max((a / b if b else math.inf if a else 0.0) for a, b in parts)
+
+    def as_dict(self) -> dict[str, object]:
+        """For ``--json``."""
+        return {
+            "tensor": self.tensor,
+            "ratio": significant(self.ratio),
+            "rmse": significant(self.rmse),
+            "max_abs": significant(self.error_max),
+            "noise_rmse": significant(self.noise_rmse),
+            "noise_max_abs": significant(self.noise_max),
+            "rms": significant(self._root(self.truth_square)),
+            "ok": self.ok,
+        }
+
+
+@dataclass
+class Likeness:
+    """What people ask about logits; reported, never judged.
+
+    Attributes:
+        tokens: how many were compared.
+        same_top: how many have the same most likely id, ties within the noise counted as the same.
+        max_divergence: largest Kullback-Leibler divergence of the two next-token distributions, in nats.
+        min_cosine: smallest cosine of the two logit vectors.
+    """
+
+    tokens: int = 0
+    same_top: int = 0
+    max_divergence: float = 0.0
+    min_cosine: float = field(default=1.0)
+
+    def add(self, values: Tensor, truth: Tensor, noise_max: float) -> None:
+        """Count in logits [n, V] against float64 truth [n, V]; ``noise_max`` is the yardstick's largest error."""
+        import torch
+
+        for start in range(0, len(truth), 16):  # bounds the temporaries
+            c, t = values[start : start + 16].double(), truth[start : start + 16]
+            gap = t.amax(1) - t.gather(1, c.argmax(1, keepdim=True))[:, 0]  # 0 where the same id is on top
+            ours, theirs = t.log_softmax(1), c.log_softmax(1)
+            divergence = (ours.exp() * (ours - theirs)).sum(1)
+            self.tokens += len(t)
+            self.same_top += int((gap <= 4 * noise_max).sum())
+            self.max_divergence = max(self.max_divergence, float(divergence.max()))
+            self.min_cosine = min(self.min_cosine, float(torch.cosine_similarity(c, t, 1).min()))
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens with the same most likely id."""
+        return self.same_top / self.tokens if self.tokens else 1.0
+
+    def as_dict(self) -> dict[str, object]:
+        """For ``--json``."""
+        return {
+            "tokens": self.tokens,
+            "top1": significant(self.top1),
+            "max_divergence": significant(self.max_divergence),
+            "min_cosine": significant(self.min_cosine, 9),
+        }
+
+
+def significant(value: float, digits: int = 3) -> float | None:
+    """``value`` to so many significant digits; None for what JSON has no word for."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

@@ -1,0 +1,207 @@
+"""ONNX graphs, ours and anyone's, run by onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.tensors import Array
+from gptconvert.verify.onnx_file import OnnxFile
+from gptconvert.verify.runners import Feeds, Outputs, RunError, one_line
+from reference_model.config import INPUTS, OUTPUTS, GPTConfig
+
+#: A cache's names, whoever chose them: a layer number, and ``key`` or ``value``.
+LAYER = re.compile(r"\D*(\d+)\D*?(key|value)s?")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Which graph input and output plays which part.
+
+    Attributes:
+        inputs: name → numpy type of all but the past.
+        outputs: name of each of the task's outputs.
+        past, presents: (key, value) names per layer; empty without cache.
+        cache_type: numpy type of keys and values.
+        compute: computing type.
+    """
+
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    past: tuple[tuple[str, str], ...]
+    presents: tuple[tuple[str, str], ...]
+    cache_type: str
+    compute: str
+
+
+def bind(file: OnnxFile, config: GPTConfig) -> Binding:
+    """Match a graph's inputs and outputs to their parts, whatever exporter wrote it.
+
+    Raises:
+        UnsupportedError: it wants inputs that are not known, or lacks ones that are needed; all are named.
+    """
+    inputs, outputs = file.inputs(), file.outputs()
+    past, presents = _by_layer(inputs), _by_layer(outputs)
+    known = (*INPUTS[config.task], "position_ids")
+    unknown = [n for n in inputs if n not in known and not any(n in pair for pair in past)]
+    missing = [n for n in INPUTS[config.task] if n not in inputs and n != "position_ids"]
+    if unknown or missing:
+        wrong = [f"unknown input {n}" for n in unknown] + [f"no input {n}" for n in missing]
+        raise UnsupportedError(
+            f"the graph cannot be fed: {', '.join(wrong)}",
+            path=file.path,
+            expected=", ".join(INPUTS[config.task]),
+            found=", ".join(inputs),
+        )
+    if past and not len(past) == len(presents) == config.n_layer:
+        raise UnsupportedError(
+            "the graph's cache does not fit the model",
+            path=file.path,
+            expected=f"keys and values of {config.n_layer} layers in and out",
+            found=f"{len(past)} in, {len(presents)} out",
+        )
+    rest = [n for n in outputs if not any(n in pair for pair in presents)]
+    named = _task_outputs(file, config, rest)
+    return Binding(
+        inputs={n: _integer_type(file, inputs[n]) for n in known if n in inputs},
+        outputs=named,
+        past=past,
+        presents=presents if past else (),
+        cache_type=_float_type(file, inputs[past[0][0]]) if past else "float32",
+        compute=_float_type(file, outputs[next(iter(named.values()))]),
+    )
+
+
+def _by_layer(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(key, value) names by layer, of the names that have a layer number and one of these words."""
+    found: dict[int, dict[str, str]] = {}
+    for name in values:
+        match = LAYER.fullmatch(name)
+        if match:
+            found.setdefault(int(match[1]), {})[match[2]] = name
+    complete = [found[i] for i in sorted(found)]
+    return tuple((pair["key"], pair["value"]) for pair in complete if len(pair) == 2)
+
+
+def _task_outputs(file: OnnxFile, config: GPTConfig, rest: list[str]) -> dict[str, str]:
+    """The outputs that are no cache: by name, or the only one where only one is wanted."""
+    wanted = OUTPUTS[config.task]
+    if all(name in rest for name in wanted):
+        return {name: name for name in wanted}
+    if len(wanted) == len(rest) == 1:
+        return {wanted[0]: rest[0]}
+    expected, found = ", ".join(wanted), ", ".join(rest) or "none"
+    raise UnsupportedError("not the outputs of this task", path=file.path, expected=expected, found=found)
+
+
+def element_type(value: Any) -> str:
+    """``FLOAT``, ``INT64`` … of a ValueInfoProto."""
+    import onnx
+
+    name: str = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
+    return name
+
+
+def _integer_type(file: OnnxFile, value: Any) -> str:
+    return _known_type(file, value, {"INT64": "int64", "INT32": "int32"})
+
+
+def _float_type(file: OnnxFile, value: Any) -> str:
+    return _known_type(file, value, {"FLOAT": "float32", "FLOAT16": "float16"})
+
+
+def _known_type(file: OnnxFile, value: Any, known: Mapping[str, str]) -> str:
+    name = element_type(value)
+    if name in known:
+        return known[name]
+    expected = " or ".join(known.values())
+    raise UnsupportedError("element type", path=file.path, tensor=value.name, expected=expected, found=name.lower())
+
+
+class OnnxRunner:
+    """onnxruntime on the CPU.
+
+    Args:
+        file: the checked file.
+        binding: its inputs and outputs.
+        prepack: whether weights are copied into the layout of the kernels (the default of onnxruntime).
+        optimise: whether graph optimisation runs (the default).
+        taps: further values to return; only without optimisation, which may remove them.
+    """
+
+    def __init__(
+        self,
+        file: OnnxFile,
+        binding: Binding,
+        config: GPTConfig,
+        *,
+        prepack: bool = False,
+        optimise: bool = True,
+        taps: Sequence[str] = (),
+    ) -> None:
+        import onnxruntime
+
+        self.binding, self.config, self.taps = binding, config, tuple(taps)
+        self.kv_cache, self.free_positions = bool(binding.past), "position_ids" in binding.inputs
+        self.compute = binding.compute
+        self.name = "onnxruntime, default options" if prepack else "onnxruntime, weights in place"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source: str | bytes = file.path
+        if taps:
+            source = _tapped(file, taps)
+            folder = file.path.rpartition("/")[0] or "."
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        try:
+            self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise InputError("onnxruntime cannot load the model", path=file.path, found=one_line(error)) from error
+
+    def run(self, feeds: Feeds, presents: bool) -> Outputs:
+        """See :class:`Runner`."""
+        wanted = [*self.binding.outputs.values()]
+        if presents:
+            wanted += [name for pair in self.binding.presents for name in pair]
+        try:
+            arrays = self.session.run([*wanted, *self.taps], self._inputs(feeds))
+        except Exception as error:
+            raise RunError(one_line(error)) from error
+        named = dict(zip(self.binding.outputs, arrays, strict=False))
+        cache = arrays[len(named) : len(wanted)]
+        pairs = tuple(zip(cache[::2], cache[1::2], strict=True))
+        return Outputs(named, pairs, dict(zip(self.taps, arrays[len(wanted) :], strict=True)))
+
+    def _inputs(self, feeds: Feeds) -> dict[str, Array]:
+        named = {name: getattr(feeds, name).astype(kind) for name, kind in self.binding.inputs.items()}
+        if self.config.task == "multiple-choice":
+            named = {name: array[None] for name, array in named.items()}  # one question, B choices
+        if self.kv_cache:
+            empty = np.zeros((len(feeds.input_ids), self.config.n_head, 0, self.config.head_dim), np.float32)
+            past = feeds.past or [(empty, empty)] * self.config.n_layer
+            for names, arrays in zip(self.binding.past, past, strict=True):
+                for name, array in zip(names, arrays, strict=True):
+                    named[name] = array.astype(self.binding.cache_type, copy=False)
+        return named
+
+
+def _tapped(file: OnnxFile, taps: Sequence[str]) -> bytes:
+    """The model with further values as outputs; its external data stays where it is."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(file.model)
+    have = {value.name for value in model.graph.output}
+    for name in taps:
+        if name not in have:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    content: bytes = model.SerializeToString()
+    return content

@@ -1,0 +1,228 @@
+"""What a candidate is asked: seeded token sequences with every kind of mask, position and past, as plain arrays.
+
+A probe is data. It says nothing of how it is run; the truth and every candidate get the same arrays. Shapes:
+B batch, S new tokens, P past tokens, T = P + S, H heads, hd head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference_model.config import GPTConfig
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Level = Literal["default", "full"]
+
+#: Prompt lengths that are always run. 64 is also run in chunks.
+LENGTHS = (1, 2, 7, 64)
+#: The length-64 probe repeats the length-7 one but for the id at this index: what follows must change, no more.
+CHANGED = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """One question.
+
+    Attributes:
+        groups: what each row of the batch is about; figures are pooled by these names.
+        input_ids: [B, S].
+        attention_mask: [B, T] of 0 and 1.
+        position_ids: [B, S].
+        past_length: P.
+        past_seed: seed of the random keys and values standing in for the past.
+        shared_past: whether all layers get the same keys and values (a long past, for its memory's sake) or each
+            its own (which shows a cache in the wrong order).
+        compare_presents: whether the returned keys and values are compared too, or the main output alone.
+        chunks: how else the new tokens are to be fed: piece by piece, each with the cache the last one returned.
+    """
+
+    groups: tuple[str, ...]
+    input_ids: Integers
+    attention_mask: Integers
+    position_ids: Integers
+    past_length: int = 0
+    past_seed: int = 0
+    shared_past: bool = False
+    compare_presents: bool = True
+    chunks: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The groups, once each."""
+        return ", ".join(dict.fromkeys(self.groups))
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are not masked out: what the truth costs."""
+        return int(self.attention_mask[:, self.past_length :].sum())
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it is a single sequence with nothing before it and nothing left out."""
+        return len(self.input_ids) == 1 and not self.past_length and bool(self.attention_mask.all())
+
+    def past(self, layer: int, config: GPTConfig) -> tuple[Floats, Floats]:
+        """Keys and values of the past, [B, H, P, hd] each; about as large as a trained model's."""
+        if not self.shared_past:
+            return self._random_past(layer, config)
+        if config not in self._shared:
+            self._shared[config] = self._random_past(0, config)
+        return self._shared[config]
+
+    @functools.cached_property
+    def _shared(self) -> dict[GPTConfig, tuple[Floats, Floats]]:
+        return {}
+
+    def _random_past(self, layer: int, config: GPTConfig) -> tuple[Floats, Floats]:
+        shape = (len(self.input_ids), config.n_head, self.past_length, config.head_dim)
+        random = np.random.default_rng([self.past_seed, layer])
+        return random.standard_normal(shape, np.float32), random.standard_normal(shape, np.float32)
+
+    def as_dict(self) -> dict[str, object]:
+        """For reports; with the seed and the program's version it says everything."""
+        return {
+            "groups": list(self.groups),
+            "batch": len(self.input_ids),
+            "new_tokens": self.input_ids.shape[1],
+            "past_tokens": self.past_length,
+            "chunks": list(self.chunks),
+            "presents_compared": self.compare_presents,
+        }
+
+
+def default_positions(attention_mask: Integers, new_tokens: int) -> Integers:
+    """Positions that count real tokens only: [B, T] → [B, S]. Padding before the first gets 0."""
+    return np.asarray(np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -new_tokens:], np.int64)
+
+
+class _Maker:
+    """Makes probes of one model; ids come from one seeded stream per probe."""
+
+    def __init__(self, config: GPTConfig, seed: int) -> None:
+        self.config, self.seed, self.made = config, seed, 0
+
+    def ids(self, batch: int, length: int) -> Integers:
+        """Random ids [B, S]."""
+        self.made += 1
+        return np.random.default_rng([self.seed, self.made]).integers(0, self.config.vocab_size, (batch, length))
+
+    def probe(self, groups: Sequence[str], mask: Sequence[str], past: int = 0, **fields: Any) -> Probe:
+        """A probe whose mask is written row by row, ``1`` for a token and ``0`` for padding."""
+        attention_mask = np.array([[int(c) for c in row] for row in mask], np.int64)
+        new = attention_mask.shape[1] - past
+        ids = fields.pop("ids", None)
+        positions = fields.pop("positions", None)
+        return Probe(
+            groups=tuple(groups),
+            input_ids=self.ids(len(mask), new) if ids is None else ids,
+            attention_mask=attention_mask,
+            position_ids=default_positions(attention_mask, new) if positions is None else positions,
+            past_length=past,
+            past_seed=self.seed + self.made,
+            **fields,
+        )
+
+
+def make_probes(
+    config: GPTConfig, *, kv_cache: bool, free_positions: bool = True, level: Level = "default", seed: int = 0
+) -> tuple[Probe, ...]:
+    """The probes for a model.
+
+    Args:
+        config: the architecture; sizes are capped by its n_ctx.
+        kv_cache: whether the candidate takes and returns keys and values.
+        free_positions: whether the candidate lets its caller choose positions.
+        level: ``default``, some 110 tokens in all whatever the model; ``full``, whole-length sequences too.
+        seed: of everything random.
+    """
+    make = _Maker(config, seed)
+    probes = [*_prompts(make, kv_cache, level), *_masks(make, 7)]
+    if level == "full":
+        probes += _masks(make, 64)
+    probes += _pasts(make, level) if kv_cache else _far_positions(make, free_positions)
+    return (*probes, *_beyond_windows(make, kv_cache))
+
+
+def _prompts(make: _Maker, kv_cache: bool, level: Level) -> Iterator[Probe]:
+    """One prompt of each length, nothing before it. First and last id of the vocabulary come up front."""
+    n_ctx, last = make.config.n_ctx, make.config.vocab_size - 1
+    base = make.ids(1, n_ctx)
+    base[:, :CHANGED] = np.array([last, 0, last])[: base[:, :CHANGED].shape[1]]
+    changed = base.copy()
+    changed[:, CHANGED : CHANGED + 1] = (changed[:, CHANGED : CHANGED + 1] + 1) % make.config.vocab_size
+    lengths = (*LENGTHS, n_ctx - 1, n_ctx) if level == "full" else LENGTHS
+    for length in sorted({min(max(length, 1), n_ctx) for length in lengths}):
+        ids = (changed if length > 7 else base)[:, :length]
+        chunks = _chunks(length) if kv_cache and length > 2 and length >= min(64, n_ctx) else ()
+        presents = length <= 64  # a whole cache of a large model would be a second model in memory
+        yield make.probe([f"length {length}"], ["1" * length], ids=ids, chunks=chunks, compare_presents=presents)
+
+
+def _chunks(length: int) -> tuple[int, ...]:
+    """Pieces of 1, 1, 5 and the rest: a prompt of one token, a past of one, a past of several."""
+    pieces = [1, 1, min(5, length - 2), max(0, length - 7)]
+    return tuple(piece for piece in pieces if piece)
+
+
+def _masks(make: _Maker, length: int) -> Iterator[Probe]:
+    """Batches of three: no, left and right padding; holes; everything masked out but one token."""
+    n = min(length, make.config.n_ctx)
+    short = math.ceil(n / 2)
+    pad = "0" * (n - short)
+    yield make.probe(["no padding", "left padding", "right padding"], ["1" * n, pad + "1" * short, "1" * short + pad])
+    holes = ("1101011" * n)[:n], (pad[:2] + "1011" * n)[:n]
+    single = "0" * (n - 1 - n // 3) + "1" + "0" * (n // 3)
+    yield make.probe(["holes", "holes", "one token"], [*holes, single])
+
+
+def _pasts(make: _Maker, level: Level) -> Iterator[Probe]:
+    """New tokens after a random past: of one, of several in every mask pattern, and up to the last position."""
+    n_ctx = make.config.n_ctx
+    if n_ctx >= 2:
+        yield make.probe(["past 1"], ["11"], past=1)
+    if n_ctx >= 8:
+        rows = ["1" * 8, "00011111", "01011" + "101"]
+        yield make.probe(["past 5", "past 5, left padding", "past 5, holes"], rows, past=5)
+    if level == "full":
+        for past, new in [(1, 4), (7, 1), (7, 4)]:
+            if past + new <= n_ctx:
+                yield make.probe([f"past {past}, {new} new"], ["1" * (past + new)], past=past)
+    for new in (1, 4) if level == "full" else (1,):
+        if n_ctx - new > 5:
+            fields = {"shared_past": True, "compare_presents": False}
+            yield make.probe([f"past {n_ctx - new}"], ["1" * n_ctx], past=n_ctx - new, **fields)
+
+
+def _far_positions(make: _Maker, free_positions: bool) -> Iterator[Probe]:
+    """The last positions of the context without a long sequence, where the caller chooses positions."""
+    n, n_ctx = min(4, make.config.n_ctx), make.config.n_ctx
+    if free_positions:
+        yield make.probe(["last positions"], ["1" * n], positions=np.arange(n_ctx - n, n_ctx)[None])
+
+
+def _beyond_windows(make: _Maker, kv_cache: bool) -> Iterator[Probe]:
+    """Where layers see a window of keys: queries that must not see the first ones."""
+    windows = {w for w in make.config.attn_window if w is not None and w + 3 <= make.config.n_ctx}
+    for window in sorted(windows):
+        past = window + 1 if kv_cache else 0
+        yield make.probe([f"beyond window {window}"], ["1" * (window + 3)], past=past)
+
+
+def waves(probes: Iterable[Probe], most_tokens: int = 256) -> Iterator[tuple[Probe, ...]]:
+    """Probes in order, in lots of at most ``most_tokens`` tokens (or one probe): what is held in memory at once."""
+    wave: list[Probe] = []
+    for probe in probes:
+        if wave and sum(p.tokens for p in wave) + probe.tokens > most_tokens:
+            yield tuple(wave)
+            wave = []
+        wave.append(probe)
+    if wave:
+        yield tuple(wave)

@@ -1,0 +1,117 @@
+"""What can be asked: one protocol, and a runner for each kind of artifact that computes.
+
+The SavedModel runner of ``--to tf`` belongs here too, beside :class:`OnnxRunner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gptconvert.tensors import Array
+from gptconvert.verify.probes import Integers
+from reference_model.config import GPTConfig
+
+Cache = Sequence[tuple[Array, Array]]
+
+#: Up to this many bytes of weights the model is also run as a user's plain session would run it: that copies them.
+SMALL_MODEL = 600 << 20
+
+
+class RunError(Exception):
+    """The runtime refused to run the model on a probe. Its message, one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feeds:
+    """Input arrays: input_ids [B, S], attention_mask [B, T], position_ids [B, S], per layer past [B, H, P, hd].
+
+    For multiple-choice B counts choices, of one question; mc_token_ids [B] says which token scores each.
+    """
+
+    input_ids: Integers
+    attention_mask: Integers
+    position_ids: Integers
+    past: Cache = ()
+    mc_token_ids: Integers | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """Output arrays: the task's by name, and, if asked for, per layer present [B, H, T, hd] and taps by name."""
+
+    named: Mapping[str, Array]
+    presents: Cache = ()
+    taps: Mapping[str, Array] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """A candidate.
+
+    Attributes:
+        name: for reports.
+        kv_cache: whether it takes and returns keys and values.
+        free_positions: whether the caller chooses positions.
+        compute: its computing type, as torch and numpy call it.
+    """
+
+    name: str
+    kv_cache: bool
+    free_positions: bool
+    compute: str
+
+    def run(self, feeds: Feeds, presents: bool) -> Outputs:
+        """Run once.
+
+        Raises:
+            RunError: the runtime refused.
+        """
+
+
+def one_line(error: Exception) -> str:
+    """A runtime's message, fit for a report."""
+    return " ".join(str(error).split())[:400]
+
+
+class TorchRunner:
+    """The reference model itself, as a candidate: what a verifier must pass, and the runner of ``torch`` artifacts.
+
+    Args:
+        config: the architecture to run (a test may hand in a wrong one).
+        weights: canonical name → torch tensor.
+    """
+
+    kv_cache, free_positions, compute = True, True, "float32"
+    name = "PyTorch"
+
+    def __init__(self, config: GPTConfig, weights: Mapping[str, Any]) -> None:
+        from reference_model.model import GPT
+
+        self.model = GPT.from_weights(config, weights)
+
+    def run(self, feeds: Feeds, presents: bool) -> Outputs:
+        """See :class:`Runner`."""
+        import torch
+
+        axis = (None,) if self.model.config.task == "multiple-choice" else ()  # one question, B choices
+        arrays = (feeds.input_ids, feeds.attention_mask, feeds.position_ids)
+        ids, mask, positions = (torch.from_numpy(array[axis]) for array in arrays)
+        chosen = None if feeds.mc_token_ids is None else torch.from_numpy(feeds.mc_token_ids[axis])
+        past = [(torch.from_numpy(k), torch.from_numpy(v)) for k, v in feeds.past]
+        try:
+            with torch.no_grad():
+                named, cache = self.model.outputs(ids, mask, positions, past or None, chosen)
+        except (RuntimeError, IndexError) as error:
+            raise RunError(one_line(error)) from error
+        pairs = tuple((k.numpy(), v.numpy()) for k, v in cache) if presents else ()
+        return Outputs({name: value.numpy() for name, value in named.items()}, pairs)
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 4 << 30  # not Linux: assume a small machine

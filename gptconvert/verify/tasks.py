@@ -1,0 +1,46 @@
+"""What the outputs of each task look like, and which token a pooled one is about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gptconvert.verify.probes import Integers, Probe
+from reference_model.config import GPTConfig
+
+#: Shape of every output, in symbols: B batch, S new tokens, V, D, K as in ``reference_model/config.py``.
+SHAPES: Mapping[str, Mapping[str, str]] = {
+    "text-generation": {"logits": "B S V"},
+    "feature-extraction": {"last_hidden_state": "B S D"},
+    "text-classification": {"logits": "B K"},
+    "token-classification": {"logits": "B S K"},
+    "question-answering": {"start_logits": "B S", "end_logits": "B S"},
+    "multiple-choice": {"logits": "1 B S V", "mc_logits": "1 B"},  # one question with B choices
+}
+
+
+def shape_of(config: GPTConfig, output: str, batch: int, new_tokens: int) -> tuple[int, ...]:
+    """What an output's shape must be."""
+    sizes = {"B": batch, "S": new_tokens, "V": config.vocab_size, "D": config.n_embd, "K": config.n_labels, "1": 1}
+    return tuple(sizes[symbol] for symbol in SHAPES[config.task][output].split())
+
+
+def is_pooled(config: GPTConfig, output: str) -> bool:
+    """Whether an output has one row per sequence instead of one per token."""
+    return "S" not in SHAPES[config.task][output].split()
+
+
+def pooled_tokens(config: GPTConfig, probe: Probe) -> Integers:
+    """Index, among the S new tokens, of the token that each row's pooled output is taken from: [B].
+
+    For classification the last token that is not the padding id, as in the reference model; for multiple choice the
+    caller chooses, and the last real one is chosen here.
+    """
+    new_tokens = probe.input_ids.shape[1]
+    real = probe.attention_mask[:, probe.past_length :] != 0
+    if config.task == "text-classification":
+        if config.pad_token_id is None:
+            return np.full(len(real), new_tokens - 1, np.int64)
+        real = probe.input_ids != config.pad_token_id
+    return np.asarray((np.arange(new_tokens) * real).argmax(1), np.int64)

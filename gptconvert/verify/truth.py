@@ -1,0 +1,249 @@
+"""The truth: what a checkpoint computes on the probes, in float64, one block of the model in memory at a time.
+
+All tokens of all probes lie side by side in one sequence of N tokens, so that each weight is read once and each
+linear layer is one large product; which token sees which key is said by the mask, block by diagonal block. The
+same pass runs the yardstick, the reference model in the candidate's computing type, and keeps of it only how far it
+strays from the truth.
+
+Shapes: N tokens, P past tokens of all probes together, V, D, H, hd as in ``reference_model/config.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.errors import InputError
+from gptconvert.tensors import BFLOAT16, Array, Box, LazyTensor
+from gptconvert.verify.metrics import Errors
+from gptconvert.verify.packing import Pack
+from gptconvert.verify.probes import Integers, Probe
+from reference_model.config import GPTConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: Bytes, in float64, of the largest part of the vocabulary projected at once.
+HEAD_BYTES = 64 << 20
+
+
+@dataclass(eq=False)
+class Truth:
+    """What the checkpoint computes.
+
+    Attributes:
+        pack: which token is which.
+        values: tensor name → float64 [N, width]: the task's outputs for every token, ``present.{i}.key`` and
+            ``.value`` (heads side by side), and with taps ``embedding`` and ``h.{i}``.
+        noise: tensor name → how far the yardstick is off.
+    """
+
+    pack: Pack
+    values: dict[str, Tensor]
+    noise: dict[str, Errors]
+
+    def keep(self, name: str, exact: Tensor, noise: Errors) -> None:
+        """Record float64 values [N, width] and the yardstick's error.
+
+        Raises:
+            InputError: the checkpoint computes NaN or infinity.
+        """
+        if not bool(exact.isfinite().all() & noise.square.isfinite().all()):
+            raise InputError(
+                "the checkpoint itself computes NaN or infinity",
+                tensor=name,
+                hint="a weight is damaged, or a half-precision type has overflowed: try --dtype fp32",
+            )
+        self.values[name], self.noise[name] = exact, noise
+
+
+class Lane:
+    """The model in one type: holds buffers that every block's weights pass through."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.buffers: dict[str, Tensor] = {}
+
+    def reader(self, stored: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+        """Name → weight in this lane's type; valid until the next reader is used (buffers are reused)."""
+        return lambda name: self._typed(re.sub(r"^h\.\d+", "h", name), stored[name])
+
+    def _typed(self, key: str, stored: Tensor) -> Tensor:
+        import torch
+
+        if stored.dtype == self.dtype:
+            return stored
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.shape != stored.shape or buffer.stride() != stored.stride():
+            buffer = self.buffers[key] = torch.empty_like(stored, dtype=self.dtype)
+        return buffer.copy_(stored)
+
+
+def tensor_of(array: Array) -> Tensor:
+    """A torch view of an array, which may be read-only: it is never written to."""
+    import torch
+
+    if array.dtype == BFLOAT16:
+        return tensor_of(array.view(np.int16)).view(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+class TruthPass:
+    """One run of all blocks over one pack.
+
+    Args:
+        checkpoint: weights as stored in the candidate.
+        probes: what to run.
+        compute: the candidate's computing type (``float32``, ``float16``).
+        presents: whether the candidate returns keys and values.
+        taps: whether to keep every block's output.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, probes: Sequence[Probe], compute: str, *, presents: bool, taps: bool = False
+    ) -> None:
+        import torch
+
+        self.config, self.weights = checkpoint.config, checkpoint.weights
+        self.lanes = (Lane(torch.float64), Lane(getattr(torch, compute)))
+        self.presents, self.taps = presents and any(probe.compare_presents for probe in probes), taps
+        self.truth = Truth(Pack(probes), {}, {})
+
+    def run(self, advance: Callable[[int], None] | None = None) -> Truth:
+        """The truth. ``advance`` is told how many layers more are done."""
+        import torch
+
+        with torch.no_grad():
+            seen = {window: self.truth.pack.seen(window) for window in set(self.config.attn_window)}
+            xs = self._embedding()
+            for i in range(self.config.n_layer):
+                xs = self._block(i, xs, seen[self.config.attn_window[i]])
+                if advance is not None:
+                    advance(1)
+            self._head(xs)
+        return self.truth
+
+    def _embedding(self) -> list[Tensor]:
+        """[1, N, D] in each lane. Only the rows of the tables that are asked for are read."""
+        import torch
+
+        from reference_model.model import Embedding, fill
+
+        pack = self.truth.pack
+        ids, token = np.unique(pack.ids, return_inverse=True)
+        positions, position = np.unique(pack.positions, return_inverse=True)
+        taken = {"wte.weight": ids, "wpe.weight": positions}
+        tables = {name: _rows(self.weights[name], rows) for name, rows in taken.items() if name in self.weights}
+        small = dataclasses.replace(self.config, vocab_size=len(ids), n_ctx=len(positions))
+        xs = []
+        for lane in self.lanes:
+            with torch.device("meta"):
+                embedding = Embedding(small)
+            fill(embedding, lane.reader(tables), small, "embedding.")
+            xs.append(embedding(torch.from_numpy(token[None]), torch.from_numpy(position[None])))  # (1, N, D)
+        self._tap("embedding", xs)
+        return xs
+
+    def _block(self, i: int, xs: list[Tensor], seen: Tensor) -> list[Tensor]:
+        """One block in both lanes: [1, N, D] → [1, N, D]; keys and values are recorded."""
+        import torch
+
+        from reference_model.model import Block, fill, rotary_angles
+
+        pack, config = self.truth.pack, self.config
+        prefix, past, positions = f"h.{i}.", pack.past(i, config), torch.from_numpy(pack.positions[None])
+        stored = {name: tensor_of(w.read()) for name, w in self.weights.items() if name.startswith(prefix)}
+        outs, presents = [], []
+        for lane, x in zip(self.lanes, xs, strict=True):
+            with torch.device("meta"):
+                block = Block(config, i)
+            fill(block, lane.reader(stored), config, prefix)
+            angles = rotary_angles(config.rotary, positions, lane.dtype) if config.rotary else None
+            before = None if past is None else tuple(p.to(self.lanes[1].dtype).to(lane.dtype) for p in past)
+            out, present = block(x, seen, angles, before)
+            outs.append(out)
+            presents.append(present)
+        for part, name in enumerate(("key", "value") if self.presents else ()):
+            self._keep(f"present.{i}.{name}", [self._new_tokens(present[part]) for present in presents])
+        self._tap(f"h.{i}", outs)
+        return outs
+
+    def _new_tokens(self, present: Tensor) -> Tensor:
+        """[1, H, P + N, hd] → [N, H hd], without the past."""
+        new = present[0, :, self.truth.pack.past_length :]  # (H, N, hd)
+        return new.transpose(0, 1).reshape(self.truth.pack.length, -1)  # (N, D)
+
+    def _head(self, xs: list[Tensor]) -> None:
+        """The task's outputs for every token, a part of the vocabulary at a time."""
+        import torch
+
+        pack, config = self.truth.pack, self.config
+        whole = torch.empty(pack.length, config.vocab_size if config.has_lm_head else 0, dtype=torch.float64)
+        parts = _vocabulary_parts(config)
+        for number, part in enumerate(parts):
+            lanes = self._head_part(xs, part)
+            for name in lanes[0]:
+                exact, noise = lanes[0][name][0], Errors.of(lanes[1][name][0], lanes[0][name][0])  # (N, width)
+                if config.has_lm_head and name == "logits":
+                    whole[:, part] = exact
+                    self.truth.noise[name] = noise.joined(self.truth.noise[name]) if number else noise
+                elif not number:
+                    self.truth.keep(name, exact, noise)
+        if config.has_lm_head:
+            self.truth.keep("logits", whole, self.truth.noise["logits"])
+
+    def _head_part(self, xs: list[Tensor], part: slice) -> list[dict[str, Tensor]]:
+        """Outputs by name, [1, N, width], in both lanes; logits for the ids ``part`` alone."""
+        import torch
+
+        from reference_model.model import Head, canonical_name, fill
+
+        small = dataclasses.replace(self.config, vocab_size=part.stop - part.start)
+        with torch.device("meta"):
+            names = [canonical_name(f"head.{name}", self.config) for name, _ in Head(small).named_parameters()]
+        stored = {name: tensor_of(self.weights[name].read(self._box(name, part))) for name in names}
+        outs = []
+        for lane, x in zip(self.lanes, xs, strict=True):
+            with torch.device("meta"):
+                head = Head(small)
+            fill(head, lane.reader(stored), small, "head.")
+            outs.append(head.per_token(x))
+        return outs
+
+    def _box(self, name: str, part: slice) -> Box:
+        """What the head reads of a weight: of one with a row for each id only ``part``, of others everything."""
+        per_id = name in ("wte.weight", "lm_head.weight", "lm_head.bias")
+        whole = tuple(slice(0, size) for size in self.weights[name].shape)
+        return (part, *whole[1:]) if per_id else whole
+
+    def _tap(self, name: str, xs: Sequence[Tensor]) -> None:
+        if self.taps:
+            self._keep(name, [x[0] for x in xs])
+
+    def _keep(self, name: str, lanes: Sequence[Tensor]) -> None:
+        exact, yardstick = lanes
+        self.truth.keep(name, exact, Errors.of(yardstick, exact))
+
+
+def _rows(table: LazyTensor, rows: Integers) -> Tensor:
+    """The given rows of a table [n, D], without reading the rest."""
+    import torch
+
+    width = slice(0, table.shape[1])
+    return torch.cat([tensor_of(table.read((slice(r, r + 1), width))) for r in rows.tolist()])
+
+
+def _vocabulary_parts(config: GPTConfig) -> list[slice]:
+    """The vocabulary in parts whose float64 weights stay small; in one part for tasks without a projection to it."""
+    step = max(1, HEAD_BYTES // (8 * config.n_embd)) if config.has_lm_head else config.vocab_size
+    return [slice(v, min(v + step, config.vocab_size)) for v in range(0, config.vocab_size, step)]

@@ -1,0 +1,196 @@
+"""Rule 1: every exported weight is its source, byte for byte, in the orientation in which it is used.
+
+Bytes are compared, which says all that equal digests say and also where they differ. No tolerance, nothing run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptconvert.tensors import LazyTensor
+from gptconvert.transforms import transpose
+from gptconvert.verify.onnx_file import OnnxFile
+
+#: An initializer that is no weight may be a constant of this many elements; anything larger has no business there.
+MOST_CONSTANT_ELEMENTS = 4096
+
+
+@dataclass
+class WeightReport:
+    """What rule 1 found.
+
+    Attributes:
+        expected: how many weights the checkpoint has.
+        equal: how many were found, equal.
+        nbytes: bytes of these.
+        problems: one line for each tensor that is missing, different or not expected.
+        strict: whether a weight not found counts as a problem. It does in our own files; in anyone else's, weights
+            may have been fused or folded, and the outputs decide.
+    """
+
+    expected: int
+    strict: bool = True
+    equal: int = 0
+    nbytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing wrong."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, object]:
+        """For ``--json`` and the manifest."""
+        return {
+            "ok": self.ok,
+            "weights": self.expected,
+            "equal": self.equal,
+            "bytes": self.nbytes,
+            "every_weight_required": self.strict,
+            "problems": list(self.problems),
+        }
+
+
+def first_difference(a: LazyTensor, b: LazyTensor) -> int | None:
+    """Index, in the flattened tensor, of the first element whose bytes differ; both have one type and shape."""
+    position = 0
+    for left, right in _side_by_side(a.chunks(), b.chunks()):
+        if not _same_bytes(left, right):
+            return (position + int(np.argmax(left != right))) // a.dtype.itemsize
+        position += len(left)
+    return None
+
+
+def _side_by_side(
+    a: Iterator[NDArray[np.generic]], b: Iterator[NDArray[np.generic]]
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Two streams of arrays as pairs of byte runs of equal length."""
+    left = right = np.empty(0, np.uint8)
+    while True:
+        if not len(left):
+            left = _bytes(next(a, None))
+        if not len(right):
+            right = _bytes(next(b, None))
+        n = min(len(left), len(right))
+        if not n:
+            return
+        yield left[:n], right[:n]
+        left, right = left[n:], right[n:]
+
+
+def _bytes(array: NDArray[np.generic] | None) -> NDArray[np.uint8]:
+    if array is None:
+        return np.empty(0, np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _same_bytes(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
+    """Eight bytes at a time: as fast as memory."""
+    whole = len(a) // 8 * 8
+    return bool(
+        np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64)) and np.array_equal(a[whole:], b[whole:])
+    )
+
+
+def difference(name: str, expected: LazyTensor, found: LazyTensor) -> str | None:
+    """In what two tensors differ, in words; None: in nothing."""
+    if expected.shape != found.shape:
+        return f"{name}: expected shape {list(expected.shape)}, found {list(found.shape)}"
+    if expected.dtype != found.dtype:
+        return f"{name}: expected {expected.dtype}, found {found.dtype}"
+    index = first_difference(expected, found)
+    if index is None:
+        return None
+    where = [int(i) for i in np.unravel_index(index, expected.shape)] if expected.shape else []
+    return f"{name}: differs from its source, first at element {where}"
+
+
+def compare(
+    report: WeightReport,
+    pairs: Iterable[tuple[str, LazyTensor, LazyTensor]],
+    advance: Callable[[int], None] | None = None,
+) -> WeightReport:
+    """Compare (name, expected, found) and count them in, two tensors at a time. ``advance`` is told bytes done."""
+    largest_first = sorted(pairs, key=lambda pair: -pair[1].nbytes)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        verdicts = list(pool.map(lambda pair: _timed(difference, pair, advance), largest_first))
+    for (_, expected, _), verdict in zip(largest_first, verdicts, strict=True):
+        if verdict is None:
+            report.equal, report.nbytes = report.equal + 1, report.nbytes + expected.nbytes
+    report.problems += sorted(verdict for verdict in verdicts if verdict is not None)
+    return report
+
+
+def _timed(
+    judge: Callable[[str, LazyTensor, LazyTensor], str | None],
+    pair: tuple[str, LazyTensor, LazyTensor],
+    advance: Callable[[int], None] | None,
+) -> str | None:
+    verdict = judge(*pair)
+    if advance is not None:
+        advance(pair[1].nbytes)
+    return verdict
+
+
+def check_onnx(
+    file: OnnxFile, weights: Mapping[str, LazyTensor], advance: Callable[[int], None] | None = None
+) -> WeightReport:
+    """Rule 1 for an ONNX file: by name in our own, by content in anyone else's."""
+    if not file.ours:
+        return _match_by_content(file, weights)
+    report, pairs = WeightReport(len(weights)), []
+    flips = orientations(file.model.graph)
+    for name, weight in weights.items():
+        found, uses = file.initializers.get(name), flips.get(name, {False})
+        if found is None:
+            report.problems.append(f"{name}: not in the graph")
+        elif len(uses) > 1:
+            report.problems.append(f"{name}: used both as it is and transposed")
+        else:
+            pairs.append((name, transpose(weight) if uses == {True} else weight, found))
+    for name, tensor in file.initializers.items():
+        if name not in weights and tensor.size > MOST_CONSTANT_ELEMENTS:
+            report.problems.append(f"{name}: not a weight of this model")
+    return compare(report, pairs, advance)
+
+
+def orientations(graph: Any) -> dict[str, set[bool]]:
+    """Initializer → whether its matrix products take it as [in, out], the transpose of the canonical weight.
+
+    A ``Gemm`` says so in ``transB``; a ``MatMul`` always does. Casts and transposes on the way are followed.
+    """
+    uses: dict[str, set[bool]] = {}
+    origin: dict[str, tuple[str, bool]] = {tensor.name: (tensor.name, False) for tensor in graph.initializer}
+    for node in graph.node:  # topological order, as ONNX demands
+        if node.op_type in ("Cast", "Identity", "Transpose") and node.input[0] in origin:
+            name, flipped = origin[node.input[0]]
+            origin[node.output[0]] = name, flipped ^ (node.op_type == "Transpose")
+        elif node.op_type in ("Gemm", "MatMul") and node.input[1] in origin:
+            name, flipped = origin[node.input[1]]
+            as_is = any(a.name == "transB" and a.i for a in node.attribute)
+            uses.setdefault(name, set()).add(as_is == flipped)
+        elif node.op_type == "Gather" and node.input[0] in origin:
+            name, flipped = origin[node.input[0]]
+            uses.setdefault(name, set()).add(flipped)
+    return uses
+
+
+def _match_by_content(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> WeightReport:
+    """How many weights stand somewhere in the file, in either orientation. Most comparisons end at once."""
+    report = WeightReport(len(weights), strict=False)
+    free = dict(file.initializers)
+    for weight in weights.values():
+        ways = [weight, transpose(weight)] if len(weight.shape) == 2 else [weight]
+        for name, tensor in free.items():
+            if any(difference(name, way, tensor) is None for way in ways):
+                report.equal, report.nbytes = report.equal + 1, report.nbytes + weight.nbytes
+                del free[name]
+                break
+    return report

@@ -1,0 +1,209 @@
+"""Small models, lazy tensors and checkpoints made from plain arrays, for every test in the tree.
+
+Nothing here reads a checkpoint format: arrays go in, a :class:`Checkpoint` comes out, so a test of a target or of
+the verifier does not depend on any reader. The default sizes are odd on purpose: no two axes of any weight agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.families import understand
+from gptconvert.families.base import Request
+from gptconvert.sources.source import Source
+from gptconvert.targets.plan import PlannedFile
+from gptconvert.tensors import Box, Computed, LazyTensor, Segment, Stored, TensorSet
+
+Arrays = dict[str, NDArray[Any]]
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT / "fixtures"
+#: Real-format data that lies beside the repository on some machines; tests skip where it is absent.
+REAL_GPT2 = ROOT.parent / "shared" / "data" / "openai-gpt2"
+
+#: GPT-2 in its smallest honest form: odd sizes, n_inner != 4 D.
+TINY: Mapping[str, object] = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 97,
+    "n_positions": 40,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_inner": 56,
+    "bos_token_id": 96,
+    "eos_token_id": 96,
+}
+
+
+def tiny_gpt2(seed: int = 0, **config: object) -> tuple[dict[str, object], Arrays]:
+    """A raw Hugging Face configuration (:data:`TINY` with ``config`` on top) and float32 weights that fit it.
+
+    Names carry ``transformer.``; ``lm_head.weight`` is there iff ``tie_word_embeddings`` is False. Norm weights
+    are near 1, everything else is large enough that a swapped or transposed tensor shows in the logits.
+    """
+    raw = {**TINY, **config}
+    size = {key: int(raw[key]) for key in ("vocab_size", "n_positions", "n_embd", "n_layer")}  # type: ignore[call-overload]
+    vocabulary, context, width, layers = size.values()
+    inner = int(raw["n_inner"] or 4 * width)  # type: ignore[call-overload]
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (vocabulary, width), "wpe.weight": (context, width)}
+    for i in range(layers):
+        for name, (rows, columns) in {
+            "attn.c_attn": (width, 3 * width),
+            "attn.c_proj": (width, width),
+            "mlp.c_fc": (width, inner),
+            "mlp.c_proj": (inner, width),
+        }.items():
+            shapes[f"h.{i}.{name}.weight"], shapes[f"h.{i}.{name}.bias"] = (rows, columns), (columns,)
+        shapes |= {f"h.{i}.{norm}.{part}": (width,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    shapes |= {"ln_f.weight": (width,), "ln_f.bias": (width,)}
+    named = {f"transformer.{name}": shape for name, shape in shapes.items()}
+    if raw.get("tie_word_embeddings") is False:
+        named["lm_head.weight"] = (vocabulary, width)
+    random = np.random.default_rng(seed)
+    arrays = {name: random.normal(0, 0.2, shape).astype(np.float32) for name, shape in named.items()}
+    for name in arrays:
+        if ".ln_" in name and name.endswith("weight"):
+            arrays[name] += 1
+    return raw, arrays
+
+
+def openai_layout(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Hugging Face names and shapes of a GPT-2 → OpenAI's (``model/h0/attn/c_attn/w`` [1, D, 3D])."""
+    renamed = {}
+    for name, array in arrays.items():
+        *path, kind = name.removeprefix("transformer.").split(".")
+        if path[0] in ("wte", "wpe"):
+            renamed[f"model/{path[0]}"] = array
+            continue
+        norm = path[-1].startswith("ln_")
+        letter = {"weight": "g" if norm else "w", "bias": "b"}[kind]
+        stem = "/".join(path).replace("h/", "h", 1) if path[0] == "h" else "/".join(path)
+        renamed[f"model/{stem}/{letter}"] = array[None] if array.ndim == 2 else array
+    return renamed
+
+
+def openai_hparams(raw: Mapping[str, object]) -> dict[str, object]:
+    """The hparams.json of a model whose config.json is ``raw``."""
+    named = {"n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_head": "n_head"}
+    return {ours: raw[theirs] for ours, theirs in {**named, "n_layer": "n_layer"}.items()}
+
+
+def stored_tensors(path: Path, arrays: Mapping[str, NDArray[Any]], order: Iterable[str] | None = None) -> TensorSet:
+    """``arrays`` packed one after the other into the file ``path``, as tensors whose bytes can be copied raw.
+
+    The first byte of the file is no tensor's, so offsets are odd as they may be in TensorFlow's files.
+    """
+    offset, tensors, content = 1, {}, [b"\x00"]
+    for name in order or arrays:
+        data = np.ascontiguousarray(arrays[name]).tobytes()
+        part = Segment(str(path), offset, len(data))
+        tensors[name] = Stored((part,), arrays[name].dtype, arrays[name].shape)
+        content.append(data)
+        offset += len(data)
+    path.write_bytes(b"".join(content))
+    return TensorSet(tensors, (str(path),))
+
+
+def computed_tensors(arrays: Mapping[str, NDArray[Any]]) -> TensorSet:
+    """``arrays`` as tensors that lie in no file."""
+
+    def lazy(array: NDArray[Any]) -> LazyTensor:
+        def read(box: Box) -> NDArray[Any]:
+            return array[box]
+
+        return Computed(read, array.dtype, array.shape)
+
+    return TensorSet({name: lazy(array) for name, array in arrays.items()}, ())
+
+
+def source_of(
+    raw: Mapping[str, object],
+    tensors: TensorSet,
+    *,
+    scheme: str = "hf",
+    tokenizer: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> Source:
+    """A :class:`Source` as a reader would make it."""
+    return Source(
+        scheme=scheme,
+        format=fields.pop("format", "arrays"),
+        path=fields.pop("path", "model"),
+        tensors=tensors,
+        config=dict(raw),
+        tokenizer=dict(tokenizer or {}),
+        **fields,
+    )
+
+
+def checkpoint_of(
+    raw: Mapping[str, object],
+    arrays: Mapping[str, NDArray[Any]],
+    directory: Path | None = None,
+    *,
+    scheme: str = "hf",
+    request: Request | None = None,
+    tokenizer: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> Checkpoint:
+    """An understood checkpoint from arrays.
+
+    Args:
+        raw: config.json (or hparams.json).
+        arrays: weights under the names of ``scheme``.
+        directory: where to store them; None: they lie in no file (every copy is then computed).
+        scheme: naming scheme of ``raw`` and ``arrays``.
+        request: task and heads asked for.
+        tokenizer: file name → path.
+        fields: further fields of :class:`Source`.
+    """
+    tensors = computed_tensors(arrays) if directory is None else stored_tensors(directory / "weights.raw", arrays)
+    source = source_of(raw, tensors, scheme=scheme, tokenizer=tokenizer, **fields)
+    return understand(source, request or Request())
+
+
+def openai_checkpoint(
+    directory: Path, seed: int = 0, tokenizer: Mapping[str, str] | None = None, **config: object
+) -> Checkpoint:
+    """A tiny GPT-2 under OpenAI's names (n_inner is 4 D there), its bytes in a file in ``directory``."""
+    raw, arrays = tiny_gpt2(seed, n_inner=None, **config)
+    return checkpoint_of(
+        openai_hparams(raw), openai_layout(arrays), directory, scheme="openai-tf", tokenizer=tokenizer
+    )
+
+
+def torch_weights(checkpoint: Checkpoint, dtype: Any = None) -> dict[str, Any]:
+    """The canonical weights as torch tensors, for ``GPT.from_weights``; float64 unless ``dtype`` says otherwise."""
+    import torch
+
+    def tensor(weight: LazyTensor) -> Any:
+        return torch.from_numpy(weight.read().astype(np.float64)).to(dtype or torch.float64)
+
+    return {name: tensor(weight) for name, weight in checkpoint.weights.items()}
+
+
+def content(file: PlannedFile) -> bytes:
+    """The bytes a planned file stands for."""
+    data = bytearray(file.nbytes)
+    data[: len(file.head)] = file.head
+    for placed in file.tensors:
+        raw = b"".join(chunk.tobytes() for chunk in placed.tensor.chunks())
+        data[placed.offset : placed.offset + len(raw)] = raw
+    assert len(data) == file.nbytes, file.path
+    return bytes(data)
+
+
+def write_planned(directory: Path, files: Iterable[PlannedFile]) -> Path:
+    """Write planned files the slow and obvious way."""
+    for file in files:
+        path = directory / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content(file))
+    return directory

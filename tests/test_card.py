@@ -1,0 +1,205 @@
+"""The model card: valid YAML, honest words, snippets that run, nothing of the machine it was made on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.card import card
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.families.base import Request
+from gptconvert.targets.plan import PlannedFile, TargetOptions
+from gptconvert.targets.safetensors import TARGET as SAFETENSORS
+from gptconvert.targets.sidecars import sidecar_files
+from tests.helpers import FIXTURES, checkpoint_of, openai_checkpoint, tiny_gpt2, write_planned
+
+CHECKED = {"passed": True, "logits": {"rmse_ratio": 1.31415}, "groups": [{"group": "left|pad", "max_abs": 3.2e-6}]}
+
+
+def text(checkpoint: Checkpoint, *targets: str, verification: Any = None, files: Any = (), **options: Any) -> str:
+    return card(checkpoint, targets or ("onnx",), TargetOptions(**options), verification or {}, files).decode()
+
+
+def front_matter(card_text: str) -> dict[str, Any]:
+    yaml = pytest.importorskip("yaml")
+    assert card_text.startswith("---\n")
+    found: dict[str, Any] = yaml.safe_load(card_text.split("---\n")[1])
+    return found
+
+
+def command(card_text: str) -> str:
+    return next(line for line in card_text.splitlines() if line.startswith("gptconvert convert"))
+
+
+def snippets(card_text: str) -> dict[str, str]:
+    found = re.findall(r"\n([^\n]+):\n\n```(?:python|js)\n(.*?)```", card_text, re.DOTALL)
+    return {title.partition(",")[0]: code for title, code in found}
+
+
+@pytest.fixture
+def tiny() -> Checkpoint:
+    return checkpoint_of(*tiny_gpt2())
+
+
+def test_front_matter(tiny: Checkpoint) -> None:
+    head = front_matter(text(tiny, "safetensors", "onnx"))
+    assert head == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt2", "onnx", "safetensors", "gptconvert"],
+    }
+    assert front_matter(text(tiny, "onnx"))["library_name"] == "onnx"
+
+
+@pytest.mark.parametrize("repo", ["openai-community/gpt2", 'a: b"\n- x: #y', "no", "日本/モデル", "x\x7f\x85\x1b[0m"])
+def test_front_matter_survives_any_name(repo: str) -> None:
+    raw, arrays = tiny_gpt2()
+    result = text(checkpoint_of(raw, arrays, repo=repo, revision="abc123"))
+    assert set(front_matter(result)) == {"library_name", "pipeline_tag", "tags", "base_model"}
+    assert isinstance(front_matter(result)["base_model"], str)
+    if repo.isprintable():
+        assert front_matter(result)["base_model"] == repo
+    assert all(c.isprintable() or c == "\n" for c in result)
+    assert "revision `abc123`" in result
+    assert "--revision abc123" in command(result)
+
+
+def test_hub_library_reads_it(tiny: Checkpoint) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    read = hub.ModelCard(text(tiny, "safetensors"))
+    assert read.data.library_name == "transformers"
+    assert read.data.license is None
+    assert read.text.strip().startswith("# GPT-2")
+
+
+def test_command_repeats_the_options() -> None:
+    raw, arrays = tiny_gpt2()
+    bare = checkpoint_of(raw, arrays, request=Request(task="feature-extraction"))
+    assert command(text(bare, "onnx", verification=CHECKED)) == (
+        "gptconvert convert CHECKPOINT --to onnx --task feature-extraction -o OUTPUT"
+    )
+    full = {"dtype": "fp16", "opset": 18, "kv_cache": False, "single_file": True, "max_shard_size": 7}
+    assert command(text(checkpoint_of(raw, arrays, repo="o/m"), "safetensors", "onnx", **full)) == (
+        "gptconvert convert o/m --to onnx --to safetensors --dtype fp16 --opset 18 --no-kv-cache --single-file "
+        "--max-shard-size 7 --no-verify -o OUTPUT"
+    )
+
+
+def test_command_is_one_that_the_program_takes(tiny: Checkpoint) -> None:
+    cli = pytest.importorskip("gptconvert.cli")
+    convert = getattr(pytest.importorskip("gptconvert.cli.convert"), "convert", None)
+    if convert is None or not hasattr(cli, "main"):
+        pytest.skip("no convert command yet")
+    full = {"dtype": "fp16", "opset": 18, "kv_cache": False, "single_file": True, "max_shard_size": 7}
+    words = command(text(tiny, "onnx", "safetensors", **full)).split()[2:]
+    convert.make_context("convert", words, resilient_parsing=False)
+
+
+def test_heads_are_repeated_where_no_configuration_has_them(tmp_path: Path) -> None:
+    raw, arrays = tiny_gpt2(n_inner=None)
+    from tests.helpers import openai_layout
+
+    guessed = checkpoint_of(
+        {}, openai_layout(arrays), tmp_path, scheme="openai-tf", request=Request(n_head=int(str(raw["n_head"])))
+    )
+    assert "--n-head 3" in command(text(guessed))
+    assert "--n-head" not in command(text(openai_checkpoint(tmp_path)))
+
+
+def test_unverified_is_said_plainly(tiny: Checkpoint) -> None:
+    assert "Not verified" in text(tiny)
+    assert "--no-verify" in command(text(tiny))
+    checked = text(tiny, verification=CHECKED)
+    assert "Not verified" not in checked
+    assert "--no-verify" not in checked
+
+
+def test_figures_are_shown(tiny: Checkpoint) -> None:
+    checked = text(tiny, verification=CHECKED)
+    assert "| passed | yes |" in checked
+    assert "| logits.rmse_ratio | 1.31 |" in checked
+    assert "| left\\|pad | 3.2e-06 |" in checked
+    many = {"groups": [{"n": n} for n in range(100)]}
+    assert "and 60 more" in text(tiny, verification=many)
+
+
+def test_architecture_and_files(tiny: Checkpoint) -> None:
+    files = [PlannedFile.of_bytes("config.json", b"{}"), PlannedFile("model.safetensors", 12345678)]
+    result = text(tiny, "safetensors", files=files)
+    parameters = sum(int(np.prod(weight.shape)) for weight in tiny.weights.values())
+    assert f"| Parameters | {parameters:,} |" in result
+    assert f"| Weights | {4 * parameters:,} bytes, float32 |" in result
+    assert "| Heads | 3 of 8 |" in result
+    assert "| `model.safetensors` | 12,345,678 |" in result
+
+
+def test_nothing_of_the_machine(tmp_path: Path) -> None:
+    """Two directories, one card; no path, no date."""
+    cards = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        raw, arrays = tiny_gpt2()
+        checkpoint = checkpoint_of(
+            raw,
+            arrays,
+            tmp_path / name,
+            path=str(tmp_path / name),
+            config_path=str(tmp_path / name / "config.json"),
+        )
+        cards.append(text(checkpoint, "onnx", "safetensors", verification=CHECKED))
+    assert cards[0] == cards[1]
+    assert str(tmp_path) not in cards[0]
+    assert not re.search(r"20\d\d-\d\d", cards[0])
+
+
+def test_snippets_offered(tiny: Checkpoint) -> None:
+    def titles(*targets: str, **options: Any) -> list[str]:
+        return list(snippets(text(tiny, *targets, **options)))
+
+    everything = ["onnxruntime", "transformers", "optimum", "transformers.js", "onnxruntime-genai"]
+    assert titles("onnx", "safetensors") == everything
+    assert titles("onnx", kv_cache=False) == ["onnxruntime"]
+    assert titles("safetensors") == ["transformers"]
+    no_tokenizer = [PlannedFile("onnx/model.onnx", 1), PlannedFile("model.safetensors", 1)]
+    result = text(tiny, "onnx", "safetensors", files=no_tokenizer)
+    assert list(snippets(result)) == ["onnxruntime", "transformers"]
+    assert "tokenizer" not in "".join(snippets(result).values()).lower()
+
+
+def test_graph_and_type_are_those_planned(tiny: Checkpoint) -> None:
+    files = [PlannedFile(name, 1) for name in ("onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data", "tokenizer.json")]
+    found = snippets(text(tiny, "onnx", files=files))
+    assert '"onnx/model_fp16.onnx"' in found["onnxruntime"]
+    assert 'dtype: "fp16"' in found["transformers.js"]
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+@pytest.mark.parametrize("tokenized", [True, False])
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_python_snippets_run(
+    kv_cache: bool, tokenized: bool, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The onnxruntime and transformers snippets, as written, in the directory they stand in."""
+    pytest.importorskip("transformers")
+    onnx = pytest.importorskip("gptconvert.targets.onnx.model")
+    found = {name: str(FIXTURES / "gpt2-stdlib" / name) for name in ("encoder.json", "vocab.bpe")}
+    if not Path(found["vocab.bpe"]).exists():
+        pytest.skip("fixtures not made yet")
+    raw, arrays = tiny_gpt2(vocab_size=2003, bos_token_id=2002, eos_token_id=2002)
+    checkpoint = checkpoint_of(raw, arrays, request=Request(task=task), tokenizer=found if tokenized else {})
+    options, targets = TargetOptions(kv_cache=kv_cache), ["onnx", "safetensors"]
+    files = [*onnx.TARGET.plan(checkpoint, options), *SAFETENSORS.plan(checkpoint, options)]
+    files += sidecar_files(checkpoint, options, targets, [file.path for file in files])
+    monkeypatch.chdir(write_planned(tmp_path, files))
+    found = snippets(card(checkpoint, targets, options, {}, files).decode())
+    space: dict[str, Any] = {}
+    exec(found["onnxruntime"], space)
+    output = space["logits" if task == "text-generation" else "last_hidden_state"]
+    assert output.shape == (1, space["ids"].shape[1], 2003 if task == "text-generation" else 24)
+    exec(found["transformers"], space)
+    name = "GPT2LMHeadModel" if task == "text-generation" else "GPT2Model"
+    assert type(space["model"]).__name__ == name
