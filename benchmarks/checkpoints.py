@@ -9,8 +9,8 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from gptconvert.families.gpt2 import OPENAI_TF, _openai_config
 from gptconvert.families.base import Request
+from gptconvert.families.gpt2 import OPENAI_TF, _openai_config
 from gptconvert.mapping import expand
 from gptconvert.targets.tf_index import Entry, bundle_index
 

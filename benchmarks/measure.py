@@ -8,6 +8,7 @@ is sampled.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -64,21 +65,24 @@ def _rss(pid: int) -> tuple[int, int]:
     return tuple(int(fields.get(key, "0 kB").split()[0]) for key in ("RssAnon", "RssFile"))  # type: ignore[return-value]
 
 
-def interleaved(commands: dict[str, Sequence[str]], rounds: int, clean: Sequence[Path] = ()) -> dict[str, list[Run]]:
-    """Run every command ``rounds`` times, in turn, so that drift of the machine hits all alike."""
-    import shutil
+def interleaved(commands: dict[str, list[str]], rounds: int, output: Path | None = None) -> dict[str, list[Run]]:
+    """Run every command ``rounds`` times, in turn, so that drift of the machine hits all alike.
 
+    Before each, ``output`` is made an empty directory and what earlier runs wrote is forced to disk.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
-            for path in clean:
-                shutil.rmtree(path, ignore_errors=True)
+            if output is not None:
+                shutil.rmtree(output, ignore_errors=True)
+                output.mkdir(parents=True)
+                os.sync()
             result = run(command)
             if result.code:
                 raise RuntimeError(f"{name} exited with {result.code}:\n{result.output}")
             runs[name].append(result)
-    for path in clean:
-        shutil.rmtree(path, ignore_errors=True)
+    if output is not None:
+        shutil.rmtree(output, ignore_errors=True)
     return runs
 
 

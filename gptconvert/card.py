@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import printable
 from gptconvert.families import family_named
 from gptconvert.targets.plan import PlannedFile, TargetOptions
-from gptconvert.targets.sidecars import onnx_graphs
+from gptconvert.targets.sidecars import ONNX_GRAPH, onnx_graphs
 
 #: The hub's name of the library that loads a target, best first.
 LIBRARY = {"safetensors": "transformers", "onnx": "onnx"}
@@ -24,8 +25,6 @@ IN_TRANSFORMERS_JS = frozenset({"gpt2", "gpt_neo", "gptj", "gpt_neox"})
 #: Graph file → what transformers.js calls its dtype.
 JS_DTYPE = {"model.onnx": "fp32", "model_fp16.onnx": "fp16", "model_quantized.onnx": "q8", "model_q4.onnx": "q4"}
 DEFAULTS = TargetOptions()
-#: A verification report may hold one figure per tensor; a card is for reading.
-MAX_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,12 @@ def card(
         checkpoint: what was exported.
         targets: names of the targets asked for.
         options: as given to the targets.
-        verification: the figures, plain values; empty if nothing was verified, which the card then says.
+        verification: the report of the verification (``verify.Report.as_dict``); empty if there was none, which
+            the card then says.
         files: the other files of the directory.
     """
     planned = {file.path: file.nbytes for file in files}
-    graph = next(iter(onnx_graphs(planned)), "onnx/model.onnx") if "onnx" in targets else None
+    graph = next(iter(onnx_graphs(planned)), ONNX_GRAPH) if "onnx" in targets else None
     facts = _Facts(checkpoint, tuple(sorted(targets)), options, verification, dict(sorted(planned.items())), graph)
     sections = (_front_matter, _introduction, _architecture, _verification, _files, _loading)
     return "\n".join(section(facts) for section in sections).encode()
@@ -172,44 +172,30 @@ def _files(facts: _Facts) -> str:
 
 
 def _verification(facts: _Facts) -> str:
+    """The verdict, without the figures: these differ from machine to machine, and a card does not."""
     if not facts.verification:
         text = "**Not verified.** The conversion ran with `--no-verify`: nobody has checked what these files compute."
         return f"## Verification\n\n{text}\n"
-    scalars: list[tuple[str, str]] = []
-    tables: list[str] = []
-    for key, value in _flat(facts.verification):
-        if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-            tables += ["", *_rows_of(key, value)]
-        else:
-            scalars.append((printable(key), _figure(value)))
-    return "\n".join(["## Verification", "", *_table(("", ""), scalars), *tables, ""])
+    report: Mapping[str, Any] = facts.verification
+    rule = report.get("rule", {})
+    words = [
+        "Checked before publication; nothing is published that fails. Every weight equals the checkpoint's, byte for",
+        "byte. Every output lies within rounding noise of the same model in float64: its root mean square error is",
+        f"at most {rule.get('max_rmse_ratio', 4):g} times, its largest error at most {rule.get('max_abs_ratio', 8):g}"
+        " times, that of the reference model in the computing",
+        "type.",
+    ]
+    verdict = words if report.get("passed") else ["**Verification failed.**"]
+    rows = [_artifact_row(artifact) for artifact in report.get("artifacts", ())]
+    header = ("Artifact", "Equal weights", "Groups of probes within noise")
+    return "\n".join(["## Verification", "", *verdict, "", *_table(header, rows), ""])
 
 
-def _flat(values: Mapping[str, object], before: str = "") -> Iterable[tuple[str, object]]:
-    """Nested mappings as dotted keys."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
-
-
-def _rows_of(title: str, items: Sequence[Mapping[str, object]]) -> list[str]:
-    """A list of records as a table: plain values only, the first ``MAX_ROWS`` of them."""
-    keys = [key for key, value in items[0].items() if isinstance(value, (str, int, float, type(None)))]
-    rows = [tuple(_figure(item.get(key)) for key in keys) for item in items[:MAX_ROWS]]
-    more = [f"… and {len(items) - MAX_ROWS} more."] if len(items) > MAX_ROWS else []
-    return [f"### {printable(title)}", "", *_table([printable(key) for key in keys], rows), *more]
-
-
-def _figure(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_figure(item) for item in value)
-    return printable(value)
+def _artifact_row(artifact: Mapping[str, Any]) -> tuple[str, str, str]:
+    weights, runs = artifact.get("weights", {}), artifact.get("runs") or [{}]
+    groups = runs[0].get("groups", ())
+    passed = f"{sum(bool(group.get('ok')) for group in groups)} of {len(groups)}" if groups else "weights only"
+    return f"`{printable(artifact.get('path'))}`", f"{weights.get('equal')} of {weights.get('weights')}", passed
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

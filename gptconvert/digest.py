@@ -20,7 +20,7 @@ from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError
 from gptconvert.source_reader import SourceReader, StoppedError
 from gptconvert.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet, merge_segments
-from gptconvert.values import Values, checked_chunks, is_float
+from gptconvert.values import Values, checked_chunks, is_float, raw_bytes
 
 _ALGORITHMS: Mapping[str, Callable[[bytes, int], int]] = {
     "crc32": zlib.crc32,
@@ -61,7 +61,7 @@ def sha256_of(name: str, tensor: LazyTensor) -> str:
     sha, place = hashlib.sha256(), tensor.segments()
     if place is None:
         for chunk in checked_chunks(name, tensor):
-            sha.update(chunk.data)
+            sha.update(raw_bytes(chunk))
     else:
         with SourceReader() as reader:
             for block in reader.blocks(place):

@@ -288,7 +288,7 @@ def collapse(names: Iterable[str]) -> list[str]:
     """Names with layer numbers folded: ``h.{0-3}.ln_1.weight``."""
     layers: dict[str, list[int]] = {}
     for name in names:
-        match = re.search(r"(?<=[./h])\d+(?=[./])", name)
+        match = re.search(r"(?<=[./h])[0-9]{1,9}(?=[./])", name)
         template = name if match is None else f"{name[: match.start()]}{{}}{name[match.end() :]}"
         layers.setdefault(template, []).extend([] if match is None else [int(match[0])])
     return [t if "{}" not in t else t.replace("{}", _runs(sorted(n))) for t, n in layers.items()]

@@ -23,9 +23,9 @@ def preflight(output: str, inputs: Iterable[str] = (), force: bool = False) -> N
         OutputError: it is refused; the message says why.
     """
     output = os.path.abspath(output)
-    _check_what_is_there(output, force)
-    for path in inputs:
+    for path in inputs:  # first: nobody should be told to try --force on an input
         _check_apart(output, path)
+    _check_what_is_there(output, force)
     _check_parent(output)
 
 
@@ -63,7 +63,7 @@ def _check_apart(output: str, path: str) -> None:
         return
     source = os.stat(path)
     inside = stat.S_ISDIR(source.st_mode) and _contains(source, output)
-    found = os.stat(output) if os.path.lexists(output) else None
+    found = os.stat(output) if os.path.exists(output) else None
     same = found is not None and os.path.samestat(found, source)
     # A link is followed for where the bytes are, and not followed for what a replaced output would take along.
     holds = found is not None and any(_contains(found, way) for way in (path, os.path.realpath(path)))

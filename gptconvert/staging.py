@@ -51,10 +51,8 @@ class Staging:
         self.notes: list[str] = []
         self._inputs, self._force = tuple(inputs), force
         preflight(self.output, self._inputs, force)
-        self._parent = existing_ancestor(os.path.dirname(self.output))
-        self._stem = os.path.join(self._parent, f".{_key(os.path.relpath(self.output, self._parent))}.gptconvert")
-        self.path = f"{self._stem}-{secrets.token_hex(3)}"
-        self._lock_path, self._aside = f"{self._stem}.lock", f"{self._stem}-replaced"
+        self._site = _Site(existing_ancestor(os.path.dirname(self.output)), self.output)
+        self.path = f"{self._site.stem}-{secrets.token_hex(3)}"
         self._lock: int | None = None
         self._made_parents: list[str] = []
         self._published = False
@@ -65,7 +63,7 @@ class Staging:
         Raises:
             OutputError: too little is free.
         """
-        space = os.statvfs(self._parent)
+        space = os.statvfs(self._site.parent)
         free, needed = space.f_bavail * space.f_frsize, int(nbytes * SPACE_FACTOR)
         if free < needed:
             raise OutputError(
@@ -78,12 +76,12 @@ class Staging:
 
     def __enter__(self) -> Self:
         try:
-            with signals.held():
-                self._acquire()
-                with _as_output_error(self.output, "cannot be prepared"):
-                    self._clean_up_after_crashes()
-                    preflight(self.output, self._inputs, self._force)
-                    fileops.make_directory(self.path)
+            with signals.held(), _as_output_error(self.output, "cannot be prepared"):
+                self._clean_up_above()
+                self._lock = self._site.acquire()
+                self._site.clean_up()
+                preflight(self.output, self._inputs, self._force)
+                fileops.make_directory(self.path)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -110,28 +108,18 @@ class Staging:
             if replaced is not None:
                 self._remove_replaced(replaced)
 
-    def _acquire(self) -> None:
-        with _as_output_error(self.output, "cannot be locked"):
-            self._lock = fileops.lock(self._lock_path)
-        if self._lock is None:
-            raise OutputError(
-                f"locked by pid {_first_line(self._lock_path)}",
-                path=self.output,
-                hint="another run is writing this output; wait for it, or name another output",
-            )
-
-    def _clean_up_after_crashes(self) -> None:
-        """Undo what killed runs left. We hold the lock, so nobody is at work in any of it."""
-        if os.path.isdir(self._aside):
-            # Killed between two renames (systems without exchange): the old output must come back.
-            if os.path.lexists(self.output):
-                fileops.remove_tree(self._aside)
-            else:
-                fileops.rename(self._aside, self.output)
-        stale = re.compile(re.escape(os.path.basename(self._stem)) + r"-[0-9a-f]{6}")
-        for name in os.listdir(self._parent):
-            if stale.fullmatch(name):
-                fileops.remove_tree(os.path.join(self._parent, name))
+    def _clean_up_above(self) -> None:
+        """A killed run may have worked further up, if the parents did not exist then."""
+        above = self._site.parent
+        while above != os.path.dirname(above):
+            above = os.path.dirname(above)
+            site = _Site(above, self.output)
+            if os.path.lexists(site.lock_path):
+                lock = site.acquire()
+                try:
+                    site.clean_up()
+                finally:
+                    fileops.unlock(site.lock_path, lock)
 
     def _make_parents(self) -> None:
         missing, parent = [], os.path.dirname(self.output)
@@ -154,16 +142,16 @@ class Staging:
         except OSError as error:
             if error.errno not in _NO_EXCHANGE:
                 raise
-        fileops.rename(self.output, self._aside)
+        fileops.rename(self.output, self._site.aside)
         try:
             _undoable(fileops.rename, self.path, self.output, self._sync_parents)
         except BaseException:
-            fileops.rename(self._aside, self.output)
+            fileops.rename(self._site.aside, self.output)
             raise
-        return self._aside
+        return self._site.aside
 
     def _sync_parents(self) -> None:
-        for directory in {os.path.dirname(self.output), self._parent}:
+        for directory in {os.path.dirname(self.output), self._site.parent}:
             fileops.sync_path(directory)
 
     def _remove_replaced(self, path: str) -> None:
@@ -192,7 +180,50 @@ class Staging:
     def _release(self) -> None:
         if self._lock is not None:
             descriptor, self._lock = self._lock, None
-            fileops.unlock(self._lock_path, descriptor)
+            fileops.unlock(self._site.lock_path, descriptor)
+
+
+class _Site:
+    """The hidden names beside which an output is made, in ``parent``, the nearest directory that exists.
+
+    Attributes:
+        stem: what all of them begin with.
+        lock_path: held by the process at work.
+        aside: where a replaced output lies for a moment, on systems without an atomic exchange.
+    """
+
+    def __init__(self, parent: str, output: str) -> None:
+        self.parent, self.output = parent, output
+        self.stem = os.path.join(parent, f".{_key(os.path.relpath(output, parent))}.gptconvert")
+        self.lock_path, self.aside = f"{self.stem}.lock", f"{self.stem}-replaced"
+
+    def acquire(self) -> int:
+        """The descriptor that holds the lock.
+
+        Raises:
+            OutputError: another process holds it.
+        """
+        lock = fileops.lock(self.lock_path)
+        if lock is None:
+            raise OutputError(
+                f"locked by pid {_first_line(self.lock_path)}",
+                path=self.output,
+                hint="another run is writing this output; wait for it, or name another output",
+            )
+        return lock
+
+    def clean_up(self) -> None:
+        """Undo what killed runs left. We hold the lock, so nobody is at work in any of it."""
+        if os.path.isdir(self.aside):
+            # Killed between two renames: the old output must come back.
+            if os.path.lexists(self.output):
+                fileops.remove_tree(self.aside)
+            else:
+                fileops.rename(self.aside, self.output)
+        stale = re.compile(re.escape(os.path.basename(self.stem)) + r"-[0-9a-f]{6}")
+        for name in os.listdir(self.parent):
+            if stale.fullmatch(name):
+                fileops.remove_tree(os.path.join(self.parent, name))
 
 
 def _undoable(move: Callable[[str, str], None], source: str, target: str, confirm: Callable[[], None]) -> None:

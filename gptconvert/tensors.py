@@ -201,6 +201,26 @@ class LeadingAxis(LazyTensor):
 
 
 @dataclass(frozen=True, slots=True)
+class WithoutLeadingAxis(LazyTensor):
+    """``base`` [1, ...] seen as [...]."""
+
+    base: LazyTensor
+    dtype: np.dtype[np.generic] = field(init=False)
+    shape: Shape = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", self.base.dtype)
+        object.__setattr__(self, "shape", self.base.shape[1:])
+
+    def segments(self) -> tuple[Segment, ...] | None:
+        return self.base.segments()
+
+    def read(self, box: Box | None = None) -> Array:
+        elements: Array = self.base.read(None if box is None else (slice(0, 1), *box))[0, ...]
+        return elements
+
+
+@dataclass(frozen=True, slots=True)
 class Rows(LazyTensor):
     """Rows ``runs`` (start, stop) of ``base``, in that order; the rest of its axes whole."""
 

@@ -23,6 +23,7 @@ from gptconvert.tensors import (
     Shape,
     Stored,
     Transposed,
+    WithoutLeadingAxis,
     merge_segments,
 )
 
@@ -42,7 +43,7 @@ def drop_leading_axis(tensor: LazyTensor) -> LazyTensor:
         return Cast(drop_leading_axis(tensor.base), tensor.dtype)
     if isinstance(tensor, Stored):
         return Stored(tensor.parts, tensor.dtype, tensor.shape[1:], tensor.crc32c)
-    raise TypeError(f"no leading axis to drop from {type(tensor).__name__}")
+    return WithoutLeadingAxis(tensor)  # pieces of a partitioned variable, and values computed
 
 
 def take_rows(tensor: LazyTensor, runs: Sequence[tuple[int, int]]) -> LazyTensor:

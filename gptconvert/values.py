@@ -40,6 +40,11 @@ def finite(array: Array) -> NDArray[np.bool_]:
     return np.asarray(np.isfinite(array.astype(np.float32) if array.dtype.kind == "V" else array))
 
 
+def raw_bytes(array: Array) -> memoryview:
+    """A contiguous array's bytes; not all dtypes have a buffer of their own."""
+    return array.reshape(-1).view(np.uint8).data
+
+
 class Values:
     """Looks at a tensor's values as its bytes pass by.
 

@@ -24,7 +24,7 @@ from gptconvert.readback import ReadBack
 from gptconvert.source_reader import FileDigest, SourceReader, StoppedError, digest_files, truncated
 from gptconvert.targets.plan import Placed, PlannedFile
 from gptconvert.tensors import Segment, merge_segments
-from gptconvert.values import checked_chunks
+from gptconvert.values import checked_chunks, raw_bytes
 
 #: Bytes of one kernel copy: small enough that Ctrl-C and the progress bar keep up.
 COPY_BYTES = 32 << 20
@@ -246,7 +246,7 @@ class _FileWriter:
         for chunk in checked_chunks(placed.name, placed.tensor):
             if self.stop.is_set():
                 raise StoppedError
-            data = chunk.reshape(-1).view("u1").data
+            data = raw_bytes(chunk)
             fileops.write(target, data, offset)
             sha.update(data)
             offset += len(data)

@@ -17,7 +17,20 @@ from gptconvert.targets.safetensors import TARGET as SAFETENSORS
 from gptconvert.targets.sidecars import sidecar_files
 from tests.helpers import FIXTURES, checkpoint_of, openai_checkpoint, tiny_gpt2, write_planned
 
-CHECKED = {"passed": True, "logits": {"rmse_ratio": 1.31415}, "groups": [{"group": "left|pad", "max_abs": 3.2e-6}]}
+CHECKED = {
+    "passed": True,
+    "rule": {"max_rmse_ratio": 4.0, "max_abs_ratio": 8.0},
+    "artifacts": [
+        {
+            "path": "onnx/model.onnx",
+            "ok": True,
+            "weights": {"ok": True, "weights": 28, "equal": 28},
+            "runs": [{"groups": [{"group": "left padding", "ok": True}, {"group": "holes", "ok": True}]}],
+            "seconds": 1.25,
+        },
+        {"path": "model.safetensors", "ok": True, "weights": {"ok": True, "weights": 29, "equal": 29}, "runs": []},
+    ],
+}
 
 
 def text(checkpoint: Checkpoint, *targets: str, verification: Any = None, files: Any = (), **options: Any) -> str:
@@ -118,13 +131,28 @@ def test_unverified_is_said_plainly(tiny: Checkpoint) -> None:
     assert "--no-verify" not in checked
 
 
-def test_figures_are_shown(tiny: Checkpoint) -> None:
+def test_verdicts_are_shown_without_what_differs_from_run_to_run(tiny: Checkpoint) -> None:
     checked = text(tiny, verification=CHECKED)
-    assert "| passed | yes |" in checked
-    assert "| logits.rmse_ratio | 1.31 |" in checked
-    assert "| left\\|pad | 3.2e-06 |" in checked
-    many = {"groups": [{"n": n} for n in range(100)]}
-    assert "and 60 more" in text(tiny, verification=many)
+    assert "| `onnx/model.onnx` | 28 of 28 | 2 of 2 |" in checked
+    assert "| `model.safetensors` | 29 of 29 | weights only |" in checked
+    assert "at most 4 times" in checked
+    assert "1.25" not in checked
+    bad = {"passed": False, "artifacts": [{"path": "a|b", "runs": [{"groups": [{"ok": False}, {"ok": True}]}]}]}
+    failed = text(tiny, verification=bad)
+    assert "Verification failed" in failed
+    assert "| `a\\|b` | None of None | 1 of 2 |" in failed
+    assert "within rounding noise" not in failed
+
+
+def test_a_real_report_is_understood(tiny: Checkpoint) -> None:
+    report = pytest.importorskip("gptconvert.verify.report")
+    weights = pytest.importorskip("gptconvert.verify.weights").WeightReport(expected=28, equal=28)
+    artifact = report.ArtifactReport("safetensors", "model.safetensors", weights, computes=False, seconds=3.5)
+    found = report.Report("default", [artifact])
+    assert found.passed
+    with_figures = text(tiny, verification=found.as_dict())
+    assert "| `model.safetensors` | 28 of 28 | weights only |" in with_figures
+    assert with_figures == text(tiny, verification=found.as_dict(figures=False))
 
 
 def test_architecture_and_files(tiny: Checkpoint) -> None:

@@ -261,6 +261,18 @@ def test_merges_files_of_every_make(form: bytes, tmp_path: Path) -> None:
         assert "merges.txt" in notes[0]
 
 
+def test_only_newlines_end_a_merge() -> None:
+    assert parse_merges("#version: 0.2\nt \x85\n\u2028 h\n".encode(), "vocab.bpe") == [("t", "\x85"), ("\u2028", "h")]
+
+
+def test_the_end_token_is_special(tmp_path: Path) -> None:
+    files, _ = tokenizer_files(with_tokenizer(small(tmp_path), SMALL_SIZE))
+    loaded = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert loaded.decode(loaded.encode(f"the{END}").ids, skip_special_tokens=True) == "the"
+    config = json.loads(files["tokenizer_config.json"])
+    assert config["clean_up_tokenization_spaces"] is False  # what transformers 4 would do to "do n't"
+
+
 def test_merges_that_begin_with_a_hash_are_merges(tmp_path: Path) -> None:
     files, _ = tokenizer_files(with_tokenizer(small(tmp_path), SMALL_SIZE))
     loaded = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())

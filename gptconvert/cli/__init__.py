@@ -88,9 +88,8 @@ def run(args: list[str]) -> int:
     as_json = "--json" in args
     args = _bare_verify([arg for arg in args if arg != "--debug"])
     try:
-        group.main(args, prog_name="gptconvert", standalone_mode=False, auto_envvar_prefix="GPTCONVERT")
-    except click.exceptions.Exit as error:
-        return error.exit_code
+        done = group.main(args, prog_name="gptconvert", standalone_mode=False, auto_envvar_prefix="GPTCONVERT")
+        return done if isinstance(done, int) else 0  # click gives back the code of `Exit`
     except click.ClickException as error:
         if as_json:
             _report(GptConvertError(error.format_message()), error.exit_code, as_json=True, kind="usage")
@@ -123,7 +122,6 @@ def run(args: list[str]) -> int:
         hint = "this is a fault of gptconvert: rerun with --debug and report it"
         _report(GptConvertError(what, hint=hint), 1, as_json)
         return 1
-    return 0
 
 
 def _bare_verify(args: list[str]) -> list[str]:
@@ -143,5 +141,3 @@ def _report(error: GptConvertError, code: int, as_json: bool, kind: str | None =
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
     if error.hint:
         click.echo(f"  hint: {printable(error.hint)}", err=True)
-
-

@@ -7,6 +7,7 @@ the tanh GELU; what ``hidden_act`` says is what every published logit was comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from gptconvert.errors import InputError
@@ -146,6 +147,8 @@ HARMLESS = (*DROPOUTS, "attention_probs_dropout_prob", "hidden_dropout_prob", "n
 def _write_config(config: GPTConfig, carried: Mapping[str, object]) -> dict[str, object]:
     rotary = config.rotary or Rotary(0)
     share = rotary.dim / config.head_dim
+    if int(config.head_dim * share) < rotary.dim:  # as read: the product is cut, not rounded
+        share = math.nextafter(share, 1)
     return {
         **DROPOUTS,
         "initializer_range": 0.02,

@@ -152,9 +152,7 @@ def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors
     for key in ("num_labels", "_num_labels"):
         value = raw.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InputError(
-                "wrong value", path=path, tensor=key, expected="a positive number", found=repr(value)[:80]
-            )
+            raise InputError("wrong value", path=path, tensor=key, expected="at least 1", found=repr(value)[:80])
         if isinstance(value, int):
             return value
     shapes = [t.shape for n, t in tensors.items() if any(_ends_with(n, end) for end in HEAD_TENSORS[task])]

@@ -17,12 +17,7 @@ def crc32c(data: bytes) -> int:
     return int(google_crc32c.value(data))
 
 
-def mask(crc: int) -> int:
-    """A checksum as files store it: rotated right by 15 bits, plus a constant."""
-    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & _WORD
-
-
 def unmask(masked: int) -> int:
-    """The inverse of :func:`mask`."""
+    """The checksum itself from the form in files: rotated right by 15 bits, plus a constant."""
     rotated = (masked - _MASK_DELTA) & _WORD
     return (rotated >> 17 | rotated << 15) & _WORD

@@ -132,8 +132,6 @@ def unsnappy(data: bytes) -> bytes:
             start = len(output) - back
             piece = output[start : start + count]  # shorter than count where the copy overlaps what it writes
             output += (piece * (count // len(piece) + 1))[:count]
-        if len(output) > length:
-            break
     if len(output) != length:
         raise MalformedError(f"has a compressed block that promises {length} bytes and holds another number")
     return bytes(output)

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from gptconvert.errors import InputError, UnsupportedError, UsageError
+from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
 from gptconvert.sources.sniff import explain_bytes, explain_file, file_size, read_small
 from gptconvert.sources.table import MAGIC
 
@@ -65,15 +65,14 @@ def looks_like_checkpoint(path: str) -> bool:
     """Whether a path is probably meant for :func:`locate`, be it to be refused there. Reads next to nothing."""
     if os.path.isdir(path):
         names = _names(path, quiet=True)
-        state = os.path.isfile(os.path.join(path, STATE_FILE))
-        return bool(state or _prefixes(names) or {*SAVED_MODELS} & {*names} or _runs(path, names))
-    name = os.path.basename(path)
-    if name == STATE_FILE or name in SAVED_MODELS or path.endswith((".index", ".meta")) or _DATA.fullmatch(path):
+        state = os.path.join(path, STATE_FILE)
+        return bool(_prefixes(names) or _is_state(state) or {*SAVED_MODELS} & {*names} or _runs(path, names))
+    if os.path.basename(path) in SAVED_MODELS or path.endswith((".index", ".meta")) or _DATA.fullmatch(path):
         return os.path.lexists(path)
     folder, stem = os.path.split(path)
     siblings = [n for n in _names(folder or ".", quiet=True) if n.startswith(stem)]
     named = {n for n in _prefixes(siblings) if n == stem or _stem(n) == stem}
-    return bool(named) or _is_table(path)
+    return bool(named) or _is_table(path) or _is_state(path)
 
 
 def _in_directory(folder: str, step: int | None, state: str | None = None) -> Located:
@@ -109,7 +108,7 @@ def _choose(folder: str, prefixes: list[str], step: int | None, latest: str | No
         what = (
             f"several checkpoints of step {step}: {_listed(fitting)}" if fitting else f"no checkpoint of step {step}"
         )
-        raise InputError(what, path=folder, expected=f"one of the steps {there}" if steps else None, found=there)
+        raise InputError(what, path=folder, found=f"steps {there}" if steps else there)
     if latest in prefixes:
         return latest, "as the checkpoint file says"
     if len(prefixes) == 1:
@@ -150,7 +149,7 @@ def _from_file(path: str, step: int | None) -> Located:
         raise _meta_alone(path)
     if _is_table(path):
         raise _version_1(path)
-    if name == STATE_FILE or b"model_checkpoint_path" in _head(path):
+    if name == STATE_FILE or _is_state(path):
         return _in_directory(folder or ".", step, state=path)
     explained = explain_file(path)
     raise InputError(
@@ -318,9 +317,14 @@ def _is_table(path: str) -> bool:
         return False
 
 
-def _head(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(4096)
+def _is_state(path: str) -> bool:
+    """Whether a file reads like TensorFlow's ``checkpoint``; other programs use that name too."""
+    try:
+        file_size(path)
+        with open(path, "rb") as file:
+            return b"model_checkpoint_path" in file.read(4096)
+    except (GptConvertError, OSError):
+        return False
 
 
 def _listed(names: Collection[str], most: int = 8) -> str:

@@ -49,7 +49,7 @@ def read_torch(path: str | os.PathLike[str]) -> TensorSet:
     Raises:
         InputError: the file is damaged, not PyTorch's, or holds no tensors by name.
         UnsafeInputError: it names anything but tensors and plain data, or is no plain archive.
-        UnsupportedError: element types numpy cannot express, TorchScript.
+        UnsupportedError: element types numpy cannot express.
     """
     path = os.fspath(path)
     file = read_torch_pickle(path)
@@ -95,7 +95,11 @@ def read_torch_pickle(path: str | os.PathLike[str]) -> TorchFile:
 
 
 def _read_zip(path: str) -> TorchFile:
-    members = read_members(path)
+    try:
+        members = read_members(path)
+    except UnsafeInputError as error:  # TorchScript programs, for one, compress the code they carry
+        error.hint = f"save the weights alone, {RESAVE}"
+        raise
     root = _root(members, path)
     used: dict[str, Member] = {}
 
@@ -124,9 +128,6 @@ def _root(members: Mapping[str, Member], path: str) -> str:
             path=path,
             found=", ".join(list(members)[:5]) or "an empty archive",
         )
-    if f"{roots[0]}constants.pkl" in members:
-        hint = f"save the weights alone, {RESAVE}"
-        raise UnsupportedError("file is a TorchScript program, not a checkpoint", path=path, hint=hint)
     return roots[0]
 
 

@@ -8,7 +8,6 @@ the generic ``decoder`` with one tensor per key and value, so ``decoder`` it is 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
@@ -27,6 +26,7 @@ NOT_CARRIED = frozenset(
     """transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash transformers.js_config
     attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal""".split()
 )
+ONNX_GRAPH = "onnx/model.onnx"
 GENERATION_CONFIG = "generation_config.json"
 MAX_JSON_BYTES = 16 << 20
 
@@ -56,8 +56,9 @@ def sidecar_files(
     files = {"config.json": dump_json(config_json(checkpoint, graphs))}
     if checkpoint.config.task == "text-generation":
         files[GENERATION_CONFIG] = dump_json(generation_config(checkpoint))
-        if "onnx" in targets and graphs and options.kv_cache:
-            files["genai_config.json"] = dump_json(genai_config(checkpoint.config, next(iter(graphs))))
+        if "onnx" in targets and options.kv_cache:
+            graph = next(iter(graphs), ONNX_GRAPH)
+            files["genai_config.json"] = dump_json(genai_config(checkpoint.config, graph))
     return tuple(PlannedFile.of_bytes(path, data) for path, data in sorted({**files, **tokenizer}.items()))
 
 
@@ -67,8 +68,10 @@ def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes]) -> 
     OpenAI's hparams.json has no special ids. The family takes the last id of the vocabulary, which is right for
     OpenAI's vocabularies and wrong for one that was padded.
     """
+    if "eos_token_id" in checkpoint.source.config:
+        return checkpoint
     end = end_token_id(checkpoint, tokenizer)
-    if end is None or "eos_token_id" in checkpoint.source.config or end >= checkpoint.config.vocab_size:
+    if end is None or end >= checkpoint.config.vocab_size:
         return checkpoint
     return replace(checkpoint, config=replace(checkpoint.config, bos_token_id=end, eos_token_id=end))
 
@@ -84,7 +87,7 @@ def config_json(checkpoint: Checkpoint, graphs: Mapping[str, bool]) -> dict[str,
     """config.json: the architecture as transformers names it, and the source's harmless keys."""
     carried = {key: value for key, value in checkpoint.carried.items() if key not in NOT_CARRIED}
     written = family_named(checkpoint.config.family).write_config(checkpoint.config, carried)
-    external = {os.path.basename(path): True for path, has_data in graphs.items() if has_data}
+    external = {path.rpartition("/")[2]: True for path, has_data in graphs.items() if has_data}
     hint = {"transformers.js_config": {"use_external_data_format": external}} if external else {}
     return {**written, "dtype": _dtype_name(checkpoint), **hint}
 
@@ -95,9 +98,8 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, object]:
     Raises:
         InputError: the source's own is corrupt.
     """
-    config_path = checkpoint.source.config_path
-    own = os.path.join(os.path.dirname(config_path), GENERATION_CONFIG) if config_path else ""
-    if own and os.path.exists(own):
+    own = checkpoint.source.tokenizer.get(GENERATION_CONFIG)  # sources list it among the small files they carry
+    if own is not None:
         found = read_json_object(own, MAX_JSON_BYTES, GENERATION_CONFIG)
         return {key: value for key, value in found.items() if key not in NOT_CARRIED}
     return _special_ids(checkpoint.config)

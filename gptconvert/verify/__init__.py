@@ -1,1 +1,119 @@
-"""The gate: what was exported computes what the checkpoint computes, or nothing is published."""
+"""Verification, a gate: every exported weight equals its source, every output the truth to within rounding noise."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.errors import UnsupportedError
+from gptconvert.verify.onnx_artifact import verify_onnx
+from gptconvert.verify.probes import Level
+from gptconvert.verify.report import ArtifactReport, Report, Stage
+from gptconvert.verify.safetensors_artifact import verify_safetensors
+
+__all__ = ["Artifact", "Progress", "Report", "find_artifacts", "verify"]
+
+
+class Progress(Protocol):
+    """Told what is going on, as in ``gptconvert.pipeline``."""
+
+    def stage(self, name: str, total: int = 0) -> None: ...
+    def advance(self, count: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something to verify.
+
+    Attributes:
+        kind: ``onnx`` or ``safetensors``.
+        path: the graph file; the directory of the safetensors files and their config.json.
+        shown_as: the path for reports, relative to what was asked for.
+    """
+
+    kind: str
+    path: str
+    shown_as: str
+
+
+#: How each kind is verified. A SavedModel is one entry more.
+VERIFIERS: Mapping[str, Callable[[Checkpoint, str, str, Level, Stage], ArtifactReport]] = {
+    "onnx": verify_onnx,
+    "safetensors": verify_safetensors,
+}
+#: Files that announce safetensors weights.
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def find_artifacts(path: str) -> list[Artifact]:
+    """What can be verified at a path: a graph file, or a directory and its ``onnx`` folder.
+
+    Raises:
+        UnsupportedError: nothing.
+    """
+    if not os.path.isdir(path):
+        kind = "onnx" if path.endswith(".onnx") else "safetensors" if path.endswith(".safetensors") else None
+        if kind == "onnx":
+            return [Artifact(kind, path, os.path.basename(path))]
+        if kind == "safetensors":
+            return [Artifact(kind, os.path.dirname(path) or ".", os.path.basename(path))]
+    found = []
+    for folder in ("", "onnx"):
+        names = sorted(os.listdir(os.path.join(path, folder))) if os.path.isdir(os.path.join(path, folder)) else []
+        for name in names:
+            shown = f"{folder}/{name}" if folder else name
+            if name.endswith(".onnx"):
+                found.append(Artifact("onnx", os.path.join(path, folder, name), shown))
+            elif name in SAFETENSORS and not folder:
+                found.append(Artifact("safetensors", path, shown))
+    if not found:
+        raise UnsupportedError(
+            "nothing here can be verified", path=path, expected=f"*.onnx, onnx/*.onnx or {' or '.join(SAFETENSORS)}"
+        )
+    return found
+
+
+def verify(
+    checkpoint: Checkpoint,
+    artifacts: Sequence[Artifact],
+    level: Level = "default",
+    progress: Progress | None = None,
+) -> Report:
+    """Hold artifacts against the checkpoint they came from.
+
+    A failed gate is no exception: ``Report.passed`` is False.
+
+    Args:
+        checkpoint: weights as stored in the artifacts.
+        artifacts: what to verify.
+        level: ``default``, or ``full``: whole-length sequences too.
+        progress: told about stages.
+
+    Raises:
+        InputError: an artifact is damaged beyond asking it anything, or the checkpoint itself computes NaN.
+        UnsupportedError: an artifact's inputs or outputs are not known.
+        UnsafeInputError: an artifact refers to files outside its directory.
+    """
+    report = Report(level)
+    for artifact in artifacts:
+        started = time.monotonic()
+        found = VERIFIERS[artifact.kind](checkpoint, artifact.path, artifact.shown_as, level, _stages(progress))
+        found.seconds = time.monotonic() - started
+        report.artifacts.append(found)
+    return report
+
+
+def _stages(progress: Progress | None) -> Stage:
+    """A stage begins: returns what is to be told of each step."""
+
+    def stage(name: str, total: int) -> Callable[[int], None]:
+        if progress is None:
+            return lambda count: None
+        progress.stage(name, total)
+        return progress.advance
+
+    return stage

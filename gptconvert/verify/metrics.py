@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Floats = NDArray[Any]
 
 #: rmse(c, t) may be this many times rmse(e, t).
 MAX_RMSE_RATIO = 4.0
@@ -149,19 +154,15 @@ class Likeness:
     max_divergence: float = 0.0
     min_cosine: float = field(default=1.0)
 
-    def add(self, values: Tensor, truth: Tensor, noise_max: float) -> None:
+    def add(self, values: Floats, truth: Floats, noise_max: float) -> None:
         """Count in logits [n, V] against float64 truth [n, V]; ``noise_max`` is the yardstick's largest error."""
-        import torch
-
-        for start in range(0, len(truth), 16):  # bounds the temporaries
-            c, t = values[start : start + 16].double(), truth[start : start + 16]
-            gap = t.amax(1) - t.gather(1, c.argmax(1, keepdim=True))[:, 0]  # 0 where the same id is on top
-            ours, theirs = t.log_softmax(1), c.log_softmax(1)
-            divergence = (ours.exp() * (ours - theirs)).sum(1)
-            self.tokens += len(t)
-            self.same_top += int((gap <= 4 * noise_max).sum())
-            self.max_divergence = max(self.max_divergence, float(divergence.max()))
-            self.min_cosine = min(self.min_cosine, float(torch.cosine_similarity(c, t, 1).min()))
+        for c, t in zip(values.astype(np.float64), truth, strict=True):  # (V) each
+            theirs, ours = _log_softmax(c), _log_softmax(t)
+            cosine = float(c @ t / max(float(np.linalg.norm(c) * np.linalg.norm(t)), np.finfo(np.float64).tiny))
+            self.tokens += 1
+            self.same_top += bool(t.max() - t[c.argmax()] <= 4 * noise_max)  # 0 where the same id is on top
+            self.max_divergence = max(self.max_divergence, float(np.exp(ours) @ (ours - theirs)))
+            self.min_cosine = min(self.min_cosine, cosine)
 
     @property
     def top1(self) -> float:
@@ -176,6 +177,12 @@ class Likeness:
             "max_divergence": significant(self.max_divergence),
             "min_cosine": significant(self.min_cosine, 9),
         }
+
+
+def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[V] → [V]."""
+    shifted = x - x.max()
+    return np.asarray(shifted - math.log(float(np.exp(shifted).sum())))
 
 
 def significant(value: float, digits: int = 3) -> float | None:

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -74,17 +74,20 @@ def open_onnx(path: str) -> OnnxFile:
     if not model.graph.node:
         raise InputError("is not an ONNX model", path=path, found="no nodes")
     problems: list[GptConvertError] = []
-    located: dict[int, Segment] = {}
-    for tensor in _tensors(model.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            try:
-                located[id(tensor)] = _locate(path, tensor)
-            except GptConvertError as error:
-                problems.append(error)
+    for tensor in filter(_is_external, _tensors(model.graph)):
+        try:
+            _locate(path, tensor)
+        except GptConvertError as error:
+            problems.append(error)
     if problems:
         raise _worst(problems, path)
-    initializers = {t.name: _lazy(t, located.get(id(t))) for t in model.graph.initializer if _whole_bytes(t)}
-    return OnnxFile(path, model, initializers)
+    return OnnxFile(path, model, {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)})
+
+
+def _is_external(tensor: Any) -> bool:
+    import onnx
+
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def _worst(problems: list[GptConvertError], path: str) -> GptConvertError:
@@ -188,11 +191,11 @@ def _whole_bytes(tensor: Any) -> bool:
     return tensor.data_type != onnx.TensorProto.STRING and _dtype(tensor).name not in PACKED
 
 
-def _lazy(tensor: Any, segment: Segment | None) -> LazyTensor:
-    """An initializer as a lazy tensor."""
+def _lazy(path: str, tensor: Any) -> LazyTensor:
+    """An initializer of the model ``path`` as a lazy tensor."""
     dtype, shape = _dtype(tensor), tuple(tensor.dims)
-    if segment is not None:
-        return Stored((segment,), dtype, shape)
+    if _is_external(tensor):
+        return Stored((_locate(path, tensor),), dtype, shape)
 
     def read(box: Box) -> Array:
         import onnx

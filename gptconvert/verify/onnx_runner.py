@@ -149,7 +149,6 @@ class OnnxRunner:
         self.binding, self.config, self.taps = binding, config, tuple(taps)
         self.kv_cache, self.free_positions = bool(binding.past), "position_ids" in binding.inputs
         self.compute = binding.compute
-        self.name = "onnxruntime, default options" if prepack else "onnxruntime, weights in place"
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         if not prepack:

@@ -15,9 +15,6 @@ from reference_model.config import GPTConfig
 
 Cache = Sequence[tuple[Array, Array]]
 
-#: Up to this many bytes of weights the model is also run as a user's plain session would run it: that copies them.
-SMALL_MODEL = 600 << 20
-
 
 class RunError(Exception):
     """The runtime refused to run the model on a probe. Its message, one line."""
@@ -50,13 +47,11 @@ class Runner(Protocol):
     """A candidate.
 
     Attributes:
-        name: for reports.
         kv_cache: whether it takes and returns keys and values.
         free_positions: whether the caller chooses positions.
         compute: its computing type, as torch and numpy call it.
     """
 
-    name: str
     kv_cache: bool
     free_positions: bool
     compute: str
@@ -83,7 +78,6 @@ class TorchRunner:
     """
 
     kv_cache, free_positions, compute = True, True, "float32"
-    name = "PyTorch"
 
     def __init__(self, config: GPTConfig, weights: Mapping[str, Any]) -> None:
         from reference_model.model import GPT

@@ -130,6 +130,8 @@ class TruthPass:
                 xs = self._block(i, xs, seen[self.config.attn_window[i]])
                 if advance is not None:
                     advance(1)
+            for lane in self.lanes:
+                lane.buffers.clear()  # a block's weights; the head needs room for its own
             self._head(xs)
         return self.truth
 
@@ -147,8 +149,7 @@ class TruthPass:
         small = dataclasses.replace(self.config, vocab_size=len(ids), n_ctx=len(positions))
         xs = []
         for lane in self.lanes:
-            with torch.device("meta"):
-                embedding = Embedding(small)
+            embedding = Embedding(small)  # so small that a meta device would only cost the import of its kernels
             fill(embedding, lane.reader(tables), small, "embedding.")
             xs.append(embedding(torch.from_numpy(token[None]), torch.from_numpy(position[None])))  # (1, N, D)
         self._tap("embedding", xs)

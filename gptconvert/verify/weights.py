@@ -5,6 +5,7 @@ Bytes are compared, which says all that equal digests say and also where they di
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.tensors import LazyTensor
-from gptconvert.transforms import transpose
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.tensors import BFLOAT16, LazyTensor
+from gptconvert.transforms import cast, transpose
 from gptconvert.verify.onnx_file import OnnxFile
 
 #: An initializer that is no weight may be a constant of this many elements; anything larger has no business there.
 MOST_CONSTANT_ELEMENTS = 4096
+#: Types that weights are stored in.
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 
 @dataclass
@@ -194,3 +198,16 @@ def _match_by_content(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> Weig
                 del free[name]
                 break
     return report
+
+
+def as_stored(checkpoint: Checkpoint, tensors: Iterable[LazyTensor]) -> Checkpoint:
+    """The checkpoint in the type in which ``tensors`` are, most of them: rounding on storage is no error."""
+    sizes = dict.fromkeys(FLOATS, 0)
+    for tensor in tensors:
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.nbytes
+    dtype = max(FLOATS, key=lambda d: sizes[d])
+    if not sizes[dtype] or all(weight.dtype == dtype for weight in checkpoint.weights.values()):
+        return checkpoint
+    weights = {name: cast(weight, dtype) for name, weight in checkpoint.weights.items()}
+    return dataclasses.replace(checkpoint, weights=weights)

@@ -19,6 +19,7 @@ from gptconvert.sources.safetensors import DTYPES, UNSUPPORTED_BITS, read_safete
 from tests.helpers import FIXTURES
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+TEXT = json.dumps(ENTRY)
 ZEROS = bytes(8)
 
 
@@ -126,8 +127,8 @@ BAD: dict[str, tuple[bytes, type[GptConvertError], str]] = {
     "5 not JSON": (file_bytes('{"a":}'), InputError, "not JSON"),
     "5 a list": (file_bytes("[]"), InputError, "does not begin with `{`"),
     "5 NaN": (file_bytes('{"a":NaN}'), InputError, "NaN"),
-    "5 half a surrogate pair": (file_bytes('{"\\ud800":%s}' % json.dumps(ENTRY)), InputError, "surrogate"),
-    "5 nested too deep": (file_bytes('{"a":%s}' % ("[" * 200_000 + "]" * 200_000)), InputError, "127 deep"),
+    "5 half a surrogate pair": (file_bytes('{"\\ud800":' + TEXT + "}"), InputError, "surrogate"),
+    "5 nested too deep": (file_bytes('{"a":' + "[" * 200_000 + "]" * 200_000 + "}"), InputError, "127 deep"),
     "7 hole": (
         file_bytes({"a": ENTRY, "b": {**ENTRY, "data_offsets": [12, 20]}}, bytes(20)),
         InputError,
@@ -144,7 +145,7 @@ BAD: dict[str, tuple[bytes, type[GptConvertError], str]] = {
         "the header",
     ),
     "8 trailing bytes": (file_bytes({"a": ENTRY}, bytes(11)), InputError, "3 bytes follow the last tensor"),
-    "9 truncated": (file_bytes({"a": ENTRY}, bytes(7)), InputError, "expected 73 bytes, found 72 bytes"),
+    "9 truncated": (file_bytes({"a": ENTRY}, bytes(7)), InputError, "expected 77 bytes, found 76 bytes"),
     "10 shape overflow": (with_entry(shape=[2**40, 2**40, 0], data_offsets=[0, 0]), InputError, "overflows"),
     "10 negative": (with_entry(shape=[-2]), InputError, "wrong shape"),
     "10 fraction": (with_entry(shape=[2.0]), InputError, "wrong shape"),
@@ -182,9 +183,9 @@ def test_11_other_dtypes_are_unsupported_once_the_file_is_sound(tmp_path: Path, 
 
 
 STRICTER = {
-    "6 duplicate key": '{"a":%s,"a":%s}' % (json.dumps(ENTRY), json.dumps(ENTRY)),
-    "6 duplicate metadata": '{"__metadata__":{"x":"1","x":"2"},"a":%s}' % json.dumps(ENTRY),
-    "5 white space before {": ' {"a":%s}' % json.dumps(ENTRY),
+    "6 duplicate key": '{"a":' + TEXT + ',"a":' + TEXT + "}",
+    "6 duplicate metadata": '{"__metadata__":{"x":"1","x":"2"},"a":' + TEXT + "}",
+    "5 white space before {": ' {"a":' + TEXT + "}",
     "a list for an object": '{"a":["F32",[2],[0,8]]}',
 }
 

@@ -197,6 +197,16 @@ def test_every_flipped_index_byte_that_tensorflow_refuses_is_refused(tf: Any, tm
             assert at > len(good) - 48 - 45
 
 
+def test_the_block_that_nobody_reads_is_checked_too(tmp_path: Path) -> None:
+    prefix = str(made.write_bundle(tmp_path / "m", ARRAYS))
+    index = bytearray(Path(prefix + ".index").read_bytes())
+    meta = bytes(4) + b"\1\0\0\0"  # no entry, one restart point
+    index[index.rindex(made.trailed(meta)) + 5] ^= 1
+    Path(prefix + ".index").write_bytes(index)
+    with pytest.raises(InputError, match="checksum mismatch in the block of 8 bytes"):
+        read_bundle(prefix)
+
+
 def test_snappy_blocks(tf: Any, tmp_path: Path) -> None:
     arrays = {f"layer_{i:03d}/weights": np.float32([i, i]) for i in range(200)}
     prefix = str(made.write_bundle(tmp_path / "m", arrays, kind=1, encode=made.snappy))
@@ -252,11 +262,11 @@ def test_index_of_the_largest_gpt2_opens_in_20_ms(tmp_path: Path) -> None:
         offset += 10_240_000
     prefix = made.write_rows(tmp_path / "m", rows)
     os.truncate(f"{prefix}.data-00000-of-00001", offset)
-    times = []
+    times = []  # of the processor: a busy machine is no failure
     for _ in range(10):
-        start = time.perf_counter()
+        start = time.process_time()
         assert len(read_bundle(str(prefix))) == 580
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.020
 
 

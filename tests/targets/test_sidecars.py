@@ -170,15 +170,15 @@ def test_generation_config_loads_and_names_the_special_ids(tmp_path: Path) -> No
 
 def test_generation_config_of_the_source_is_kept(tmp_path: Path) -> None:
     own = {"eos_token_id": [96, 7], "do_sample": True, "top_k": 5, "transformers_version": "4.1.0"}
-    (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    raw, arrays = tiny_gpt2()
-    checkpoint = checkpoint_of(raw, arrays, config_path=str(tmp_path / "config.json"))
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(own))
+    checkpoint = checkpoint_of(*tiny_gpt2(), tokenizer={path.name: str(path)})
     del own["transformers_version"]
     assert parsed(checkpoint, "generation_config.json") == own
-    (tmp_path / "generation_config.json").write_text('{"top_k": ')
+    path.write_text('{"top_k": ')
     with pytest.raises(InputError) as caught:
         written(checkpoint)
-    assert caught.value.path == str(tmp_path / "generation_config.json")
+    assert caught.value.path == str(path)
 
 
 def test_genai_config(tiny: Checkpoint) -> None:

@@ -3,64 +3,47 @@
 Written to be read beside ``reference_model/model.py``: the same story in the same order under the same names.
 Only ai.onnx operators, opset 17 to 21. The hidden state stays 2-D, [N, D] with N = B * S, so that every linear
 layer is one Gemm that takes its weight as it lies in the checkpoint; masks and shapes are computed once per run.
+
+Ids from the vocabulary's end on, and learned positions from n_ctx on, are refused by the runtime's Gather. Rotary
+positions are a formula, not a table: they go on past n_ctx, with results the model was never trained for. Negative
+ids and positions are not refused: ONNX counts them from the end of the table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from gptconvert.targets.onnx.builder import Builder, as_output, graph_input
+from gptconvert.targets.onnx.activations import ACTIVATION
+from gptconvert.targets.onnx.builder import Builder, Dim, as_output, graph_input
 from gptconvert.tensors import LazyTensor
-from reference_model.config import GPTConfig, Rotary
+from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, GPTConfig, Rotary
 
-BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"
+BATCH, CHOICES, NEW, PAST = "batch_size", "num_choices", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {NEW}"
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 KeyValue = tuple[ir.Value, ir.Value]
 
 
-def gelu_tanh(b: Builder, x: ir.Value, name: str) -> ir.Value:
-    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
-    if b.opset >= 20:
-        return b.op("Gelu", x, name=name, approximate="tanh")
-    square = b.op("Mul", x, x, name=f"{name}.square")
-    slope = b.op("Mul", square, b.constant(0.044715 * math.sqrt(2 / math.pi), np.float32), name=f"{name}.slope")
-    slope = b.op("Add", slope, b.constant(math.sqrt(2 / math.pi), np.float32), name=f"{name}.slope_1")
-    gate = b.op("Tanh", b.op("Mul", x, slope, name=f"{name}.inner"), name=f"{name}.tanh")
-    return _half_gated(b, x, gate, name)
+def flattened(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    """The inputs with one row per sequence ([B, choices, S] → [B * choices, S]), and positions where none are given.
 
-
-def gelu_erf(b: Builder, x: ir.Value, name: str) -> ir.Value:
-    """0.5 x (1 + erf(x / √2))."""
-    if b.opset >= 20:
-        return b.op("Gelu", x, name=name, approximate="none")
-    inner = b.op("Mul", x, b.constant(math.sqrt(0.5), np.float32), name=f"{name}.inner")
-    return _half_gated(b, x, b.op("Erf", inner, name=f"{name}.erf"), name)
-
-
-def _half_gated(b: Builder, x: ir.Value, gate: ir.Value, name: str) -> ir.Value:
-    """0.5 x (1 + gate)."""
-    gate = b.op("Add", gate, b.constant(1.0, np.float32), name=f"{name}.gate")
-    half = b.op("Mul", x, b.constant(0.5, np.float32), name=f"{name}.half")
-    return b.op("Mul", half, gate, name=name)
-
-
-def silu(b: Builder, x: ir.Value, name: str) -> ir.Value:
-    """X · sigmoid(x)."""
-    return b.op("Mul", x, b.op("Sigmoid", x, name=f"{name}.gate"), name=name)
-
-
-ACTIVATION: Mapping[str, Callable[[Builder, ir.Value, str], ir.Value]] = {
-    "gelu_tanh": gelu_tanh,
-    "gelu_erf": gelu_erf,
-    "relu": lambda b, x, name: b.op("Relu", x, name=name),
-    "silu": silu,
-    "tanh": lambda b, x, name: b.op("Tanh", x, name=name),
-}
+    Positions then count the mask's ones, as ``default_positions`` of the reference model does.
+    """
+    rows = dict(inputs)
+    if config.task == "multiple-choice":
+        new = b.op("Shape", inputs["input_ids"], name="shape.new", start=2)  # [S]
+        shape = b.op("Concat", b.constant([-1]), new, name="shape.rows", axis=0)  # [-1, S]
+        for name in ("input_ids", "attention_mask"):
+            rows[name] = b.op("Reshape", inputs[name], shape, name=f"{name}.rows")  # (B * choices, S)
+    if "position_ids" not in inputs:
+        count = b.op("CumSum", rows["attention_mask"], b.constant(1), name="positions.count")  # (B, S)
+        index = b.op("Sub", count, b.constant(1), name="positions.index")  # (B, S)
+        rows["position_ids"] = b.op("Max", index, b.constant(0), name="positions.default")  # (B, S)
+    return rows
 
 
 def visible(b: Builder, input_ids: ir.Value, attention_mask: ir.Value, window: int | None) -> ir.Value:
@@ -135,7 +118,7 @@ class Once:
     """What every layer shares and is computed once per run."""
 
     def __init__(self, b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> None:
-        ids = inputs["input_ids"]
+        self.input_ids = ids = inputs["input_ids"]  # (B, S)
         self.bias = {w: visible(b, ids, inputs["attention_mask"], w) for w in dict.fromkeys(config.attn_window)}
         self.batch_and_new = b.op("Shape", ids, name="shape.tokens")  # [B, S]
         heads = b.constant([config.n_head, config.head_dim])
@@ -221,21 +204,103 @@ def _rows(b: Builder, weight: str, ids: ir.Value, name: str) -> ir.Value:
     return b.in_float32(weight, b.op("Gather", b.stored_weight(weight)[0], ids, name=name))
 
 
-def head(b: Builder, config: GPTConfig, x: ir.Value, once: Once) -> ir.Value:
-    """[N, D] → logits [B, S, V], or the last hidden state [B, S, D] for feature-extraction."""
+def lm_head(b: Builder, config: GPTConfig, x: ir.Value) -> ir.Value:
+    """[N, D] → logits [N, V]; a tied head is the token embedding."""
+    weight = "wte.weight" if config.tied_head else "lm_head.weight"
+    return b.linear(x, "lm_head", weight=weight, bias=config.head_bias, name="logits_2d")
+
+
+def qa_outputs(b: Builder, x: ir.Value) -> Sequence[ir.Value]:
+    """[N, D] → scores [N, 1] of being the answer's first and its last token."""
+    scores = b.linear(x, "qa_outputs", name="qa_2d")  # (N, 2)
+    return b.ops("Split", scores, b.constant([1, 1]), names=("start_2d", "end_2d"), axis=1)
+
+
+PROJECTIONS: Mapping[str, Callable[[Builder, GPTConfig, ir.Value], Sequence[ir.Value]]] = {
+    "text-generation": lambda b, config, x: (lm_head(b, config, x),),  # (N, V)
+    "feature-extraction": lambda b, config, x: (x,),  # (N, D)
+    "text-classification": lambda b, config, x: (b.linear(x, "score", bias=False, name="logits_2d"),),  # (N, K)
+    "token-classification": lambda b, config, x: (b.linear(x, "classifier", name="logits_2d"),),  # (N, K)
+    "question-answering": lambda b, config, x: qa_outputs(b, x),  # 2 x (N, 1)
+    "multiple-choice": lambda b, config, x: (lm_head(b, config, x), b.linear(x, "mc_head", name="mc_2d")),
+}
+
+
+def per_token(b: Builder, config: GPTConfig, x: ir.Value) -> dict[str, ir.Value]:
+    """Every output of the task, by the names of ``config.OUTPUTS``, for every token: [N, D] → [N, width]."""
     if config.final_norm:
         x = norm(b, config, x, "ln_f", "final_norm")  # (N, D)
-    width = config.n_embd
-    if config.task == "text-generation":
-        weight = "wte.weight" if config.tied_head else "lm_head.weight"
-        x = b.linear(x, "lm_head", weight=weight, bias=config.head_bias, name="logits_2d")  # (N, V)
-        width = config.vocab_size
-    shape = b.op("Concat", once.batch_and_new, b.constant([width]), name="shape.output", axis=0)
-    return b.op("Reshape", x, shape, name=OUTPUTS[config.task])  # (B, S, V)
+    return dict(zip(OUTPUTS[config.task], PROJECTIONS[config.task](b, config, x), strict=True))
 
 
-#: Name of the main output, by task.
-OUTPUTS = {"text-generation": "logits", "feature-extraction": "last_hidden_state"}
+def pooled(
+    b: Builder, config: GPTConfig, values: Mapping[str, ir.Value], inputs: Mapping[str, ir.Value], once: Once
+) -> list[ir.Value]:
+    """What a task gives out of :func:`per_token`'s [N, width]; shapes in :func:`output_shapes`."""
+    rows = once.batch_and_new  # [B, S]
+    if config.task == "question-answering":
+        return [b.op("Reshape", value, rows, name=name) for name, value in values.items()]  # (B, S)
+    if config.task == "multiple-choice":
+        chosen = inputs["mc_token_ids"]  # (B, choices)
+        scores = b.op("Reshape", values["mc_logits"], rows, name="mc_rows")  # (B * choices, S)
+        index = b.op("Reshape", chosen, b.constant([-1, 1]), name="mc_index")  # (B * choices, 1)
+        scores = b.op("GatherND", scores, index, name="mc_chosen", batch_dims=1)  # (B * choices)
+        scores = b.op("Reshape", scores, b.op("Shape", chosen, name="shape.choices"), name="mc_logits")
+        values, rows = {"logits": values["logits"]}, b.op("Shape", inputs["input_ids"], name="shape.ids")
+        return [_in_rows(b, values["logits"], rows, config.vocab_size, "logits"), scores]
+    ((name, value),) = values.items()
+    if config.task == "text-classification":
+        scores = _in_rows(b, value, rows, config.n_labels, f"{name}_rows")  # (B, S, K)
+        if config.pad_token_id is None:  # nothing tells padding, so it is the last token
+            return [b.op("Gather", scores, b.constant(-1), name=name, axis=1)]  # (B, K)
+        return [b.op("GatherND", scores, last_real(b, config.pad_token_id, once), name=name, batch_dims=1)]  # (B, K)
+    widths = {
+        "text-generation": config.vocab_size,
+        "feature-extraction": config.n_embd,
+        "token-classification": config.n_labels,
+    }
+    return [_in_rows(b, value, rows, widths[config.task], name)]  # (B, S, width)
+
+
+def _in_rows(b: Builder, value: ir.Value, rows: ir.Value, width: int, name: str) -> ir.Value:
+    """[N, width] → [*rows, width]."""
+    shape = b.op("Concat", rows, b.constant([width]), name="shape.output", axis=0)
+    return b.op("Reshape", value, shape, name=name)
+
+
+def last_real(b: Builder, pad_token_id: int, once: Once) -> ir.Value:
+    """Index of the last token that is not padding, which is known by its id: [B, 1]. If all are, the first."""
+    new = b.op("Squeeze", b.op("Shape", once.input_ids, name="last.new_1d", start=1), name="last.new")  # S
+    index = b.op("Range", b.constant(0), new, b.constant(1), name="last.index")  # (S)
+    padding = b.op("Equal", once.input_ids, b.constant(pad_token_id), name="last.padding")  # (B, S)
+    real = b.op("Cast", b.op("Not", padding, name="last.real"), name="last.real_01", to=INT64.value)  # (B, S)
+    places = b.op("Mul", index, real, name="last.places")  # (B, S)
+    return b.op("ArgMax", places, name="last", axis=1, keepdims=1)  # (B, 1)
+
+
+def output_shapes(config: GPTConfig) -> list[tuple[Dim, ...]]:
+    """The shape of each of ``config.OUTPUTS``."""
+    shapes: Mapping[str, list[tuple[Dim, ...]]] = {
+        "text-generation": [(BATCH, NEW, config.vocab_size)],
+        "feature-extraction": [(BATCH, NEW, config.n_embd)],
+        "text-classification": [(BATCH, config.n_labels)],
+        "token-classification": [(BATCH, NEW, config.n_labels)],
+        "question-answering": [(BATCH, NEW), (BATCH, NEW)],
+        "multiple-choice": [(BATCH, CHOICES, NEW, config.vocab_size), (BATCH, CHOICES)],
+    }
+    return shapes[config.task]
+
+
+def input_shapes(config: GPTConfig, kv_cache: bool) -> dict[str, tuple[Dim, ...]]:
+    """The shape of each of ``config.INPUTS``."""
+    rows: tuple[Dim, ...] = (BATCH, CHOICES) if config.task == "multiple-choice" else (BATCH,)
+    shapes: Mapping[str, tuple[Dim, ...]] = {
+        "input_ids": (*rows, NEW),
+        "attention_mask": (*rows, TOTAL if kv_cache else NEW),
+        "position_ids": (*rows, NEW),
+        "mc_token_ids": rows,
+    }
+    return {name: shapes[name] for name in INPUTS[config.task]}
 
 
 def build(
@@ -245,10 +310,8 @@ def build(
 
     Inputs and outputs are a contract (docs/onnx.md): their names, order, types and symbolic dimensions.
     """
-    b = Builder(weights, opset)
-    total = TOTAL if kv_cache else NEW
-    shapes = {"input_ids": (BATCH, NEW), "attention_mask": (BATCH, total), "position_ids": (BATCH, NEW)}
-    inputs = {name: graph_input(name, INT64, shape) for name, shape in shapes.items()}
+    b, kv_cache = Builder(weights, opset), kv_cache and config.task in CACHED_TASKS
+    inputs = {name: graph_input(name, INT64, shape) for name, shape in input_shapes(config, kv_cache).items()}
     pasts: list[KeyValue | None] = [None] * config.n_layer
     cache_shape = (BATCH, config.n_head, PAST, config.head_dim)
     if kv_cache:
@@ -259,17 +322,18 @@ def build(
             )
             for i in range(config.n_layer)
         ]
-    once = Once(b, config, inputs)
-    x = embedding(b, config, inputs)  # (N, D)
+    rows = flattened(b, config, inputs)
+    once = Once(b, config, rows)
+    x = embedding(b, config, rows)  # (N, D)
     presents = []
     for i in range(config.n_layer):
         x, present = block(b, config, i, x, once, pasts[i])  # (N, D)
         presents += [as_output(p, FLOAT, (BATCH, config.n_head, TOTAL, config.head_dim)) for p in present]
-    width = config.vocab_size if config.task == "text-generation" else config.n_embd
-    output = as_output(head(b, config, x, once), FLOAT, (BATCH, NEW, width))
+    outputs = pooled(b, config, per_token(b, config, x), inputs, once)
+    outputs = [as_output(o, FLOAT, shape) for o, shape in zip(outputs, output_shapes(config), strict=True)]
     graph = ir.Graph(
         [*inputs.values(), *(p for pair in pasts if pair for p in pair)],
-        [output, *(presents if kv_cache else [])],
+        [*outputs, *(presents if kv_cache else [])],
         nodes=b.nodes,
         initializers=b.initializers(),
         opset_imports={"": opset},

@@ -8,8 +8,9 @@ computed in float32, whatever the weights are stored in. Imported in the TensorF
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,22 +25,22 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class Weights:
-    """A model's variables by canonical name.
+    """A model's weights by canonical name.
 
     Attributes:
-        variables: name → variable, as stored.
+        values: name → variable or tensor, as stored.
         shapes: name → shape as stored (a variable is declared before it has one).
         flipped: names of matrices stored [in, out]; all others are [out, in].
     """
 
     def __init__(
-        self, variables: Mapping[str, Variable], shapes: Mapping[str, Sequence[int]], flipped: frozenset[str]
+        self, values: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], flipped: frozenset[str]
     ) -> None:
-        self.variables, self.shapes, self.flipped = variables, shapes, flipped
+        self.values, self.shapes, self.flipped = values, shapes, flipped
 
     def stored(self, name: str) -> Tensor:
         """The value as stored. Not gathered from the variable itself: that would make every other read a copy."""
-        value = self.variables[name].read_value()
+        value = tf.convert_to_tensor(self.values[name])
         value.set_shape(self.shapes[name])
         return value
 
@@ -55,6 +56,10 @@ class Weights:
         name = weight or f"{prefix}.weight"
         x = tf.matmul(x, self(name), transpose_b=name not in self.flipped)
         return tf.nn.bias_add(x, self(f"{prefix}.bias")) if bias else x
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The values under ``prefix``, which is taken off their names."""
+        return {name.removeprefix(prefix): self.stored(name) for name in self.values if name.startswith(prefix)}
 
 
 ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -113,33 +118,23 @@ def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
     return tf.concat((turned * cos + other * sin, rest), -1)  # (B, S, H, hd)
 
 
-class Once:
-    """What every layer shares and is computed once per run."""
-
-    def __init__(self, config: GPTConfig, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> None:
-        self.batch, self.new = tf.unstack(tf.shape(input_ids))  # B, S
-        windows = dict.fromkeys(config.attn_window)
-        self.bias = {w: visible(attention_mask, self.new, w) for w in windows}  # (B, 1, S, T) each
-        self.angles = rotary_angles(config.rotary, position_ids) if config.rotary else None
-
-
 def attention(
-    w: Weights, config: GPTConfig, i: int, x: Tensor, once: Once, past: KeyValue
+    w: Weights, config: GPTConfig, i: int, x: Tensor, bias: Tensor, angles: KeyValue | None, past: KeyValue
 ) -> tuple[Tensor, KeyValue]:
     """[N, D] → [N, D] and this layer's keys and values [B, H, T, hd]."""
     name, width = f"h.{i}.attn", config.n_embd
+    batch, _, new, _ = tf.unstack(tf.shape(bias))  # B, 1, S, T
     qkv = w.linear(x, f"{name}.c_attn", bias=config.qkv_bias)  # (N, 3D)
-    per_head = (once.batch, once.new, config.n_head, config.head_dim)
+    per_head = (batch, new, config.n_head, config.head_dim)
     q, k, v = (tf.reshape(part, per_head) for part in tf.split(qkv, 3, 1))  # (B, S, H, hd) each
-    if config.rotary is not None and once.angles is not None:
-        q, k = rotate(config.rotary, q, once.angles), rotate(config.rotary, k, once.angles)
+    if config.rotary is not None and angles is not None:
+        q, k = rotate(config.rotary, q, angles), rotate(config.rotary, k, angles)
     q, k, v = (tf.transpose(part, (0, 2, 1, 3)) for part in (q, k, v))  # (B, H, S, hd) each
     k, v = tf.concat((past[0], k), 2), tf.concat((past[1], v), 2)  # (B, H, T, hd)
     if config.attn_scale[i] != 1.0:
         q = q * config.attn_scale[i]
     scores = tf.matmul(q, k, transpose_b=True)  # (B, H, S, T)
-    scores = scores + once.bias[config.attn_window[i]]  # (B, H, S, T)
-    mixed = tf.matmul(tf.nn.softmax(scores), v)  # (B, H, S, hd)
+    mixed = tf.matmul(tf.nn.softmax(scores + bias), v)  # (B, H, S, hd)
     mixed = tf.reshape(tf.transpose(mixed, (0, 2, 1, 3)), (-1, width))  # (N, D)
     return w.linear(mixed, f"{name}.c_proj", bias=config.attn_out_bias), (k, v)
 
@@ -157,19 +152,47 @@ def norm(w: Weights, config: GPTConfig, x: Tensor, weight: str) -> Tensor:
     return centred * tf.math.rsqrt(variance + config.norm_eps) * w(f"{weight}.weight") + w(f"{weight}.bias")
 
 
-def block(w: Weights, config: GPTConfig, i: int, x: Tensor, once: Once, past: KeyValue) -> tuple[Tensor, KeyValue]:
-    """One layer: [N, D] → [N, D], and its keys and values."""
+def block(
+    w: Weights, config: GPTConfig, i: int, x: Tensor, bias: Tensor, angles: KeyValue | None, past: KeyValue
+) -> tuple[Tensor, KeyValue]:
+    """One layer: [N, D] and :func:`visible` [B, 1, S, T] → [N, D], and its keys and values [B, H, T, hd]."""
     name = f"h.{i}"
     if config.norm_position == "post":
-        a, present = attention(w, config, i, x, once, past)  # (N, D)
+        a, present = attention(w, config, i, x, bias, angles, past)  # (N, D)
         n = norm(w, config, x + a, f"{name}.ln_1")  # (N, D)
         return norm(w, config, n + mlp(w, config, i, n), f"{name}.ln_2"), present
     n = norm(w, config, x, f"{name}.ln_1")  # (N, D)
-    a, present = attention(w, config, i, n, once, past)  # (N, D)
+    a, present = attention(w, config, i, n, bias, angles, past)  # (N, D)
     after = x + a  # (N, D)
     if config.has_second_norm:
         n = norm(w, config, after if config.residual == "serial" else x, f"{name}.ln_2")  # (N, D)
     return after + mlp(w, config, i, n), present  # (N, D)
+
+
+class Blocks:
+    """:func:`block` as a TensorFlow function that layers share if only their weights differ.
+
+    So a layer is traced, and stands in the file, once; 48 layers are 48 calls, which TensorFlow inlines.
+    """
+
+    def __init__(self, w: Weights, config: GPTConfig) -> None:
+        self.w, self.config = w, config
+        self.traced: dict[Hashable, Callable[..., tuple[Tensor, KeyValue]]] = {}
+
+    def __call__(
+        self, i: int, x: Tensor, bias: Tensor, angles: KeyValue | None, past: KeyValue
+    ) -> tuple[Tensor, KeyValue]:
+        weights = self.w.part(f"h.{i}.")
+        flipped = frozenset(name for name in weights if f"h.{i}.{name}" in self.w.flipped)
+        layout = tuple((name, value.dtype, tuple(value.shape), name in flipped) for name, value in weights.items())
+        kind = self.config.attn_scale[i], self.config.attn_window[i], layout
+        if kind not in self.traced:
+            self.traced[kind] = tf.function(functools.partial(self._block, i), autograph=False)
+        return self.traced[kind](weights, x, bias, angles, past)
+
+    def _block(self, i: int, weights: Mapping[str, Tensor], *inputs: Any) -> tuple[Tensor, KeyValue]:
+        values = {f"h.{i}.{name}": value for name, value in weights.items()}
+        return block(Weights(values, self.w.shapes, self.w.flipped), self.config, i, *inputs)
 
 
 def embedding(w: Weights, config: GPTConfig, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -243,15 +266,14 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def check(
     config: GPTConfig, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_tokens: Tensor
 ) -> None:
-    """Refuse at run time what has no row in a table (a GPU would read zeros) and masks of the wrong length.
+    """Refuse at run time what has no row in a table (a GPU would read zeros) and shapes that would broadcast.
 
     Compiled graphs (XLA) leave such checks out.
     """
-    total = past_tokens + tf.shape(input_ids)[1]
-    require(
-        tf.equal(tf.shape(attention_mask)[1], total),
-        "attention_mask must have as many columns as there are past and new tokens",
-    )
+    batch, new = tf.unstack(tf.shape(input_ids))  # B, S
+    fits = tf.reduce_all(tf.equal(tf.shape(attention_mask), (batch, past_tokens + new)))
+    require(fits, "attention_mask must have the batch of input_ids and a column for every past and new token")
+    require(tf.reduce_all(tf.equal(tf.shape(position_ids), (batch, new))), "position_ids must be shaped as input_ids")
     limits = {"input_ids": (input_ids, config.vocab_size)}
     if config.rotary is None:
         limits["position_ids"] = (position_ids, config.n_ctx)
@@ -277,10 +299,12 @@ def body(
     ``pasts`` are per layer keys and values [B, H, P, hd]; P may be 0.
     """
     check(config, input_ids, attention_mask, position_ids, tf.shape(pasts[0][0])[2])
-    once = Once(config, input_ids, attention_mask, position_ids)
     x = embedding(w, config, input_ids, position_ids)  # (N, D)
-    presents = []
+    angles = rotary_angles(config.rotary, position_ids) if config.rotary else None  # (B, S, 1, dim) each
+    new = tf.shape(input_ids)[1]
+    bias = {window: visible(attention_mask, new, window) for window in dict.fromkeys(config.attn_window)}
+    blocks, presents = Blocks(w, config), []
     for i in range(config.n_layer):
-        x, present = block(w, config, i, x, once, pasts[i])  # (N, D)
+        x, present = blocks(i, x, bias[config.attn_window[i]], angles, pasts[i])  # (N, D)
         presents.append(present)
     return x, presents

@@ -93,4 +93,4 @@ def _read(directory: str, name: str) -> bytes:
         return file.read()
 
 
-TARGET = Target("tf", "TensorFlow SavedModel", plan, requires=(("tensorflow", "tf"),))
+TARGET = Target("tf", "TensorFlow SavedModel", plan, requires=(("tensorflow", "tf"),), libraries=("tensorflow",))

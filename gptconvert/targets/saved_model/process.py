@@ -44,7 +44,7 @@ class TensorFlowProcess:
         require_tensorflow()
         self._temporary = tempfile.TemporaryDirectory(prefix="gptconvert-tf-")
         self.directory = self._temporary.name
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115: lives as long as the process
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER],
             stdin=subprocess.PIPE,

@@ -1,8 +1,8 @@
-"""The signatures of the SavedModel: what clients call, all from one traced body. A contract (docs/serving.md).
+"""The signatures of the SavedModel: what clients call, all from one traced body.
 
 The body is one TensorFlow function that every signature calls, a run without a past being one whose past has no
-tokens. So the graph holds the layers once, however many signatures there are. All integers are int64, but for the
-int32 twin. Imported in the TensorFlow process only.
+tokens. So the graph holds the layers once, however many signatures there are. Names, types and shapes stand in
+``contract.py``. Imported in the TensorFlow process only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from gptconvert.targets.saved_model.contract import XLA, cache_names, inputs_of, signature_names
 from gptconvert.targets.saved_model.graph import (
     KeyValue,
     Tensor,
@@ -24,14 +25,10 @@ from gptconvert.targets.saved_model.graph import (
     require,
     take,
 )
-from reference_model.config import CACHED_TASKS, INPUTS, GPTConfig
+from reference_model.config import GPTConfig
 
 Inputs = Mapping[str, Tensor]
 Body = Callable[[Tensor, Tensor, Tensor, Sequence[KeyValue]], tuple[Tensor, list[KeyValue]]]
-#: Shapes of inputs by (batch, sequence, total) lengths; None: any.
-Lengths = tuple[int | None, int | None, int | None]
-ANY: Lengths = (None, None, None)
-INT32, XLA_SUFFIX = "serving_int32", "_xla"
 
 
 class Model:
@@ -39,7 +36,7 @@ class Model:
 
     Attributes:
         run: ids [B, S], mask [B, T], positions [B, S], pasts → [N, D], presents.
-        drop: columns that leave the front of ids, mask and cache when one is appended: 0, or 1 where shapes are fixed.
+        drop: columns that leave ids, mask and cache in front when one is appended: 0, or 1 where shapes are fixed.
     """
 
     def __init__(self, weights: Weights, config: GPTConfig, run: Body, drop: int = 0) -> None:
@@ -50,16 +47,13 @@ class Model:
         nothing = tf.zeros((batch, self.config.n_head, 0, self.config.head_dim))  # (B, H, 0, hd)
         return [(nothing, nothing)] * self.config.n_layer
 
+    def carried(self, presents: Sequence[KeyValue]) -> list[KeyValue]:
+        """The cache [B, H, T - drop, hd] for the next token."""
+        return [(k[:, :, self.drop :], v[:, :, self.drop :]) for k, v in presents] if self.drop else list(presents)
+
     def append(self, state: Tensor, column: Tensor) -> Tensor:
         """[B, T] and [B] → [B, T + 1 - drop]."""
         return tf.concat((state[:, self.drop :], tf.expand_dims(column, 1)), 1)
-
-
-def names(config: GPTConfig) -> tuple[str, ...]:
-    """The signatures of a task."""
-    cached = ("decode",) if config.task in CACHED_TASKS else ()
-    generating = ("last_logits", "generate") if config.task == "text-generation" else ()
-    return ("serving_default", INT32, *cached, *generating)
 
 
 def signatures(weights: Weights, config: GPTConfig, xla: bool) -> dict[str, Any]:
@@ -67,59 +61,30 @@ def signatures(weights: Weights, config: GPTConfig, xla: bool) -> dict[str, Any]
     plain = functools.partial(body, weights, config)
     cache = tf.TensorSpec((None, config.n_head, None, config.head_dim), tf.float32)
     ids = tf.TensorSpec((None, None), tf.int64)
-    shared = tf.function(plain, input_signature=(ids, ids, ids, [(cache, cache)] * config.n_layer))
-    model = Model(weights, config, shared)
-    traced = {name: _traced(model, name, ANY) for name in names(config)}
-    if xla:
-        fixed = Model(weights, config, plain, drop=1)
-        for name in names(config):
-            if name != INT32:
-                new = 1 if name == "decode" else config.n_ctx
-                traced[name + XLA_SUFFIX] = _traced(fixed, name, (1, new, config.n_ctx), jit=True)
-    return traced
-
-
-def _traced(model: Model, name: str, lengths: Lengths, *, jit: bool | None = None) -> Any:
-    """One signature: a function of a dictionary, by keyword for clients."""
-    specs = inputs_of(model.config, name, lengths)
-    function = tf.function(
-        functools.partial(FUNCTIONS[name], model), input_signature=[specs], jit_compile=jit, autograph=False
-    )
-    return function.get_concrete_function()
-
-
-def inputs_of(config: GPTConfig, name: str, lengths: Lengths) -> dict[str, Any]:
-    """Input name → TensorSpec."""
-    batch, new, total = lengths
-    rows = (batch, None) if config.task == "multiple-choice" else (batch,)
-    integer = tf.int32 if name == INT32 else tf.int64
-    shapes: dict[str, tuple[tuple[int | None, ...], Any]] = {
-        "input_ids": ((*rows, new), integer),
-        "attention_mask": ((*rows, total), integer),
+    shared = tf.function(plain, input_signature=(ids, ids, ids, [(cache, cache)] * config.n_layer), autograph=False)
+    model, fixed = Model(weights, config, shared), Model(weights, config, plain, drop=1)
+    return {
+        name: _traced(fixed, name, jit=True) if name.endswith(XLA) else _traced(model, name)
+        for name in signature_names(config, xla)
     }
-    if "mc_token_ids" in INPUTS[config.task]:
-        shapes["mc_token_ids"] = rows, integer
-    if name == "decode":
-        past = None if total is None or new is None else total - new
-        shapes["position_ids"] = (*rows, new), integer
-        cache = (batch, config.n_head, past, config.head_dim), tf.float32
-        shapes |= {key: cache for pair in cache_names(config, "past_key_values") for key in pair}
-    if name == "generate":
-        shapes |= {key: ((), integer) for key in ("max_new_tokens", "top_k", "seed")}
-        shapes["temperature"] = (), tf.float32
-    return {key: tf.TensorSpec(shape, dtype, key) for key, (shape, dtype) in shapes.items()}
 
 
-def cache_names(config: GPTConfig, prefix: str) -> list[tuple[str, str]]:
-    """(key, value) names per layer."""
-    return [(f"{prefix}.{i}.key", f"{prefix}.{i}.value") for i in range(config.n_layer)]
+def _traced(model: Model, name: str, *, jit: bool | None = None) -> Any:
+    """One signature: a function of a dictionary, by keyword for clients."""
+    function = functools.partial(FUNCTIONS[name.removesuffix(XLA)], model)
+    table = inputs_of(model.config, name)
+    specs = {key: tf.TensorSpec(shape, tf.as_dtype(kind), key) for key, (kind, shape) in table.items()}
+    traced = tf.function(function, input_signature=[specs], jit_compile=jit, autograph=False)
+    return traced.get_concrete_function()
 
 
 def serving(model: Model, inputs: Inputs) -> dict[str, Tensor]:
     """Every output of the task, positions taken from the mask."""
-    new = tf.shape(inputs["input_ids"])[-1]
-    ids, mask = (tf.reshape(inputs[name], (-1, new)) for name in ("input_ids", "attention_mask"))  # (B, S) each
-    x, _ = model.run(ids, mask, default_positions(mask, new), model.empty(tf.shape(ids)[0]))  # (N, D)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if model.config.task == "multiple-choice":  # [B, choices, S]; B counts choices from here on
+        ids, mask = (tf.reshape(value, (-1, tf.shape(value)[2])) for value in (ids, mask))
+    batch, new = tf.unstack(tf.shape(ids))  # B, S
+    x, _ = model.run(ids, mask, default_positions(mask, new), model.empty(batch))  # (N, D)
     return pooled(model.config, per_token(model.weights, model.config, x), ids, inputs.get("mc_token_ids"))
 
 
@@ -134,8 +99,8 @@ def decode(model: Model, inputs: Inputs) -> dict[str, Tensor]:
     pasts = [(inputs[key], inputs[value]) for key, value in cache_names(model.config, "past_key_values")]
     x, presents = model.run(ids, mask, positions, pasts)  # (N, D)
     outputs = pooled(model.config, per_token(model.weights, model.config, x), ids, None)
-    for names_, pair in zip(cache_names(model.config, "present"), presents, strict=True):
-        outputs |= dict(zip(names_, pair, strict=True))
+    for names, pair in zip(cache_names(model.config, "present"), presents, strict=True):
+        outputs |= dict(zip(names, pair, strict=True))
     return outputs
 
 
@@ -145,17 +110,14 @@ def last_logits(model: Model, inputs: Inputs) -> dict[str, Tensor]:
     return {"logits": _next_logits(model, ids, mask, model.empty(tf.shape(ids)[0]))[0]}
 
 
-def _next_logits(
-    model: Model, ids: Tensor, mask: Tensor, past: Sequence[KeyValue]
-) -> tuple[Tensor, list[KeyValue]]:
+def _next_logits(model: Model, ids: Tensor, mask: Tensor, past: Sequence[KeyValue]) -> tuple[Tensor, list[KeyValue]]:
     """Logits [B, V] of the last real one of the new tokens ``ids`` [B, S], and the cache for the next."""
     batch, new = tf.unstack(tf.shape(ids))
     x, presents = model.run(ids, mask, default_positions(mask, new), past)  # (N, D)
     real = tf.cast(mask[:, tf.shape(mask)[1] - new :] != 0, tf.int32)  # (B, S)
     last = tf.argmax(tf.range(1, new + 1) * real, 1)  # (B)
     x = take(tf.reshape(x, (batch, new, model.config.n_embd)), last)  # (B, D)
-    cache = [(k[:, :, model.drop :], v[:, :, model.drop :]) for k, v in presents]
-    return per_token(model.weights, model.config, x)["logits"], cache  # (B, V)
+    return per_token(model.weights, model.config, x)["logits"], model.carried(presents)  # (B, V)
 
 
 def generate(model: Model, inputs: Inputs) -> dict[str, Tensor]:
@@ -211,9 +173,11 @@ def choose(logits: Tensor, temperature: Tensor, top_k: Tensor, seed: Tensor) -> 
     def sampled() -> Tensor:
         best, ids = tf.math.top_k(logits, vocabulary)  # (B, V) each, best first
         kept = (tf.range(vocabulary, dtype=tf.int64) < top_k) | (top_k <= 0)  # (V)
-        weights = tf.where(kept, (best - best[:, :1]) / temperature, tf.float32.min)  # (B, V)
-        rank = tf.random.stateless_categorical(weights, 1, seed)  # (B, 1)
-        return tf.cast(tf.gather(ids, rank[:, 0], batch_dims=1), tf.int64)  # (B)
+        weights = tf.exp(tf.cast(best - best[:, :1], tf.float64) / tf.cast(temperature, tf.float64))  # (B, V)
+        reached = tf.cumsum(tf.where(kept, weights, 0.0), axis=1)  # (B, V)
+        draw = tf.random.stateless_uniform((tf.shape(logits)[0], 1), seed, dtype=tf.float64)  # (B, 1)
+        rank = tf.reduce_sum(tf.cast(reached < draw * reached[:, -1:], tf.int32), 1)  # (B)
+        return tf.cast(tf.gather(ids, rank, batch_dims=1), tf.int64)  # (B)
 
     return tf.cond(temperature > 0, sampled, lambda: tf.argmax(logits, 1))
 

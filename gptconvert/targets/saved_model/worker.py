@@ -38,7 +38,8 @@ def build(request: Mapping[str, Any]) -> dict[str, object]:
     shapes = {name: shape for name, (_, shape) in request["weights"].items()}
     variables = {name: empty_variable(name, dtype, len(shape)) for name, (dtype, shape) in request["weights"].items()}
     weights = Weights(variables, shapes, frozenset(request["flipped"]))
-    root, saved = module_tree(variables), os.path.join(request["directory"], "empty")
+    root, saved = tf.Module(), os.path.join(request["directory"], "empty")
+    root.weights = variables  # a flat dictionary: modules within modules take seconds to save
     tf.saved_model.save(root, saved, signatures=signatures(weights, config, request["xla"]))
     reader = tf.train.load_checkpoint(os.path.join(saved, "variables", "variables"))
     objects = reader.get_tensor(OBJECT_GRAPH_KEY)
@@ -51,31 +52,18 @@ def build(request: Mapping[str, Any]) -> dict[str, object]:
 
 def config_of(fields: Mapping[str, Any]) -> GPTConfig:
     """The configuration whose ``as_dict`` went through JSON."""
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
     rotary = plain.pop("rotary")
-    return GPTConfig(**plain, rotary=None if rotary is None else Rotary(**rotary))
+    plain["rotary"] = None if rotary is None else Rotary(**rotary)
+    return GPTConfig(**plain)
 
 
 def empty_variable(name: str, dtype: str, rank: int) -> Any:
     """A variable that takes no memory: no size of it is known, and there is nothing in it."""
     nothing = tf.zeros([0] * rank, tf.as_dtype(dtype))
     return tf.Variable(nothing, name=name, shape=tf.TensorShape([None] * rank))
-
-
-def module_tree(variables: Mapping[str, Any]) -> Any:
-    """Variables under their canonical names: ``h.0.ln_1.weight`` is ``root.h[0].ln_1.weight`` to who loads it."""
-    root = tf.Module()
-    layers = {int(name.split(".")[1]) for name in variables if name.startswith("h.")}
-    root.h = [tf.Module() for _ in layers]
-    for name, variable in variables.items():
-        *path, last = name.split(".")
-        node = root
-        for part in path:
-            if not part.isdigit() and not hasattr(node, part):
-                setattr(node, part, tf.Module())
-            node = node[int(part)] if part.isdigit() else getattr(node, part)
-        setattr(node, last, variable)
-    return root
 
 
 def with_shapes(saved: str, shapes: Mapping[str, list[int]]) -> bytes:
@@ -108,18 +96,32 @@ def load(request: Mapping[str, Any]) -> dict[str, object]:
     """Load the SavedModel at ``path``.
 
     Returns:
-        ``signatures``: name → {``inputs``: …, ``outputs``: …}, each name → [dtype, shape].
+        ``signatures``: name → {``inputs``: …, ``outputs``: …}, each name → [type, shape], and ``largest_constant``,
+        in bytes.
     """
     model = LOADED["model"] = tf.saved_model.load(request["path"])
     return {
+        "largest_constant": largest_constant(request["path"]),
         "signatures": {
             name: {
                 "inputs": {spec.name: _described(spec) for spec in tf.nest.flatten(f.structured_input_signature)},
                 "outputs": {key: _described(spec) for key, spec in f.structured_outputs.items()},
             }
             for name, f in model.signatures.items()
-        }
+        },
     }
+
+
+def largest_constant(path: str) -> int:
+    """Bytes of the largest constant in the graph and its functions."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    with open(os.path.join(path, "saved_model.pb"), "rb") as file:
+        graphs = [meta.graph_def for meta in saved_model_pb2.SavedModel.FromString(file.read()).meta_graphs]
+    nodes = [node for graph in graphs for node in graph.node]
+    nodes += [node for graph in graphs for function in graph.library.function for node in function.node_def]
+    sizes = [int(node.attr["value"].tensor.ByteSize()) for node in nodes if node.op == "Const"]
+    return max(sizes)
 
 
 def _described(spec: Any) -> list[object]:

@@ -1,0 +1,99 @@
+"""``python -m benchmarks [124M 1558M]``: conversion beside ``cp``, latencies, decode and prefill beside PyTorch.
+
+Prints Markdown tables (docs/performance.md holds a run of them). Needs three times the largest checkpoint in free
+disk: the checkpoint, the copy, the export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from statistics import median
+
+from benchmarks.checkpoints import SIZES, openai_checkpoint
+from benchmarks.measure import Run, interleaved, median_ratio
+from benchmarks.speed import report
+
+GPTCONVERT = [sys.executable, "-m", "gptconvert"]
+
+
+def conversions(size: str, data: Path, rounds: int) -> str:
+    """Wall time and memory of conversions of one checkpoint, interleaved with ``cp`` of its bytes."""
+    source, output, hf = openai_checkpoint(size, data), data / "out", data / f"{size}-hf"
+    weights = source / "model.ckpt.data-00000-of-00001"
+    if not hf.exists():
+        interleaved(
+            {"": [*GPTCONVERT, "openai-tf", str(source), "--to", "safetensors", "--no-verify", "-o", str(hf)]}, 1
+        )
+    to = ["-q", "-o", str(output / "export")]
+    commands = {
+        "cp": ["cp", str(weights), str(output)],
+        "openai-tf → onnx, --no-verify": [*GPTCONVERT, "openai-tf", str(source), "--no-verify", *to],
+        "hf → onnx, --no-verify": [*GPTCONVERT, "hf", str(hf), "--no-verify", *to],
+        "openai-tf → safetensors, --no-verify": [
+            *(*GPTCONVERT, "openai-tf", str(source), "--to", "safetensors", "--no-verify"),
+            *to,
+        ],
+        "openai-tf → onnx, verified": [*GPTCONVERT, "openai-tf", str(source), *to],
+        "hf → onnx, verified": [*GPTCONVERT, "hf", str(hf), *to],
+    }
+    runs = interleaved(commands, rounds, output)
+    shutil.rmtree(hf)
+    return _table(f"{size} ({weights.stat().st_size / 1e9:.2f} GB)", runs, base="cp")
+
+
+def latencies(size: str, data: Path) -> str:
+    """What one waits for before anything happens."""
+    source = openai_checkpoint(size, data)
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "--help": [*GPTCONVERT, "--help"],
+        "inspect": [*GPTCONVERT, "inspect", str(source)],
+    }
+    return _table(f"latency ({size})", interleaved(commands, 7), base="python -c pass")
+
+
+def _table(title: str, runs: dict[str, list[Run]], base: str) -> str:
+    lines = [f"| {title} | seconds, median [min–max] | × {base} | RssAnon peak, MiB | RssFile peak, MiB |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for name, measured in runs.items():
+        times = [run.seconds for run in measured]
+        memory = f"{max(r.anon_mib for r in measured):.0f} | {max(r.file_mib for r in measured):.0f}"
+        ratio = median_ratio(measured, runs[base])
+        lines.append(f"| {name} | {median(times):.2f} [{min(times):.2f}–{max(times):.2f}] | {ratio:.2f} | {memory} |")
+    return "\n".join(lines)
+
+
+def speeds(size: str, data: Path, peers: dict[str, Path]) -> str:
+    """Decode and prefill of the exported graph."""
+    source, export = openai_checkpoint(size, data), data / f"{size}-export"
+    shutil.rmtree(export, ignore_errors=True)
+    both = ["--to", "onnx", "--to", "safetensors"]
+    interleaved({"": [*GPTCONVERT, "openai-tf", str(source), *both, "--no-verify", "-o", str(export)]}, 1)
+    try:
+        return report(export, SIZES[size], peers)
+    finally:
+        shutil.rmtree(export)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", default=["124M", "1558M"], choices=SIZES)
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).parent / "data", help="where checkpoints go"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=GRAPH", help="another export to time")
+    given = parser.parse_args()
+    peers = {name: Path(path) for name, path in (peer.split("=", 1) for peer in given.peer)}
+    print(latencies(given.sizes[-1], given.data), end="\n\n", flush=True)
+    for size in given.sizes:
+        print(conversions(size, given.data, given.rounds), end="\n\n", flush=True)
+    print(f"124M, tokens per second (× = gptconvert / other)\n\n{speeds('124M', given.data, peers)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m gptconvert``."""
+
+from gptconvert.cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""Where a wrong answer begins: the first block whose output leaves the noise.
+
+Our graphs name every block's output ``h.{i}``. A copy of the graph that returns them is run without optimisation on
+a failing probe; if that copy is right, the optimiser is not. Graphs without these names are judged by the keys and
+values they return.
+"""
+
+from __future__ import annotations
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.tensors import Array
+from gptconvert.verify.compare import Group, Trial, whole
+from gptconvert.verify.metrics import EPSILON, Errors, Measure
+from gptconvert.verify.onnx_file import OnnxFile
+from gptconvert.verify.onnx_runner import Binding, OnnxRunner
+from gptconvert.verify.probes import Probe
+from gptconvert.verify.runners import Outputs, RunError
+from gptconvert.verify.truth import Truth, TruthPass, tensor_of
+
+
+def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, groups: list[Group]) -> str | None:
+    """In words, where the error of the failing ``groups`` begins; None: it does not show on any whole probe."""
+    failing = [probe for group in groups if not group.ok for probe in group.probes]
+    if not failing:
+        return None
+    probe = min(failing, key=lambda p: p.tokens)
+    config = checkpoint.config
+    values = {name for node in file.model.graph.node for name in node.output}
+    taps = [name for name in ("embedding", *(f"h.{i}" for i in range(config.n_layer))) if name in values]
+    runner = OnnxRunner(file, binding, config, optimise=False, taps=taps)
+    truth = TruthPass(checkpoint, [probe], binding.compute, presents=runner.kv_cache, taps=True).run()
+    try:
+        outputs = whole(runner, probe, config)
+    except RunError:
+        return None
+    found: dict[str, Group] = {}
+    Trial(runner, truth, config, found).run()
+    presents = [m.tensor for group in found.values() for m in group.measures.values() if not m.ok]
+    bad = next((name for name in taps if not _tap_ok(name, outputs, probe, truth)), None)
+    if bad is not None:
+        return _in_block(bad, presents)
+    if any(name.startswith("present.") for name in presents):
+        return _from_presents(min((n for n in presents if n.startswith("present.")), key=_layer), taps)
+    if all(group.ok for group in found.values()):
+        return "onnxruntime's graph optimisation: without it the same graph is right"
+    return "the head (final norm, projection) or the output's shape"
+
+
+def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:
+    """Whether a block's output, [B * S, D] or [B, S, D], is within the noise."""
+    array: Array = outputs.taps[name]
+    rows = array.reshape(*probe.input_ids.shape, -1)
+    measure = Measure(name, EPSILON["float32"])
+    for row in truth.pack.rows:
+        exact, noise = truth.values[name][row.tokens], truth.noise[name]
+        own = Errors(noise.square[row.tokens], noise.largest[row.tokens])
+        measure.add(Errors.of(tensor_of(rows[row.row][row.new]), exact), own, exact)
+    return measure.ok
+
+
+def _in_block(tap: str, bad_presents: list[str]) -> str:
+    """What the block's own keys and values add to knowing that its output is wrong."""
+    if tap == "embedding":
+        return "the embedding (tokens or positions)"
+    layer = _layer(tap)
+    own = sorted(name for name in bad_presents if name.startswith("present.") and _layer(name) == layer)
+    return f"block {layer}" + (f", from {' and '.join(own)} on" if own else "")
+
+
+def _from_presents(name: str, taps: list[str]) -> str:
+    """Keys or values are wrong and no block's output says more."""
+    layer = _layer(name)
+    if taps:
+        return f"block {layer}: {name}, as returned"
+    before = f", or block {layer - 1} after its own" if layer else ", or the embedding"
+    return f"block {layer}, in {name}{before}"
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])

@@ -1,0 +1,196 @@
+"""What a verification found: as plain values for ``--json`` and the manifest, and as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gptconvert.errors import printable
+from gptconvert.verify.compare import Group
+from gptconvert.verify.metrics import FLOOR_ROUNDINGS, MAX_ABS_RATIO, MAX_RMSE_RATIO, Measure
+from gptconvert.verify.weights import WeightReport
+
+#: A stage of so many steps begins: what it returns is to be told of steps done.
+Stage = Callable[[str, int], Callable[[int], None]]
+#: Of a long list of problems, people are shown this many.
+MOST_SHOWN = 8
+
+
+@dataclass
+class RunReport:
+    """All probes on one runtime.
+
+    Attributes:
+        runtime: which, and how it was set up.
+        groups: found, in probe order.
+        first_bad: where the error begins, if there is one and it was found.
+    """
+
+    runtime: str
+    groups: list[Group]
+    first_bad: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """The gate."""
+        return bool(self.groups) and all(group.ok for group in self.groups)
+
+    def as_dict(self, figures: bool) -> dict[str, object]:
+        """Plain values."""
+        groups = [_group_dict(group, figures) for group in self.groups]
+        return {"runtime": self.runtime, "ok": self.ok, "first_bad_block": self.first_bad, "groups": groups}
+
+
+@dataclass
+class ArtifactReport:
+    """One artifact.
+
+    Attributes:
+        kind: ``onnx``, ``safetensors``.
+        path: relative to what was asked to be verified.
+        weights: rule 1.
+        runs: rule 2, once per runtime; empty for artifacts that do not compute.
+        problems: what was wrong besides: names, types and shapes of the contract, a configuration that differs.
+        probes: what was asked.
+        seconds: wall time.
+    """
+
+    kind: str
+    path: str
+    weights: WeightReport
+    runs: list[RunReport] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    probes: list[dict[str, object]] = field(default_factory=list)
+    computes: bool = True
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """The gate. Something that computes and was not run has not passed."""
+        ran = bool(self.runs) or not self.computes
+        return ran and self.weights.ok and not self.problems and all(run.ok for run in self.runs)
+
+    def as_dict(self, figures: bool) -> dict[str, object]:
+        """Plain values."""
+        fields: dict[str, object] = {
+            "kind": self.kind,
+            "path": self.path,
+            "ok": self.ok,
+            "weights": self.weights.as_dict(),
+            "problems": list(self.problems),
+            "runs": [run.as_dict(figures) for run in self.runs],
+            "probes": self.probes,
+        }
+        return {**fields, "seconds": round(self.seconds, 2)} if figures else fields
+
+
+@dataclass
+class Report:
+    """A whole verification.
+
+    Attributes:
+        level: ``default`` or ``full``.
+        artifacts: one report each.
+        notes: what the user should know (one sentence each).
+    """
+
+    level: str
+    artifacts: list[ArtifactReport] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """The gate. No artifact is no proof."""
+        return bool(self.artifacts) and all(artifact.ok for artifact in self.artifacts)
+
+    def as_dict(self, *, figures: bool = True) -> dict[str, object]:
+        """Plain values for JSON.
+
+        Args:
+            figures: with everything that was measured. Without, what is left is the same on every machine: the
+                verdicts, the rule, the probes; that is what a manifest may hold.
+        """
+        return {
+            "passed": self.passed,
+            "level": self.level,
+            "rule": {
+                "max_rmse_ratio": MAX_RMSE_RATIO,
+                "max_abs_ratio": MAX_ABS_RATIO,
+                "floor_roundings": FLOOR_ROUNDINGS,
+                "yardstick": "reference model in the computing type, against the same in float64",
+            },
+            "artifacts": [artifact.as_dict(figures) for artifact in self.artifacts],
+        }
+
+    def table(self) -> str:
+        """For people."""
+        lines = [line for artifact in self.artifacts for line in _artifact_lines(artifact)]
+        verdict = "verified" if self.passed else "VERIFICATION FAILED" if self.artifacts else "nothing to verify"
+        return "\n".join([*lines, verdict])
+
+
+def _group_dict(group: Group, figures: bool) -> dict[str, object]:
+    fields: dict[str, object] = {"group": group.name, "ok": group.ok, "tokens": group.tokens}
+    if not figures:
+        return fields
+    shown = [group.worst(presents=False), group.worst(presents=True), *group.measures.values()]
+    measures = {m.tensor: m.as_dict() for i, m in enumerate(shown) if m is not None and (i < 2 or not m.ok)}
+    likeness = {"likeness": group.likeness.as_dict()} if group.likeness.tokens else {}
+    return {**fields, "problems": list(group.problems), "measures": list(measures.values()), **likeness}
+
+
+def _artifact_lines(artifact: ArtifactReport) -> list[str]:
+    weights = artifact.weights
+    required = "" if weights.strict else " found as stored"
+    lines = [f"{artifact.path}  ({artifact.kind})"]
+    lines.append(
+        f"  weights: {weights.equal} of {weights.expected} equal, byte for byte{required}{_mark(weights.ok)}"
+    )
+    lines += _some(weights.problems)
+    if artifact.problems:
+        lines += ["  contract: FAIL", *_some(artifact.problems)]
+    for run in artifact.runs:
+        lines += _run_lines(run)
+    if artifact.computes and not artifact.runs:
+        lines.append("  outputs: not run, for the reasons above")
+    return lines
+
+
+def _run_lines(run: RunReport) -> list[str]:
+    head = ("probes", "tokens", "R", "max|Δ|", "R present", "top-1", "")
+    rows = [head, *(_group_row(group) for group in run.groups)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [f"  outputs: {run.runtime}{_mark(run.ok)}"]
+    for row in rows:
+        cells = [c.ljust(w) if i in (0, 6) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append(("    " + "  ".join(cells)).rstrip())
+    for group in run.groups:
+        lines += _some([f"{group.name}: {problem}" for problem in group.problems])
+    if run.first_bad:
+        lines.append(f"    the error begins in {run.first_bad}")
+    return lines
+
+
+def _group_row(group: Group) -> tuple[str, ...]:
+    main, cache = group.worst(presents=False), group.worst(presents=True)
+    top = f"{group.likeness.top1:.1%}" if group.likeness.tokens else "-"
+    largest = "-" if main is None else f"{main.error_max:.1e}"
+    verdict = "ok" if group.ok else "FAIL"
+    return group.name, str(group.tokens), _ratio(main), largest, _ratio(cache), top, verdict
+
+
+def _ratio(measure: Measure | None) -> str:
+    """R, in units of the rounding noise."""
+    if measure is None:
+        return "-"
+    return f"{measure.ratio:.2f}" if measure.ratio < 1000 else f"{measure.ratio:.1e}"
+
+
+def _mark(ok: bool) -> str:
+    return "" if ok else "  FAIL"
+
+
+def _some(problems: list[str]) -> list[str]:
+    """The first few, one per line."""
+    more = [f"    … {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else []
+    return [f"    {printable(problem)}" for problem in problems[:MOST_SHOWN]] + more

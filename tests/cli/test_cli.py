@@ -1,0 +1,245 @@
+"""Exit codes, stdout and stderr: what pipelines depend on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptconvert.cli import COMMANDS, run
+from tests.commands import TINY, TRAINED, command, tree
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_help_of_every_command(capsys: Capture) -> None:
+    assert set(COMMANDS) >= {"openai-tf", "hf", "convert", "inspect", "verify", "generate", "formats"}
+    for name in COMMANDS:
+        outcome = command(capsys, name, "--help")
+        assert outcome.code == 0, name
+        assert outcome.out.startswith("Usage: gptconvert " + name)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom gptconvert.cli import run\nrun(['--help'])\n"
+        "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime', 'tensorflow', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(','.join(heavy) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_inspect_imports_no_framework() -> None:
+    code = (
+        f"import sys\nfrom gptconvert.cli import run\nassert run(['inspect', {str(TINY / 'openai-tf')!r}]) == 0\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorflow', 'huggingface_hub', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(','.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_command_suggests(capsys: Capture) -> None:
+    outcome = command(capsys, "openai_tf", "x")
+    assert outcome.code == 2
+    assert "Did you mean openai-tf?" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("convert",),
+        ("convert", TINY / "openai-tf", "--opset", "16"),
+        ("convert", TINY / "openai-tf", "--opset", "22"),
+        ("convert", TINY / "openai-tf", "--dtype", "fp8"),
+        ("convert", TINY / "openai-tf", "--to", "tflite"),
+        ("convert", TINY / "openai-tf", "--max-shard-size", "lots"),
+        ("convert", TINY / "openai-tf", "--n-head", "0"),
+        ("convert", TINY / "openai-tf", "--n-head", "4"),
+        ("generate", "x"),
+    ],
+)
+def test_usage_errors_exit_2(args: tuple[object, ...], capsys: Capture, tmp_path: Path) -> None:
+    extra = ("-o", tmp_path / "out") if args[0] == "convert" else ()
+    outcome = command(capsys, *args, *extra)
+    assert outcome.code == 2
+    assert outcome.err
+    assert not outcome.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_is_one_object_also_on_failure(capsys: Capture, tmp_path: Path) -> None:
+    good = command(capsys, "convert", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify", "--json")
+    assert good.json["ok"] is True
+    assert good.json["schema_version"] == 1
+    again = command(capsys, "convert", TINY / "openai-tf", "-o", tmp_path / "out", "--json")
+    assert again.code == 6
+    assert again.json["ok"] is False
+    assert again.json["error"]["exit_code"] == 6
+    usage = command(capsys, "convert", TINY / "openai-tf", "--opset", "3", "--json")
+    assert usage.code == usage.json["error"]["exit_code"] == 2
+
+
+def test_dry_run_writes_nothing_and_says_what_would_be(capsys: Capture, tmp_path: Path) -> None:
+    args = (
+        "openai-tf",
+        TINY / "openai-tf",
+        "--to",
+        "onnx",
+        "--to",
+        "safetensors",
+        "-o",
+        tmp_path / "out",
+        "--dry-run",
+    )
+    plan = command(capsys, *args, "--json").json
+    assert list(tmp_path.iterdir()) == []
+    files = {file["path"]: file for file in plan["files"]}
+    data = files["onnx/model.onnx_data"]
+    assert data["transformed"] == []
+    assert data["copied_bytes"] > 0.9 * data["bytes"]
+    human = command(capsys, *args)
+    assert "onnx/model.onnx_data" in human.out
+    half = command(capsys, *args, "--dtype", "bf16", "--json").json
+    assert len({f["path"]: f for f in half["files"]}["onnx/model_bf16.onnx_data"]["transformed"]) == data["tensors"]
+
+
+def test_planned_sizes_are_the_written_sizes(capsys: Capture, tmp_path: Path) -> None:
+    args = ("hf", TINY / "hf-variant", "--to", "onnx", "--to", "safetensors", "-o", tmp_path / "out", "--json")
+    planned = command(capsys, *args, "--dry-run").json
+    command(capsys, *args, "--no-verify")
+    for file in planned["files"]:
+        assert (tmp_path / "out" / file["path"]).stat().st_size == file["bytes"], file["path"]
+
+
+def test_force_replaces_and_without_it_nothing_is_touched(capsys: Capture, tmp_path: Path) -> None:
+    args = ("convert", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify", "-q")
+    assert command(capsys, *args).code == 0
+    (tmp_path / "out/mine.txt").write_text("mine")
+    before = tree(tmp_path)
+    assert command(capsys, *args).code == 6
+    assert tree(tmp_path) == before
+    assert command(capsys, *args, "--force").code == 0
+    assert not (tmp_path / "out/mine.txt").exists()
+
+
+def test_default_output_is_named_after_the_source(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source in (TINY / "openai-tf", TINY / "openai-tf/model.ckpt", TINY / "openai-tf/checkpoint"):
+        assert command(capsys, "convert", source, "--no-verify", "-q", "--force").code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["openai-tf-gptconvert"]
+
+
+def test_verify_accepts_a_good_export_and_refuses_a_changed_one(capsys: Capture, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command(capsys, "convert", TINY / "openai-tf", "-o", out, "--no-verify", "-q").code == 0
+    assert command(capsys, "verify", TINY / "openai-tf", out).code == 0
+    data = out / "onnx/model.onnx_data"
+    content = bytearray(data.read_bytes())
+    content[5003] ^= 0x40
+    data.write_bytes(content)
+    bad = command(capsys, "verify", TINY / "openai-tf", out, "--json")
+    assert bad.code == 5
+    assert bad.json["ok"] is False
+    other = command(capsys, "verify", TINY / "openai-tf-bf16", out)
+    assert other.code == 5
+
+
+def test_verify_flag_in_any_place(capsys: Capture, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command(capsys, "convert", "--verify", TINY / "openai-tf", "-o", out, "-q").code == 0
+    assert json.loads((out / "manifest.json").read_text())["verification"]["passed"] is True
+
+
+def test_inspect(capsys: Capture) -> None:
+    found = command(capsys, "inspect", TINY / "openai-tf-adam", "--json").json
+    assert found["config"]["n_layer"] == 2
+    assert found["dropped"]["model/wpe/Adam"] == "optimizer slot"
+    assert {t["name"] for t in found["tensors"]} >= {"model/wte", "model/h1/mlp/c_proj/w"}
+    human = command(capsys, "inspect", TINY / "openai-tf-adam")
+    assert "Would be dropped" in human.out
+
+
+def test_steps(capsys: Capture, tmp_path: Path) -> None:
+    assert command(capsys, "inspect", TINY / "openai-tf-adam", "--step", 10, "--json").code == 0
+    missing = command(capsys, "inspect", TINY / "openai-tf-adam", "--step", 11)
+    assert missing.code == 3
+    assert "10" in missing.err
+    assert "20" in missing.err
+
+
+def test_formats_is_generated_from_the_registries(capsys: Capture) -> None:
+    from gptconvert.families import FAMILIES
+
+    found = command(capsys, "formats", "--json").json
+    assert [f["name"] for f in found["families"]] == [f.name for f in FAMILIES]
+    markdown = command(capsys, "formats", "--markdown").out
+    assert markdown.strip() in (TINY.parents[1] / "docs/formats.md").read_text()
+
+
+def test_commands_cover_the_formats() -> None:
+    from gptconvert.sources.detect import FORMATS
+
+    assert {f.name for f in FORMATS} <= set(COMMANDS)
+
+
+def test_target_choices_are_the_registry() -> None:
+    from gptconvert.cli.convert import convert
+    from gptconvert.targets import TARGETS
+
+    (to,) = (p for p in convert.params if p.name == "targets")
+    assert list(to.type.choices) == list(TARGETS)  # type: ignore[attr-defined]
+
+
+def test_generate_streams_the_greedy_text_of_the_witness(capsys: Capture, tmp_path: Path) -> None:
+    import numpy as np
+
+    golden = np.load(TRAINED / "golden.npz")
+    assert command(capsys, "openai-tf", TRAINED, "-o", tmp_path / "out", "--no-verify", "-q").code == 0
+    prompt = str(golden["prompt"])
+    outcome = command(capsys, "generate", tmp_path / "out", prompt, "--max-new-tokens", 20)
+    assert outcome.out == prompt + str(golden["greedy_text"]) + "\n"
+
+
+def test_generate_is_seeded(capsys: Capture, tmp_path: Path) -> None:
+    command(capsys, "openai-tf", TRAINED, "-o", tmp_path / "out", "--no-verify", "-q")
+    args = ("generate", tmp_path / "out", "The class", "--max-new-tokens", 12, "--json")
+    texts = [
+        command(capsys, *args, "--seed", seed, "--top-k", 40, "--top-p", 0.95).json["text"] for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    cold = command(capsys, *args, "--temperature", 0).json["text"]
+    assert cold == command(capsys, *args, "--top-k", 1).json["text"] == command(capsys, *args).json["text"]
+
+
+def test_generate_without_a_tokenizer_says_so(capsys: Capture, tmp_path: Path) -> None:
+    command(capsys, "openai-tf", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify", "-q")
+    outcome = command(capsys, "generate", tmp_path / "out", "x")
+    assert outcome.code == 3
+    assert "tokenizer.json" in outcome.err
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    args = f"{sys.executable} -m gptconvert inspect {TINY / 'openai-tf'} | head -1"
+    done = subprocess.run(args, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unforeseen_fault_is_reported_without_a_traceback(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("gptconvert.pipeline.inspect", broken)
+    outcome = command(capsys, "inspect", TINY / "openai-tf")
+    assert outcome.code == 1
+    assert "boom" in outcome.err
+    assert "Traceback" not in outcome.err
+    with pytest.raises(RuntimeError):
+        run(["--debug", "inspect", str(TINY / "openai-tf")])

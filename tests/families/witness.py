@@ -1,0 +1,287 @@
+"""Tiny models of every family as transformers makes, saves and computes them: an independent witness.
+
+transformers computes parts of three families in float32 whatever the weights are; :func:`in_float64` makes it use
+float64 throughout, so that the reference model can be held against it to the last digits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.families import FAMILIES, family_named
+from gptconvert.families.base import Request
+from tests.helpers import Arrays, checkpoint_of, torch_weights
+
+#: Sizes in config.json's words: no two axes of any weight agree, heads are odd in number, n_inner is not 4 D.
+_GPT = {"vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}
+_NEO = {
+    "vocab_size": 97,
+    "max_position_embeddings": 40,
+    "hidden_size": 24,
+    "num_layers": 3,
+    "num_heads": 3,
+    "intermediate_size": 56,
+    "attention_types": [[["global", "local", "local"], 1]],
+    "window_size": 5,
+}
+_NEOX = {
+    "vocab_size": 97,
+    "max_position_embeddings": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 56,
+    "rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 0.5, "rope_type": "default"},
+}
+TINY: Mapping[str, Mapping[str, object]] = {
+    "gpt1": _GPT,
+    "gpt2": {**_GPT, "n_inner": 56},
+    "gpt_neo": _NEO,
+    "gptj": {**_GPT, "n_inner": 56, "rotary_dim": 4},
+    "gpt_neox": _NEOX,
+}
+#: Token ids that mean something to these models.
+PAD, LABELS = 95, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, one of its tasks, and configuration keys that differ from :data:`TINY`."""
+
+    family: str
+    task: str = "text-generation"
+    keys: Mapping[str, object] = field(default_factory=dict, hash=False)
+    name: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.family, self.task, self.name) if part)
+
+
+def _rope(theta: float, factor: float) -> dict[str, object]:
+    return {"rope_parameters": {"rope_theta": theta, "partial_rotary_factor": factor, "rope_type": "default"}}
+
+
+#: Every family with every head it has.
+BY_TASK = tuple(Case(family.name, task) for family in FAMILIES for task in family.heads)
+#: What a configuration may vary, per family.
+VARIANTS = tuple(
+    Case(family, keys=keys, name=name)
+    for family, name, keys in (
+        ("gpt1", "relu", {"afn": "relu"}),
+        ("gpt1", "silu", {"afn": "silu"}),
+        ("gpt2", "untied", {"tie_word_embeddings": False}),
+        ("gpt2", "unscaled", {"scale_attn_weights": False}),
+        ("gpt2", "scaled-by-layer", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", "upcast", {"reorder_and_upcast_attn": True}),
+        ("gpt2", "erf", {"activation_function": "gelu", "n_inner": None}),
+        ("gpt_neo", "all-local", {"attention_types": [[["local"], 3]], "window_size": 2}),
+        ("gpt_neo", "mixed", {"attention_types": [[["local"], 1], [["global", "local"], 1]]}),
+        ("gpt_neo", "untied", {"tie_word_embeddings": False, "intermediate_size": None}),
+        ("gptj", "whole-head", {"rotary_dim": 8}),
+        ("gptj", "tied", {"tie_word_embeddings": True, "n_inner": None}),
+        ("gpt_neox", "serial", {"use_parallel_residual": False}),
+        ("gpt_neox", "tied", {"tie_word_embeddings": True}),
+        ("gpt_neox", "no-bias", {"attention_bias": False}),
+        ("gpt_neox", "tanh", {"hidden_act": "gelu_fast"}),
+        ("gpt_neox", "eps", {"layer_norm_eps": 1e-2}),
+        ("gpt_neox", "24-of-96", {"hidden_size": 192, "num_attention_heads": 2, **_rope(10000.0, 0.25)}),
+        ("gpt_neox", "20-of-80", {"hidden_size": 160, "num_attention_heads": 2, **_rope(10000.0, 0.25)}),
+        ("gpt_neox", "whole-head", _rope(1000.0, 1.0)),
+    )
+)
+CASES = (*BY_TASK, *VARIANTS)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, transformers' modules find float64 wherever they ask torch for float32. Does not nest."""
+    import torch
+    from transformers.models.gpt2 import modeling_gpt2
+    from transformers.models.gpt_neo import modeling_gpt_neo
+    from transformers.models.gpt_neox import modeling_gpt_neox
+    from transformers.models.gptj import modeling_gptj
+
+    class Wide:
+        float32 = float = torch.float64
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    modules = (modeling_gpt2, modeling_gpt_neo, modeling_gpt_neox, modeling_gptj)
+    to_float, default = torch.Tensor.float, torch.get_default_dtype()
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    torch.set_default_dtype(torch.float64)
+    for module in modules:
+        module.torch = Wide()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modules:
+            module.torch = torch
+        torch.set_default_dtype(default)
+        torch.Tensor.float = to_float  # type: ignore[method-assign]
+
+
+def hf_config(case: Case) -> Any:
+    """The transformers configuration of a case."""
+    import transformers
+
+    family = family_named(case.family)
+    kind = getattr(transformers, family.heads[case.task]).config_class
+    labels = {"num_labels": LABELS} if case.task in ("text-classification", "token-classification") else {}
+    keys: dict[str, Any] = {**TINY[case.family], **labels, **case.keys}
+    return kind(**keys, pad_token_id=PAD, bos_token_id=96, eos_token_id=96, attn_implementation="eager")
+
+
+def hf_model(case: Case, seed: int = 0) -> Any:
+    """The transformers model of a case, in torch's default dtype, with random weights that float32 can hold."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # for models as small as these, threads only wait for each other
+    transformers.utils.logging.disable_progress_bar()
+
+    model = getattr(transformers, family_named(case.family).heads[case.task])(hf_config(case)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        values = torch.randn(weight.shape, generator=generator, dtype=torch.float32) * 0.2
+        is_norm = weight.ndim == 1 and name.endswith("weight")
+        weight.data = (values + 1 if is_norm else values).to(weight.dtype)
+    return model
+
+
+@cache
+def witness(case: Case, seed: int = 0) -> Any:
+    """The model of a case, in float64 throughout."""
+    with in_float64():
+        return hf_model(case, seed)
+
+
+@cache
+def saved(case: Case, directory: Path) -> tuple[dict[str, object], Arrays]:
+    """config.json and the tensors of a case, as ``save_pretrained`` writes them."""
+    from safetensors.numpy import load_file
+
+    path = directory / str(case)
+    hf_model(case).save_pretrained(path)
+    raw: dict[str, object] = json.loads((path / "config.json").read_text())
+    return raw, load_file(path / "model.safetensors")
+
+
+def checkpoint(case: Case, directory: Path, request: Request | None = None) -> Checkpoint:
+    """A case as this project understands it, from what transformers saved."""
+    raw, arrays = saved(case, directory)
+    where = directory / f"{case}.read"
+    where.mkdir(exist_ok=True)
+    return checkpoint_of(raw, arrays, where, request=request)
+
+
+def reference(understood: Checkpoint, dtype: Any = None) -> Any:
+    """The reference model of a checkpoint; float64 unless ``dtype`` says otherwise."""
+    from reference_model.model import GPT
+
+    return GPT.from_weights(understood.config, torch_weights(understood, dtype))
+
+
+#: Masks of the test batch, one row per situation: nothing masked, padding left, right, holes. [4, 17]
+MASK = np.array(
+    [
+        [1] * 17,
+        [0] * 4 + [1] * 13,
+        [1] * 12 + [0] * 5,
+        [1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1, 0, 1],
+    ],
+    np.int64,
+)
+
+
+def batch(seed: int = 0, mask: Any = MASK) -> dict[str, Any]:
+    """Token ids (padding where the mask has 0), the mask, and positions that count real tokens; [4, 17] each."""
+    random = np.random.default_rng(seed)
+    ids = np.where(mask == 1, random.integers(0, PAD, mask.shape), PAD)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clip(0)}
+
+
+def choices(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as two questions of two choices each, with the last real token of each choice."""
+    mask = inputs["attention_mask"]
+    shaped = {name: value.reshape(2, 2, -1) for name, value in inputs.items()}
+    last = (np.arange(mask.shape[1]) * mask).argmax(1).reshape(2, 2)
+    return {**shaped, "mc_token_ids": last}
+
+
+def inputs_of(task: str, seed: int = 0) -> dict[str, Any]:
+    """Inputs for a task, by name; ``position_ids`` among them whether or not the task takes them."""
+    inputs = batch(seed)
+    return choices(inputs) if task == "multiple-choice" else inputs
+
+
+def tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays as torch tensors."""
+    import torch
+
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+
+
+def hf_outputs(case: Case, inputs: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
+    """What transformers computes, by output name, as float64 arrays; and ``present.{i}.key`` where it keeps them."""
+    import torch
+
+    named = tensors(inputs)
+    for name in ("attention_mask", "position_ids"):
+        named[name] = named[name].flatten(0, -2)
+    model = model or witness(case)  # made before the types are changed for the run: the two do not nest
+    caches = case.family != "gpt1" and case.task in ("text-generation", "feature-extraction")
+    with in_float64():
+        found = model(**named, **({"use_cache": True} if caches else {}))
+    outputs = {name: v.numpy() for name, v in found.items() if isinstance(v, torch.Tensor)}
+    if caches:
+        for i, layer in enumerate(found.past_key_values.layers):
+            outputs |= {f"present.{i}.key": layer.keys.numpy(), f"present.{i}.value": layer.values.numpy()}
+    return outputs
+
+
+def our_outputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the reference model computes, under the same names."""
+    import torch
+
+    with torch.no_grad():
+        found, presents = model.outputs(**tensors(inputs))
+    outputs = {name: value.numpy() for name, value in found.items()}
+    for i, (key, value) in enumerate(presents):
+        outputs |= {f"present.{i}.key": key.numpy(), f"present.{i}.value": value.numpy()}
+    return outputs
+
+
+def gap(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Any) -> float:
+    """The largest difference over all of ``theirs``, in units of the largest value, at real tokens.
+
+    What a padded query computes is nobody's business, and the two worlds differ there.
+    """
+    worst = 0.0
+    for name, expected in theirs.items():
+        found = ours[name]
+        assert found.shape == expected.shape, (name, found.shape, expected.shape)
+        real = real_tokens(name, expected, mask)
+        difference = np.abs(found - expected)[real].max() / np.abs(expected[real]).max()
+        worst = max(worst, np.inf if np.isnan(difference) else difference)
+    return float(worst)
+
+
+def real_tokens(name: str, value: Any, mask: Any) -> Any:
+    """Index of what a real token computed in an output."""
+    if name.startswith("present."):
+        return np.broadcast_to(mask.reshape(len(value), 1, -1, 1) == 1, value.shape)
+    if value.shape[: mask.ndim] == mask.shape:
+        return mask == 1
+    return ...

@@ -1,0 +1,221 @@
+"""What a path is when nobody says so, and what is said of paths that are nothing we read."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.sources import hf
+from gptconvert.sources.detect import FORMATS, LOOKALIKES, lookalike, open_source
+from gptconvert.sources.source import OpenOptions, Source
+from tests.helpers import FIXTURES, REAL_GPT2
+
+PLAIN = OpenOptions()
+TINY = FIXTURES / "tiny-gpt2"
+CHECKPOINTS = {
+    **dict.fromkeys(("hf-bare", "hf-bin", "hf-bin-legacy", "hf-bin-sharded", "hf-safetensors-sharded"), "hf"),
+    **dict.fromkeys(("openai-tf", "openai-tf-sharded", "openai-tf-partitioned", "openai-tf-adam"), "openai-tf"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_directories_are_told_apart(name: str) -> None:
+    source = open_source(TINY / name, PLAIN)
+    assert source.scheme == CHECKPOINTS[name]
+    assert len(source.tensors) >= 28
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_exactly_one_format_claims_a_checkpoint(name: str) -> None:
+    claims = [each.name for each in FORMATS if each.recognises(str(TINY / name))]
+    assert claims == [CHECKPOINTS[name]]
+
+
+@pytest.mark.parametrize("name", ["hf-bin/pytorch_model.bin", "hf-bare/model.safetensors", "hf-bare/config.json"])
+def test_files(name: str) -> None:
+    assert open_source(TINY / name, PLAIN).scheme == "hf"
+
+
+@pytest.mark.skipif(not REAL_GPT2.exists(), reason="real data is not here")
+@pytest.mark.parametrize("name", ["", "model.ckpt", "model.ckpt.index", "checkpoint"])
+def test_real_gpt2(name: str) -> None:
+    assert open_source(REAL_GPT2 / name, PLAIN).scheme == "openai-tf"
+
+
+def test_format_given(tmp_path: Path) -> None:
+    assert open_source(TINY / "hf-bare", PLAIN, "hf").scheme == "hf"
+    with pytest.raises(UsageError, match=r"expected one of hf, openai-tf, found keras"):
+        open_source(TINY / "hf-bare", PLAIN, "keras")
+    with pytest.raises(GptConvertError):
+        open_source(TINY / "hf-bare", PLAIN, "openai-tf")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names that would be asked for on the hub."""
+    names: list[str] = []
+
+    def fetch(repo: str, options: OpenOptions) -> Source:
+        names.append(repo)
+        raise InputError("asked", path=repo)
+
+    monkeypatch.setattr(hf.hub, "fetch", fetch)
+    return names
+
+
+def test_what_is_not_there_is_a_repository_if_it_could_be(
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "openai-community/gpt2"):
+        with pytest.raises(InputError, match="asked"):
+            open_source(name, PLAIN)
+    assert asked == ["gpt2", "openai-community/gpt2"]
+
+
+def test_mistyped_paths_are_no_repositories(
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "gpt2-small").mkdir(parents=True)
+    for name in (
+        "models/gpt2-smal",
+        "./models/gpt2-smal",
+        str(tmp_path / "models" / "gpt2-smal"),
+        "models/gpt2-smal/",
+    ):
+        with pytest.raises(InputError, match="no such file or directory") as caught:
+            open_source(name, PLAIN)
+        assert "models/gpt2-small?" in str(caught.value.hint)
+    for name in ("model.safetensors", "a/b/c", "", "no such thing"):
+        with pytest.raises(InputError, match="no such file or directory"):
+            open_source(name, PLAIN)
+    assert asked == []
+
+
+#: Entry or file name → its content → what it must be called.
+STRANGERS = {
+    "params_shapes.json": (b"[]", "GPT-1"),
+    "params_0.npy": (b"\x93NUMPY", "NumPy"),
+    "best_params.jl": (b"\x80\x03x", "joblib"),
+    "ckpt.pt": (b"\x80\x02x", "nanoGPT"),
+    "anything.bin": (struct.pack("<3i", 20240326, 3, 1024), "llm.c"),
+    "gpt2_124M_bf16.bin": (b"x", "llm.c"),
+    "layer_00-model_00-model_states.pt": (b"x", "GPT-NeoX"),
+    "mp_rank_00_model_states.pt": (b"x", "GPT-NeoX"),
+    "model_optim_rng.pt": (b"x", "Megatron-LM"),
+    "latest_checkpointed_iteration.txt": (b"7", "Megatron-LM"),
+    "model.gguf": (b"x", "GGUF"),
+    "renamed": (b"GGUF\3\0\0\0", "GGUF"),
+    "tf_model.h5": (b"x", "HDF5"),
+    "weights": (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    "flax_model.msgpack": (b"x", "msgpack"),
+    "model.onnx": (b"x", "ONNX"),
+    "rust_model.ot": (b"x", "rust-bert"),
+    "weights.npz": (b"PK\3\4", "NumPy"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_strangers_are_called_by_name(tmp_path: Path, name: str) -> None:
+    content, title = STRANGERS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UnsupportedError, match="not supported by this version") as caught:
+        open_source(tmp_path / name, PLAIN)
+    assert title in str(caught.value)
+    assert all(each.name in str(caught.value.expected) for each in FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "title"),
+    [
+        ("params_3.npy", "GPT-1"),
+        ("step_383500", "mesh-transformer-jax"),
+        ("global_step150000", "GPT-NeoX"),
+        ("iter_0500000", "Megatron-LM"),
+        ("mp_rank_00", "Megatron-LM"),
+        ("ckpt.pt", "nanoGPT"),
+        ("model.onnx", "ONNX"),
+    ],
+)
+def test_strange_directories_are_called_by_name(tmp_path: Path, entry: str, title: str) -> None:
+    (tmp_path / entry).mkdir()
+    (tmp_path / "README.md").write_text("")
+    with pytest.raises(UnsupportedError) as caught:
+        open_source(tmp_path, PLAIN)
+    assert title in str(caught.value)
+
+
+def test_nanogpt_under_another_name(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"model": {"w": torch.ones(2)}, "model_args": {"n_layer": 1}}, tmp_path / "mine.pt")
+    assert lookalike(str(tmp_path / "mine.pt")) == "a nanoGPT checkpoint"
+    torch.save({"w": torch.ones(2)}, tmp_path / "other.pt")
+    assert lookalike(str(tmp_path / "other.pt")) is None
+
+
+def test_every_lookalike_is_tested() -> None:
+    titles = {title for _, title in STRANGERS.values()} | {"mesh-transformer-jax", "SavedModel"}
+    untested = [kind.title for kind in LOOKALIKES if not any(title in kind.title for title in titles)]
+    assert untested == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("notes.txt", b"hello\n", "a text file that begins with 'hello'"),
+        ("model.bin", b"", "empty"),
+        ("model", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("model", b"<!doctype html>", "HTML page"),
+        ("noise", b"\x01\x02\x03\xff" * 9, "begins with b'"),
+    ],
+)
+def test_nothing_known(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="no checkpoint of a known kind") as caught:
+        open_source(tmp_path / name, PLAIN)
+    assert words in str(caught.value)
+    assert "safetensors" in str(caught.value.expected)
+
+
+def test_directory_of_nothing_known(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="an empty directory"):
+        open_source(tmp_path, PLAIN)
+    (tmp_path / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"holiday\.jpg"):
+        open_source(tmp_path, PLAIN)
+
+
+def test_torch_file_without_config(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes((TINY / "hf-bin" / "pytorch_model.bin").read_bytes())
+    with pytest.raises(InputError) as caught:
+        open_source(path, PLAIN)
+    assert "config.json" in str(caught.value.hint)
+
+
+def test_54_special_files_do_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UnsafeInputError):
+            open_source(path, PLAIN)
+    (tmp_path / "dangling").symlink_to("nothing")
+    with pytest.raises(InputError):
+        open_source(tmp_path / "dangling", PLAIN)
+
+
+def test_54_names_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "a\n\x1b[31mb"
+    path.write_bytes(b"x")
+    with pytest.raises(InputError) as caught:
+        open_source(path, PLAIN)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    for name in ("x" * 300, "a\0b", os.fsdecode(b"\xff")):
+        with pytest.raises(InputError):
+            open_source(f"{tmp_path}/{name}", PLAIN)

@@ -1,0 +1,136 @@
+"""Every operation on the file system fails once, falls short once, and is the last one before a crash once."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptconvert.errors import GptConvertError, InputError, OutputError
+from tests.helpers import ROOT
+from tests.publishing import OLD, SCENARIOS, convert, faults, leftovers, prepare, tree
+
+#: Operations that tidy up. Where one of them fails something stays behind, and the next run must remove it.
+TIDYING = {"remove", "unlink", "rmdir"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """On a memory file system where there is one: thousands of fsyncs follow."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as directory:
+        yield Path(directory) / "root"
+
+
+def _half(number: int, operation: str, nbytes: int) -> int:
+    return max(1, nbytes // 2)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["enospc", "eio"])
+def test_a_failing_operation_leaves_the_old_output_or_the_new_one(root: Path, scenario: str, code: int) -> None:
+    checkpoint, output = prepare(root, scenario)
+    convert(checkpoint, output)
+    new, old = tree(output), OLD if SCENARIOS[scenario][1] else {}
+
+    for n in itertools.count():
+        checkpoint, output = prepare(root, scenario)
+
+        def act(number: int, operation: str, nbytes: int, n: int = n) -> int:
+            if number == n:
+                raise OSError(code, os.strerror(code))
+            return nbytes
+
+        error: GptConvertError | None = None
+        with faults(act, scenario) as seen:
+            try:
+                convert(checkpoint, output)
+            except GptConvertError as caught:
+                error = caught
+        failed = seen[n] if n < len(seen) else None
+        # A reading that fails is an input's or, of what was just written, an output's; all else is the output's.
+        assert error is None or isinstance(error, OutputError) or (failed == "read" and isinstance(error, InputError))
+        assert tree(output) == (new if error is None else old), (n, failed, error)
+        if failed is None:
+            assert error is None
+            break
+        if failed == "exchange" and scenario == "replace-without-exchange":
+            assert error is None  # it always fails there, and there is another way
+        elif failed in TIDYING:
+            convert(checkpoint, output)
+            assert tree(output) == new
+        else:
+            assert error is not None, (n, failed)
+            assert os.strerror(code) in str(error)
+        assert not leftovers(root), (n, failed)
+    assert n > 40
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_short_reads_writes_and_copies_change_nothing(root: Path, scenario: str) -> None:
+    checkpoint, output = prepare(root, scenario)
+    convert(checkpoint, output)
+    new = tree(output)
+
+    checkpoint, output = prepare(root, scenario)
+    with faults(_half, scenario):
+        convert(checkpoint, output)
+
+    assert tree(output) == new
+    assert not leftovers(root)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_crash_at_any_operation_leaves_the_old_output_or_the_new_one(root: Path, scenario: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.publishing", str(root), scenario],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    reports = json.loads(run.stdout)
+    assert len(reports) > 40
+    for report in reports:
+        # Without an atomic exchange there is a moment, between two renames, in which the old output lies aside.
+        aside = scenario == "replace-without-exchange" and report["state"] == "absent"
+        fine = {"old", "new"}
+        assert report["state"] in fine or aside, report
+        assert report["redone"], report
+        assert report["left"] == [], report
+    assert [report["died"] for report in reports] == [True] * (len(reports) - 1) + [False]
+    assert {report["state"] for report in reports} >= {"new", "old"}
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from gptconvert.errors import OutputError
+from tests.publishing import convert, prepare
+checkpoint, output = prepare(Path(sys.argv[1]), "replace")
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    convert(checkpoint, output)
+except OutputError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 40_000])
+def test_a_file_size_limit_is_an_output_error(root: Path, limit: int) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(root), str(limit)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 6, run.stderr
+    assert os.strerror(errno.EFBIG) in run.stdout
+    assert tree(root / "out") == OLD
+    assert not leftovers(root)

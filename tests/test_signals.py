@@ -1,0 +1,143 @@
+"""SIGINT and SIGTERM end the program with the shell's exit code and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptconvert import signals
+from tests.helpers import ROOT
+
+BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+@pytest.fixture(autouse=True)
+def _handlers_are_restored() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@BOTH
+def test_a_signal_unwinds(number: int, code: int) -> None:
+    steps = []
+    with pytest.raises(signals.Interrupted) as caught, signals.raising():
+        try:
+            os.kill(os.getpid(), number)
+            steps.append("went on")
+        finally:
+            steps.append("cleaned up")
+    assert steps == ["cleaned up"]
+    assert (caught.value.code, caught.value.signum) == (code, number)
+
+
+def test_a_second_signal_does_not_disturb_the_cleaning_up() -> None:
+    steps = []
+    with pytest.raises(signals.Interrupted), signals.raising():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            steps.append("cleaned up")
+    assert steps == ["cleaned up"]
+
+
+@BOTH
+def test_a_held_signal_waits(number: int, code: int) -> None:
+    steps = []
+    with pytest.raises(signals.Interrupted) as caught, signals.raising():
+        with signals.held():
+            with signals.held():
+                os.kill(os.getpid(), number)
+                steps.append("inner")
+            steps.append("outer")
+        steps.append("after")
+    assert steps == ["inner", "outer"]
+    assert caught.value.code == code
+
+
+def test_an_error_while_a_signal_waits_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError), signals.raising(), signals.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ZeroDivisionError
+    with signals.raising():
+        pass  # and it is forgotten
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """As under ``nohup`` or in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.raising():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_may_use_it() -> None:
+    seen = []
+
+    def work() -> None:
+        with signals.raising(), signals.held():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+#: Converts without end: a source that grows as it is copied would not do, a slow progress callback does.
+ENDLESS = """
+import sys, time
+from pathlib import Path
+from gptconvert import signals
+from gptconvert.staging import Staging
+from gptconvert.writer import write_and_digest
+from tests.publishing import plan, prepare
+
+checkpoint, output = prepare(Path(sys.argv[1]), "replace")
+
+def progress(nbytes):
+    print("working", flush=True)
+    time.sleep(0.05)
+
+with signals.raising():
+    with Staging(output, inputs=checkpoint.source.files, force=True) as staging:
+        while True:
+            write_and_digest(staging.path, plan(checkpoint), checkpoint, progress)
+            import shutil, os
+            for name in os.listdir(staging.path):
+                path = os.path.join(staging.path, name)
+                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+"""
+
+
+@BOTH
+@pytest.mark.parametrize("delay", [0.0, 0.03])
+def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, number: int, code: int, delay: float) -> None:
+    from tests.publishing import OLD, leftovers, tree
+
+    root = tmp_path / "root"
+    command = [sys.executable, "-c", ENDLESS, str(root)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        assert leftovers(root)
+        time.sleep(delay)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == code, errors
+    assert errors == ""
+    assert tree(root / "out") == OLD
+    assert not leftovers(root)
