@@ -73,7 +73,7 @@ def card(
     graph = next(iter(onnx_graphs(planned)), ONNX_GRAPH) if "onnx" in targets else None
     facts = _Facts(checkpoint, tuple(sorted(targets)), options, verification, dict(sorted(planned.items())), graph)
     sections = (_front_matter, _introduction, _architecture, _verification, _files, _loading)
-    return "\n".join(section(facts) for section in sections).encode()
+    return "\n".join(text for section in sections if (text := section(facts))).encode()
 
 
 def _front_matter(facts: _Facts) -> str:
@@ -137,6 +137,7 @@ def _command(facts: _Facts) -> str:
         words += ["--single-file"] if options.single_file else []
     if "safetensors" in facts.targets and options.max_shard_size != DEFAULTS.max_shard_size:
         words += ["--max-shard-size", str(options.max_shard_size)]
+    words += ["--xla"] if "tf" in facts.targets and options.xla else []
     words += ["--no-verify"] if not facts.verification else []
     return " ".join([*words, "-o", "OUTPUT"])
 
@@ -178,12 +179,11 @@ def _verification(facts: _Facts) -> str:
         return f"## Verification\n\n{text}\n"
     report: Mapping[str, Any] = facts.verification
     rule = report.get("rule", {})
+    mean, largest = (f"{rule.get(key, default):g}" for key, default in (("max_rmse_ratio", 4), ("max_abs_ratio", 8)))
     words = [
-        "Checked before publication; nothing is published that fails. Every weight equals the checkpoint's, byte for",
-        "byte. Every output lies within rounding noise of the same model in float64: its root mean square error is",
-        f"at most {rule.get('max_rmse_ratio', 4):g} times, its largest error at most {rule.get('max_abs_ratio', 8):g}"
-        " times, that of the reference model in the computing",
-        "type.",
+        "Checked before publication. Every weight equals the checkpoint's, byte for byte. Every output lies within",
+        f"rounding noise of the same model in float64: its root mean square error is at most {mean} times, its",
+        f"largest error at most {largest} times, that of the reference model in the computing type.",
     ]
     verdict = words if report.get("passed") else ["**Verification failed.**"]
     rows = [_artifact_row(artifact) for artifact in report.get("artifacts", ())]
@@ -214,14 +214,14 @@ class _Snippet:
 
 
 def _loading(facts: _Facts) -> str:
-    parts = ["## Use", ""]
+    parts = []
     for snippet in SNIPPETS:
         if snippet.when(facts):
             text = snippet.text.strip()
             for key, value in _values(facts).items():
                 text = text.replace(f"«{key}»", value)
             parts += [f"{snippet.title}:", "", f"```{snippet.language}", text, "```", ""]
-    return "\n".join(parts)
+    return "\n".join(["## Use", "", *parts]) if parts else ""
 
 
 def _values(facts: _Facts) -> dict[str, str]:

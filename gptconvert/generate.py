@@ -5,19 +5,16 @@ Greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020) fro
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gptconvert.errors import InputError, UnsupportedError, UsageError
-
-Floats = NDArray[np.float32]
+from gptconvert.errors import InputError, UsageError
+from gptconvert.runtimes import RUNTIMES, Floats, Runtime, context_length
 
 
 @dataclass(frozen=True)
@@ -37,16 +34,6 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
-
-
-class Runtime(Protocol):
-    """A loaded model. Keeps its own keys and values."""
-
-    n_ctx: int
-
-    def step(self, ids: Sequence[int]) -> Floats:
-        """Logits [V] after ``ids``, which continue what earlier steps were given."""
-        ...
 
 
 def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> int:
@@ -77,73 +64,6 @@ def continuation(
         ids = [token]
 
 
-class OnnxRuntime:
-    """An exported graph in onnxruntime, on the CPU, with plain ``session.run``."""
-
-    def __init__(self, directory: str, config: Mapping[str, object]) -> None:
-        import onnxruntime
-
-        path = find_onnx(directory)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise InputError(f"onnxruntime cannot load the graph: {error}", path=path) from error
-        self.n_ctx = context_length(config)
-        self.outputs = [output.name for output in self.session.get_outputs()]
-        self.inputs = {item.name: item for item in self.session.get_inputs()}
-        if "logits" not in self.outputs:
-            raise UnsupportedError("the graph has no output `logits`, so it cannot generate", path=path)
-        self.seen: list[int] = []
-        self.past: dict[str, Floats] = {
-            name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
-            for name, item in self.inputs.items()
-            if name.startswith("past_key_values.")
-        }
-
-    def step(self, ids: Sequence[int]) -> Floats:
-        self.seen += ids
-        new = ids if self.past else self.seen
-        start = len(self.seen) - len(new)
-        feed: dict[str, NDArray[np.generic]] = {
-            "input_ids": np.array([new], np.int64),
-            "attention_mask": np.ones((1, len(self.seen)), np.int64),
-            "position_ids": np.arange(start, len(self.seen), dtype=np.int64)[None],
-        }
-        feed = {name: value for name, value in feed.items() if name in self.inputs} | dict(self.past)
-        results = dict(zip(self.outputs, self.session.run(None, feed), strict=True))
-        self.past = {name: results[name.replace("past_key_values", "present")] for name in self.past}
-        logits: Floats = results["logits"][0, -1]
-        return logits
-
-
-#: runtime → how to load it.
-RUNTIMES: Mapping[str, Callable[[str, Mapping[str, object]], Runtime]] = {"onnx": OnnxRuntime}
-
-
-def find_onnx(directory: str) -> str:
-    """The graph of an export: ``onnx/model.onnx``, a variant of it, or a graph at the top.
-
-    Raises:
-        InputError: there is none.
-    """
-    for pattern in ("onnx/model.onnx", "model.onnx", "onnx/model*.onnx", "*.onnx"):
-        found = sorted(glob.glob(os.path.join(glob.escape(directory), pattern)))
-        if found:
-            return found[0]
-    raise InputError("no ONNX graph here", path=directory, expected="onnx/model.onnx")
-
-
-def context_length(config: Mapping[str, object]) -> int:
-    """The longest sequence a config.json allows."""
-    for key in ("n_positions", "n_ctx", "max_position_embeddings"):
-        value = config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
-    raise InputError("config.json names no context length", expected="n_positions or max_position_embeddings")
-
-
 @dataclass(frozen=True)
 class Continued:
     """A running continuation.
@@ -160,10 +80,11 @@ class Continued:
 
 
 def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "onnx") -> Continued:
-    """Continue ``prompt`` with the model exported to ``directory``.
+    """Continue ``prompt`` with the model exported to ``directory``, run by ``runtime``: a key of ``RUNTIMES``.
 
     Raises:
-        InputError: the directory lacks the graph, config.json or tokenizer.json, or one of them is broken.
+        InputError: the directory lacks the artifact, config.json or tokenizer.json, or one of them is broken.
+        UnsupportedError: the runtime is not installed, or the model cannot generate.
         UsageError: the prompt is empty or fills the context.
     """
     from tokenizers import Tokenizer
@@ -192,12 +113,13 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
 
     def pieces() -> Iterator[str]:
         shown = ""
-        for token in continuation(loaded, ids, sampling, stop):
-            new.append(token)
-            text = tokenizer.decode(new, skip_special_tokens=False)
-            if not text.endswith("\ufffd"):  # a character may need several tokens
-                yield text[len(shown) :]
-                shown = text
+        with closing(loaded):
+            for token in continuation(loaded, ids, sampling, stop):
+                new.append(token)
+                text = tokenizer.decode(new, skip_special_tokens=False)
+                if not text.endswith("\ufffd"):  # a character may need several tokens
+                    yield text[len(shown) :]
+                    shown = text
         yield tokenizer.decode(new, skip_special_tokens=False)[len(shown) :] if new else ""
 
     return Continued(tuple(ids), pieces(), new)

@@ -32,7 +32,7 @@ class Row:
         when: whether a model of this configuration has the tensor at all.
         absent: value that stands for the tensor where the file may leave it out (nanoGPT's ``bias=False``).
         head: True for tensors outside the transformer body, which carry no body prefix.
-        aliases: other names a file may use for ``theirs`` (one name); never written.
+        aliases: other names a file may use for ``theirs`` (one name), inside or outside the body; never written.
     """
 
     ours: str
@@ -145,9 +145,8 @@ def expand(rows: Iterable[Row], config: GPTConfig, prefix: str = "", head_prefix
             continue
         before = head_prefix if row.head else prefix
         for i in range(config.n_layer) if "{i}" in row.ours else (0,):
-            names, aliases = (
-                tuple(before + name.replace("{i}", str(i)) for name in some) for some in (row.names, row.aliases)
-            )
+            names = tuple(before + name.replace("{i}", str(i)) for name in row.names)
+            aliases = tuple(p + name.replace("{i}", str(i)) for name in row.aliases for p in (prefix, head_prefix))
             bound.append(Bound(row, row.ours.replace("{i}", str(i)), names, concrete(row.shape, sizes), aliases))
     return sorted(bound, key=lambda b: b.ours)
 

@@ -65,8 +65,7 @@ def _check_apart(output: str, path: str) -> None:
     inside = stat.S_ISDIR(source.st_mode) and _contains(source, output)
     found = os.stat(output) if os.path.exists(output) else None
     same = found is not None and os.path.samestat(found, source)
-    # A link is followed for where the bytes are, and not followed for what a replaced output would take along.
-    holds = found is not None and any(_contains(found, way) for way in (path, os.path.realpath(path)))
+    holds = found is not None and _contains(found, path)
     if same or inside or holds:
         how = "is" if same else "lies inside" if inside else "holds"
         raise OutputError(
@@ -88,6 +87,7 @@ def _contains(directory: os.stat_result, path: str) -> bool:
 
 
 def _ancestry(path: str) -> Iterator[os.stat_result]:
+    """``path`` and its parents, by its own name and, where that leads through links, by where it really lies."""
     for way in {os.path.abspath(path), os.path.realpath(path)}:
         while True:
             if os.path.exists(way):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,9 +19,11 @@ import numpy as np
 from gptconvert import signals
 from gptconvert.card import card
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.errors import UnsupportedError, UsageError, VerificationError
+from gptconvert.digest import sha256_of
+from gptconvert.errors import InputError, UnsupportedError, UsageError, VerificationError
 from gptconvert.families import FAMILIES, Request, family_named, understand
 from gptconvert.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
+from gptconvert.mapping import tied_pairs
 from gptconvert.sources.detect import FORMATS, open_source
 from gptconvert.sources.source import OpenOptions
 from gptconvert.staging import Staging
@@ -34,6 +37,7 @@ from gptconvert.writer import Written, WrittenFile, write_and_digest, write_file
 
 if TYPE_CHECKING:
     from gptconvert.verify import Report
+    from gptconvert.verify.probes import Level
 
 DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "fp32": np.dtype(np.float32),
@@ -73,7 +77,7 @@ class Options:
 
     targets: tuple[str, ...] = ("onnx",)
     target: TargetOptions = field(default_factory=TargetOptions)
-    verify: str | None = "default"
+    verify: Level | None = "default"
     force: bool = False
     allow_nonfinite: bool = False
 
@@ -131,7 +135,8 @@ def open_checkpoint(
         GptConvertError: it is damaged, incomplete, unsupported or unsafe.
     """
     opened = open_source(source, opening or OpenOptions(), format=format)
-    return understand(opened, request or Request())
+    directory = source if os.path.isdir(source) else None
+    return understand(dataclasses.replace(opened, directory=directory), request or Request())
 
 
 def inspect(source: str, *, opening: OpenOptions | None = None, request: Request | None = None) -> dict[str, Any]:
@@ -193,9 +198,12 @@ def convert(
         GptConvertError: anything else that went wrong. In every case the output is as it was before.
     """
     options, progress = options or Options(), progress or Silent()
-    before = snapshot(checkpoint.source.files)
+    source = checkpoint.source
+    before = snapshot(source.files)
     planned = plan(checkpoint, options)
-    with signals.raising(), Staging(output, inputs=checkpoint.source.files, force=options.force) as staging:
+    check_tied(checkpoint)
+    inputs = [*source.files, *([source.directory] if source.directory else [])]
+    with signals.raising(), Staging(output, inputs=inputs, force=options.force) as staging:
         staging.require_space(planned.nbytes)
         progress.stage("writing", planned.nbytes)
         written = write_and_digest(
@@ -218,7 +226,7 @@ def verify(
     source: str,
     artifact: str,
     *,
-    level: str = "default",
+    level: Level = "default",
     opening: OpenOptions | None = None,
     request: Request | None = None,
     progress: Progress | None = None,
@@ -233,9 +241,9 @@ def verify(
     from gptconvert.verify import verify as run
 
     checkpoint = open_checkpoint(source, opening=opening, request=request)
+    check_tied(checkpoint)
     artifacts = find_artifacts(artifact)
-    (progress or Silent()).stage("verifying")
-    return run(checkpoint, artifacts, level=level)
+    return run(checkpoint, artifacts, level, progress)
 
 
 def _verified(planned: Plan, directory: str, options: Options, progress: Progress) -> Report | None:
@@ -245,8 +253,7 @@ def _verified(planned: Plan, directory: str, options: Options, progress: Progres
     from gptconvert.verify import find_artifacts
     from gptconvert.verify import verify as run
 
-    progress.stage("verifying")
-    report = run(planned.checkpoint, find_artifacts(directory), level=options.verify)
+    report = run(planned.checkpoint, find_artifacts(directory), options.verify, progress)
     if not report.passed:
         error = VerificationError(
             f"the export does not compute what the checkpoint computes\n{report.table()}",
@@ -273,6 +280,26 @@ def _describe(
         planned.checkpoint, planned.files, written, recipe, also=readme, verification=verification or None
     )
     return [*readme, *write_files(directory, manifest)]
+
+
+def check_tied(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that stores a tied tensor twice with different bytes. Reads both.
+
+    Raises:
+        InputError: the configuration ties what the weights do not.
+    """
+    source, config = checkpoint.source, checkpoint.config
+    scheme = family_named(config.family).scheme(source.scheme)
+    for name, ours in tied_pairs(scheme, config, source.tensors, checkpoint.prefix):
+        copy, weight = source.tensors[name], checkpoint.weights[ours]
+        if copy.segments() == weight.segments() is not None or sha256_of(name, copy) == sha256_of(ours, weight):
+            continue
+        raise InputError(
+            "the configuration ties this tensor to the embedding, but the weights differ",
+            path=source.path,
+            tensor=name,
+            hint='set "tie_word_embeddings": false in config.json if the model was trained with a head of its own',
+        )
 
 
 def stored_as(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:

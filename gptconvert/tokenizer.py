@@ -206,7 +206,7 @@ def _build(
 def _add_special(tokenizer: Any, tokens: Iterable[str]) -> None:
     from tokenizers import AddedToken
 
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
 
 
 def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, int]:

@@ -192,6 +192,8 @@ def test_snippets_offered(tiny: Checkpoint) -> None:
     assert titles("onnx", "safetensors") == everything
     assert titles("onnx", kv_cache=False) == ["onnxruntime"]
     assert titles("safetensors") == ["transformers"]
+    assert "## Use" not in text(tiny, "tf")
+    assert "--xla" in command(text(tiny, "tf", xla=True))
     no_tokenizer = [PlannedFile("onnx/model.onnx", 1), PlannedFile("model.safetensors", 1)]
     result = text(tiny, "onnx", "safetensors", files=no_tokenizer)
     assert list(snippets(result)) == ["onnxruntime", "transformers"]

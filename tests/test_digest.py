@@ -93,7 +93,9 @@ class TestDigests:
         read: list[int] = []
         real = fileops.read
         monkeypatch.setattr(fileops, "read", lambda *args: (read.append(args[1]), real(*args))[1])
-        digest_tensors(checkpoint(tensors), list(tensors.values()) * 2)
+        (part,) = tensors["wte"].segments() or ()
+        halves = (Segment(part.path, part.offset, 16), Segment(part.path, part.offset + 16, part.nbytes - 16))
+        digest_tensors(checkpoint(tensors), [*tensors.values(), Stored(halves, np.dtype("f4"), (36,))])
         assert sum(read) == sum(array.nbytes for array in data.values())
 
     def test_sha256_of_any_tensor(self, tmp_path: Path) -> None:
@@ -189,6 +191,7 @@ class TestChecksums:
 
         assert fails(used)
         assert fails(Segment(used.path, used.end - 1, 2))
+        assert fails(Segment(used.path, used.offset, used.nbytes + unused.nbytes))
         assert not fails(unused)
         assert fails(elsewhere)  # bytes of no known tensor may be what a computed one is made of
 

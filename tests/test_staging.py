@@ -74,6 +74,30 @@ def test_any_exception_leaves_everything_as_it_was(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_everything_is_on_the_disk_before_it_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, then the directories that name them, then the rename, then the directory that names the output."""
+    done: list[str] = []
+    real = fileops.sync_path
+
+    def record(path: str) -> None:
+        done.append(path)
+        real(path)
+
+    monkeypatch.setattr(fileops, "sync_path", record)
+    rename = fileops.rename
+    monkeypatch.setattr(fileops, "rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
+    with Staging(tmp_path / "a" / "out") as staging:
+        (Path(staging.path) / "deep").mkdir()
+        (Path(staging.path) / "deep" / "file").write_bytes(b"new")
+        (Path(staging.path) / "file").write_bytes(b"new")
+        staging.publish()
+    staged = [staging.path + tail for tail in ("/deep/file", "/deep", "/file", "")]
+    before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
+    assert before[:4] == staged
+    assert before[4:] == [str(tmp_path)]  # which names the new parent
+    assert sorted(after) == [str(tmp_path), str(tmp_path / "a")]
+
+
 @pytest.mark.parametrize(("umask", "directory", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
 def test_modes_follow_the_umask(tmp_path: Path, umask: int, directory: int, file: int) -> None:
     before = os.umask(umask)
@@ -211,6 +235,12 @@ class TestParents:
             first.publish()
             second.publish()
         assert names(tmp_path) == ["a", "b"]
+
+    def test_nor_do_names_that_look_like_paths(self, tmp_path: Path) -> None:
+        with Staging(tmp_path / "a" / "out") as first, Staging(tmp_path / "a%2Fout") as second:
+            first.publish()
+            second.publish()
+        assert names(tmp_path) == ["a", "a%2Fout"]
 
     def test_leftovers_from_before_the_parents_existed_go(self, tmp_path: Path) -> None:
         first = Staging(tmp_path / "a" / "out")

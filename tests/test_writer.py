@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ class TestRuns:
         (a,), (b,) = stored(tmp_path / "s", 3), stored(tmp_path / "t", 3)
         file = planned("f", [a, Cast(a, np.dtype(np.float16)), b])
         assert [type(run) for run in runs(file)] == [Run, Placed, Run]
+
+    def test_the_same_offsets_in_another_file_part_them(self, tmp_path: Path) -> None:
+        (a, _), (_, b) = stored(tmp_path / "s", 3, 5), stored(tmp_path / "t", 3, 5)
+        s, t = str(tmp_path / "s"), str(tmp_path / "t")
+        assert runs(planned("f", [a, b])) == [Run(0, Segment(s, 0, 12)), Run(12, Segment(t, 12, 20))]
 
     def test_parts_of_one_tensor_are_joined_too(self, tmp_path: Path) -> None:
         a, b, c = stored(tmp_path / "s", 3, 5, 7)
@@ -223,6 +229,22 @@ def test_any_layout(layout: tuple[int, list[tuple[int, int]], int, int]) -> None
             assert (directory / "s").read_bytes() == (directory / "f").read_bytes()
 
 
+def test_files_are_on_the_disk_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(fileops, "sync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    files = make_files(tmp_path)
+    (tmp_path / "out").mkdir()
+    write_files(str(tmp_path / "out"), files)
+    assert synced == [file.nbytes for file in files]
+
+
+def test_a_failure_elsewhere_stops_the_reading_back(tmp_path: Path) -> None:
+    stop = threading.Event()
+    with pytest.raises(ZeroDivisionError), readback.ReadBack(stop):
+        raise ZeroDivisionError
+    assert stop.is_set()
+
+
 class TestFailures:
     def test_a_source_that_became_shorter(self, tmp_path: Path) -> None:
         file = planned("f", [*stored(tmp_path / "s", 5, 7)])
@@ -350,6 +372,24 @@ class TestWriteAndDigest:
         (tmp_path / "out").mkdir()
         with pytest.raises(InputError, match="broken"):
             write_and_digest(str(tmp_path / "out"), self.plans(checkpoint), checkpoint)
+
+    @pytest.mark.parametrize("error", [OutputError("full"), KeyboardInterrupt()])
+    def test_whatever_ends_the_writing_ends_the_reading(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    ) -> None:
+        def endless(*_: object, stop: threading.Event, **__: object) -> None:
+            assert stop.wait(20), "nobody said stop"
+            raise StoppedError
+
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(writer, "digest_tensors", endless)
+        monkeypatch.setattr(writer, "write_files", fail)
+        start = time.monotonic()
+        with pytest.raises(type(error)):
+            write_and_digest(str(tmp_path), [], openai_checkpoint(tmp_path))
+        assert time.monotonic() - start < 10
 
     def test_a_failing_writer_stops_the_readers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint = openai_checkpoint(tmp_path)

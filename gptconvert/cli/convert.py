@@ -9,7 +9,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, human_bytes, note, print_json, table
-from gptconvert.errors import UsageError, printable
+from gptconvert.errors import printable
 
 if TYPE_CHECKING:
     from gptconvert.families import Request
@@ -170,15 +170,15 @@ def options_of(given: dict[str, Any]) -> Options:
 
 
 def default_output(source: str) -> str:
-    """``./NAME-gptconvert``, NAME from the source."""
+    """``./NAME-gptconvert``, NAME from the source; beside the source if we stand in it."""
     path = os.path.abspath(source)
-    if not os.path.isdir(path) and os.path.isdir(os.path.dirname(path)) and os.sep in source:
+    if not os.path.isdir(path):
         stem = os.path.basename(path).split(".")[0]
-        path = os.path.dirname(path) if stem in ("model", "checkpoint", "pytorch_model") else os.path.join("", stem)
-    name = os.path.basename(path)
-    if not name:
-        raise UsageError("no name to derive the output from", hint="pass -o DIR")
-    return f"{name}-gptconvert"
+        told_by_folder = stem in ("model", "checkpoint", "pytorch_model")
+        path = os.path.dirname(path) if told_by_folder else os.path.join(os.path.dirname(path), stem)
+    name = f"{os.path.basename(path) or 'model'}-gptconvert"
+    inside = os.path.isdir(source) and os.path.commonpath([os.getcwd(), path]) == path
+    return os.path.join(os.path.dirname(path), name) if inside else name
 
 
 def describe_plan(planned: Plan, output: str) -> str:

@@ -21,7 +21,7 @@ def formats(as_json: bool, markdown: bool) -> None:
     sources, targets = found["sources"], found["targets"]
     names = [target["name"] for target in targets]
     mark = {True: "yes", False: "–"}
-    rows = [("family", "model", "read from", *names, "tasks")]
+    rows: list[tuple[str, ...]] = [("family", "model", "read from", *names, "tasks")]
     rows += [
         (
             f["name"],
@@ -32,7 +32,7 @@ def formats(as_json: bool, markdown: bool) -> None:
         )
         for f in found["families"]
     ]
-    formats_rows = [("source", "files"), *((s["name"], s["title"]) for s in sources)]
+    formats_rows: list[tuple[str, ...]] = [("source", "files"), *((s["name"], s["title"]) for s in sources)]
     for part in (rows, formats_rows):
         click.echo(_markdown(part) if markdown else table(part))
         click.echo()

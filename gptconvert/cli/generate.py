@@ -21,6 +21,13 @@ from gptconvert.cli.options import quieten
     "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the best with this probability."
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the sampling; the same seed gives the same text.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnx", "tf", "torch"]),
+    default="onnx",
+    show_default=True,
+    help="What runs which artifact: onnxruntime onnx/, TensorFlow saved_model/, PyTorch model.safetensors.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def generate(
@@ -31,9 +38,10 @@ def generate(
     top_k: int | None,
     top_p: float | None,
     seed: int | None,
+    runtime: str,
     as_json: bool,
 ) -> None:
-    """Continue PROMPT with the model exported to DIRECTORY, in onnxruntime with its KV cache."""
+    """Continue PROMPT with the model exported to DIRECTORY, with its KV cache."""
     quieten()
     from gptconvert.generate import Sampling
     from gptconvert.generate import generate as run
@@ -41,7 +49,7 @@ def generate(
     sampled = (temperature, top_k, top_p, seed) != (None, None, None, None)
     heat = temperature if temperature is not None else float(sampled)
     sampling = Sampling(max_new_tokens, heat, top_k, top_p, seed or 0)
-    running = run(directory, prompt, sampling)
+    running = run(directory, prompt, sampling, runtime)
     if as_json:
         text = "".join(running.pieces)
         fields = {"prompt": prompt, "text": text, "prompt_ids": running.prompt, "ids": running.ids}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -28,7 +28,7 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, *
     from gptconvert.pipeline import verify as run
 
     progress = Progress(quiet or as_json)
-    level = "full" if full else "default"
+    level: Literal["default", "full"] = "full" if full else "default"
     try:
         report = run(
             source, artifact, level=level, opening=opening_of(given), request=request_of(given), progress=progress

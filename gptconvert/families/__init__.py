@@ -65,10 +65,10 @@ def understand(source: Source, request: Request) -> Checkpoint:
     """
     family = family_of(source)
     scheme = family.scheme(source.scheme)
-    config, carried, notes = family.read_config[source.scheme](
-        source.config, source.config_path, source.tensors, request
-    )
     try:
+        config, carried, notes = family.read_config[source.scheme](
+            source.config, source.config_path, source.tensors, request
+        )
         resolved = resolve(scheme, config, source.tensors, path=source.path)
     except InputError as error:
         others = [other.name for other in _fitting(source) if other is not family]

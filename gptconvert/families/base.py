@@ -157,7 +157,7 @@ class ConfigKeys:
         names = [name for name in (key, *aliases) if name in self.raw]
         self.seen.update((key, *aliases))
         values = [self.raw[name] for name in names]
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values[1:]):
             pairs = ", ".join(f"{n} = {self.raw[n]!r}" for n in names)
             raise InputError(f"two keys for one size disagree: {pairs}", path=self.path)
         value = values[0] if values else default

@@ -50,7 +50,11 @@ ACTIVATION_NAME = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 
 def _embedding_is_head(config: GPTConfig) -> bool:
     """transformers saves the shared matrix of a double-heads GPT-1, and of it alone, under the head's name."""
-    return config.task == "multiple-choice" and config.tied_head
+    return config.tied_head and config.task == "multiple-choice"
+
+
+def _embedding_is_itself(config: GPTConfig) -> bool:
+    return config.tied_head and config.task != "multiple-choice"
 
 
 HF = Scheme(
@@ -60,7 +64,8 @@ HF = Scheme(
     body="transformer.",
     write_prefix="transformer.",
     rows=(
-        Row("wte.weight", "tokens_embed.weight", "V D", when=lambda c: not _embedding_is_head(c)),
+        Row("wte.weight", "tokens_embed.weight", "V D", when=lambda c: not c.tied_head),
+        Row("wte.weight", "tokens_embed.weight", "V D", when=_embedding_is_itself, aliases=("lm_head.weight",)),
         Row("wpe.weight", "positions_embed.weight", "C D"),
         Row("h.{i}.attn.c_attn.weight", "h.{i}.attn.c_attn.weight", "D 3D", CONV1D),
         Row("h.{i}.attn.c_attn.bias", "h.{i}.attn.c_attn.bias", "3D"),
@@ -81,7 +86,7 @@ HF = Scheme(
             "V D",
             when=_embedding_is_head,
             head=True,
-            aliases=("transformer.tokens_embed.weight", "tokens_embed.weight"),
+            aliases=("tokens_embed.weight",),
         ),
         *HEAD_ROWS,
     ),
@@ -91,7 +96,7 @@ HF = Scheme(
         *HEAD_DROPS,
     ),
     tied=(
-        Tied("lm_head.weight", "wte.weight", "V D", when=tied_lm_head),
+        Tied("lm_head.weight", "wte.weight", "V D", when=lambda c: tied_lm_head(c) and _embedding_is_itself(c)),
         Tied("tokens_embed.weight", "wte.weight", "V D", when=_embedding_is_head, head=False),
     ),
 )

@@ -23,6 +23,7 @@ class Source:
         revision: hub commit, if the source came from a hub.
         repo: hub repository, if the source came from a hub.
         notes: what the user should know (one sentence each).
+        directory: the directory that was named, if it was one; no output may lie in it.
     """
 
     scheme: str
@@ -35,6 +36,7 @@ class Source:
     revision: str | None = None
     repo: str | None = None
     notes: tuple[str, ...] = ()
+    directory: str | None = None
 
     @property
     def files(self) -> tuple[str, ...]:

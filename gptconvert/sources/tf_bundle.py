@@ -99,7 +99,7 @@ class _Tensors:
                 found=f"{entry.nbytes} bytes",
             )
         segment = Segment(self.index.shard_path(entry.shard), entry.offset, entry.nbytes)
-        return Stored((segment,) if entry.nbytes else (), dtype, entry.shape, entry.crc32c)
+        return Stored((segment,), dtype, entry.shape, entry.crc32c)
 
     def _dtype(self, name: str, entry: Entry) -> np.dtype[np.generic]:
         dtype, swapped = DTYPES.get(entry.dtype), self.index.big_endian

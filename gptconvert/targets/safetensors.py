@@ -59,7 +59,7 @@ def plan(checkpoint: Checkpoint, options: TargetOptions) -> tuple[PlannedFile, .
     return tuple(files)
 
 
-TARGET = Target("safetensors", "safetensors, Hugging Face layout", plan)
+TARGET = Target("safetensors", "safetensors, Hugging Face layout", plan, libraries=("huggingface_hub",))
 
 
 def is_bare(config: GPTConfig) -> bool:

@@ -263,6 +263,8 @@ def test_unknown_path(tmp_path: Path) -> None:
         ({"model.safetensors": ""}, True),
         ({"pytorch_model.bin.index.json": ""}, True),
         ({"hparams.json": "{}", "checkpoint": ""}, False),
+        ({"config.json": "{}", "tf_model.h5": ""}, True),
+        ({"tf_model.h5": ""}, False),
         ({}, False),
     ],
 )

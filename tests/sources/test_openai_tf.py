@@ -229,7 +229,7 @@ def test_several_without_step(tmp_path: Path) -> None:
 
 def test_parent_of_one_run(tmp_path: Path) -> None:
     checkpoints(tmp_path / "checkpoint" / "run1", "model-9", "model-10", state=says("model-9"))
-    (tmp_path / "checkpoint" / ".git").mkdir()
+    checkpoints(tmp_path / "checkpoint" / ".ipynb_checkpoints", "model-1")
     (tmp_path / "checkpoint" / "logs").mkdir()
     parent = tmp_path / "checkpoint"
     assert FORMAT.recognises(str(parent))
@@ -410,6 +410,14 @@ def test_special_files_are_refused_unopened(tmp_path: Path, name: str, make: str
             opened(folder / name)
 
 
+@pytest.mark.parametrize("make", SPECIAL)
+def test_special_file_as_the_path_itself(tmp_path: Path, make: str) -> None:
+    SPECIAL[make](str(tmp_path / "model.ckpt"))
+    assert not FORMAT.recognises(str(tmp_path / "model.ckpt"))
+    with pytest.raises(UnsafeInputError, match="not a regular file"):
+        opened(tmp_path / "model.ckpt")
+
+
 def test_unreadable_directory() -> None:
     import tempfile
 
@@ -453,6 +461,13 @@ def test_gpt1_is_left_to_its_own_reader(tmp_path: Path) -> None:
     assert not FORMAT.recognises(str(tmp_path / "params_0.npy"))
 
 
+def test_a_file_named_index_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / ".index").write_bytes(b"")
+    assert not FORMAT.recognises(str(tmp_path))
+    with pytest.raises(InputError, match="no TensorFlow checkpoint"):
+        opened(tmp_path)
+
+
 def test_what_is_not_there_is_not_claimed(tmp_path: Path) -> None:
     for name in ("", "gpt2", "openai/gpt2", "model.ckpt.index", "model.meta", "checkpoint", "nul\0byte"):
         assert not FORMAT.recognises(str(tmp_path / name) if name else str(tmp_path))
@@ -460,7 +475,7 @@ def test_what_is_not_there_is_not_claimed(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=120).map(lambda tail: b"model_checkpoint_path: " + tail) | st.binary(max_size=80))
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=200, deadline=None)
 def test_no_checkpoint_file_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.getbasetemp() / "state"
     if not folder.exists():

@@ -69,7 +69,8 @@ def assert_same(tensors: TensorSet, expected: Arrays) -> None:
         tensor = tensors[name]
         assert (tensor.dtype, tensor.shape) == (array.dtype, array.shape), name
         assert tensor.read().tobytes() == array.tobytes(), name
-        assert b"".join(chunk.tobytes() for chunk in tensor.chunks(64)) == array.tobytes(), name
+        step = max(64, tensor.nbytes // 7)
+        assert b"".join(chunk.tobytes() for chunk in tensor.chunks(step)) == array.tobytes(), name
 
 
 def segment_bytes(tensor: Stored) -> bytes:
@@ -496,6 +497,12 @@ def test_truncated_data_file(sharded: str) -> None:
     assert (caught.value.path, caught.value.expected, caught.value.found) == (path, "20064 bytes", "20063 bytes")
 
 
+def test_the_tensor_that_ends_last_decides(tmp_path: Path) -> None:
+    rows = [(b"a", made.entry(1, (4,), size=16, offset=49)), (b"b", made.entry(1, (4,), size=16))]
+    with pytest.raises(InputError, match="a ends beyond it; expected 65 bytes, found 64 bytes"):
+        read_bundle(bundle(tmp_path, *rows))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [(b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"), (b"<html>", "HTML")],
@@ -559,7 +566,7 @@ def test_enormous_index_is_refused_unread(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300, deadline=None)
 def test_no_message_breaks_the_protobuf_reader(data: bytes) -> None:
     try:
         message = Message(data)
@@ -570,14 +577,14 @@ def test_no_message_breaks_the_protobuf_reader(data: bytes) -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300, deadline=None)
 def test_no_bytes_break_the_snappy_decoder(data: bytes) -> None:
     with suppress(MalformedError):
         assert len(unsnappy(data)) <= 64 * len(data)
 
 
 @given(st.lists(st.sampled_from([b"a", b"bc", b"abcabcabc", b"0" * 70, bytes(range(90))]), max_size=30))
-@settings(max_examples=60, deadline=2000)
+@settings(max_examples=60, deadline=None)
 def test_snappy_round_trip(words: list[bytes]) -> None:
     raw = b"".join(words)
     assert unsnappy(made.snappy(raw)) == raw
@@ -605,7 +612,7 @@ ROWS = st.lists(
 
 
 @given(ROWS, st.one_of(st.just(made.header()), damaged(made.header())))
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=None)
 def test_damaged_entries_under_right_checksums(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[bytes, bytes]], head: bytes
 ) -> None:
@@ -618,7 +625,7 @@ GOOD_TABLE = made.table([(b"", made.header()), (b"model/wte", GOOD), (b"model/wt
 
 
 @given(st.one_of(damaged(GOOD_TABLE), st.binary(max_size=100), st.binary(max_size=100).map(lambda b: b + made.MAGIC)))
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=None)
 def test_damaged_tables(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     prefix = tmp_path_factory.getbasetemp() / "fuzz-table"
     Path(f"{prefix}.index").write_bytes(content)
@@ -627,7 +634,7 @@ def test_damaged_tables(tmp_path_factory: pytest.TempPathFactory, content: bytes
 
 
 @given(damaged(made.block([HEAD, (b"model/wte", GOOD), (b"model/wtf", GOOD)])))
-@settings(max_examples=200, deadline=2000)
+@settings(max_examples=200, deadline=None)
 def test_damaged_blocks_under_right_checksums(block: bytes) -> None:
     with suppress(MalformedError):
         list(entries(raw_table(block)))

@@ -96,15 +96,20 @@ def _single_file(path: str, graph: object, stored: dict[str, LazyTensor]) -> Pla
     length = len(inner) + sum(tensor.nbytes for _, tensor, _ in records)
     start = model.SerializeToString(deterministic=True) + _tag(ModelProto.GRAPH_FIELD_NUMBER, length) + inner
     placed, size = place(records, len(start), alignment=1)
-    if size > PROTOBUF_LIMIT:
+    check_single_file_size(size)
+    return PlannedFile(path, size, start, placed)
+
+
+def check_single_file_size(nbytes: int) -> None:
+    """Refuse a file that protobuf cannot hold."""
+    if nbytes > PROTOBUF_LIMIT:
         raise UnsupportedError(
             "the model does not fit in a single ONNX file: protobuf ends at 2 GiB",
             tensor="--single-file",
             expected=f"at most {PROTOBUF_LIMIT} bytes",
-            found=f"{size} bytes",
+            found=f"{nbytes} bytes",
             hint="leave --single-file out: the weights then go to model.onnx_data beside the graph",
         )
-    return PlannedFile(path, size, start, placed)
 
 
 def _tag(field: int, length: int) -> bytes:

@@ -79,13 +79,13 @@ def build_graph(checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], xla: 
                 xla=xla,
                 directory=tensorflow.directory,
             )
-            files = [_read(tensorflow.directory, name) for name in ("saved_model.pb", "object_graph")]
+            saved_model, objects = (_read(tensorflow.directory, name) for name in ("saved_model.pb", "object_graph"))
     except TensorFlowError as error:
         raise UnsupportedError(
             f"TensorFlow could not build the graph: {error}",
             hint="TensorFlow 2.18 to 2.21 can: pip install 'gptconvert[tf]'",
         ) from error
-    return BuiltGraph(*files, keys=answer["keys"])
+    return BuiltGraph(saved_model, objects, answer["keys"])
 
 
 def _read(directory: str, name: str) -> bytes:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -98,10 +98,22 @@ class TensorFlowProcess:
             TensorFlowError: TensorFlow refused the inputs.
         """
         given, results = (os.path.join(self.directory, name) for name in ("inputs.npz", "outputs.npz"))
-        np.savez(given, allow_pickle=False, **inputs)
+        np.savez(given, **inputs)  # type: ignore[arg-type]
         self.ask("run", signature=signature, inputs=given, outputs=results, wanted=wanted)
         with np.load(results, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
+
+    def step(self, ids: Sequence[int]) -> Array:
+        """Logits [V] after ``ids``, which continue what earlier steps gave the loaded model.
+
+        Raises:
+            TensorFlowError: TensorFlow refused.
+        """
+        results = os.path.join(self.directory, "outputs.npz")
+        self.ask("step", ids=list(ids), outputs=results)
+        with np.load(results, allow_pickle=False) as arrays:
+            logits: Array = arrays["logits"]
+        return logits
 
     def _last_words(self) -> str:
         """Why the process ended, as far as can be known."""

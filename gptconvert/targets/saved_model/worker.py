@@ -99,6 +99,7 @@ def load(request: Mapping[str, Any]) -> dict[str, object]:
         ``signatures``: name → {``inputs``: …, ``outputs``: …}, each name → [type, shape], and ``largest_constant``,
         in bytes.
     """
+    LOADED.clear()
     model = LOADED["model"] = tf.saved_model.load(request["path"])
     return {
         "largest_constant": largest_constant(request["path"]),
@@ -137,7 +138,34 @@ def run(request: Mapping[str, Any]) -> dict[str, object]:
     return {}
 
 
-COMMANDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, object]]] = {"build": build, "load": load, "run": run}
+def step(request: Mapping[str, Any]) -> dict[str, object]:
+    """Feed ``ids`` to ``decode`` with the cache of the steps before; the last logits [V] go to ``outputs``."""
+    decode, seen = LOADED["model"].signatures["decode"], LOADED.get("seen", 0)
+    specs = {spec.name: spec for spec in tf.nest.flatten(decode.structured_input_signature)}
+    empty = {
+        name: tf.zeros((1, spec.shape[1], 0, spec.shape[3]))
+        for name, spec in specs.items()
+        if name.startswith("past_key_values.")
+    }
+    total = seen + len(request["ids"])
+    results = decode(
+        input_ids=tf.constant([request["ids"]], tf.int64),
+        attention_mask=tf.ones((1, total), tf.int64),
+        position_ids=tf.range(seen, total, dtype=tf.int64)[tf.newaxis],
+        **LOADED.get("past", empty),
+    )
+    LOADED["past"] = {name: results[name.replace("past_key_values", "present")] for name in empty}
+    LOADED["seen"] = total
+    np.savez(request["outputs"], logits=results["logits"][0, -1].numpy())
+    return {}
+
+
+COMMANDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, object]]] = {
+    "build": build,
+    "load": load,
+    "run": run,
+    "step": step,
+}
 
 
 def main() -> None:

@@ -1,0 +1,387 @@
+"""Configurations: what each family reads, infers, refuses by name and writes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
+from gptconvert.families import FAMILIES, family_named
+from gptconvert.families.base import Request
+from gptconvert.tensors import LazyTensor
+from reference_model.config import GPTConfig, Rotary
+from tests.families import witness
+from tests.helpers import computed_tensors
+
+NAMES = tuple(family.name for family in FAMILIES)
+TYPES = {family.name: family.model_types[0] for family in FAMILIES}
+
+
+def tensors(**shapes: tuple[int, ...]) -> dict[str, LazyTensor]:
+    """Tensors that are looked at for their shapes alone; ``__`` in a name stands for a dot."""
+    arrays = {name.replace("__", "."): np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    return dict(computed_tensors(arrays))
+
+
+def read(
+    family: str, request: Request | None = None, found: dict[str, LazyTensor] | None = None, **keys: object
+) -> tuple[GPTConfig, dict[str, object], list[str]]:
+    """The configuration of a tiny model with ``keys`` on top; a key that is ... is left out."""
+    raw = {"model_type": TYPES[family], **witness.TINY[family], **keys}
+    raw = {key: value for key, value in raw.items() if value is not ...}
+    return family_named(family).read_config["hf"](raw, "config.json", found or {}, request or Request())
+
+
+def config(family: str, **keys: object) -> GPTConfig:
+    return read(family, **keys)[0]
+
+
+def written(family: str, made: GPTConfig) -> dict[str, object]:
+    return family_named(family).write_config(made, {})
+
+
+# --- every family --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_unknown_keys_are_refused_by_name(family: str) -> None:
+    with pytest.raises(UnsupportedError, match="logit_softcap = 30") as error:
+        read(family, logit_softcap=30, mystery="x")
+    assert "mystery" in str(error.value)
+    assert error.value.path == "config.json"
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_keys_that_change_nothing_are_passed_on(family: str) -> None:
+    harmless = {"use_cache": False, "torch_dtype": "float16", "id2label": {"0": "no", "1": "yes"}}
+    _, carried, _ = read(family, **harmless)
+    assert harmless.items() <= carried.items()
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("key", ["add_cross_attention", "is_encoder_decoder", "quantization_config"])
+def test_features_that_are_off_may_be_mentioned(family: str, key: str) -> None:
+    read(family, **{key: False})
+    with pytest.raises(UnsupportedError, match=key):
+        read(family, **{key: {"on": 1}})
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("value", ["97", 97.0, True, -1, 0, 1 << 40, [97]], ids=repr)
+def test_impossible_sizes_are_refused_with_their_key(family: str, value: object) -> None:
+    with pytest.raises(InputError) as error:
+        read(family, vocab_size=value)
+    assert error.value.tensor == "vocab_size"
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("value", [0, -3, 7, 1 << 30])
+@pytest.mark.parametrize("size", ["heads", "width", "layers"])
+def test_no_size_makes_it_stumble(family: str, size: str, value: int) -> None:
+    """Zero, negative and enormous sizes end in an error of ours, whatever is computed from them on the way."""
+    names = {"heads": ("n_head", "num_heads", "num_attention_heads"), "width": ("n_embd", "hidden_size")}
+    names["layers"] = ("n_layer", "num_layers", "num_hidden_layers")
+    key = next(name for name in names[size] if name in witness.TINY[family])
+    if (size, value) == ("width", 7 * 3) or (size, value, family == "gpt_neo") == ("layers", 7, False):
+        return
+    with pytest.raises(GptConvertError):
+        read(family, **{key: value})
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_missing_sizes_are_the_released_models(family: str) -> None:
+    """An empty config.json is what transformers' configuration class makes of it."""
+    import transformers
+
+    kind = getattr(transformers, family_named(family).heads["text-generation"]).config_class()
+    made = family_named(family).read_config["hf"]({"model_type": TYPES[family]}, None, {}, Request())[0]
+    assert made.vocab_size == kind.vocab_size
+    assert made.n_ctx == kind.max_position_embeddings
+    assert (made.n_embd, made.n_layer, made.n_head) == (
+        kind.hidden_size,
+        kind.num_hidden_layers,
+        kind.num_attention_heads,
+    )
+    assert (made.bos_token_id, made.eos_token_id) == (kind.bos_token_id, kind.eos_token_id)
+    assert made.tied_head == kind.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_damaged_number_is_named(family: str) -> None:
+    key = "layer_norm_eps" if family == "gpt_neox" else "layer_norm_epsilon"
+    for wrong in ("1e-5", math.nan, math.inf, None, True):
+        with pytest.raises(InputError) as error:
+            read(family, **{key: wrong})
+        assert error.value.tensor == key
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "names"),
+    [
+        ("gpt2", "activation_function", ("gelu_10", "quick_gelu", "gelu_accurate")),
+        ("gpt_neo", "activation_function", ("mish",)),
+        ("gptj", "activation_function", ("relu2",)),
+        ("gpt_neox", "hidden_act", ("laplace",)),
+        ("gpt1", "afn", ("gelu_new", "tanh")),
+    ],
+)
+def test_activations_by_formula(family: str, key: str, names: tuple[str, ...]) -> None:
+    """gelu_new is the tanh formula and gelu the one with erf; GPT-1's gelu is the tanh formula."""
+    for name in names:
+        with pytest.raises(UnsupportedError, match=name):
+            read(family, **{key: name})
+    assert config(family, **{key: "gelu"}).activation == ("gelu_tanh" if family == "gpt1" else "gelu_erf")
+    if family != "gpt1":
+        for name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
+            assert config(family, **{key: name}).activation == "gelu_tanh"
+
+
+# --- GPT-1 ---------------------------------------------------------------------------------------------------------
+
+
+def test_gpt1_has_a_position_more_than_it_was_trained_with() -> None:
+    """n_positions 513 beside n_ctx 512 occurs in derived models: the table has 513 rows."""
+    assert config("gpt1", n_positions=513, n_ctx=512).n_ctx == 513
+    assert config("gpt1", n_positions=..., n_ctx=64).n_ctx == 64
+    assert config("gpt1", n_positions=...).n_ctx == 512
+
+
+def test_gpt1_is_what_it_is() -> None:
+    made = config("gpt1")
+    assert (made.norm_position, made.final_norm, made.tied_head, made.n_inner) == ("post", False, True, 96)
+    assert written("gpt1", made)["afn"] == "gelu"
+
+
+# --- GPT-Neo -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("types", "layers", "expected"),
+    [
+        ([[["global", "local"], 2]], 4, (None, 5, None, 5)),
+        ([[["local"], 3]], 3, (5, 5, 5)),
+        ([[["global"], 1], [["local", "global"], 1]], 3, (None, 5, None)),
+        ([[["global", "global", "local"], 1]], 3, (None, None, 5)),
+    ],
+)
+def test_neo_attention_patterns(types: object, layers: int, expected: tuple[int | None, ...]) -> None:
+    from transformers import GPTNeoConfig
+
+    made = config("gpt_neo", attention_types=types, num_layers=layers)
+    assert made.attn_window == expected
+    assert made.attn_scale == (1.0,) * layers
+    out = written("gpt_neo", made)
+    theirs = GPTNeoConfig(attention_types=types, num_layers=layers).attention_layers
+    assert out["attention_layers"] == theirs
+    assert GPTNeoConfig.expand_attention_types_params(out["attention_types"]) == theirs
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        [[["global", "local"], 2]],
+        [[["global", "sparse", "local"], 1]],
+        [[["global"], 2.0]],
+        [[["global"], -1]],
+        [[["global", "local"], 1 << 40]],
+        [["global", 3]],
+        [[["global"]]],
+        ["global"],
+        "global",
+        [],
+        {},
+        None,
+        7,
+    ],
+    ids=repr,
+)
+def test_neo_patterns_that_do_not_fit(types: object) -> None:
+    """Three layers: any other length, word or form is refused; None is the released pattern, which has 24."""
+    with pytest.raises(InputError) as error:
+        read("gpt_neo", attention_types=types)
+    assert error.value.tensor == "attention_types" or types is None
+
+
+def test_neo_layers_may_be_listed() -> None:
+    kinds = ["local", "local", "global"]
+    assert config("gpt_neo", attention_types=..., attention_layers=kinds).attn_window == (5, 5, None)
+    with pytest.raises(InputError, match="contradict"):
+        read("gpt_neo", attention_layers=kinds)
+    for wrong in (kinds[:2], "global", [["global"], ["local"], []]):
+        with pytest.raises(InputError):
+            read("gpt_neo", attention_types=..., attention_layers=wrong)
+
+
+@pytest.mark.parametrize("window", [0, -5, 2.5, "256"])
+def test_neo_windows_that_are_none(window: object) -> None:
+    with pytest.raises(InputError) as error:
+        read("gpt_neo", window_size=window)
+    assert error.value.tensor == "window_size"
+
+
+# --- GPT-J ---------------------------------------------------------------------------------------------------------
+
+
+def test_gptj_rotates_what_it_says() -> None:
+    assert config("gptj").rotary == Rotary(4, interleaved=True)
+    for wrong in (None, 0, 3, 10, -2):
+        with pytest.raises(InputError):
+            read("gptj", rotary_dim=wrong)
+
+
+def test_gptj_mentions_what_it_always_does() -> None:
+    """The released config.json has both; no code reads them."""
+    config("gptj", rotary=True, scale_attn_weights=True)
+    for key in ("rotary", "scale_attn_weights"):
+        with pytest.raises(UnsupportedError, match=key):
+            read("gptj", **{key: False})
+
+
+# --- GPT-NeoX ------------------------------------------------------------------------------------------------------
+
+
+def rope(**inner: object) -> dict[str, object]:
+    return {"rope_parameters": inner}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"rope_parameters": ...}, Rotary(2, 10000.0)),
+        ({"rope_parameters": None}, Rotary(2, 10000.0)),
+        ({"rope_parameters": ..., "rotary_pct": 0.5, "rotary_emb_base": 500}, Rotary(4, 500.0)),
+        ({"rope_parameters": ..., "partial_rotary_factor": 1.0, "rope_theta": 9.0}, Rotary(8, 9.0)),
+        (rope(rope_theta=1e6, partial_rotary_factor=0.99, rope_type="default"), None),
+        (rope(rope_theta=1e6, partial_rotary_factor=0.75, type="default"), Rotary(6, 1e6)),
+        ({**rope(partial_rotary_factor=0.5), "rotary_pct": 0.5, "rotary_emb_base": 77}, Rotary(4, 77.0)),
+        ({"rope_parameters": ..., "rope_scaling": None}, Rotary(2, 10000.0)),
+    ],
+    ids=repr,
+)
+def test_neox_rotary_keys_of_every_generation(keys: dict[str, object], expected: Rotary | None) -> None:
+    if expected is None:  # 0.99 of 8 is 7: no pairs
+        with pytest.raises(InputError):
+            read("gpt_neox", **keys)
+        return
+    assert config("gpt_neox", **keys).rotary == expected
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        rope(rope_type="linear", factor=2.0),
+        rope(type="yarn"),
+        rope(rope_theta=1e4, factor=2.0),
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    ],
+    ids=repr,
+)
+def test_neox_other_rotary_kinds_are_refused_by_name(keys: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedError, match=r"rope_(parameters|scaling)"):
+        read("gpt_neox", **keys)
+
+
+def test_neox_rotary_keys_must_agree() -> None:
+    for keys in ({"rotary_pct": 0.25}, {"rotary_emb_base": 10000}, {"rope_theta": 5.0}):
+        with pytest.raises(InputError, match="disagree"):
+            read("gpt_neox", **keys)
+    with pytest.raises(InputError):
+        read("gpt_neox", rope_parameters=[1])
+
+
+@pytest.mark.parametrize("head", range(2, 260, 2))
+def test_neox_shares_of_a_head_survive_writing(head: int) -> None:
+    """The share is written as a fraction and cut to a whole number on reading: no width may be lost by rounding."""
+    for dim in range(2, head + 1, 2):
+        made = GPTConfig(
+            family="gpt_neox",
+            vocab_size=9,
+            n_ctx=8,
+            n_embd=head,
+            n_layer=1,
+            n_head=1,
+            n_inner=5,
+            attn_scale=(1.0,),
+            attn_window=(None,),
+            rotary=Rotary(dim, 321.0),
+        )
+        out = written("gpt_neox", made)
+        inner: Any = out["rope_parameters"]
+        assert int(head * inner["partial_rotary_factor"]) == dim
+        assert inner["rope_theta"] == out["rotary_emb_base"] == 321.0
+
+
+def test_neox_residuals_and_biases() -> None:
+    assert config("gpt_neox").residual == "parallel"
+    assert config("gpt_neox", use_parallel_residual=False).residual == "serial"
+    bare = config("gpt_neox", attention_bias=False)
+    assert (bare.qkv_bias, bare.attn_out_bias) == (False, False)
+    with pytest.raises(InputError) as error:
+        read("gpt_neox", use_parallel_residual="yes")
+    assert error.value.tensor == "use_parallel_residual"
+
+
+# --- OpenAI's arrays -----------------------------------------------------------------------------------------------
+
+
+def arrays(width: int = 64, **extra: tuple[int, ...]) -> dict[str, LazyTensor]:
+    shapes = {
+        "positions_embed": (8, width),
+        "tokens_embed": (9, width),
+        "h0/ln_1/g": (width,),
+        "h11/ln_1/g": (width,),
+    }
+    return tensors(**{**shapes, **extra})
+
+
+def gpt1_sizes(found: dict[str, LazyTensor], request: Request | None = None, **raw: object) -> Any:
+    return family_named("gpt1").read_config["openai-gpt1"](raw, None, found, request or Request())
+
+
+def test_gpt1_sizes_come_from_the_shapes() -> None:
+    made, _, notes = gpt1_sizes(arrays(128))
+    assert (made.vocab_size, made.n_ctx, made.n_embd, made.n_layer, made.n_head) == (9, 8, 128, 12, 2)
+    assert any("n_head = 2" in note for note in notes)
+    made, _, notes = gpt1_sizes(arrays(128), Request(n_head=4))
+    assert made.n_head == 4
+    assert any("n_head = 4 (as asked)" in note for note in notes)
+    assert gpt1_sizes(arrays(24), n_head=3)[0].n_head == 3
+
+
+def test_gpt1_heads_must_be_asked_for_where_they_cannot_be_told() -> None:
+    with pytest.raises(UsageError, match="number of heads") as error:
+        gpt1_sizes(arrays(24))
+    assert "--n-head" in (error.value.hint or "")
+    for wrong in (0, -1, 5):
+        with pytest.raises(UsageError, match="--n-head"):
+            gpt1_sizes(arrays(24), Request(n_head=wrong))
+
+
+def test_gpt1_without_its_tables() -> None:
+    with pytest.raises(InputError, match="tables"):
+        gpt1_sizes({})
+    with pytest.raises(InputError, match="tables"):
+        gpt1_sizes(arrays(tokens_embed=(3,)))
+    with pytest.raises(UnsupportedError, match="dropout"):
+        gpt1_sizes(arrays(), dropout=0.5)
+
+
+def test_gpt1_arrays_hold_no_other_head() -> None:
+    assert gpt1_sizes(arrays(), Request(task="feature-extraction"))[0].task == "feature-extraction"
+    with pytest.raises(UnsupportedError, match="no head for text-classification"):
+        gpt1_sizes(arrays(), Request(task="text-classification"))
+
+
+def test_configurations_are_read_without_any_framework(tmp_path: Path) -> None:
+    """inspect must start in a blink."""
+    import subprocess
+    import sys
+
+    heavy = "torch, tensorflow, onnx, onnxruntime, transformers"
+    code = f"import sys, gptconvert.families; print([m for m in '{heavy}'.split(', ') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

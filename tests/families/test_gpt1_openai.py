@@ -1,0 +1,119 @@
+"""GPT-1's released arrays: names in the order of the files, and the numbers OpenAI's own code computes from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.families import family_named, understand
+from gptconvert.families.base import Request
+from gptconvert.mapping import expand, write_names
+from gptconvert.targets.onnx.model import plan
+from gptconvert.targets.plan import TargetOptions
+from tests.families import witness
+from tests.families.witness import Case
+from tests.helpers import ROOT, Arrays, checkpoint_of, computed_tensors, source_of, write_planned
+
+REAL = ROOT.parent / "shared" / "data" / "openai-gpt1"
+#: Within a layer, in the order of params_shapes.json.
+LAYER = (
+    *("attn/c_attn/w", "attn/c_attn/b", "attn/c_proj/w", "attn/c_proj/b", "ln_1/g", "ln_1/b"),
+    *("mlp/c_fc/w", "mlp/c_fc/b", "mlp/c_proj/w", "mlp/c_proj/b", "ln_2/g", "ln_2/b"),
+)
+
+
+def names(layers: int) -> list[str]:
+    return ["positions_embed", "tokens_embed", *(f"h{i}/{name}" for i in range(layers) for name in LAYER)]
+
+
+def released(directory: Path) -> Arrays:
+    """The ten files as one run of numbers, cut at the shapes."""
+    shapes = json.loads((directory / "params_shapes.json").read_text())
+    flat = np.concatenate([np.load(directory / f"params_{i}.npy") for i in range(10)])
+    cuts = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    pieces = [piece.reshape(shape) for piece, shape in zip(np.split(flat, cuts), shapes, strict=True)]
+    return dict(zip(names((len(shapes) - 2) // 12), pieces, strict=True))
+
+
+def openai_layout(arrays: Arrays) -> Arrays:
+    """transformers' names and shapes → the released arrays'."""
+    renamed = {}
+    for name, array in arrays.items():
+        *path, kind = name.removeprefix("transformer.").split(".")
+        letter = {"weight": "g" if path[-1].startswith("ln_") else "w", "bias": "b"}[kind]
+        if path[0] == "h":
+            renamed["/".join([f"h{path[1]}", *path[2:], letter])] = array[None] if array.ndim == 2 else array
+        else:
+            renamed[path[0]] = array
+    return {name: renamed[name] for name in names(len(renamed) // 12)}
+
+
+def test_the_arrays_are_the_same_model_as_transformers(tmp_path: Path) -> None:
+    raw, arrays = witness.saved(Case("gpt1"), tmp_path)
+    theirs = checkpoint_of(raw, arrays)
+    ours = checkpoint_of({}, openai_layout(arrays), scheme="openai-gpt1", request=Request(n_head=3))
+    assert ours.config == theirs.config.__class__(**{**vars_of(theirs.config), **ids_of(ours.config)})
+    assert all(np.array_equal(ours.weights[n].read(), w.read()) for n, w in theirs.weights.items())
+    written = write_names(family_named("gpt1").scheme("openai-gpt1"), ours.config, theirs.weights)
+    assert {n: a.read().tobytes() for n, a in written.items()} == {
+        n: a.tobytes() for n, a in openai_layout(arrays).items()
+    }
+
+
+def vars_of(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def ids_of(config: Any) -> dict[str, Any]:
+    """Special tokens are in no released file."""
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert set(ids.values()) == {None}
+    return ids
+
+
+def test_the_rows_are_in_the_order_of_the_files(tmp_path: Path) -> None:
+    """A reader that gives out names in the table's order gives them to the right arrays."""
+    raw, arrays = witness.saved(Case("gpt1"), tmp_path)
+    config = checkpoint_of(raw, arrays).config
+    rows = family_named("gpt1").scheme("openai-gpt1").rows
+    tables = [row for row in rows if "{i}" not in row.ours]
+    layer = [row for row in rows if "{i}" in row.ours]
+    in_order = [row.names[0] for row in tables]
+    in_order += [row.names[0].replace("{i}", str(i)) for i in range(config.n_layer) for row in layer]
+    assert in_order == names(config.n_layer)
+    assert sorted(in_order) == sorted(b.theirs[0] for b in expand(rows, config))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no released data beside the repository")
+def test_openais_own_numbers(tmp_path: Path) -> None:
+    """Float64 against OpenAI's float32: nothing but its rounding; the ONNX graph likewise."""
+    import onnxruntime
+
+    source = source_of({}, computed_tensors(released(REAL)), scheme="openai-gpt1")
+    oracle = np.load(REAL / "oracle.npz")
+    inputs = {"input_ids": oracle["ids"].astype(np.int64), "attention_mask": np.ones_like(oracle["ids"], np.int64)}
+    inputs["position_ids"] = inputs["attention_mask"].cumsum(1) - 1
+    for task, output in (("text-generation", "logits"), ("feature-extraction", "last_hidden_state")):
+        checkpoint = understand(source, Request(n_head=4, task=task))
+        expected = oracle["logits_last"] if output == "logits" else oracle["hidden"]
+        ours = witness.our_outputs(witness.reference(checkpoint), inputs)[output]
+        assert np.abs(ours[:, -expected.shape[1] :] - expected).max() < 2e-6 * np.abs(expected).max()
+        files = plan(checkpoint, TargetOptions(kv_cache=False))
+        write_planned(tmp_path / task, files)
+        session = onnxruntime.InferenceSession(tmp_path / task / files[0].path, providers=["CPUExecutionProvider"])
+        (found,) = session.run([output], inputs)
+        assert np.abs(found[:, -expected.shape[1] :] - expected).max() < 4e-6 * np.abs(expected).max()
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no released data beside the repository")
+def test_a_wrong_number_of_heads_shows() -> None:
+    source = source_of({}, computed_tensors(released(REAL)), scheme="openai-gpt1")
+    oracle = np.load(REAL / "oracle.npz")
+    inputs = {"input_ids": oracle["ids"].astype(np.int64)}
+    checkpoint = understand(source, Request(n_head=2))
+    ours = witness.our_outputs(witness.reference(checkpoint), inputs)["logits"][:, -4:]
+    assert np.abs(ours - oracle["logits_last"]).max() > 1e-4 * np.abs(oracle["logits_last"]).max()

@@ -1,0 +1,239 @@
+"""Every family, read from what transformers saved and written back for transformers to load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.families import FAMILIES, family_named, understand
+from gptconvert.families.base import Family, Request
+from gptconvert.mapping import canonical_shapes, expand, tied_pairs, write_names
+from gptconvert.targets.plan import TargetOptions
+from gptconvert.targets.safetensors import plan
+from reference_model.config import TASKS
+from tests.families import witness
+from tests.families.witness import BY_TASK, CASES, Case, hf_outputs, inputs_of
+from tests.helpers import checkpoint_of, computed_tensors, source_of, write_planned
+
+NAMES = tuple(family.name for family in FAMILIES)
+#: What our config.json says beyond transformers' own, for older readers: it sets nothing.
+OLDER = {"n_ctx", "rotary_pct", "rotary_emb_base", "attention_layers"}
+#: Keys that some variants spell in another way than we do; what they mean is the same.
+SPELT = {"upcast": "reorder_and_upcast_attn", "mixed": "attention_types", "tanh": "hidden_act"}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saved")
+
+
+def read(case: Case, directory: Path) -> Any:
+    return witness.checkpoint(case, directory, Request(task=case.task))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_names_are_transformers_own(case: Case, directory: Path) -> None:
+    """Every saved tensor is used, none is missed, and all are written back as they were, byte by byte."""
+    _, arrays = witness.saved(case, directory)
+    checkpoint = read(case, directory)
+    assert not checkpoint.dropped
+    bare = case.task == "feature-extraction"
+    scheme = family_named(case.family).scheme("hf")
+    written = write_names(scheme, checkpoint.config, checkpoint.weights, bare=bare)
+    assert list(written) == sorted(arrays)
+    assert all(np.array_equal(written[name].read(), arrays[name]) for name in arrays)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_reference_model_has_the_same_parameters(case: Case, directory: Path) -> None:
+    """Canonical names and shapes are the reference model's: two descriptions of one thing."""
+    from reference_model.model import GPT, canonical_name
+
+    config = read(case, directory).config
+    parameters = {canonical_name(name, config): tuple(p.shape) for name, p in GPT(config).named_parameters()}
+    assert canonical_shapes(family_named(case.family).scheme("hf").rows, config) == parameters
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_config_json_means_what_transformers_wrote(case: Case, directory: Path) -> None:
+    """Read back by transformers, ours is the configuration that was saved, dropouts and label names included."""
+    checkpoint = read(case, directory)
+    written = family_named(case.family).write_config(checkpoint.config, checkpoint.carried)
+    kind = type(witness.hf_config(case))
+    theirs = kind.from_dict(witness.saved(case, directory)[0]).to_dict()
+    ours = kind.from_dict(json.loads(json.dumps(written))).to_dict()
+    added = set(ours) - set(theirs)
+    assert added <= OLDER
+    ignored = added | {SPELT.get(case.name)}
+    assert {k: v for k, v in ours.items() if k not in ignored} == {
+        k: v for k, v in theirs.items() if k not in ignored
+    }
+    again, _, _ = family_named(case.family).read_config["hf"](
+        written, None, checkpoint.source.tensors, Request(task=case.task)
+    )
+    assert again == checkpoint.config
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_transformers_loads_what_is_written(case: Case, directory: Path, tmp_path: Path) -> None:
+    """No tensor is missing, unexpected or of another shape, and the outputs are those of the original."""
+    import transformers
+
+    checkpoint = read(case, directory)
+    family = family_named(case.family)
+    write_planned(tmp_path, plan(checkpoint, TargetOptions()))
+    config = family.write_config(checkpoint.config, checkpoint.carried)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kind = getattr(transformers, family.heads[case.task])
+    model, report = kind.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    inputs = inputs_of(case.task)
+    for name, expected in hf_outputs(case, inputs, witness.hf_model(case)).items():
+        found = hf_outputs(case, inputs, model)[name]
+        rounding = 1e-5 if case.name in SPELT else 0
+        assert np.allclose(found, expected, rtol=0, atol=rounding, equal_nan=True), name
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_old_files_name_and_repeat_things_differently(family: str, directory: Path) -> None:
+    """Masks saved as tensors are dropped by name, a repeated tied head is compared, other prefixes are known."""
+    case = Case(family)
+    raw, arrays = witness.saved(case, directory)
+    extra = dict(arrays)
+    body = family_named(family).scheme("hf").body
+    buffers = {
+        "gpt1": ["h.0.attn.bias"],
+        "gpt2": ["h.1.attn.bias", "h.0.attn.masked_bias"],
+        "gpt_neo": ["h.2.attn.attention.bias", "h.0.attn.attention.masked_bias"],
+        "gptj": ["h.0.attn.bias", "h.1.attn.masked_bias", "h.0.attn.embed_positions"],
+        "gpt_neox": ["layers.0.attention.bias", "layers.1.attention.rotary_emb.inv_freq", "rotary_emb.inv_freq"],
+    }[family]
+    extra |= {body + name: np.zeros((1, 1, 4, 4), np.float32) for name in buffers}
+    plain, old = (checkpoint_of(raw, some) for some in (arrays, extra))
+    assert set(old.dropped) == {body + name for name in buffers}
+    assert canonical_bytes(old) == canonical_bytes(plain)
+    for prefix in ("", f"module.{body}"):
+        renamed = {(prefix + n.removeprefix(body) if n.startswith(body) else n): a for n, a in arrays.items()}
+        if prefix.startswith("module."):
+            renamed = {n if n.startswith("module.") else f"module.{n}": a for n, a in renamed.items()}
+        assert canonical_bytes(checkpoint_of(raw, renamed)) == canonical_bytes(plain)
+
+
+def canonical_bytes(checkpoint: Any) -> dict[str, bytes]:
+    return {name: weight.read().tobytes() for name, weight in checkpoint.weights.items()}
+
+
+TIED: dict[str, Any] = {"keys": {"tie_word_embeddings": True}, "name": "tied"}
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "to"),
+    [
+        (Case("gpt1"), "lm_head.weight", "transformer.tokens_embed.weight"),
+        (Case("gpt2"), "lm_head.weight", "transformer.wte.weight"),
+        (Case("gpt_neo"), "lm_head.weight", "transformer.wte.weight"),
+        (Case("gptj", **TIED), "lm_head.weight", "transformer.wte.weight"),
+        (Case("gpt_neox", **TIED), "embed_out.weight", "gpt_neox.embed_in.weight"),
+        (Case("gpt_neox", **TIED), "lm_head.weight", "gpt_neox.embed_in.weight"),
+        (Case("gpt1", "multiple-choice"), "transformer.tokens_embed.weight", "lm_head.weight"),
+    ],
+    ids=str,
+)
+def test_a_tied_head_may_be_stored_too(case: Case, name: str, to: str, directory: Path) -> None:
+    raw, arrays = witness.saved(case, directory)
+    assert name not in arrays
+    both = {**arrays, name: arrays[to]}
+    checkpoint = checkpoint_of(raw, both)
+    scheme = family_named(case.family).scheme("hf")
+    pairs = tied_pairs(scheme, checkpoint.config, checkpoint.source.tensors, checkpoint.prefix)
+    assert pairs == [(name, "wte.weight")]
+    assert canonical_bytes(checkpoint) == canonical_bytes(checkpoint_of(raw, arrays))
+
+
+def test_neox_heads_go_by_either_name(directory: Path) -> None:
+    raw, arrays = witness.saved(Case("gpt_neox"), directory)
+    renamed = {n.replace("embed_out", "lm_head"): a for n, a in arrays.items()}
+    assert canonical_bytes(checkpoint_of(raw, renamed)) == canonical_bytes(checkpoint_of(raw, arrays))
+    with pytest.raises(InputError, match=r"unexpected +lm_head\.weight"):
+        checkpoint_of(raw, {**renamed, **arrays})
+
+
+@pytest.mark.parametrize("under", ["transformer.tokens_embed.weight", "tokens_embed.weight"])
+def test_gpt1_double_heads_with_the_embedding_under_its_own_name(under: str, directory: Path) -> None:
+    case = Case("gpt1", "multiple-choice")
+    raw, arrays = witness.saved(case, directory)
+    renamed = {n.replace("lm_head.weight", under): a for n, a in arrays.items()}
+    if under.startswith("tokens"):
+        renamed = {n.removeprefix("transformer."): a for n, a in renamed.items()}
+    assert canonical_bytes(checkpoint_of(raw, renamed)) == canonical_bytes(checkpoint_of(raw, arrays))
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_missing_and_misshaped_tensors_are_named(family: str, directory: Path) -> None:
+    raw, arrays = witness.saved(Case(family), directory)
+    scheme = family_named(family).scheme("hf")
+    lost = next(name for name in sorted(arrays) if "mlp" in name)
+    with pytest.raises(InputError) as error:
+        checkpoint_of(raw, {n: a for n, a in arrays.items() if n != lost})
+    assert f"missing     {lost}" in str(error.value)
+    with pytest.raises(InputError) as error:
+        checkpoint_of(raw, {**arrays, lost: arrays[lost][:-1], f"{scheme.body}adapter.weight": arrays[lost]})
+    assert f"wrong shape {lost}" in str(error.value)
+    assert f"unexpected  {scheme.body}adapter.weight" in str(error.value)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_the_family_is_told_by_the_tensors_too(family: str, directory: Path) -> None:
+    """Without model_type the names say what it looks like; with a wrong one the error says so."""
+    raw, arrays = witness.saved(Case(family), directory)
+    nameless = {key: value for key, value in raw.items() if key != "model_type"}
+    with pytest.raises(InputError) as error:
+        understand(source_of(nameless, computed_tensors(arrays)), Request())
+    assert f"look like {family}" in (error.value.hint or "")
+    other = "gpt_neox" if family != "gpt_neox" else "gpt2"
+    with pytest.raises((InputError, UnsupportedError)):
+        understand(source_of({**nameless, "model_type": other}, computed_tensors(arrays)), Request())
+
+
+def test_unknown_model_types_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="llama") as error:
+        understand(source_of({"model_type": "llama"}, computed_tensors({})), Request())
+    assert all(kind in (error.value.expected or "") for family in FAMILIES for kind in family.model_types)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_registry_is_sound(family: Family) -> None:
+    import transformers
+
+    assert family.name in witness.TINY
+    assert set(family.heads) <= set(TASKS)
+    assert {scheme.name for scheme in family.schemes} == set(family.read_config)
+    for architecture in family.heads.values():
+        assert getattr(transformers, architecture).config_class.model_type in family.model_types
+    modelling = {name for name in dir(transformers) if name in set(family.heads.values())}
+    assert modelling == set(family.heads.values())
+
+
+def test_no_head_of_transformers_is_forgotten() -> None:
+    """Whatever classes transformers has for these model types, a family lists."""
+    from transformers.models import gpt2, gpt_neo, gpt_neox, gptj, openai
+
+    modules = {"gpt1": openai, "gpt2": gpt2, "gpt_neo": gpt_neo, "gptj": gptj, "gpt_neox": gpt_neox}
+    for name, module in modules.items():
+        classes = {n for n in dir(module) if n.endswith(("Model", "LM", "Classification", "QuestionAnswering"))}
+        theirs = {n for n in classes if not n.endswith("PreTrainedModel")}
+        assert theirs == set(family_named(name).heads.values())
+
+
+@pytest.mark.parametrize("case", BY_TASK, ids=str)
+def test_rows_of_one_name_are_exclusive(case: Case, directory: Path) -> None:
+    """Two rows may hold one canonical tensor under different conditions, never at once."""
+    config = read(case, directory).config
+    for scheme in family_named(case.family).schemes:
+        bound = [b.ours for b in expand(scheme.rows, config)]
+        assert len(bound) == len(set(bound))
