@@ -13,17 +13,19 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import google_crc32c
 
 from gptconvert import fileops
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.digest import digest_tensors
-from gptconvert.errors import OutputError
+from gptconvert.errors import InputError, OutputError
 from gptconvert.readback import ReadBack
 from gptconvert.source_reader import FileDigest, SourceReader, StoppedError, digest_files, truncated
 from gptconvert.targets.plan import Placed, PlannedFile
-from gptconvert.tensors import Segment, merge_segments
+from gptconvert.tensors import Segment, Stored, merge_segments
 from gptconvert.values import checked_chunks, raw_bytes
 
 #: Bytes of one kernel copy: small enough that Ctrl-C and the progress bar keep up.
@@ -152,12 +154,18 @@ def write_files(
         UnsupportedError: a value does not fit the dtype asked for.
     """
     files, stop = list(files), stop or threading.Event()
+    computed: dict[str, dict[str, str]] = {}
     with ReadBack(stop) as behind, SourceReader(stop) as reader:
-        computed = [_FileWriter(directory, file, reader, behind, progress, stop).write() for file in files]
+        crc32c = _crc32c(directory, files, reader)
+        for file in sorted(files, key=lambda file: file.finish is not None):
+            whole = file if file.finish is None else replace(file, head=file.finish(crc32c))
+            computed[file.path] = _FileWriter(directory, whole, reader, behind, progress, stop).write()
         digests = behind.digests()
     return [
-        WrittenFile(file.path, file.nbytes, digests[os.path.join(directory, file.path)], tensors, copy_of(file))
-        for file, tensors in zip(files, computed, strict=True)
+        WrittenFile(
+            file.path, file.nbytes, digests[os.path.join(directory, file.path)], computed[file.path], copy_of(file)
+        )
+        for file in files
     ]
 
 
@@ -270,6 +278,24 @@ class _FileWriter:
             found=f"{self.position} bytes written, {space.f_bavail * space.f_frsize} bytes free",
             hint="free some space, or name an output on another disk",
         )
+
+
+def _crc32c(directory: str, files: Iterable[PlannedFile], reader: SourceReader) -> Callable[[Placed], int]:
+    """What :attr:`PlannedFile.finish` asks with, once the placed tensors are written."""
+    paths = {id(placed): os.path.join(directory, file.path) for file in files for placed in file.tensors}
+
+    def crc32c(placed: Placed) -> int:
+        tensor, value = placed.tensor, 0
+        if isinstance(tensor, Stored) and tensor.dtype.isnative and tensor.crc32c is not None:
+            return tensor.crc32c  # compared with the source's bytes by digest_tensors
+        try:
+            for block in reader.blocks((Segment(paths[id(placed)], placed.offset, tensor.nbytes),)):
+                value = google_crc32c.extend(value, block)
+        except InputError as error:
+            raise OutputError(f"cannot be read back ({error.message})", path=error.path) from error
+        return value
+
+    return crc32c
 
 
 def _cause(tasks: Iterable[Future[Any]]) -> BaseException:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -227,6 +230,48 @@ def test_any_layout(layout: tuple[int, list[tuple[int, int]], int, int]) -> None
         check(directory, file, written)
         if written.copy_of is not None:
             assert (directory / "s").read_bytes() == (directory / "f").read_bytes()
+
+
+class TestFinish:
+    """A file that records the checksums of others is written after them, wherever it stands in the plan."""
+
+    @staticmethod
+    def index_of(*files: PlannedFile) -> PlannedFile:
+        placed = [item for file in files for item in file.tensors]
+        return PlannedFile(
+            "index", 4 * len(placed), finish=lambda crc: b"".join(struct.pack("<I", crc(item)) for item in placed)
+        )
+
+    def test_checksums_are_those_of_the_written_bytes(self, tmp_path: Path) -> None:
+        files = [file for file in make_files(tmp_path) if file.tensors]
+        index = self.index_of(*files)
+        (tmp_path / "out").mkdir()
+        written = write_files(str(tmp_path / "out"), [index, *files])
+        assert [file.path for file in written] == ["index", *(file.path for file in files)]
+        contents = [(content(file), item) for file in files for item in file.tensors]
+        found = [data[item.offset : item.offset + item.tensor.nbytes] for data, item in contents]
+        expected = b"".join(struct.pack("<I", google_crc32c.value(data)) for data in found)
+        assert (tmp_path / "out" / "index").read_bytes() == expected
+        assert written[0].sha256 == sha(expected)
+
+    def test_recorded_checksums_are_not_computed_again(self, tmp_path: Path) -> None:
+        (plain,) = stored(tmp_path / "s", 3)
+        known = dataclasses.replace(plain, crc32c=7)
+        swapped = dataclasses.replace(known, dtype=np.dtype(">f4"))
+        file = planned("f", [known, swapped])
+        write_files(str(tmp_path), [file, self.index_of(file)])
+        turned = google_crc32c.value(np.frombuffer((tmp_path / "s").read_bytes(), ">f4").astype("<f4").tobytes())
+        assert (tmp_path / "index").read_bytes() == struct.pack("<II", 7, turned)
+
+    def test_a_file_that_cannot_be_read_back(self, tmp_path: Path) -> None:
+        file = planned("f", [*stored(tmp_path / "s", 3)])
+
+        def cut(crc32c: Any) -> bytes:
+            os.truncate(tmp_path / "f", 5)
+            return self.index_of(file).finish(crc32c)  # type: ignore[misc]
+
+        with pytest.raises(OutputError, match="cannot be read back"):
+            write_files(str(tmp_path), [file, PlannedFile("index", 4, finish=cut)])
 
 
 def test_files_are_on_the_disk_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

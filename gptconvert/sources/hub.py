@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def fetch(repo: str, options: OpenOptions) -> Fetched:
     """
     from huggingface_hub import constants
 
-    with _quiet(), _translated(repo, options):
+    with _translated(repo, options):
         if options.offline or constants.HF_HUB_OFFLINE:
             return _from_cache(repo, options)
         return _from_hub(repo, options)
@@ -167,21 +166,6 @@ def _check(path: str, expected: _Digest, where: str) -> None:
             found=digest.hexdigest(),
             hint="run the same command again; if it happens again, a proxy or mirror alters the file",
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars only where somebody watches."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled() or sys.stderr.isatty():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 @contextmanager

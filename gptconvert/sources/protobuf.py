@@ -77,12 +77,16 @@ class Message:
             raise MalformedError(f"has bytes where field {number} is a number")
         return signed(value)
 
-    def message(self, number: int) -> Message:
-        """A singular embedded message; absent: an empty one."""
+    def raw(self, number: int) -> bytes:
+        """The bytes of a singular embedded message; absent: none."""
         value = self._single(number)
         if isinstance(value, int):
             raise MalformedError(f"has a number where field {number} is a message")
-        return Message(value or b"")
+        return value or b""
+
+    def message(self, number: int) -> Message:
+        """A singular embedded message; absent: an empty one."""
+        return Message(self.raw(number))
 
     def messages(self, number: int) -> list[Message]:
         """A repeated embedded message."""

@@ -131,14 +131,13 @@ class _Machine:
             raise UnsafeInputError(f"pickle refused: opcode {name}, which torch.save does not write", path=self.path)
 
     def pop(self) -> object:
-        value = self.stack.pop()
-        if value is _MARK:
-            raise RefusedError("a mark in the place of a value")
+        value = self.top()
+        self.stack.pop()
         return value
 
     def top(self) -> object:
         if not self.stack or self.stack[-1] is _MARK:
-            raise RefusedError("stack is empty")
+            raise RefusedError("a value is missing from the stack")
         return self.stack[-1]
 
     def drop(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.sources.crc import unmask
@@ -138,7 +139,7 @@ def _entry(key: bytes, value: bytes, shards: int) -> Entry:
     name = repr(key)[2:82]
     try:
         message = Message(value)
-        shape = _shape(message.message(2))
+        shape = _shape(message.raw(2))
         entry = Entry(
             dtype=message.integer(1),
             shape=shape,
@@ -157,8 +158,10 @@ def _entry(key: bytes, value: bytes, shards: int) -> Entry:
     return entry
 
 
-def _shape(message: Message) -> Shape:
+@lru_cache(maxsize=1024)  # a GPT's tensors have some ten shapes
+def _shape(raw: bytes) -> Shape:
     """A TensorShapeProto's sizes."""
+    message = Message(raw)
     shape = tuple(size.integer(1) for size in message.messages(2))
     definite = not message.integer(3) and all(size >= 0 for size in shape)
     if not definite or len(shape) > MAX_RANK or math.prod(size or 1 for size in shape) > MAX_ELEMENTS:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.errors import UnsupportedError
+from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.verify.onnx_artifact import verify_onnx
 from gptconvert.verify.probes import Level
 from gptconvert.verify.report import ArtifactReport, Report, Stage
@@ -80,7 +80,7 @@ def find_artifacts(path: str) -> list[Artifact]:
 def verify(
     checkpoint: Checkpoint,
     artifacts: Sequence[Artifact],
-    level: Level = "default",
+    level: str = "default",
     progress: Progress | None = None,
 ) -> Report:
     """Hold artifacts against the checkpoint they came from.
@@ -95,13 +95,19 @@ def verify(
 
     Raises:
         InputError: an artifact is damaged beyond asking it anything, or the checkpoint itself computes NaN.
+        UsageError: no such level.
         UnsupportedError: an artifact's inputs or outputs are not known.
         UnsafeInputError: an artifact refers to files outside its directory.
     """
+    known: Mapping[str, Level] = {"default": "default", "full": "full"}
+    if level not in known:
+        raise UsageError("no such level of verification", expected=" or ".join(known), found=level)
     report = Report(level)
     for artifact in artifacts:
         started = time.monotonic()
-        found = VERIFIERS[artifact.kind](checkpoint, artifact.path, artifact.shown_as, level, _stages(progress))
+        found = VERIFIERS[artifact.kind](
+            checkpoint, artifact.path, artifact.shown_as, known[level], _stages(progress)
+        )
         found.seconds = time.monotonic() - started
         report.artifacts.append(found)
     return report

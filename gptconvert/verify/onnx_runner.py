@@ -153,6 +153,7 @@ class OnnxRunner:
         options.log_severity_level = 4
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False  # an arena keeps what its largest run needed
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         source: str | bytes = file.path

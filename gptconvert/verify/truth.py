@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from reference_model.model import Block, KeyValue
+
 #: Bytes, in float64, of the largest part of the vocabulary projected at once.
 HEAD_BYTES = 64 << 20
 
@@ -116,18 +118,22 @@ class TruthPass:
 
         self.config, self.weights = checkpoint.config, checkpoint.weights
         self.lanes = (Lane(torch.float64), Lane(getattr(torch, compute)))
-        self.presents, self.taps = presents and any(probe.compare_presents for probe in probes), taps
+        self.taps = taps
         self.truth = Truth(Pack(probes), {}, {})
+        layers = self.config.n_layer if presents and any(probe.compare_presents for probe in probes) else 0
+        # In one piece: small tensors that live long would keep the heap from ever shrinking between blocks.
+        self.cache = torch.empty(layers, 2, self.truth.pack.length, self.config.n_embd, dtype=torch.float64)
 
     def run(self, advance: Callable[[int], None] | None = None) -> Truth:
         """The truth. ``advance`` is told how many layers more are done."""
         import torch
 
         with torch.no_grad():
-            seen = {window: self.truth.pack.seen(window) for window in set(self.config.attn_window)}
+            parts, windows = self.truth.pack.parts, self.config.attn_window
+            seen = {window: [part.seen(window) for part in parts] for window in set(windows)}
             xs = self._embedding()
             for i in range(self.config.n_layer):
-                xs = self._block(i, xs, seen[self.config.attn_window[i]])
+                xs = self._block(i, xs, seen[windows[i]])
                 if advance is not None:
                     advance(1)
             for lane in self.lanes:
@@ -155,34 +161,52 @@ class TruthPass:
         self._tap("embedding", xs)
         return xs
 
-    def _block(self, i: int, xs: list[Tensor], seen: Tensor) -> list[Tensor]:
-        """One block in both lanes: [1, N, D] → [1, N, D]; keys and values are recorded."""
+    def _block(self, i: int, xs: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
+        """One block in both lanes: [1, N, D] → [1, N, D]; keys and values are recorded. ``seen`` is by part."""
         import torch
 
-        from reference_model.model import Block, fill, rotary_angles
+        from reference_model.model import Block, fill
 
-        pack, config = self.truth.pack, self.config
-        prefix, past, positions = f"h.{i}.", pack.past(i, config), torch.from_numpy(pack.positions[None])
+        prefix = f"h.{i}."
         stored = {name: tensor_of(w.read()) for name, w in self.weights.items() if name.startswith(prefix)}
-        outs, presents = [], []
+        pasts = [part.past(i, self.config) for part in self.truth.pack.parts]
+        outs, caches = [], []
         for lane, x in zip(self.lanes, xs, strict=True):
             with torch.device("meta"):
-                block = Block(config, i)
-            fill(block, lane.reader(stored), config, prefix)
-            angles = rotary_angles(config.rotary, positions, lane.dtype) if config.rotary else None
-            before = None if past is None else tuple(p.to(self.lanes[1].dtype).to(lane.dtype) for p in past)
-            out, present = block(x, seen, angles, before)
+                block = Block(self.config, i)
+            fill(block, lane.reader(stored), self.config, prefix)
+            out, cache = self._in_parts(block, lane, x, seen, pasts)
             outs.append(out)
-            presents.append(present)
-        for part, name in enumerate(("key", "value") if self.presents else ()):
-            self._keep(f"present.{i}.{name}", [self._new_tokens(present[part]) for present in presents])
+            caches.append(cache)
+        for part, name in enumerate(("key", "value") if len(self.cache) else ()):
+            exact, yardstick = (cache[part] for cache in caches)
+            self._keep(f"present.{i}.{name}", [self.cache[i, part].copy_(exact), yardstick])
         self._tap(f"h.{i}", outs)
         return outs
 
-    def _new_tokens(self, present: Tensor) -> Tensor:
-        """[1, H, P + N, hd] → [N, H hd], without the past."""
-        new = present[0, :, self.truth.pack.past_length :]  # (H, N, hd)
-        return new.transpose(0, 1).reshape(self.truth.pack.length, -1)  # (N, D)
+    def _in_parts(
+        self, block: Block, lane: Lane, x: Tensor, seen: list[Tensor], pasts: list[KeyValue | None]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One block on every part: [1, N, D] → [1, N, D], and the new keys and values [N, D], heads side by side."""
+        import torch
+
+        from reference_model.model import rotary_angles
+
+        pack, rotary, compute = self.truth.pack, self.config.rotary, self.lanes[1].dtype
+        outs: list[Tensor] = []
+        new: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for part, sees, past in zip(pack.parts, seen, pasts, strict=True):
+            positions = torch.from_numpy(pack.positions[None, part.tokens])
+            angles = None if rotary is None else rotary_angles(rotary, positions, lane.dtype)
+            # The past is what the candidate gets: rounded to its type, then exact.
+            before = (
+                None if past is None else (past[0].to(compute).to(lane.dtype), past[1].to(compute).to(lane.dtype))
+            )
+            out, present = block(x[:, part.tokens], sees, angles, before)
+            outs.append(out)
+            for kept, cache in zip(new, present, strict=True):
+                kept.append(cache[0, :, part.past_length :].transpose(0, 1).flatten(1))  # (n, D)
+        return torch.cat(outs, 1), (torch.cat(new[0]), torch.cat(new[1]))
 
     def _head(self, xs: list[Tensor]) -> None:
         """The task's outputs for every token, a part of the vocabulary at a time."""

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.tensors import BFLOAT16, LazyTensor
+from gptconvert.source_reader import SourceReader
+from gptconvert.tensors import BFLOAT16, Array, LazyTensor
 from gptconvert.transforms import cast, transpose
 from gptconvert.verify.onnx_file import OnnxFile
 
@@ -64,17 +65,29 @@ class WeightReport:
 
 def first_difference(a: LazyTensor, b: LazyTensor) -> int | None:
     """Index, in the flattened tensor, of the first element whose bytes differ; both have one type and shape."""
+    with SourceReader() as left_file, SourceReader() as right_file:
+        return _first_difference(_stream(a, left_file), _stream(b, right_file), a.dtype.itemsize)
+
+
+def _stream(tensor: LazyTensor, reader: SourceReader) -> Iterator[Array]:
+    """A tensor's bytes, block by block; read, not mapped, for one pass over them is faster so."""
+    place = tensor.segments()
+    if place is None:
+        yield from tensor.chunks()
+    else:
+        yield from (np.frombuffer(block, np.uint8) for block in reader.blocks(place))
+
+
+def _first_difference(a: Iterator[Array], b: Iterator[Array], itemsize: int) -> int | None:
     position = 0
-    for left, right in _side_by_side(a.chunks(), b.chunks()):
+    for left, right in _side_by_side(a, b):
         if not _same_bytes(left, right):
-            return (position + int(np.argmax(left != right))) // a.dtype.itemsize
+            return (position + int(np.argmax(left != right))) // itemsize
         position += len(left)
     return None
 
 
-def _side_by_side(
-    a: Iterator[NDArray[np.generic]], b: Iterator[NDArray[np.generic]]
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+def _side_by_side(a: Iterator[Array], b: Iterator[Array]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """Two streams of arrays as pairs of byte runs of equal length."""
     left = right = np.empty(0, np.uint8)
     while True:
@@ -89,7 +102,7 @@ def _side_by_side(
         left, right = left[n:], right[n:]
 
 
-def _bytes(array: NDArray[np.generic] | None) -> NDArray[np.uint8]:
+def _bytes(array: Array | None) -> NDArray[np.uint8]:
     if array is None:
         return np.empty(0, np.uint8)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

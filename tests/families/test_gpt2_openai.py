@@ -15,6 +15,7 @@ from gptconvert.errors import GptConvertError, InputError, UsageError
 from gptconvert.families import Request, understand
 from gptconvert.sources.openai_tf import FORMAT
 from gptconvert.sources.source import OpenOptions, Source
+from gptconvert.transforms import drop_leading_axis
 from tests.helpers import (
     FIXTURES,
     Arrays,
@@ -72,6 +73,16 @@ def test_what_adam_left_behind_is_dropped_by_name() -> None:
 def test_step_10_and_20_differ() -> None:
     early, late = (understand(opened(TINY / "openai-tf-adam", step=step), Request()).weights for step in (10, 20))
     assert any(early[name].read().tobytes() != late[name].read().tobytes() for name in early)
+
+
+def test_leading_axis_of_values_that_lie_in_no_one_place() -> None:
+    """Pieces of a partitioned variable along another axis; what is left may be a scalar."""
+    for array in (np.arange(24.0).reshape(1, 4, 6), np.arange(5.0)[None], np.float32([7])):
+        tensor = drop_leading_axis(computed_tensors({"x": array})["x"])
+        assert (tensor.shape, tensor.nbytes) == (array.shape[1:], array.nbytes)
+        whole, chunked = tensor.read(), b"".join(chunk.tobytes() for chunk in tensor.chunks(16))
+        assert isinstance(whole, np.ndarray)
+        assert whole.tobytes() == chunked == array.tobytes()
 
 
 # --- what else savers write ---------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ import pytest
 from gptconvert.errors import InputError, UnsafeInputError
 from gptconvert.sources.sniff import explain_bytes, explain_file, file_size, read_small
 
+pytestmark = pytest.mark.usefixtures("no_hang")
+
 
 def _zip() -> bytes:
     buffer = io.BytesIO()

@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -524,29 +524,13 @@ def _device(path: str) -> None:
 
 @pytest.mark.parametrize("make", [_fifo, _device, os.mkdir], ids=["fifo", "device", "directory"])
 @pytest.mark.parametrize("suffix", [".index", ".data-00001-of-00002"])
-def test_special_files_are_refused_unopened(
-    sharded: str, make: Callable[[str], None], suffix: str, no_hang: None
-) -> None:
+@pytest.mark.usefixtures("no_hang")
+def test_special_files_are_refused_unopened(sharded: str, make: Callable[[str], None], suffix: str) -> None:
     os.remove(sharded + suffix)
     make(sharded + suffix)
     with pytest.raises(UnsafeInputError, match="not a regular file") as caught:
         read_bundle(sharded)
     assert caught.value.exit_code == 7
-
-
-@pytest.fixture
-def no_hang() -> Iterator[None]:
-    """A test that blocks fails in ten seconds."""
-    import signal
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError("blocked")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
 
 
 def test_missing_index(tmp_path: Path) -> None:

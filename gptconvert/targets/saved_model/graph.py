@@ -169,6 +169,14 @@ def block(
     return after + mlp(w, config, i, n), present  # (N, D)
 
 
+def traceable(named: Callable[..., Any], *bound: object, **options: Any) -> Callable[..., Any]:
+    """``named`` with its first arguments bound, as a TensorFlow function of that name."""
+    function = functools.partial(named, *bound)
+    vars(function)["__name__"] = named.__name__
+    traced: Callable[..., Any] = tf.function(function, autograph=False, **options)
+    return traced
+
+
 class Blocks:
     """:func:`block` as a TensorFlow function that layers share if only their weights differ.
 
@@ -187,10 +195,11 @@ class Blocks:
         layout = tuple((name, value.dtype, tuple(value.shape), name in flipped) for name, value in weights.items())
         kind = self.config.attn_scale[i], self.config.attn_window[i], layout
         if kind not in self.traced:
-            self.traced[kind] = tf.function(functools.partial(self._block, i), autograph=False)
+            self.traced[kind] = traceable(self.block, i)
         return self.traced[kind](weights, x, bias, angles, past)
 
-    def _block(self, i: int, weights: Mapping[str, Tensor], *inputs: Any) -> tuple[Tensor, KeyValue]:
+    def block(self, i: int, weights: Mapping[str, Tensor], *inputs: Any) -> tuple[Tensor, KeyValue]:
+        """Layer ``i`` with the weights given."""
         values = {f"h.{i}.{name}": value for name, value in weights.items()}
         return block(Weights(values, self.w.shapes, self.w.flipped), self.config, i, *inputs)
 

@@ -24,6 +24,7 @@ from gptconvert.targets.saved_model.graph import (
     pooled,
     require,
     take,
+    traceable,
 )
 from reference_model.config import GPTConfig
 
@@ -61,7 +62,8 @@ def signatures(weights: Weights, config: GPTConfig, xla: bool) -> dict[str, Any]
     plain = functools.partial(body, weights, config)
     cache = tf.TensorSpec((None, config.n_head, None, config.head_dim), tf.float32)
     ids = tf.TensorSpec((None, None), tf.int64)
-    shared = tf.function(plain, input_signature=(ids, ids, ids, [(cache, cache)] * config.n_layer), autograph=False)
+    arguments = (ids, ids, ids, [(cache, cache)] * config.n_layer)
+    shared = traceable(body, weights, config, input_signature=arguments)
     model, fixed = Model(weights, config, shared), Model(weights, config, plain, drop=1)
     return {
         name: _traced(fixed, name, jit=True) if name.endswith(XLA) else _traced(model, name)
@@ -71,10 +73,10 @@ def signatures(weights: Weights, config: GPTConfig, xla: bool) -> dict[str, Any]
 
 def _traced(model: Model, name: str, *, jit: bool | None = None) -> Any:
     """One signature: a function of a dictionary, by keyword for clients."""
-    function = functools.partial(FUNCTIONS[name.removesuffix(XLA)], model)
+    function = FUNCTIONS[name.removesuffix(XLA)]
     table = inputs_of(model.config, name)
     specs = {key: tf.TensorSpec(shape, tf.as_dtype(kind), key) for key, (kind, shape) in table.items()}
-    traced = tf.function(function, input_signature=[specs], jit_compile=jit, autograph=False)
+    traced: Any = traceable(function, model, input_signature=[specs], jit_compile=jit)
     return traced.get_concrete_function()
 
 

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptconvert.targets.saved_model import model
+from gptconvert.targets.saved_model.process import TensorFlowProcess
+from gptconvert.verify import saved_model as verifier
+from tests.targets.saved_model.support import Shared
+
+
+@pytest.fixture(scope="session")
+def tensorflow() -> Iterator[TensorFlowProcess]:
+    """One TensorFlow for all tests here."""
+    pytest.importorskip("importlib.metadata").version("tensorflow")
+    with TensorFlowProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def shared(tensorflow: TensorFlowProcess, monkeypatch: pytest.MonkeyPatch) -> TensorFlowProcess:
+    """Plans and verifies in the one TensorFlow."""
+    monkeypatch.setattr(model, "TensorFlowProcess", Shared(tensorflow))
+    monkeypatch.setattr(verifier, "TensorFlowProcess", Shared(tensorflow))
+    return tensorflow
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where transformers' models lie."""
+    return tmp_path_factory.mktemp("saved")

@@ -1,0 +1,88 @@
+"""SavedModels for tests: checkpoints planned, and the plans written the slow and obvious way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.families.base import Request
+from gptconvert.targets.plan import Placed, PlannedFile
+from gptconvert.targets.saved_model.process import TensorFlowProcess
+from gptconvert.tensors import Transposed
+from gptconvert.transforms import cast
+from tests.families import witness
+from tests.families.witness import Case
+from tests.helpers import content
+
+
+class Shared:
+    """A TensorFlow process that outlives each ``with``: its import is what costs."""
+
+    def __init__(self, process: TensorFlowProcess) -> None:
+        self.process = process
+
+    def __call__(self) -> Shared:
+        return self
+
+    def __enter__(self) -> TensorFlowProcess:
+        return self.process
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def crc32c(placed: Placed) -> int:
+    value = 0
+    for chunk in placed.tensor.chunks():
+        value = google_crc32c.extend(value, chunk.tobytes())
+    return value
+
+
+def file_bytes(file: PlannedFile) -> bytes:
+    data = content(file) if file.finish is None else file.finish(crc32c)
+    assert len(data) == file.nbytes, file.path
+    return data
+
+
+def write(directory: Path, files: Iterable[PlannedFile]) -> Path:
+    """Write planned files; the SavedModel's directory."""
+    for file in files:
+        path = directory / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file_bytes(file))
+    return directory / "saved_model"
+
+
+def understood(case: Case, directory: Path, dtype: Any = None) -> Checkpoint:
+    """A case's checkpoint, stored as ``dtype`` if one is given."""
+    checkpoint = witness.checkpoint(case, directory, Request(task=case.task))
+    if dtype is None:
+        return checkpoint
+    weights = {name: cast(weight, np.dtype(dtype)) for name, weight in checkpoint.weights.items()}
+    return dataclasses.replace(checkpoint, weights=weights)
+
+
+def turned(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with every matrix of the layers stored the other way round."""
+    weights = {
+        name: (weight.base if isinstance(weight, Transposed) else weight)
+        for name, weight in checkpoint.weights.items()
+    }
+    for name, weight in checkpoint.weights.items():
+        if name.startswith("h.") and len(weight.shape) == 2:
+            array = np.ascontiguousarray(weight.read() if isinstance(weight, Transposed) else weight.read().T)
+            stored = witness_tensor(array)
+            weights[name] = stored if isinstance(weight, Transposed) else Transposed(stored)
+    return dataclasses.replace(checkpoint, weights=weights)
+
+
+def witness_tensor(array: Any) -> Any:
+    from tests.helpers import computed_tensors
+
+    return computed_tensors({"": array})[""]
