@@ -23,8 +23,8 @@ $(VENV)/dev: $(VENV)/base
 demo: $(VENV)/base  ## Convert the bundled checkpoint, verified, and let it write a line
 	@$(BIN)/gptconvert openai-tf $(DEMO_SOURCE) --to onnx --to safetensors -o $(DEMO_OUTPUT) --force
 	@echo
-	@echo '$$ gptconvert generate $(DEMO_OUTPUT) "The class statement" --max-new-tokens 40'
-	@$(BIN)/gptconvert generate $(DEMO_OUTPUT) "The class statement" --max-new-tokens 40
+	@echo '$$ gptconvert generate $(DEMO_OUTPUT) "Objects are" --max-new-tokens 40'
+	@$(BIN)/gptconvert generate $(DEMO_OUTPUT) "Objects are" --max-new-tokens 40
 
 lint: $(VENV)/dev  ## Lint, type-check, check the import rules
 	$(BIN)/ruff check .

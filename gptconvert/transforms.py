@@ -129,17 +129,33 @@ class DeinterleaveHeads:
     parts: int = 3
 
     def forward(self, tensor: LazyTensor, sizes: Sizes) -> LazyTensor:
-        return self._reorder(tensor, sizes["H"], self.parts)
+        return _swap_rows(tensor, sizes["H"], self.parts)
 
     def inverse(self, tensor: LazyTensor, sizes: Sizes) -> LazyTensor:
-        return self._reorder(tensor, self.parts, sizes["H"])
+        return _swap_rows(tensor, self.parts, sizes["H"])
 
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
         return shape
 
-    @staticmethod
-    def _reorder(tensor: LazyTensor, outer: int, inner: int) -> LazyTensor:
-        """Rows as [outer, inner, n] → [inner, outer, n]."""
-        n = tensor.shape[0] // (outer * inner)
-        starts = [(o * inner + i) * n for i in range(inner) for o in range(outer)]
-        return take_rows(tensor, [(start, start + n) for start in starts])
+
+@dataclass(frozen=True)
+class DeinterleaveFeatures:
+    """Rows [H, head, parts] (Megatron-LM's checkpoint version 1: each feature's q, k, v together) ↔ [parts, H, head]."""
+
+    parts: int = 3
+
+    def forward(self, tensor: LazyTensor, sizes: Sizes) -> LazyTensor:
+        return _swap_rows(tensor, tensor.shape[0] // self.parts, self.parts)
+
+    def inverse(self, tensor: LazyTensor, sizes: Sizes) -> LazyTensor:
+        return _swap_rows(tensor, self.parts, tensor.shape[0] // self.parts)
+
+    def shape(self, shape: Shape, sizes: Sizes) -> Shape:
+        return shape
+
+
+def _swap_rows(tensor: LazyTensor, outer: int, inner: int) -> LazyTensor:
+    """Rows as [outer, inner, n] → [inner, outer, n]."""
+    n = tensor.shape[0] // (outer * inner)
+    starts = [(o * inner + i) * n for i in range(inner) for o in range(outer)]
+    return take_rows(tensor, [(start, start + n) for start in starts])

@@ -84,7 +84,8 @@ def tree(directory: Path) -> Tree:
 
 def leftovers(root: Path) -> list[str]:
     """What lies below the root and should not."""
-    known = {"source", "out", "a", "a/b", "a/b/out"}
+    parents = {"a", "a/b"} if (root / "a" / "b" / "out").exists() else set()
+    known = {"source", "out", "a/b/out", *parents}
     inside = ("source/", "out/", "a/b/out/")
     names = [str(p.relative_to(root)) for p in sorted(root.rglob("*"))]
     return [name for name in names if name not in known and not name.startswith(inside)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.families import gpt1, gpt2, gpt_neo, gpt_neox, gptj
 from gptconvert.families.base import Family, Request
+from gptconvert.families.gpt2_trainers import ACTIVATION_UNRECORDED
 from gptconvert.mapping import find_prefix, resolve
 from gptconvert.sources.source import Source
 
@@ -62,9 +63,15 @@ def understand(source: Source, request: Request) -> Checkpoint:
     Raises:
         InputError: configuration and tensors do not fit each other, or either is wrong.
         UnsupportedError: a configuration key or a family is not implemented.
+        UsageError: something was asked that the files themselves decide.
     """
     family = family_of(source)
     scheme = family.scheme(source.scheme)
+    if request.activation is not None and source.scheme not in ACTIVATION_UNRECORDED:
+        raise UsageError(
+            f"--activation is not for {source.format} files: they say themselves which activation they have",
+            path=source.path,
+        )
     try:
         config, carried, notes = family.read_config[source.scheme](
             source.config, source.config_path, source.tensors, request

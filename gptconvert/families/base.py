@@ -191,11 +191,13 @@ class Request:
         task: one of ``reference_model.config.TASKS``.
         n_head: number of heads, for formats that do not record it.
         pad_token_id: the token text classification takes for padding, over the configuration's.
+        activation: ``tanh`` or ``erf``, the formula of GELU, for formats that do not record it.
     """
 
     task: str | None = None
     n_head: int | None = None
     pad_token_id: int | None = None
+    activation: str | None = None
 
 
 def heads_of_width(width: int, request: Request, missing: str) -> tuple[int, str]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from gptconvert.errors import InputError, UsageError
+from gptconvert.families import gpt2_trainers
 from gptconvert.families.base import (
     HF_ACTIVATION_NAME,
     HF_ACTIVATIONS,
@@ -252,8 +253,8 @@ FAMILY = Family(
     name="gpt2",
     title="GPT-2, DistilGPT-2",
     model_types=("gpt2",),
-    schemes=(HF, OPENAI_TF),
-    read_config={"hf": _hf_config, "openai-tf": _openai_config},
+    schemes=(HF, OPENAI_TF, *gpt2_trainers.SCHEMES),
+    read_config={"hf": _hf_config, "openai-tf": _openai_config, **gpt2_trainers.READ_CONFIG},
     write_config=_write_config,
     heads=HEADS,
 )

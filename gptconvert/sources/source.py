@@ -42,7 +42,8 @@ class Source:
     def files(self) -> tuple[str, ...]:
         """Every file that was, or will be, read."""
         config = () if self.config_path is None else (self.config_path,)
-        return (*self.tensors.files, *config, *self.tokenizer.values())
+        # A training script's own format keeps the configuration in the file of the weights.
+        return tuple(dict.fromkeys((*self.tensors.files, *config, *self.tokenizer.values())))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
@@ -20,7 +21,7 @@ from gptconvert.sources.safe_pickle import MAX_BYTES, RESAVE, Opaque, load_pickl
 from gptconvert.sources.sniff import explain_file, file_size
 from gptconvert.sources.torch_objects import ByteOrder, torch_rules
 from gptconvert.sources.zip_archive import Member, read_members
-from gptconvert.tensors import FileChecksum, LazyTensor, Segment, TensorSet, map_segment
+from gptconvert.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet, Transposed, map_segment
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -54,6 +55,18 @@ def read_torch(path: str | os.PathLike[str]) -> TensorSet:
     path = os.fspath(path)
     file = read_torch_pickle(path)
     state, notes = _unwrap(file.tree, os.path.basename(path))
+    found = tensors_of(file, state, path)
+    if all(name.startswith("module.") for name in found):
+        notes.append(f"{os.path.basename(path)}: the prefix 'module.' (DataParallel) is left off the tensor names")
+    return replace(found, notes=(*file.notes, *notes, *found.notes[len(file.notes) :]))
+
+
+def tensors_of(file: TorchFile, state: Mapping[object, object], path: str) -> TensorSet:
+    """The tensors of one state dict in a file, which may hold much else: an optimizer's state is never read.
+
+    Raises:
+        InputError: there are none.
+    """
     tensors: dict[str, LazyTensor] = {}
     others: list[str] = []
     for name, value in state.items():
@@ -64,12 +77,23 @@ def read_torch(path: str | os.PathLike[str]) -> TensorSet:
     if not tensors:
         found = f"{_kind(file.tree)} of {', '.join(others[:5]) or 'nothing'}"
         raise InputError("file holds no tensors by name", path=path, expected="a state dict", found=found)
+    notes = list(file.notes)
     if others:
         listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         notes.append(f"{os.path.basename(path)}: entries that are no tensors are left out: {listed}")
-    if all(name.startswith("module.") for name in tensors):
-        notes.append(f"{os.path.basename(path)}: the prefix 'module.' (DataParallel) is left off the tensor names")
-    return TensorSet(tensors, (path,), (*file.notes, *notes), file.checksums)
+    return TensorSet(tensors, (path,), tuple(notes), _under(tensors.values(), file.checksums))
+
+
+def _under(tensors: Iterable[LazyTensor], checksums: Iterable[FileChecksum]) -> tuple[FileChecksum, ...]:
+    """The checksums of the storages that these tensors lie in; all, if a tensor does not say where it lies."""
+    ordered = sorted(checksums, key=lambda checksum: checksum.segment.offset)
+    starts, used = [checksum.segment.offset for checksum in ordered], set()
+    for tensor in tensors:
+        stored = tensor.base if isinstance(tensor, Transposed) else tensor
+        if not isinstance(stored, Stored):
+            return tuple(ordered)
+        used.update(bisect_right(starts, part.offset) - 1 for part in stored.parts)
+    return tuple(ordered[i] for i in sorted(used) if i >= 0)
 
 
 def read_torch_pickle(path: str | os.PathLike[str]) -> TorchFile:

@@ -92,10 +92,13 @@ class Trial:
     def _try(self, probe: Probe, names: Sequence[str], how: Callable[[Runner, Probe, GPTConfig], Outputs]) -> None:
         """Run one probe in one way; row r of the batch counts for the group ``names[r]``."""
         groups = [self.groups.setdefault(name, Group(name)) for name in names]
+        rows = [row for row in self.truth.pack.rows if row.probe is probe]
+        if how is in_chunks:
+            rows = [row.beginning(sum(probe.chunks)) for row in rows]
         try:
             known = self.answers.get(probe) if how is whole else None
             outputs = known or how(self.runner, probe, self.config)
-            problems = list(faults(outputs, probe, self.config, self.runner))
+            problems = list(faults(outputs, rows[0].probe, self.config, self.runner))
         except RunError as error:
             problems = [f"the runtime refused to run it: {error}"]
         for group in groups:
@@ -103,7 +106,6 @@ class Trial:
             group.probes += [probe] if how is whole and probe not in group.probes else []
         if problems:
             return
-        rows = [row for row in self.truth.pack.rows if row.probe is probe]
         for row in rows:
             self._count(row, outputs, groups[row.row])
         output = next(iter(SHAPES[self.config.task]))
@@ -117,9 +119,8 @@ class Trial:
         for name, array in outputs.named.items():
             if is_pooled(self.config, name):
                 place = np.flatnonzero(row.new == pooled_tokens(self.config, probe)[row.row])
-                self._measure(
-                    group, name, row, array.reshape(len(probe.input_ids), 1, -1)[row.row][: len(place)], place
-                )
+                values = array.reshape(len(probe.input_ids), 1, -1)[row.row][: len(place)]  # (0 or 1, width)
+                self._measure(group, name, row, values, place)
             else:
                 values = array.reshape(*probe.input_ids.shape, -1)[row.row][row.new]  # (n, width)
                 self._measure(group, name, row, values)

@@ -17,13 +17,17 @@ from gptconvert.verify.probes import Probe
 from gptconvert.verify.runners import Outputs, RunError
 from gptconvert.verify.truth import Truth, TruthPass, tensor_of
 
+#: Longer probes are used only if nothing shorter fails.
+MOST_TOKENS = 64
+
 
 def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, groups: list[Group]) -> str | None:
     """In words, where the error of the failing ``groups`` begins; None: it does not show on any whole probe."""
     failing = [probe for group in groups if not group.ok for probe in group.probes]
     if not failing:
         return None
-    probe = min(failing, key=lambda p: p.tokens)
+    # The more tokens the more there is to go wrong (one token's attention is always right), up to a cost.
+    probe = max(failing, key=lambda p: (p.tokens <= MOST_TOKENS, p.tokens))
     config = checkpoint.config
     values = {name for node in file.model.graph.node for name in node.output}
     taps = [name for name in ("embedding", *(f"h.{i}" for i in range(config.n_layer))) if name in values]

@@ -6,6 +6,7 @@ past tokens of one part.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -45,6 +46,12 @@ class Row:
     past: Integers
     tokens: slice
     past_tokens: slice
+
+    def beginning(self, count: int) -> Row:
+        """The row without its tokens from index ``count`` on."""
+        new = self.new[self.new < count]
+        tokens = slice(self.tokens.start, self.tokens.start + len(new))
+        return dataclasses.replace(self, probe=self.probe.beginning(count), new=new, tokens=tokens)
 
 
 @dataclass(frozen=True, eq=False)

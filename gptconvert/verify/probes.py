@@ -6,6 +6,7 @@ B batch, S new tokens, P past tokens, T = P + S, H heads, hd head size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +42,8 @@ class Probe:
         shared_past: whether all layers get the same keys and values (a long past, for its memory's sake) or each
             its own (which shows a cache in the wrong order).
         compare_presents: whether the returned keys and values are compared too, or the main output alone.
-        chunks: how else the new tokens are to be fed: piece by piece, each with the cache the last one returned.
+        chunks: how else the first of the new tokens are to be fed: in pieces of these lengths, each with the cache
+            that the last one returned.
     """
 
     groups: tuple[str, ...]
@@ -68,6 +70,16 @@ class Probe:
     def is_prompt(self) -> bool:
         """Whether it is a single sequence with nothing before it and nothing left out."""
         return len(self.input_ids) == 1 and not self.past_length and bool(self.attention_mask.all())
+
+    def beginning(self, count: int) -> Probe:
+        """The same with the first ``count`` of its new tokens alone."""
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[:, :count],
+            attention_mask=self.attention_mask[:, : self.past_length + count],
+            position_ids=self.position_ids[:, :count],
+            chunks=(),
+        )
 
     def past(self, layer: int, config: GPTConfig) -> tuple[Floats, Floats]:
         """Keys and values of the past, [B, H, P, hd] each; about as large as a trained model's."""
@@ -167,9 +179,11 @@ def _prompts(make: _Maker, kv_cache: bool, level: Level) -> Iterator[Probe]:
 
 
 def _chunks(length: int) -> tuple[int, ...]:
-    """Pieces of 1, 1, 5 and the rest: a prompt of one token, a past of one, a past of several."""
-    pieces = [1, 1, min(5, length - 2), max(0, length - 7)]
-    return tuple(piece for piece in pieces if piece)
+    """Pieces of 1, 1, 5 and up to 9: a prompt of one token, a past of one, a past of several. What is right for 16
+    tokens is right for more; each piece costs a pass over all weights.
+    """
+    pieces = [1, 1, min(5, length - 2), min(9, length - 7)]
+    return tuple(piece for piece in pieces if piece > 0)
 
 
 def _masks(make: _Maker, length: int) -> Iterator[Probe]:

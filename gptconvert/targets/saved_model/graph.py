@@ -272,27 +272,32 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return tf.gather(x, index, batch_dims=1)
 
 
-def check(
+def checks(
     config: GPTConfig, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_tokens: Tensor
-) -> None:
+) -> list[Tensor]:
     """Refuse at run time what has no row in a table (a GPU would read zeros) and shapes that would broadcast.
 
     Compiled graphs (XLA) leave such checks out.
     """
     batch, new = tf.unstack(tf.shape(input_ids))  # B, S
     fits = tf.reduce_all(tf.equal(tf.shape(attention_mask), (batch, past_tokens + new)))
-    require(fits, "attention_mask must have the batch of input_ids and a column for every past and new token")
-    require(tf.reduce_all(tf.equal(tf.shape(position_ids), (batch, new))), "position_ids must be shaped as input_ids")
+    alike = tf.reduce_all(tf.equal(tf.shape(position_ids), (batch, new)))
+    found = [
+        require(fits, "attention_mask must have the batch of input_ids and a column for every past and new token"),
+        require(alike, "position_ids must be shaped as input_ids"),
+    ]
     limits = {"input_ids": (input_ids, config.vocab_size)}
     if config.rotary is None:
         limits["position_ids"] = (position_ids, config.n_ctx)
     for name, (ids, size) in limits.items():
-        require(tf.reduce_all((ids >= 0) & (ids < size)), f"{name} must lie between 0 and {size - 1}")
+        inside = tf.reduce_all((ids >= 0) & (ids < size))
+        found.append(require(inside, f"{name} must lie between 0 and {size - 1}"))
+    return found
 
 
-def require(condition: Tensor, message: str) -> None:
+def require(condition: Tensor, message: str) -> Tensor:
     """Fail the run with ``message`` unless ``condition`` holds."""
-    tf.raw_ops.Assert(condition=condition, data=[message])
+    return tf.raw_ops.Assert(condition=condition, data=[message])
 
 
 def body(
@@ -307,8 +312,9 @@ def body(
 
     ``pasts`` are per layer keys and values [B, H, P, hd]; P may be 0.
     """
-    check(config, input_ids, attention_mask, position_ids, tf.shape(pasts[0][0])[2])
-    x = embedding(w, config, input_ids, position_ids)  # (N, D)
+    past_tokens = tf.shape(pasts[0][0])[2]  # P
+    with tf.control_dependencies(checks(config, input_ids, attention_mask, position_ids, past_tokens)):
+        x = embedding(w, config, input_ids, position_ids)  # (N, D)
     angles = rotary_angles(config.rotary, position_ids) if config.rotary else None  # (B, S, 1, dim) each
     new = tf.shape(input_ids)[1]
     bias = {window: visible(attention_mask, new, window) for window in dict.fromkeys(config.attn_window)}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tests.targets.saved_model.support import Shared
 @pytest.fixture(scope="session")
 def tensorflow() -> Iterator[TensorFlowProcess]:
     """One TensorFlow for all tests here."""
-    pytest.importorskip("importlib.metadata").version("tensorflow")
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow is not installed")
     with TensorFlowProcess() as process:
         yield process
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import numpy as np
 import pytest
 
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.errors import UnsupportedError
+from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.targets.plan import TargetOptions
-from gptconvert.targets.saved_model import model
 from gptconvert.targets.saved_model.model import TARGET, plan
 from gptconvert.targets.saved_model.process import TensorFlowProcess
 from gptconvert.tensors import BFLOAT16, Box, Computed
@@ -125,8 +125,6 @@ def test_one_flipped_byte_is_named(shared: TensorFlowProcess, saved: Path, tmp_p
 
 
 def test_wrong_checksum_is_refused_by_tensorflow(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
-    from gptconvert.errors import InputError
-
     checkpoint = understood(LM, saved)
     files = plan(checkpoint, TargetOptions())
     path = write(tmp_path, files)
@@ -309,8 +307,11 @@ def test_a_broken_tensorflow(
     source: str, said: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tensorflow.py").write_text(source)
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     checkpoint = understood(LM, saved)
     with pytest.raises(UnsupportedError, match="could not build the graph") as caught:
-        model.plan(checkpoint, TargetOptions())
+        plan(checkpoint, TargetOptions())
     assert said in str(caught.value)
+    assert list((tmp_path / "temporary").iterdir()) == []

@@ -1,0 +1,108 @@
+"""nanoGPT's ``ckpt.pt``: a ``torch.save`` of the state dict, ``model_args`` and the state of the training run.
+
+Source: karpathy/nanoGPT ``train.py``. The optimizer's state, twice the size of the weights, lies in the same file
+and is never touched. The tokenizer is elsewhere: GPT-2's, or for characters a ``meta.pkl`` in the data directory,
+which is a pickle and is therefore never opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from gptconvert.errors import GptConvertError, InputError
+from gptconvert.sources.near import no_such_path
+from gptconvert.sources.sniff import file_size
+from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.sources.torch_zip import TorchFile, read_torch_pickle, tensors_of
+
+TITLE = "nanoGPT (ckpt.pt)"
+CHECKPOINT = "ckpt.pt"
+#: The names OpenAI gave GPT-2's tokenizer files, and those Hugging Face did.
+TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
+#: The training script's entries that make such a file.
+MODEL, ARGUMENTS = "model", "model_args"
+#: Sizes of vocabulary that say "GPT-2's encoding": as it is, and padded to a multiple of 64.
+GPT2_SIZES = (50257, 50304)
+
+
+def open_nanogpt(path: str, options: OpenOptions) -> Source:
+    """Open a checkpoint file, or the output directory of a run.
+
+    Raises:
+        InputError: no such file, a damaged one, or one that nanoGPT did not write.
+        UnsafeInputError: its pickle names anything but tensors and plain data.
+    """
+    path = _checkpoint_file(path, options)
+    file = read_torch_pickle(path)
+    state, arguments = _parts(file, path)
+    tensors = tensors_of(file, state, path)
+    folder = os.path.dirname(path)
+    tokenizer = {name: there for name in TOKENIZER_FILES if os.path.exists(there := os.path.join(folder, name))}
+    for there in tokenizer.values():
+        file_size(there)  # a named pipe must not reach those who read it later
+    return Source(
+        scheme=FORMAT.name,
+        format=TITLE,
+        path=path,
+        tensors=tensors,
+        config=arguments,
+        config_path=path,
+        tokenizer=tokenizer,
+        notes=_tokenizer_notes(arguments.get("vocab_size"), tokenizer, folder),
+    )
+
+
+def _checkpoint_file(path: str, options: OpenOptions) -> str:
+    if not os.path.lexists(path):
+        raise no_such_path(path)
+    return os.path.join(path, options.weights_file or CHECKPOINT) if os.path.isdir(path) else path
+
+
+def _parts(file: TorchFile, path: str) -> tuple[Mapping[object, object], dict[str, object]]:
+    """The state dict and ``model_args``."""
+    tree = file.tree if isinstance(file.tree, dict) else {}
+    state, arguments = tree.get(MODEL), tree.get(ARGUMENTS)
+    if not isinstance(state, dict) or not isinstance(arguments, dict):
+        found = ", ".join(str(key) for key in list(tree)[:8]) or f"a {type(file.tree).__name__}"
+        raise InputError(
+            "not a nanoGPT checkpoint",
+            path=path,
+            expected="a dictionary with 'model' and 'model_args'",
+            found=found,
+            hint="a state dict alone is read as Hugging Face's pytorch_model.bin, with a config.json beside it",
+        )
+    return state, {str(key): value for key, value in arguments.items()}
+
+
+def _tokenizer_notes(vocabulary: object, tokenizer: Mapping[str, str], folder: str) -> tuple[str, ...]:
+    if tokenizer:
+        return ()
+    if os.path.lexists(os.path.join(folder, "meta.pkl")):
+        return ("meta.pkl, the character vocabulary, is a pickle and is not opened: no tokenizer is written",)
+    if vocabulary in GPT2_SIZES:
+        return (
+            "nanoGPT encodes text with GPT-2's tokenizer and keeps no copy of it: put GPT-2's encoder.json and "
+            "vocab.bpe beside the checkpoint to have tokenizer files written",
+        )
+    return ()
+
+
+def recognises(path: str) -> bool:
+    """A file or directory of nanoGPT's name, or any PyTorch file that holds what nanoGPT puts into one."""
+    if os.path.isdir(path):
+        return os.path.lexists(os.path.join(path, CHECKPOINT))
+    if os.path.basename(path) == CHECKPOINT:
+        return os.path.lexists(path)
+    return path.endswith((".pt", ".pth", ".bin", ".ckpt")) and _holds_arguments(path)
+
+
+def _holds_arguments(path: str) -> bool:
+    try:
+        tree = read_torch_pickle(path).tree
+    except GptConvertError:
+        return False
+    return isinstance(tree, dict) and {MODEL, ARGUMENTS} <= tree.keys()
+
+
+FORMAT = Format(name="nanogpt", title=TITLE, recognises=recognises, open=open_nanogpt)

@@ -1,0 +1,74 @@
+"""The variables of a SavedModel: index and strings as TensorFlow writes them, tensors as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from gptconvert.sources.tf_bundle import read_bundle
+from gptconvert.sources.tf_index import read_index
+from gptconvert.targets.saved_model.bundle import OBJECT_GRAPH_KEY, plan_bundle, string_scalar
+from gptconvert.targets.tf_index import Entry, bundle_index
+from gptconvert.tensors import BFLOAT16
+from tests.helpers import FIXTURES, computed_tensors
+from tests.targets.saved_model.support import file_bytes
+
+#: Written by TensorFlow's own Saver.
+BUNDLES = sorted(
+    path
+    for name in ("openai-tf", "openai-tf-bf16", "openai-tf-f16", "openai-tf-sharded", "openai-tf-adam")
+    for path in (FIXTURES / "tiny-gpt2" / name).glob("*.index")
+)
+
+
+@pytest.mark.parametrize("path", BUNDLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_index_is_tensorflows_byte_for_byte(path: Path) -> None:
+    index = read_index(str(path.with_suffix("")))
+    entries = [Entry(n, e.dtype, e.shape, e.offset, e.nbytes, e.crc32c, e.shard) for n, e in index.tensors.items()]
+    shards = 1 + max(entry.shard for entry in entries)
+    assert bundle_index(reversed(entries), shards) == path.read_bytes()
+
+
+def test_there_are_bundles() -> None:
+    assert len(BUNDLES) >= 5
+
+
+def test_a_string_as_tensorflow_stores_it() -> None:
+    """Bytes and checksum of ``tf.constant("TensorFlow" * 20)``, as TensorFlow 2.21 wrote them in a checkpoint."""
+    stored, checksum = string_scalar(b"TensorFlow" * 20)
+    assert stored == b"\xc8\x01#yu " + b"TensorFlow" * 20
+    assert checksum == 1026572104
+
+
+def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        "h.0.w": random.standard_normal((5, 7)).astype(np.float32),
+        "a": random.standard_normal(3).astype(BFLOAT16),
+        "b": random.standard_normal((2, 3)).astype(np.float16),
+    }
+    keys = {name: f"weights/{name}" for name in arrays}
+    files = plan_bundle("variables", computed_tensors(arrays).tensors, keys, b"objects" * 100)
+    for file in files:
+        (tmp_path / file.path).parent.mkdir(exist_ok=True)
+        (tmp_path / file.path).write_bytes(file_bytes(file))
+    found = read_bundle(str(tmp_path / "variables/variables"))
+    assert set(found) == set(keys.values())
+    for name, array in arrays.items():
+        assert found[keys[name]].dtype == array.dtype
+        np.testing.assert_array_equal(found[keys[name]].read(), array)
+        assert found[keys[name]].crc32c == google_crc32c.value(array.tobytes())  # type: ignore[attr-defined]
+    assert all(placed.offset % 64 == 0 for placed in files[0].tensors)
+    assert OBJECT_GRAPH_KEY in found.notes[0]
+
+
+def test_the_size_of_the_index_is_known_before_its_checksums() -> None:
+    arrays = {f"h.{i}.w": np.full(3, i, np.float32) for i in range(40)}
+    _, index = plan_bundle("v", computed_tensors(arrays).tensors, {name: name for name in arrays}, b"")
+    assert index.finish is not None
+    contents = [index.finish(lambda placed, value=value: value) for value in (0, 0xFFFFFFFF)]
+    assert {len(content) for content in contents} == {index.nbytes}
+    assert contents[0] != contents[1]

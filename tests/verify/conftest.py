@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Models this small only wait for each other's threads."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,59 @@
+"""Exported tiny models and ways to spoil them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.targets.onnx.model import plan
+from gptconvert.targets.plan import TargetOptions
+from gptconvert.verify import Report, find_artifacts, verify
+from tests.helpers import checkpoint_of, tiny_gpt2, write_planned
+
+
+def tiny(directory: Path, seed: int = 0, **config: object) -> Checkpoint:
+    return checkpoint_of(*tiny_gpt2(seed, **config), directory)
+
+
+def export(directory: Path, checkpoint: Checkpoint, **options: Any) -> Path:
+    """The ONNX files of a checkpoint; returns the graph's path."""
+    planned = plan(checkpoint, TargetOptions(**options))
+    write_planned(directory, planned)
+    return directory / planned[0].path
+
+
+def altered(checkpoint: Checkpoint, **config: Any) -> Checkpoint:
+    """The same weights under another configuration."""
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **config))
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    """Change a graph file in place, its external data left alone."""
+    model = onnx.load_model(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def node(model: Any, output: str) -> Any:
+    """The node that makes a value."""
+    return next(n for n in model.graph.node if output in n.output)
+
+
+def insert_after(model: Any, output: str, *nodes: Any) -> None:
+    """Put nodes behind the one that makes ``output``."""
+    at = next(i for i, n in enumerate(model.graph.node) if output in n.output)
+    for offset, new in enumerate(nodes):
+        model.graph.node.insert(at + 1 + offset, new)
+
+
+def attribute(model: Any, output: str, name: str) -> Any:
+    return next(a for a in node(model, output).attribute if a.name == name)
+
+
+def report_on(checkpoint: Checkpoint, path: Path, **options: Any) -> Report:
+    return verify(checkpoint, find_artifacts(str(path)), **options)
