@@ -140,7 +140,7 @@ class DeinterleaveHeads:
 
 @dataclass(frozen=True)
 class DeinterleaveFeatures:
-    """Rows [H, head, parts] (Megatron-LM's checkpoint version 1: each feature's q, k, v together) ↔ [parts, H, head]."""
+    """Rows [H, head, parts] (Megatron-LM's version 1: each feature's q, k, v together) ↔ [parts, H, head]."""
 
     parts: int = 3
 

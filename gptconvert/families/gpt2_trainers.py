@@ -290,9 +290,7 @@ class _Shapes:
         self.layers = max((int(m[1]) for name in tensors if (m := re.search(layer, name))), default=-1) + 1
 
 
-def _heads(
-    keys: ConfigKeys, key: str, width: int, request: Request, missing: str
-) -> tuple[int, list[str]]:
+def _heads(keys: ConfigKeys, key: str, width: int, request: Request, missing: str) -> tuple[int, list[str]]:
     """The number of heads, and a note where no file gives it."""
     if key not in keys.raw:
         heads, how = heads_of_width(width, request, missing)

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from dataclasses import dataclass
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
-from gptconvert.sources import hf, hub, openai_tf
+from gptconvert.sources import hf, hub, llmc, megatron, nanogpt, openai_tf
 from gptconvert.sources.hf_files import weights_named
 from gptconvert.sources.near import no_such_path
 from gptconvert.sources.sniff import explain_file, file_size
 from gptconvert.sources.source import Format, OpenOptions, Source
-from gptconvert.sources.torch_zip import read_torch_pickle
 
 #: In the order they are tried: Hugging Face's file names are the least mistakable.
-FORMATS: tuple[Format, ...] = (hf.FORMAT, openai_tf.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    hf.FORMAT,
+    openai_tf.FORMAT,
+    nanogpt.FORMAT,
+    llmc.FORMAT,
+    megatron.FORMAT,
+)
 
 
 def open_source(path: str | os.PathLike[str], options: OpenOptions, format: str | None = None) -> Source:
@@ -83,14 +87,8 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     Lookalike("a fine-tuned OpenAI GPT-1 (joblib)", r".*_params\.jl"),
     Lookalike("a mesh-transformer-jax checkpoint (original GPT-J)", r"step_\d+|shard_\d+"),
     Lookalike("a GPT-NeoX checkpoint (DeepSpeed)", r"global_step\d+|layer_\d+-.*\.pt|mp_rank_\d+_model_states\.pt"),
-    Lookalike(
-        "a Megatron-LM checkpoint", r"latest_checkpointed_iteration\.txt|iter_\d+|mp_rank_\d+|model_optim_rng\.pt"
-    ),
-    Lookalike("a nanoGPT checkpoint", r"ckpt\.pt"),
-    Lookalike("an llm.c checkpoint", r"gpt2_\d+M.*\.bin", struct.pack("<i", 20240326)),
     Lookalike("llama.cpp weights (GGUF)", r".*\.gguf", b"GGUF"),
-    Lookalike("Keras weights (HDF5)", r".*\.(?:h5|hdf5|keras)", b"\x89HDF\r\n\x1a\n"),
-    Lookalike("Flax weights (msgpack)", r".*\.msgpack"),
+    Lookalike("Keras weights (HDF5)", r".*\.(?:hdf5|keras)", b"\x89HDF\r\n\x1a\n"),
     Lookalike("an ONNX model", r".*\.onnx"),
     Lookalike("a TensorFlow SavedModel", r"saved_model\.pb(?:txt)?"),
     Lookalike("rust-bert weights", r".*\.ot"),
@@ -107,8 +105,6 @@ def lookalike(path: str) -> str | None:
     by_bytes = next((k.title for k in LOOKALIKES if k.magic and head.startswith(k.magic)), None)
     if by_bytes is not None:
         return by_bytes
-    if head[:2] == b"PK" and _mentions_model_args(path):
-        return "a nanoGPT checkpoint"
     name = os.path.basename(path)
     return next((k.title for k in LOOKALIKES if re.fullmatch(k.names, name)), None)
 
@@ -126,15 +122,6 @@ def read_head(path: str) -> bytes:
             return file.read(512)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path=path) from error
-
-
-def _mentions_model_args(path: str) -> bool:
-    """nanoGPT's ``torch.save({"model": …, "model_args": …})``, whatever the file is called."""
-    try:
-        tree = read_torch_pickle(path).tree
-    except GptConvertError:
-        return False
-    return isinstance(tree, dict) and {"model", "model_args"} <= tree.keys()
 
 
 def _entries(path: str) -> list[str]:

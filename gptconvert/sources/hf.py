@@ -119,7 +119,8 @@ def list_files(directory: str) -> list[str]:
 
 
 def _read(path: str, weights: Weights) -> TensorSet:
-    return read_sharded(path, weights.kind.read) if weights.sharded else weights.kind.read(path)
+    kind = weights.kind
+    return read_sharded(path, kind.read, kind.index_name) if weights.sharded else kind.read(path)
 
 
 def _no_config(directory: str, names: list[str]) -> InputError:
@@ -141,7 +142,7 @@ def recognises(path: str) -> bool:
             CONFIG in names and (_names_model_type(os.path.join(path, CONFIG)) or any(map(unsupported_kind, names)))
         )
     directory, name = os.path.split(path)
-    if name == CONFIG or name.endswith(".safetensors"):
+    if name == CONFIG or name.endswith((".safetensors", ".h5", ".msgpack")):
         return True
     return weights_named(name) is not None and os.path.lexists(os.path.join(directory, CONFIG))
 
@@ -154,4 +155,9 @@ def _names_model_type(path: str) -> bool:
         return False
 
 
-FORMAT = Format("hf", "Hugging Face transformers (safetensors, PyTorch .bin; directory or hub)", recognises, open_hf)
+FORMAT = Format(
+    name="hf",
+    title="Hugging Face transformers (safetensors, .bin, tf_model.h5, flax_model.msgpack; directory or hub)",
+    recognises=recognises,
+    open=open_hf,
+)

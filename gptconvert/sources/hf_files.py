@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.sources import flax_msgpack, keras_h5
 from gptconvert.sources.safetensors import read_safetensors
 from gptconvert.sources.torch_zip import read_torch
 from gptconvert.tensors import TensorSet
@@ -34,12 +35,14 @@ class WeightsKind:
         default: file name of an unsharded checkpoint; the index of a sharded one is called ``DEFAULT.index.json``.
         suffixes: of files that are read as this kind.
         read: reads one file.
+        index_name: the name that ``read`` gives to what a shard index calls so.
     """
 
     title: str
     default: str
     suffixes: tuple[str, ...]
     read: Callable[[str], TensorSet]
+    index_name: Callable[[str], str] = str
 
     @property
     def index(self) -> str:
@@ -50,13 +53,15 @@ class WeightsKind:
 KINDS: tuple[WeightsKind, ...] = (
     WeightsKind("safetensors", "model.safetensors", (".safetensors",), read_safetensors),
     WeightsKind("PyTorch", "pytorch_model.bin", (".bin", ".pt", ".pth"), read_torch),
+    WeightsKind(
+        "TensorFlow (Keras HDF5)", "tf_model.h5", (".h5", ".hdf5"), keras_h5.read_keras_h5, keras_h5.index_name
+    ),
+    WeightsKind(
+        "Flax (msgpack)", "flax_model.msgpack", (".msgpack",), flax_msgpack.read_flax, flax_msgpack.index_name
+    ),
 )
 #: Containers without a reader: file name pattern → what it is.
 UNSUPPORTED: Mapping[str, str] = {
-    "tf_model.h5": "TensorFlow weights (Keras HDF5)",
-    "tf_model.h5.index.json": "TensorFlow weights (Keras HDF5)",
-    "flax_model.msgpack": "Flax weights",
-    "flax_model.msgpack.index.json": "Flax weights",
     "rust_model.ot": "rust-bert weights",
     "*.gguf": "llama.cpp weights",
     "*.onnx": "an ONNX graph",

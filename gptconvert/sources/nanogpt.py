@@ -80,12 +80,11 @@ def _tokenizer_notes(vocabulary: object, tokenizer: Mapping[str, str], folder: s
         return ()
     if os.path.lexists(os.path.join(folder, "meta.pkl")):
         return ("meta.pkl, the character vocabulary, is a pickle and is not opened: no tokenizer is written",)
-    if vocabulary in GPT2_SIZES:
-        return (
-            "nanoGPT encodes text with GPT-2's tokenizer and keeps no copy of it: put GPT-2's encoder.json and "
-            "vocab.bpe beside the checkpoint to have tokenizer files written",
-        )
-    return ()
+    text = (
+        "nanoGPT encodes text with GPT-2's tokenizer and keeps no copy of it: put GPT-2's encoder.json and vocab.bpe "
+        "beside the checkpoint to have tokenizer files written"
+    )
+    return (text,) if vocabulary in GPT2_SIZES else ()
 
 
 def recognises(path: str) -> bool:

@@ -43,6 +43,10 @@ class Opaque:
     what: str
 
 
+class Attributes(dict[object, object]):
+    """The attributes of an object that holds nothing but plain data (``argparse.Namespace``), by name."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """What one kind of file may name.
@@ -185,9 +189,11 @@ class _Machine:
         self.stack.append(self.rules.calls[function](arguments))
 
     def build(self) -> None:
-        """Attributes set on an object: ours have none, so those of dictionaries (``_metadata``) are let go."""
-        self.pop()
-        if not isinstance(self.top(), (dict, Opaque)):
+        """Attributes set on an object. Those of dictionaries (``_metadata``) and unneeded objects are let go."""
+        state, target = self.pop(), self.top()
+        if isinstance(target, Attributes) and isinstance(state, dict):
+            target.update(state)
+        elif not isinstance(target, (dict, Opaque)):
             raise RefusedError("attributes set on something that is no dictionary")
 
     def persistent(self) -> None:

@@ -19,19 +19,22 @@ MAX_INDEX = 64 << 20
 _LISTED = 10
 
 
-def read_sharded(index: str | os.PathLike[str], read: Callable[[str], TensorSet]) -> TensorSet:
+def read_sharded(
+    index: str | os.PathLike[str], read: Callable[[str], TensorSet], rename: Callable[[str], str] = str
+) -> TensorSet:
     """All tensors of a sharded checkpoint, by the order of the index.
 
     Args:
         index: the index file.
         read: reads one shard.
+        rename: the index's name for a tensor → the one ``read`` gives it.
 
     Raises:
         InputError: the index is malformed, shards are missing, or they do not hold what the index says.
         UnsafeInputError: a shard lies outside the directory or is no regular file.
     """
     index = os.fspath(index)
-    weight_map = read_weight_map(index)
+    weight_map = {rename(name): shard for name, shard in read_weight_map(index).items()}
     shards = {name: read(path) for name, path in shard_paths(index, weight_map).items()}
     _check_contents(index, weight_map, shards)
     tensors: dict[str, LazyTensor] = {name: shards[shard][name] for name, shard in weight_map.items()}

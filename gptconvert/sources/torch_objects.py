@@ -14,7 +14,15 @@ from typing import Literal, TypeGuard, cast
 import numpy as np
 
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
-from gptconvert.sources.safe_pickle import RESAVE, Global, Opaque, RefusedError, Rules, ordered_dict
+from gptconvert.sources.safe_pickle import (
+    RESAVE,
+    Attributes,
+    Global,
+    Opaque,
+    RefusedError,
+    Rules,
+    ordered_dict,
+)
 from gptconvert.tensors import (
     BFLOAT16,
     Array,
@@ -63,6 +71,12 @@ _STRANGE_DTYPES = (
     "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu "
     "float4_e2m1fn_x2 qint8 quint8 qint32"
 ).split()
+#: Enumerations among Megatron-LM's arguments: which kind of model a run was for.
+_MEGATRON_CONSTANTS = tuple(
+    Global(module, name)
+    for module in ("megatron.enums", "megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums")
+    for name in ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
+)
 _UNTYPED = (Global("torch.storage", "UntypedStorage"), Global("torch", "UntypedStorage"))
 #: PyTorch's own limit on the number of axes.
 _MAX_RANK = 64
@@ -102,10 +116,17 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         Global("numpy", "dtype"): lambda _: Opaque("numpy dtype"),
         Global("numpy.core.multiarray", "scalar"): lambda _: Opaque("numpy scalar"),
         Global("numpy._core.multiarray", "scalar"): lambda _: Opaque("numpy scalar"),
+        # What training scripts save beside the weights: their arguments, and states of random generators.
+        Global("argparse", "Namespace"): lambda _: Attributes(),
+        Global("numpy.core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
+        Global("numpy._core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
+        **{name: lambda _: Opaque("constant of Megatron-LM") for name in _MEGATRON_CONSTANTS},
     }
     storages = (Global(m, s) for m in ("torch", "torch.cuda") for s in (*STORAGES, *_STRANGE_STORAGES))
     dtypes = (Global("torch", name) for name in (*DTYPES, *_STRANGE_DTYPES))
-    return Rules(calls, frozenset((*storages, *dtypes, *_UNTYPED)), partial(_storage, path, locate))
+    return Rules(
+        calls, frozenset((*storages, *dtypes, *_UNTYPED, Global("numpy", "ndarray"))), partial(_storage, path, locate)
+    )
 
 
 def _storage(path: str, locate: Locate, identity: object) -> Storage:

@@ -87,7 +87,7 @@ def tensors_of(file: TorchFile, state: Mapping[object, object], path: str) -> Te
 def _under(tensors: Iterable[LazyTensor], checksums: Iterable[FileChecksum]) -> tuple[FileChecksum, ...]:
     """The checksums of the storages that these tensors lie in; all, if a tensor does not say where it lies."""
     ordered = sorted(checksums, key=lambda checksum: checksum.segment.offset)
-    starts, used = [checksum.segment.offset for checksum in ordered], set()
+    starts, used = [checksum.segment.offset for checksum in ordered], set[int]()
     for tensor in tensors:
         stored = tensor.base if isinstance(tensor, Transposed) else tensor
         if not isinstance(stored, Stored):

@@ -140,7 +140,7 @@ class Trial:
         own_noise = Errors(noise.square[row.tokens][only], noise.largest[row.tokens][only])
         measure.add(Errors.of(candidate, truth), own_noise, truth)
         if name == "logits" and truth.shape[1] > 1:
-            group.likeness.add(values, truth.numpy(), measure.noise_max)
+            group.likeness.add(candidate, truth, measure.noise_max)
 
     def _check_causality(self, a: Row, first: Array, b: Row, second: Array) -> None:
         """Two prompts that begin alike: outputs must be alike up to where the ids differ, and not from there on."""

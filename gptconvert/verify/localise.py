@@ -38,16 +38,18 @@ def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, gr
     except RunError:
         return None
     found: dict[str, Group] = {}
-    Trial(runner, truth, config, found).run()
-    presents = [m.tensor for group in found.values() for m in group.measures.values() if not m.ok]
-    bad = next((name for name in taps if not _tap_ok(name, outputs, probe, truth)), None)
-    if bad is not None:
-        return _in_block(bad, presents)
-    if any(name.startswith("present.") for name in presents):
-        return _from_presents(min((n for n in presents if n.startswith("present.")), key=_layer), taps)
-    if all(group.ok for group in found.values()):
-        return "onnxruntime's graph optimisation: without it the same graph is right"
-    return "the head (final norm, projection) or the output's shape"
+    Trial(runner, truth, config, found, {probe: outputs}).run()
+    bad = [m.tensor for group in found.values() for m in group.measures.values() if not m.ok]
+    presents = sorted((name for name in bad if name.startswith("present.")), key=_layer)
+    tap = next((name for name in taps if not _tap_ok(name, outputs, probe, truth)), None)
+    if tap is not None:
+        return _in_block(tap, presents)
+    if presents:
+        return _from_presents(presents[0], taps)
+    if not all(group.ok for group in found.values()):
+        return "the head (final norm, projection) or the output's shape"
+    measured = any(not measure.ok for group in groups for measure in group.measures.values())
+    return "onnxruntime's graph optimisation: without it the same graph is right" if measured else None
 
 
 def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:
@@ -67,7 +69,7 @@ def _in_block(tap: str, bad_presents: list[str]) -> str:
     if tap == "embedding":
         return "the embedding (tokens or positions)"
     layer = _layer(tap)
-    own = sorted(name for name in bad_presents if name.startswith("present.") and _layer(name) == layer)
+    own = sorted(name for name in bad_presents if _layer(name) == layer)
     return f"block {layer}" + (f", from {' and '.join(own)} on" if own else "")
 
 

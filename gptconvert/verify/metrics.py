@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[Any]
 
+TINY = 2.0**-1022
 #: rmse(c, t) may be this many times rmse(e, t).
 MAX_RMSE_RATIO = 4.0
 #: max|c - t| may be this many times max|e - t|.
@@ -154,15 +154,16 @@ class Likeness:
     max_divergence: float = 0.0
     min_cosine: float = field(default=1.0)
 
-    def add(self, values: Floats, truth: Floats, noise_max: float) -> None:
+    def add(self, values: Tensor, truth: Tensor, noise_max: float) -> None:
         """Count in logits [n, V] against float64 truth [n, V]; ``noise_max`` is the yardstick's largest error."""
-        for c, t in zip(values.astype(np.float64), truth, strict=True):  # (V) each
-            theirs, ours = _log_softmax(c), _log_softmax(t)
-            cosine = float(c @ t / max(float(np.linalg.norm(c) * np.linalg.norm(t)), np.finfo(np.float64).tiny))
-            self.tokens += 1
-            self.same_top += bool(t.max() - t[c.argmax()] <= 4 * noise_max)  # 0 where the same id is on top
-            self.max_divergence = max(self.max_divergence, float(np.exp(ours) @ (ours - theirs)))
-            self.min_cosine = min(self.min_cosine, cosine)
+        values = values.double()
+        theirs, ours = values.log_softmax(1), truth.log_softmax(1)  # (n, V) each
+        cosines = (values * truth).sum(1) / (values.norm(dim=1) * truth.norm(dim=1)).clamp(min=TINY)  # (n)
+        behind = truth.amax(1) - truth.gather(1, values.argmax(1, keepdim=True))[:, 0]  # (n), 0: the same id on top
+        self.tokens += len(values)
+        self.same_top += int((behind <= 4 * noise_max).sum())
+        self.max_divergence = max(self.max_divergence, float((ours.exp() * (ours - theirs)).sum(1).amax()))
+        self.min_cosine = min(self.min_cosine, float(cosines.amin()))
 
     @property
     def top1(self) -> float:
@@ -178,11 +179,6 @@ class Likeness:
             "min_cosine": significant(self.min_cosine, 9),
         }
 
-
-def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[V] → [V]."""
-    shifted = x - x.max()
-    return np.asarray(shifted - math.log(float(np.exp(shifted).sum())))
 
 
 def significant(value: float, digits: int = 3) -> float | None:

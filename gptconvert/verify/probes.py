@@ -68,8 +68,13 @@ class Probe:
 
     @property
     def is_prompt(self) -> bool:
-        """Whether it is a single sequence with nothing before it and nothing left out."""
-        return len(self.input_ids) == 1 and not self.past_length and bool(self.attention_mask.all())
+        """Whether it is a single sequence from position 0 on, with nothing before it and nothing left out."""
+        plain = np.arange(self.input_ids.shape[1])
+        return (
+            not self.past_length
+            and bool(self.attention_mask.all())
+            and np.array_equal(self.position_ids, plain[None])
+        )
 
     def beginning(self, count: int) -> Probe:
         """The same with the first ``count`` of its new tokens alone."""

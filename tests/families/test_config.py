@@ -295,7 +295,7 @@ def test_neox_rotary_keys_must_agree() -> None:
 
 def test_neox_shares_of_a_head_survive_writing() -> None:
     """The share is written as a fraction and cut to a whole number on reading: no width may be lost by rounding."""
-    for head, dim in ((head, dim) for head in range(2, 200) for dim in range(2, head + 1, 2)):
+    for head, dim in ((n, dim) for n in range(2, 200) for dim in range(2, n + 1, 2)):
         made = GPTConfig(
             family="gpt_neox",
             vocab_size=9,

@@ -102,8 +102,10 @@ def test_an_incomplete_head_is_named(directory: Path) -> None:
     """config.json promises a classifier: its absence is a damaged checkpoint, not another task."""
     raw, arrays = saved(Case("gpt2", "token-classification"), directory)
     for name in ("classifier.weight", "classifier.bias"):
-        with pytest.raises(InputError, match=f"missing     {name}"):
-            checkpoint_of(raw, {n: a for n, a in arrays.items() if n != name})
+        for architecture in ("GPT2ForTokenClassification", "TFGPT2ForTokenClassification"):
+            raw["architectures"] = [architecture]
+            with pytest.raises(InputError, match=f"missing     {name}"):
+                checkpoint_of(raw, {n: a for n, a in arrays.items() if n != name})
 
 
 @pytest.mark.parametrize("case", [c for c in BY_TASK if c.task in LABELLED_TASKS], ids=str)

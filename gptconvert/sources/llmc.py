@@ -1,0 +1,199 @@
+"""llm.c's model files: a header of 256 whole numbers, then GPT-2's tensors, each stacked over the layers.
+
+Source: karpathy/llm.c ``train_gpt2.py`` (``write_model``) and ``train_gpt2.c``. Version 3 holds float32, version 5
+bfloat16, both with the vocabulary padded to a multiple of 128 rows; version 1 is version 3 without the padding.
+Nothing in the file is checksummed, so its size must be exactly what the header promises.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.sources.near import no_such_path
+from gptconvert.sources.sniff import explain_file, file_size
+from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.tensors import BFLOAT16, LazyTensor, Segment, Shape, Stored, TensorSet
+
+TITLE = "llm.c (.bin)"
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+MAGIC = 20240326
+#: Other files of llm.c, by their magic numbers.
+OTHERS: Mapping[int, str] = {
+    20240327: "llm.c's debug state (activations and gradients)",
+    20240328: "llm.c's tokenizer",
+    20240520: "tokenised training data of llm.c",
+    20240803: "llm.c's Llama 3 checkpoint",
+}
+#: Version → element type.
+VERSIONS: Mapping[int, np.dtype[np.generic]] = {1: np.dtype("<f4"), 3: np.dtype("<f4"), 5: BFLOAT16}
+#: Tensors in the order of the file, and their shapes; with ``{i}`` one of every layer, one after the other.
+LAYOUT: tuple[tuple[str, str], ...] = (
+    ("wte", "P C"),
+    ("wpe", "T C"),
+    ("h.{i}.ln1w", "C"),
+    ("h.{i}.ln1b", "C"),
+    ("h.{i}.qkvw", "3C C"),
+    ("h.{i}.qkvb", "3C"),
+    ("h.{i}.attprojw", "C C"),
+    ("h.{i}.attprojb", "C"),
+    ("h.{i}.ln2w", "C"),
+    ("h.{i}.ln2b", "C"),
+    ("h.{i}.fcw", "4C C"),
+    ("h.{i}.fcb", "4C"),
+    ("h.{i}.fcprojw", "C 4C"),
+    ("h.{i}.fcprojb", "C"),
+    ("lnfw", "C"),
+    ("lnfb", "C"),
+)
+MAX_SIZE, MAX_LAYERS = 1 << 31, 10_000
+TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Header:
+    """The sizes at the start of the file, under llm.c's names."""
+
+    version: int
+    max_seq_len: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    channels: int
+    padded_vocab_size: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The symbols of :data:`LAYOUT`."""
+        return {"P": self.padded_vocab_size, "T": self.max_seq_len, "C": self.channels}
+
+
+def open_llmc(path: str, options: OpenOptions) -> Source:
+    """Open a model file.
+
+    Raises:
+        InputError: no such file, or one that is truncated or no model file.
+        UnsupportedError: a version whose layout is not known here.
+    """
+    if not os.path.lexists(path):
+        raise no_such_path(path)
+    size = file_size(path)
+    header = read_header(path, size)
+    tensors, end = _tensors(header, path)
+    if size != end:
+        raise InputError(
+            "file is truncated" if size < end else "file is longer than its header says",
+            path=path,
+            expected=f"{end} bytes",
+            found=f"{size} bytes",
+            hint="the download or copy did not finish: fetch the file again" if size < end else None,
+        )
+    folder, notes = os.path.dirname(path), []
+    if header.padded_vocab_size > header.vocab_size:
+        rows = f"{header.vocab_size}–{header.padded_vocab_size - 1}"
+        notes.append(f"the file pads the vocabulary to {header.padded_vocab_size} rows: rows {rows} are left out")
+    return Source(
+        scheme=FORMAT.name,
+        format=f"{TITLE}, version {header.version}",
+        path=path,
+        tensors=TensorSet(tensors, (path,)),
+        config=dict(vars(header)),
+        config_path=path,
+        tokenizer={name: there for name in TOKENIZER_FILES if os.path.isfile(there := os.path.join(folder, name))},
+        notes=tuple(notes),
+    )
+
+
+def read_header(path: str, size: int) -> Header:
+    """The header of a file of ``size`` bytes, its numbers plausible."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+    magic = int.from_bytes(data[:4], "little")
+    if magic in OTHERS:
+        raise UnsupportedError(f"this file is {OTHERS[magic]}, not a GPT-2 model", path=path)
+    if magic != MAGIC:
+        explained = explain_file(path)
+        raise InputError(
+            "not a model file of llm.c" + (f": this file {explained}" if explained else ""),
+            path=path,
+            expected=f"the number {MAGIC} at the start",
+            found=magic,
+        )
+    if len(data) < HEADER_BYTES:
+        raise InputError("file is truncated", path=path, expected=f"{HEADER_BYTES} bytes", found=f"{size} bytes")
+    version, context, vocabulary, layers, heads, channels, padded = struct.unpack("<7i", data[4:32])
+    if version not in VERSIONS:
+        raise _unknown_version(version, path)
+    if version == 1:
+        padded = vocabulary  # older than the padding: the word was not used
+    header = Header(version, context, vocabulary, layers, heads, channels, padded)
+    _check(header, path)
+    return header
+
+
+def _check(header: Header, path: str) -> None:
+    wrong = {k: v for k, v in vars(header).items() if not 0 < v < (MAX_LAYERS if k == "num_layers" else MAX_SIZE)}
+    if header.padded_vocab_size < header.vocab_size:
+        wrong["padded_vocab_size"] = header.padded_vocab_size
+    if wrong:
+        listed = ", ".join(f"{key} = {value}" for key, value in wrong.items())
+        raise InputError(f"the header holds impossible sizes: {listed}", path=path)
+
+
+def _unknown_version(version: int, path: str) -> UnsupportedError:
+    old = version == 2
+    return UnsupportedError(
+        "the layout of this old version (bfloat16, layer norms apart) is not established"
+        if old
+        else "unknown version of llm.c's model file",
+        path=path,
+        expected=f"version {', '.join(map(str, VERSIONS))}",
+        found=f"version {version}",
+        hint="write it again with a current train_gpt2.py, which saves version 5" if old else None,
+    )
+
+
+def _tensors(header: Header, path: str) -> tuple[dict[str, LazyTensor], int]:
+    """Every layer's slice of every tensor, and the size the file must have."""
+    tensors: dict[str, LazyTensor] = {}
+    dtype, offset = VERSIONS[header.version], HEADER_BYTES
+    for template, symbols in LAYOUT:
+        shape = _shape(symbols, header.sizes)
+        for i in range(header.num_layers) if "{i}" in template else (0,):
+            nbytes = math.prod(shape) * dtype.itemsize
+            part, kept = Segment(path, offset, nbytes), shape
+            if template == "wte":
+                kept = (header.vocab_size, header.channels)
+                part = Segment(path, offset, math.prod(kept) * dtype.itemsize)
+            tensors[template.replace("{i}", str(i))] = Stored((part,), dtype, kept)
+            offset += nbytes
+    return tensors, offset
+
+
+def _shape(symbols: str, sizes: Mapping[str, int]) -> Shape:
+    """``"3C C"`` with C = 24 → (72, 24)."""
+    return tuple(int(word[:-1] or 1) * sizes[word[-1]] for word in symbols.split())
+
+
+def recognises(path: str) -> bool:
+    """Whether a file begins with llm.c's magic number."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == struct.pack("<i", MAGIC)
+    except OSError:
+        return False
+
+
+FORMAT = Format(name="llmc", title=TITLE, recognises=recognises, open=open_llmc)

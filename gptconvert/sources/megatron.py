@@ -1,0 +1,217 @@
+"""Megatron-LM's GPT-2: ``model_optim_rng.pt`` of a run that split the model over no more than one device.
+
+Sources: NVIDIA/Megatron-LM ``checkpointing.py`` (file names, the entries ``args``, ``checkpoint_version``, ``model``)
+and Hugging Face's ``megatron_gpt2`` conversion. The version says in which order the rows of q, k and v lie:
+0: [3, H, hd] (the released 345M model, which records no version), 1: [H, hd, 3], 2 and 3: [H, 3, hd].
+The run's arguments are a pickled ``argparse.Namespace``: read as plain data, nothing is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.sources.near import no_such_path
+from gptconvert.sources.sniff import read_small
+from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.sources.torch_zip import TorchFile, read_torch_pickle, tensors_of
+
+NAME, TITLE = "megatron", "Megatron-LM GPT-2 (model_optim_rng.pt)"
+FILES = ("model_optim_rng.pt", "model_rng.pt")
+TRACKER = "latest_checkpointed_iteration.txt"
+FIRST_RANK = "mp_rank_00"
+#: Checkpoint version → naming scheme, which is named after the first version of its kind.
+SCHEMES: Mapping[int, str] = {0: "megatron-v0", 1: "megatron-v1", 2: "megatron-v2", 3: "megatron-v2"}
+#: Arguments that say over how many devices one copy of the model was split.
+SPLITS = ("model_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+#: Most dictionaries inside each other, and most entries of one level.
+MAX_DEPTH, MAX_ENTRIES = 8, 100_000
+TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
+
+
+def open_megatron(path: str, options: OpenOptions) -> Source:
+    """Open a checkpoint file, its ``mp_rank_00``, its iteration's directory or the directory of a run.
+
+    Raises:
+        InputError: no such file, a damaged one, or one that Megatron-LM did not write.
+        UnsupportedError: a model split over several devices, or written by Megatron-Core.
+        UnsafeInputError: the pickle names anything but tensors and plain data.
+    """
+    if not os.path.lexists(path):
+        raise no_such_path(path)
+    path = locate(path, options.step)
+    file = read_torch_pickle(path)
+    tree = _entries(file, path)
+    arguments = _arguments(tree.get("args"), path)
+    version = _version(tree, path)
+    tensors = tensors_of(file, _flat(tree["model"], path), path)
+    _refuse_core(tensors, path)
+    folder = os.path.dirname(path)
+    note = f"checkpoint version {version}" + ("" if "checkpoint_version" in tree else " (the file records none)")
+    return Source(
+        scheme=SCHEMES[version],
+        format=f"{TITLE}, version {version}",
+        path=path,
+        tensors=tensors,
+        config=arguments,
+        config_path=path,
+        tokenizer={name: there for name in TOKENIZER_FILES if os.path.isfile(there := os.path.join(folder, name))},
+        notes=(note,) if arguments else (note, "the file holds no arguments of the training run"),
+    )
+
+
+def locate(path: str, step: int | None) -> str:
+    """The one file that ``path`` means.
+
+    Raises:
+        InputError: there is none.
+        UnsupportedError: there are several, one for each device.
+        UsageError: a step is asked for where there is only one.
+    """
+    if not os.path.isdir(path):
+        return path
+    names = sorted(os.listdir(path))
+    if TRACKER in names or any(re.fullmatch(r"iter_\d{7,}|release", name) for name in names):
+        return locate(_iteration(path, names, step), None)
+    if step is not None:
+        raise UsageError("--step needs the directory of a run", path=path, expected=TRACKER)
+    ranks = [name for name in names if re.fullmatch(r"mp_rank_\d\d(_\d{3})*", name)]
+    if len(ranks) > 1 or any(rank != FIRST_RANK for rank in ranks):
+        raise _split(f"{len(ranks)} parts: {', '.join(ranks[:4])}", path)
+    if ranks:
+        return locate(os.path.join(path, FIRST_RANK), None)
+    for name in FILES:
+        if name in names:
+            return os.path.join(path, name)
+    found = ", ".join(names[:8]) or "an empty directory"
+    raise InputError("no Megatron-LM checkpoint here", path=path, expected=" or ".join(FILES), found=found)
+
+
+def _iteration(path: str, names: list[str], step: int | None) -> str:
+    """The directory of one iteration: the one asked for, else the one the tracker file names."""
+    if step is not None:
+        name = f"iter_{step:07d}"
+    elif TRACKER in names:
+        tracker = os.path.join(path, TRACKER)
+        text = read_small(tracker, 256, TRACKER).decode("ascii", "replace").strip()
+        if not re.fullmatch(r"\d{1,12}|release", text):
+            raise InputError("wrong iteration", path=tracker, expected="a number, or release", found=repr(text)[:60])
+        name = text if text == "release" else f"iter_{int(text):07d}"
+    else:
+        name = max(name for name in names if name.startswith(("iter_", "release")))
+    if name not in names:
+        there = ", ".join(n for n in names if n.startswith(("iter_", "release"))) or "none"
+        raise InputError("the iteration is not there", path=path, expected=name, found=there)
+    return os.path.join(path, name)
+
+
+def _entries(file: TorchFile, path: str) -> dict[str, object]:
+    """The top of the file: a dictionary with ``model`` in it."""
+    tree = file.tree if isinstance(file.tree, dict) else {}
+    if not isinstance(tree.get("model"), dict) and any(str(key).startswith("model0") for key in tree):
+        raise _split("a virtual pipeline (model0, model1 …)", path)
+    if not isinstance(tree.get("model"), dict):
+        found = ", ".join(str(key) for key in list(tree)[:8]) or f"a {type(file.tree).__name__}"
+        raise InputError("not a Megatron-LM checkpoint", path=path, expected="an entry 'model'", found=found)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _arguments(given: object, path: str) -> dict[str, object]:
+    """The run's arguments that are numbers, truth values, text or None; its number of devices is checked.
+
+    Raises:
+        UnsupportedError: the model was split.
+    """
+    if not isinstance(given, dict):
+        return {}
+    plain: dict[str, object] = {
+        str(k): v for k, v in given.items() if v is None or isinstance(v, (bool, int, float, str))
+    }
+    wrong = {key: plain[key] for key in SPLITS if plain.get(key) not in (None, 1)}
+    if wrong:
+        raise _split(", ".join(f"{key} = {value}" for key, value in wrong.items()), path)
+    return plain
+
+
+def _version(tree: Mapping[str, object], path: str) -> int:
+    version = tree.get("checkpoint_version", 0)
+    if not isinstance(version, (int, float)) or version not in SCHEMES:
+        raise UnsupportedError(
+            "unknown checkpoint version of Megatron-LM: the order of q, k and v is not established",
+            path=path,
+            tensor="checkpoint_version",
+            expected=f"one of {', '.join(map(str, SCHEMES))}",
+            found=repr(version)[:40],
+        )
+    return int(version)
+
+
+def _flat(model: object, path: str) -> dict[object, object]:
+    """Nested dictionaries as one, names joined by dots.
+
+    Raises:
+        UnsafeInputError: they hold each other, or more than any model.
+    """
+    found: dict[object, object] = {}
+    level: list[tuple[str, object]] = [("", model)]
+    for _ in range(MAX_DEPTH):
+        inside = [
+            (f"{name}.{key}".lstrip("."), v) for name, d in level if isinstance(d, dict) for key, v in d.items()
+        ]
+        found.update((name, value) for name, value in inside if not isinstance(value, dict))
+        level = [(name, value) for name, value in inside if isinstance(value, dict)]
+        if not level:
+            return found
+        if sum(len(value) for _, value in level if isinstance(value, dict)) > MAX_ENTRIES:
+            break
+    raise UnsafeInputError("dictionaries nested without end", path=path, expected=f"at most {MAX_DEPTH} levels")
+
+
+def _refuse_core(names: Mapping[str, object], path: str) -> None:
+    core = [name for name in names if re.search(r"(^|\.)decoder\.layers\.", name)]
+    if core:
+        raise UnsupportedError(
+            "this is a Megatron-Core checkpoint (decoder.layers), whose layout is not read",
+            path=path,
+            found=", ".join(core[:2]),
+            hint="export it to Hugging Face's layout with Megatron-LM's own tools/checkpoint/convert.py",
+        )
+
+
+def _split(found: str, path: str) -> UnsupportedError:
+    return UnsupportedError(
+        "this Megatron-LM model was split over several devices: only whole ones are read",
+        path=path,
+        expected=f"one part, {FIRST_RANK}",
+        found=found,
+        hint="merge the parts first, with Megatron-LM's own tools (tensor and pipeline parallel size 1)",
+    )
+
+
+def recognises(path: str) -> bool:
+    """Files and directories of Megatron-LM's names, or any PyTorch file whose model has a ``language_model``."""
+    if os.path.isdir(path):
+        try:
+            names = os.listdir(path)
+        except OSError:
+            return False
+        return TRACKER in names or any(
+            name in FILES or re.fullmatch(r"mp_rank_\d\d(_\d{3})*", name) for name in names
+        )
+    if os.path.basename(path) in FILES:
+        return os.path.lexists(path)
+    return path.endswith((".pt", ".pth", ".bin", ".ckpt")) and os.path.isfile(path) and _holds_language_model(path)
+
+
+def _holds_language_model(path: str) -> bool:
+    try:
+        tree = read_torch_pickle(path).tree
+    except GptConvertError:
+        return False
+    model = tree.get("model") if isinstance(tree, dict) else None
+    return isinstance(model, dict) and any(str(key).split(".")[0] == "language_model" for key in model)
+
+
+FORMAT = Format(name=NAME, title=TITLE, recognises=recognises, open=open_megatron)

@@ -1,0 +1,316 @@
+"""GPT-J as its trainer saved it (mesh-transformer-jax): every tensor cut across shards, and no names anywhere.
+
+``step_N/shard_K/0.npz`` … ``15.npz`` hold one shard's part of every parameter, in the order in which JAX flattens
+the tree of modules: keys sorted as strings, so that layer 10 follows layer 1. q, v and k have one shape, so nothing
+but this order tells them apart. How parts become tensors follows from the program's collectives: what is split over
+its output columns or input rows is laid side by side; biases added on every shard before the sum over shards are
+summed; norms are read from shard 0, and the copies of the other shards were never trained.
+Sources: kingoflolz/mesh-transformer-jax ``checkpoint.py``, ``layers.py``, ``slim_model.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
+from gptconvert.sources.npz import read_npz
+from gptconvert.sources.sniff import explain_file, file_size, read_small
+from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.sources.strict_json import read_json_object
+from gptconvert.tensors import BFLOAT16, Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
+from gptconvert.transforms import concatenate
+
+TITLE = "GPT-J original (mesh-transformer-jax shards)"
+#: Files that the program splits each shard into.
+PIECES = 16
+MAX_CONFIG_BYTES = 1 << 20
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe")
+
+#: How the parts of a tensor become the tensor: joined along axis 0 or 1, summed, or the first alone.
+Merge = Literal["rows", "columns", "sum", "first"]
+Leaf = tuple[str, Merge]
+SCOPE = "causal_transformer_shard/~/"
+NORM: tuple[Leaf, ...] = (("replicated_layer_norm/offset", "first"), ("replicated_layer_norm/scale", "first"))
+EMBEDDING: tuple[Leaf, ...] = (("linear/b", "sum"), ("linear/w", "rows"))
+#: q, v, k, output projection, the MLP's two layers. The program makes v before k.
+LAYER: tuple[Leaf, ...] = (
+    ("linear/w", "columns"),
+    ("linear_1/w", "columns"),
+    ("linear_2/w", "columns"),
+    ("linear_3/w", "rows"),
+    ("linear_4/b", "rows"),
+    ("linear_4/w", "columns"),
+    ("linear_5/b", "sum"),
+    ("linear_5/w", "rows"),
+    *NORM,
+)
+PROJECTION: tuple[Leaf, ...] = (("linear/b", "rows"), ("linear/w", "columns"), *NORM)
+_OUTSIDE = len(EMBEDDING) + len(PROJECTION)
+_SHARD, _STEP = re.compile(r"shard_(\d{1,4})"), re.compile(r"step_(\d{1,18})")
+
+
+def open_mesh_jax(path: str, options: OpenOptions) -> Source:
+    """Open the checkpoint in the directory ``path``: one step's, or the one that holds the steps.
+
+    Raises:
+        InputError: shards or files are missing, damaged or do not belong together.
+        UnsupportedError: the trainer's second layout (``meta.json`` and ``params/``).
+        UnsafeInputError: arrays of Python objects, compressed archives, files that are no regular files.
+        UsageError: the path names one step and ``options.step`` another.
+    """
+    folder, notes = _locate(path, options.step)
+    shards = _read_shards(folder)
+    leaves, left_out = _names(len(shards[0].leaves), folder)
+    parts = dict(zip((n for n, _ in leaves), zip(*(s.leaves[left_out:] for s in shards), strict=True), strict=True))
+    _check_parts(folder, parts)
+    if left_out:
+        notes.append(f"{left_out} arrays of the optimizer are left out")
+    checksums = tuple(c for shard in shards for c in shard.checksums[left_out:])
+    config_path = options.hparams or _find_config(folder)
+    return Source(
+        scheme=FORMAT.name,
+        format=TITLE,
+        path=folder,
+        tensors=TensorSet(_merged(leaves, parts), tuple(f for shard in shards for f in shard.files), (), checksums),
+        config={} if config_path is None else read_json_object(config_path, MAX_CONFIG_BYTES, "configuration"),
+        config_path=config_path,
+        tokenizer=_tokenizer(folder),
+        notes=tuple(notes),
+    )
+
+
+def recognises(path: str) -> bool:
+    """Whether ``path`` is a directory of such shards, of steps with such shards, or of the second layout."""
+    if not os.path.isdir(path):
+        return False
+    inside = [path, *(os.path.join(path, name) for name in _entries(path, quiet=True) if _STEP.fullmatch(name))]
+    return _is_second_layout(path) or _is_shard(path) or any(map(_has_shards, inside))
+
+
+def leaf_names(layers: int) -> list[Leaf]:
+    """Names of all parameters, and how they are merged, in the order of the files."""
+    # Keys are sorted as strings; "/" sorts before the digits, so this is the order of the numbers' own strings.
+    blocks = [(f"layer_{i}", LAYER) for i in sorted(range(layers), key=str)]
+    modules = [("embedding_shard", EMBEDDING), *blocks, ("projection_shard", PROJECTION)]
+    return [(f"{SCOPE}{module}/~/{name}", merge) for module, leaves in modules for name, merge in leaves]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard's part of everything, in order."""
+
+    files: tuple[str, ...]
+    leaves: tuple[LazyTensor, ...]
+    checksums: tuple[FileChecksum, ...]
+
+
+def _locate(path: str, step: int | None) -> tuple[str, list[str]]:
+    """The directory with the shards, and what had to be decided to find it."""
+    if not os.path.isdir(path):
+        file_size(path)
+        explained = explain_file(path)
+        what = f"this file {explained}" if explained else "this is a file"
+        raise InputError(what, path=path, expected="the directory with shard_0 … inside")
+    if _is_second_layout(path):
+        raise UnsupportedError(
+            "this is mesh-transformer-jax's second layout (meta.json and params/shard_K.npz), of another model: "
+            "its projections are fused",
+            path=path,
+            expected="step_N/shard_K/0.npz … 15.npz, as slim_model.py writes them",
+        )
+    if _is_shard(path):
+        raise InputError("this is one shard of several", path=path, hint="name the directory that holds all of them")
+    if _has_shards(path):
+        name = os.path.basename(os.path.abspath(path))
+        if step is not None and name != f"step_{step}":
+            raise UsageError(f"the path names one checkpoint and --step {step} another", path=path)
+        return path, []
+    return _in_steps(path, step)
+
+
+def _in_steps(path: str, step: int | None) -> tuple[str, list[str]]:
+    names = [name for name in _entries(path) if _STEP.fullmatch(name) and _has_shards(os.path.join(path, name))]
+    steps = {int(name.removeprefix("step_")): name for name in names}
+    if not steps or (step is not None and step not in steps):
+        raise InputError(
+            "no checkpoint here" if step is None else f"no checkpoint of step {step}",
+            path=path,
+            expected="step_N/shard_0 …",
+            found=", ".join(names) or ", ".join(_entries(path)[:8]) or "an empty directory",
+        )
+    chosen = steps[max(steps) if step is None else step]
+    how = "the highest step" if step is None else "as asked"
+    note = f"{len(steps)} checkpoints in the directory: {chosen} was read, {how}"
+    return os.path.join(path, chosen), [note] if len(steps) > 1 else []
+
+
+def _read_shards(folder: str) -> list[_Shard]:
+    numbers = sorted(int(m[1]) for name in _entries(folder) if (m := _SHARD.fullmatch(name)))
+    names = [os.path.join(f"shard_{n}", f"{i}.npz") for n in range(numbers[-1] + 1) for i in range(PIECES)]
+    missing = [name for name in names if not os.path.lexists(os.path.join(folder, name))]
+    if missing:
+        listed = ", ".join(missing[:8]) + (f" … ({len(missing)} in all)" if len(missing) > 8 else "")
+        raise InputError(
+            f"files are missing: {listed}",
+            path=folder,
+            expected=f"{PIECES} files in each of shard_0 … shard_{numbers[-1]}",
+            hint="unpack the whole archive, or copy all shards into one directory",
+        )
+    shards = [_read_shard(folder, number) for number in numbers]
+    counts = [len(shard.leaves) for shard in shards]
+    if len({*counts}) > 1:
+        raise InputError("the shards hold different numbers of arrays", path=folder, found=f"{counts}")
+    return shards
+
+
+def _read_shard(folder: str, number: int) -> _Shard:
+    files = tuple(os.path.join(folder, f"shard_{number}", f"{i}.npz") for i in range(PIECES))
+    archives = [read_npz(path, void2=BFLOAT16) for path in files]
+    for path, archive in zip(files, archives, strict=True):
+        if list(archive.arrays) != [f"arr_{i}" for i in range(len(archive.arrays))]:
+            found = ", ".join(list(archive.arrays)[:5])
+            raise InputError("these arrays have names", path=path, expected="arr_0, arr_1, …", found=found)
+    counts = [len(archive.arrays) for archive in archives]
+    whole, longer = divmod(sum(counts), PIECES)
+    wanted = [whole + (i < longer) for i in range(PIECES)]
+    if counts != wanted:
+        raise InputError(
+            "the arrays are not spread over the files as the trainer does it: files are missing or were exchanged",
+            path=os.path.dirname(files[0]),
+            expected=f"{wanted} arrays",
+            found=f"{counts} arrays",
+        )
+    leaves = tuple(array for archive in archives for array in archive.arrays.values())
+    return _Shard(files, leaves, tuple(c for archive in archives for c in archive.checksums.values()))
+
+
+def _names(count: int, folder: str) -> tuple[list[Leaf], int]:
+    """The parameters among ``count`` leaves, the step behind them, and how many of the optimizer's stand first."""
+    # Slim: parameters and step. Full: before them Adam's two copies of the parameters and two counters.
+    for copies, extra in ((1, 1), (3, 3)):
+        layers, rest = divmod(count - extra - copies * _OUTSIDE, copies * len(LAYER))
+        if layers > 0 and rest == 0:
+            leaves: list[Leaf] = [*leaf_names(layers), ("step", "first")]
+            return leaves, count - len(leaves)
+    slim, full = _OUTSIDE + 1, 3 * _OUTSIDE + 3
+    raise InputError(
+        "this number of arrays is no GPT-J's",
+        path=folder,
+        expected=f"{len(LAYER)} L + {slim} for L layers, with the optimizer's {3 * len(LAYER)} L + {full}",
+        found=f"{count} in every shard",
+    )
+
+
+def _check_parts(folder: str, parts: Mapping[str, Sequence[LazyTensor]]) -> None:
+    """Parts of one tensor are alike, and there are as many as the split says."""
+    for name, cut in parts.items():
+        if len({(part.shape, part.dtype) for part in cut}) > 1:
+            listed = ", ".join(f"{list(part.shape)} {part.dtype}" for part in cut)
+            raise InputError("the shards' parts differ in shape or type", path=folder, tensor=name, found=listed)
+    name = f"{SCOPE}layer_0/~/linear/w"
+    q, count = parts[name][0], len(parts[name])
+    if len(q.shape) != 2 or q.shape[1] * count != q.shape[0]:
+        raise InputError(
+            "not all shards are here, or shards of different models were mixed",
+            path=folder,
+            tensor=name,
+            expected=f"a square matrix from {count} shards",
+            found=f"parts of shape {list(q.shape)}",
+        )
+
+
+def _merged(leaves: Sequence[Leaf], parts: Mapping[str, Sequence[LazyTensor]]) -> dict[str, LazyTensor]:
+    """The parameters, each made of its parts when it is read."""
+    merged = {name: _merge(merge, parts[name]) for name, merge in leaves}
+    module = f"{SCOPE}embedding_shard/~/linear"
+    table, _ = merged.pop(f"{module}/w"), merged.pop(f"{module}/b")
+    # A row of the table and the biases are what the module gives for a token: no other program keeps them apart.
+    merged[module] = _biased(table, parts[f"{module}/b"])
+    return merged
+
+
+def _merge(merge: Merge, parts: Sequence[LazyTensor]) -> LazyTensor:
+    if merge == "first" or len(parts) == 1:
+        return parts[0]
+    if merge == "sum":
+        return total(parts)
+    return concatenate(parts, 1 if merge == "columns" else 0)
+
+
+def _biased(table: LazyTensor, biases: Sequence[LazyTensor]) -> LazyTensor:
+    """``table`` [V, D] + the sum of ``biases`` [D], added in float32 at least and rounded once."""
+    wide = np.promote_types(table.dtype, np.float32)
+
+    def read(box: Box) -> Array:
+        result = table.read(box).astype(wide)
+        for bias in biases:
+            result = result + bias.read(box[1:]).astype(wide)
+        return result.astype(table.dtype)
+
+    return Computed(read, table.dtype, table.shape)
+
+
+def _find_config(folder: str) -> str | None:
+    """The training configuration beside the shards or the steps, told by its keys; None: there is none."""
+    parent = os.path.dirname(os.path.abspath(folder))
+    places = [os.path.join(place, n) for place in (folder, parent) for n in _entries(place, quiet=True)]
+    found = [path for path in places if path.endswith(".json") and _is_config(path)]
+    if len(found) > 1:
+        raise InputError(
+            "several configurations, and nothing says which is meant",
+            path=folder,
+            found=", ".join(os.path.basename(path) for path in found),
+            hint="name it with --hparams FILE",
+        )
+    return found[0] if found else None
+
+
+def _is_config(path: str) -> bool:
+    try:
+        text = read_small(path, MAX_CONFIG_BYTES, "a configuration")
+    except GptConvertError:
+        return False
+    return b'"d_model"' in text and b'"n_heads"' in text
+
+
+def _tokenizer(folder: str) -> dict[str, str]:
+    places = (os.path.dirname(os.path.abspath(folder)), folder)
+    paths = {name: os.path.join(place, name) for place in places for name in TOKENIZER_FILES}
+    places_of = {name: path for name, path in paths.items() if os.path.exists(path)}
+    for path in places_of.values():
+        file_size(path)  # a named pipe must not reach those who read it later
+    return places_of
+
+
+def _has_shards(folder: str) -> bool:
+    return any(_SHARD.fullmatch(n) and _is_shard(os.path.join(folder, n)) for n in _entries(folder, quiet=True))
+
+
+def _is_shard(folder: str) -> bool:
+    name = os.path.basename(os.path.abspath(folder))
+    return bool(_SHARD.fullmatch(name)) and any(n.endswith(".npz") for n in _entries(folder, quiet=True))
+
+
+def _is_second_layout(folder: str) -> bool:
+    inner = _entries(os.path.join(folder, "params"), quiet=True)
+    return os.path.lexists(os.path.join(folder, "meta.json")) and any(
+        re.fullmatch(r"shard_\d+\.npz", name) for name in inner
+    )
+
+
+def _entries(folder: str, *, quiet: bool = False) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:
+        if quiet:
+            return []
+        raise InputError(f"directory cannot be read ({error})", path=folder) from error
+
+
+FORMAT = Format(name="mesh-jax", title=TITLE, recognises=recognises, open=open_mesh_jax)

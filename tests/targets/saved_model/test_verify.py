@@ -1,0 +1,146 @@
+"""The gate for SavedModels must be able to fail: TensorFlow's answers bent on their way to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.targets.plan import TargetOptions
+from gptconvert.targets.saved_model import model
+from gptconvert.targets.saved_model.process import TensorFlowProcess
+from gptconvert.verify import saved_model as verifier
+from gptconvert.verify.report import ArtifactReport
+from gptconvert.verify.saved_model import contract_problems, verify_saved_model
+from tests.families.witness import Case
+from tests.targets.saved_model.support import Shared, understood, write
+
+Arrays = Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(saved: Path) -> Checkpoint:
+    return understood(Case("gpt2"), saved)
+
+
+@pytest.fixture(scope="module")
+def path(checkpoint: Checkpoint, tensorflow: TensorFlowProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "TensorFlowProcess", Shared(tensorflow))
+        return write(tmp_path_factory.mktemp("verify"), model.plan(checkpoint, TargetOptions()))
+
+
+class Bent:
+    """A TensorFlow process whose answers to one signature are bent."""
+
+    def __init__(self, process: TensorFlowProcess, signature: str, bend: Callable[[Arrays, Arrays], Arrays]) -> None:
+        self.process, self.signature, self.bend = process, signature, bend
+
+    def ask(self, command: str, **request: object) -> dict[str, Any]:
+        return self.process.ask(command, **request)
+
+    def run(self, signature: str, inputs: Arrays, wanted: tuple[str, ...] = ()) -> Arrays:
+        outputs = self.process.run(signature, inputs, wanted)
+        return self.bend(inputs, outputs) if signature == self.signature else outputs
+
+
+def verdict(checkpoint: Checkpoint, path: Path, process: Any, monkeypatch: pytest.MonkeyPatch) -> ArtifactReport:
+    monkeypatch.setattr(verifier, "TensorFlowProcess", Shared(process))
+    return verify_saved_model(checkpoint, str(path), "saved_model", "default", lambda name, total: lambda count: None)
+
+
+def other_token(inputs: Arrays, outputs: Arrays) -> Arrays:
+    sequences = outputs["sequences"].copy()
+    sequences[1, -3] = (sequences[1, -3] + 1) % 97
+    return {"sequences": sequences}
+
+
+def other_prompt(inputs: Arrays, outputs: Arrays) -> Arrays:
+    sequences = outputs["sequences"].copy()
+    sequences[0, 0] = (sequences[0, 0] + 1) % 97
+    return {"sequences": sequences}
+
+
+def without_seed(inputs: Arrays, outputs: Arrays) -> Arrays:
+    without_seed.calls += 1  # type: ignore[attr-defined]
+    return other_token(inputs, outputs) if inputs["seed"] == 7 and without_seed.calls % 2 else outputs  # type: ignore[attr-defined]
+
+
+without_seed.calls = 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("signature", "bend", "said"),
+    [
+        ("serving_int32", lambda i, o: {"logits": o["logits"] + 1e-3}, "serving_int32: logits is not what"),
+        ("serving_int32", lambda i, o: {"logits": o["logits"][:, :1]}, "serving_int32: logits has shape"),
+        ("serving_int32", lambda i, o: {"logits": o["logits"] * np.nan}, "serving_int32: logits is not what"),
+        ("last_logits", lambda i, o: {"logits": o["logits"][::-1]}, "last_logits: logits is not what"),
+        ("generate", other_token, "generate, greedy: token 5 of row 1"),
+        ("generate", other_prompt, "generate, greedy: the sequences do not begin with the prompt"),
+        ("generate", lambda i, o: {"sequences": o["sequences"][:, :-1]}, "generate, greedy: it ended after 7"),
+        ("generate", without_seed, "generate: the same seed gives two texts"),
+        ("serving_default", lambda i, o: {"logits": o["logits"] + 1e-3}, ""),
+        ("decode", lambda i, o: {n: v + 1e-3 * (n == "present.1.key") for n, v in o.items()}, ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "?"),
+)
+def test_bent_answers(
+    signature: str,
+    bend: Callable[[Arrays, Arrays], Arrays],
+    said: str,
+    checkpoint: Checkpoint,
+    path: Path,
+    tensorflow: TensorFlowProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = verdict(checkpoint, path, Bent(tensorflow, signature, bend), monkeypatch)
+    assert not report.ok
+    others = [group for group in report.runs[0].groups if group.name == "other signatures"]
+    if said:
+        assert any(said in problem for problem in others[0].problems), others[0].problems
+    else:
+        assert not others, "what is not true to the checkpoint is no measure for others"
+
+
+def test_straight_answers_pass(
+    checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = verdict(checkpoint, path, Bent(tensorflow, "decode", lambda inputs, outputs: outputs), monkeypatch)
+    assert report.ok
+    assert report.runs[0].groups[-1].name == "other signatures"
+
+
+def test_a_broken_contract(checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess) -> None:
+    loaded = tensorflow.ask("load", path=str(path))
+    assert list(contract_problems(loaded, checkpoint.config)) == []
+    wrong, cache = copy.deepcopy(loaded), ["float32", [None, 3, None, 8]]
+    del wrong["signatures"]["last_logits"]
+    wrong["signatures"]["extra"] = wrong["signatures"]["generate"]
+    wrong["signatures"]["decode"]["inputs"]["past_key_values.1.key"][1][1] = None
+    wrong["largest_constant"] = 1 << 21
+    assert list(contract_problems(wrong, checkpoint.config)) == [
+        "no signature last_logits",
+        "signature extra is not in the contract",
+        f"inputs of decode: past_key_values.1.key is {['float32', [None, None, None, 8]]}, expected {cache}",
+        "the graph holds a constant of 2097152 bytes",
+    ]
+
+
+def test_somebody_elses(checkpoint: Checkpoint, path: Path, tmp_path: Path) -> None:
+    from gptconvert.targets.saved_model.bundle import plan_bundle
+    from tests.helpers import computed_tensors
+
+    tensors = computed_tensors({"a": np.zeros(3, np.float32)}).tensors
+    write(tmp_path, plan_bundle("saved_model/variables", tensors, {"a": "dense/kernel/.ATTRIBUTES/VALUE"}, b""))
+    quiet = lambda name, total: lambda count: None  # noqa: E731
+    with pytest.raises(UnsupportedError, match="not written by gptconvert"):
+        verify_saved_model(checkpoint, str(tmp_path / "saved_model"), "saved_model", "default", quiet)
+    with pytest.raises(InputError):
+        verify_saved_model(checkpoint, str(tmp_path), "saved_model", "default", quiet)

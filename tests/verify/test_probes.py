@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptconvert.verify.probes import LENGTHS, Probe, default_positions, make_probes, waves
+from reference_model.config import GPTConfig
+from reference_model.model import default_positions as torch_positions
+
+
+def config_of(n_ctx: int = 40, vocabulary: int = 97, window: int | None = None) -> GPTConfig:
+    return GPTConfig(
+        family="gpt2",
+        vocab_size=vocabulary,
+        n_ctx=n_ctx,
+        n_embd=24,
+        n_layer=2,
+        n_head=3,
+        n_inner=56,
+        attn_scale=(0.5, 0.5),
+        attn_window=(None, window),
+    )
+
+
+def all_groups(probes: tuple[Probe, ...]) -> set[str]:
+    return {group for probe in probes for group in probe.groups}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_ctx=st.integers(1, 200),
+    vocabulary=st.integers(1, 300),
+    window=st.none() | st.integers(1, 100),
+    kv_cache=st.booleans(),
+    full=st.booleans(),
+)
+def test_probes_are_valid_input(n_ctx: int, vocabulary: int, window: int | None, kv_cache: bool, full: bool) -> None:
+    probes = make_probes(config_of(n_ctx, vocabulary, window), kv_cache=kv_cache, level="full" if full else "default")
+    assert probes
+    for probe in probes:
+        batch, new = probe.input_ids.shape
+        assert len(probe.groups) == batch and probe.position_ids.shape == (batch, new)
+        assert probe.attention_mask.shape == (batch, probe.past_length + new)
+        assert probe.past_length + new <= n_ctx
+        assert probe.input_ids.min() >= 0 and probe.input_ids.max() < vocabulary
+        assert probe.position_ids.min() >= 0 and probe.position_ids.max() < n_ctx
+        assert set(np.unique(probe.attention_mask)) <= {0, 1}
+        assert probe.attention_mask[:, probe.past_length :].any(1).all()  # every row asks something
+        assert sum(probe.chunks) <= new and all(size > 0 for size in probe.chunks)
+        assert kv_cache or not probe.past_length
+
+
+def test_the_list_is_complete() -> None:
+    probes = make_probes(config_of(1024, window=256), kv_cache=True)
+    assert {"length 1", "length 2", "length 7", "length 64"} <= all_groups(probes)
+    assert {"no padding", "left padding", "right padding", "holes", "one token"} <= all_groups(probes)
+    assert {"past 1", "past 5", "past 5, left padding", "past 5, holes", "past 1023"} <= all_groups(probes)
+    assert "beyond window 256" in all_groups(probes)
+    assert any(len(probe.chunks) > 2 for probe in probes)
+    ids = np.concatenate([probe.input_ids.ravel() for probe in probes])
+    assert {0, 96} <= set(ids.tolist())
+    assert max(int(probe.position_ids.max()) for probe in probes) == 1023
+    everything = all_groups(make_probes(config_of(1024), kv_cache=True, level="full"))
+    assert {"length 1023", "length 1024", "past 7, 4 new", "past 1020"} <= everything
+
+
+def test_without_cache_positions_and_windows_are_still_reached() -> None:
+    probes = make_probes(config_of(1024, window=256), kv_cache=False)
+    assert max(int(probe.position_ids.max()) for probe in probes) == 1023
+    assert max(probe.input_ids.shape[1] for probe in probes) == 259
+    fixed = make_probes(config_of(1024), kv_cache=False, free_positions=False)
+    assert all((p.position_ids == default_positions(p.attention_mask, p.input_ids.shape[1])).all() for p in fixed)
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+def test_the_default_level_is_cheap_whatever_the_model(kv_cache: bool) -> None:
+    assert sum(probe.tokens for probe in make_probes(config_of(2048), kv_cache=kv_cache)) <= 130
+    assert all(sum(p.tokens for p in wave) <= 256 for wave in waves(make_probes(config_of(2048), kv_cache=kv_cache)))
+
+
+def test_prompts_of_different_lengths_differ_in_one_id() -> None:
+    """What the causality check lives on."""
+    short, long = (p.input_ids[0] for p in make_probes(config_of(), kv_cache=True) if p.is_prompt and p.tokens >= 7)
+    assert np.flatnonzero(short != long[: len(short)]).tolist() == [3]
+
+
+def test_past_is_seeded_and_differs_by_layer_unless_shared() -> None:
+    config = config_of(100)
+    first, again, other = (make_probes(config, kv_cache=True, seed=seed) for seed in (1, 1, 2))
+    distinct, shared = (next(p for p in first if p.past_length and p.shared_past == s) for s in (False, True))
+    assert np.array_equal(distinct.past(0, config), next(p for p in again if p.past_length).past(0, config))
+    assert not np.array_equal(distinct.past(0, config), next(p for p in other if p.past_length).past(0, config))
+    assert not np.array_equal(distinct.past(0, config), distinct.past(1, config))
+    assert np.shares_memory(shared.past(0, config)[0], shared.past(1, config)[0])
+    assert shared.past(0, config)[0].shape == (1, 3, 99, 8)
+
+
+def test_default_positions_are_the_reference_models() -> None:
+    import torch
+
+    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 0]])
+    assert default_positions(mask, 3).tolist() == torch_positions(torch.from_numpy(mask), 3).tolist()
+
+
+def test_waves_keep_order_and_bound_tokens() -> None:
+    probes = make_probes(config_of(200), kv_cache=True, level="full")
+    cut = list(waves(probes, 100))
+    assert [probe for wave in cut for probe in wave] == list(probes)
+    assert all(len(wave) == 1 or sum(p.tokens for p in wave) <= 100 for wave in cut)
+
+
+def test_beginning() -> None:
+    probe = next(p for p in make_probes(config_of(), kv_cache=True) if p.past_length == 5)
+    cut = probe.beginning(2)
+    assert (cut.input_ids.shape[1], cut.attention_mask.shape[1], cut.position_ids.shape[1]) == (2, 7, 2)
+    assert dataclasses.asdict(cut)["past_seed"] == probe.past_seed
+
+
+def test_lengths_are_those_promised() -> None:
+    assert LENGTHS == (1, 2, 7, 64)
