@@ -25,8 +25,8 @@ CONVERTING = options.stack(
         type=click.Choice(["onnx", "safetensors", "tf"]),
         multiple=True,
         default=("onnx",),
-        show_default="onnx",
-        help="Format to write; repeat for several.",
+        show_default=False,
+        help="Format to write; repeat for several. [default: onnx]",
     ),
     click.option("-o", "--output", type=click.Path(), help="Directory to publish. [default: ./NAME-gptconvert]"),
     options.TASK,
@@ -145,7 +145,7 @@ def request_of(given: dict[str, Any]) -> Request:
     """What is asked of the checkpoint."""
     from gptconvert.families import Request
 
-    return Request(task=given.get("task"), n_head=given.get("n_head"))
+    return Request(task=given.get("task"), n_head=given.get("n_head"), pad_token_id=given.get("pad_token_id"))
 
 
 def options_of(given: dict[str, Any]) -> Options:

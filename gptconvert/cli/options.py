@@ -43,10 +43,22 @@ HUB = stack(
     click.option("--offline", is_flag=True, help="Use the hub cache only; never the network."),
 )
 
-TASK = click.option(
-    "--task",
-    type=click.Choice(["text-generation", "feature-extraction"]),
-    help="What the export is for; default: what the checkpoint's architecture says.",
+#: Equal to ``reference_model.config.TASKS``, which a test checks; importing it would cost every ``--help``.
+TASKS = (
+    "text-generation",
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+)
+TASK = stack(
+    click.option(
+        "--task", type=click.Choice(TASKS), help="What the model is for; default: what the checkpoint's heads say."
+    ),
+    click.option(
+        "--pad-token-id", type=click.IntRange(min=0), help="Token that text classification takes for padding."
+    ),
 )
 
 VERIFY_LEVEL = click.option(

@@ -137,15 +137,25 @@ class _Maker:
         new = attention_mask.shape[1] - past
         ids = fields.pop("ids", None)
         positions = fields.pop("positions", None)
+        ids = self.ids(len(mask), new) if ids is None else ids
         return Probe(
             groups=tuple(groups),
-            input_ids=self.ids(len(mask), new) if ids is None else ids,
+            input_ids=self._padded(ids, attention_mask[:, past:]),
             attention_mask=attention_mask,
             position_ids=default_positions(attention_mask, new) if positions is None else positions,
             past_length=past,
             past_seed=self.seed + self.made,
             **fields,
         )
+
+    def _padded(self, ids: Integers, mask: Integers) -> Integers:
+        """Ids as they are, masked-out ones too, except where a head knows padding by its id: there it stands at
+        padding, and nowhere else.
+        """
+        pad = self.config.pad_token_id
+        if self.config.task != "text-classification" or pad is None:
+            return ids
+        return np.where(mask == 0, pad, np.where(ids == pad, (pad + 1) % self.config.vocab_size, ids))
 
 
 def make_probes(
