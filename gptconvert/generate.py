@@ -112,15 +112,16 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     new: list[int] = []
 
     def pieces() -> Iterator[str]:
-        shown = ""
+        shown = text = tokenizer.decode(ids, skip_special_tokens=False)
         with closing(loaded):
             for token in continuation(loaded, ids, sampling, stop):
                 new.append(token)
-                text = tokenizer.decode(new, skip_special_tokens=False)
+                # With the prompt before it: GPT-1's words have a space before them unless they begin a text.
+                text = tokenizer.decode([*ids, *new], skip_special_tokens=False)
                 if not text.endswith("\ufffd"):  # a character may need several tokens
                     yield text[len(shown) :]
                     shown = text
-        yield tokenizer.decode(new, skip_special_tokens=False)[len(shown) :] if new else ""
+        yield text[len(shown) :]
 
     return Continued(tuple(ids), pieces(), new)
 

@@ -103,7 +103,7 @@ def _tensors(planned: Iterable[PlannedFile], digests: Mapping[tuple[str, str], s
             "name": tensor.name,
             "dtype": tensor.tensor.dtype.newbyteorder("=").name,
             "shape": list(tensor.tensor.shape),
-            "sha256": digests[path, tensor.name],
+            "sha256": digests.get((path, tensor.name)),
         }
         for path, tensor in sorted(placed, key=lambda pair: (pair[0], pair[1].name))
     ]

@@ -32,7 +32,7 @@ from gptconvert.targets.plan import PlannedFile, Target, TargetOptions
 from gptconvert.targets.sidecars import sidecar_files
 from gptconvert.tensors import BFLOAT16
 from gptconvert.tokenizer import tokenizer_files
-from gptconvert.transforms import cast
+from gptconvert.transforms import cast, take_rows
 from gptconvert.writer import Written, WrittenFile, write_and_digest, write_files
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def convert(
             planned.checkpoint,
             progress.advance,
             allow_nonfinite=options.allow_nonfinite,
+            each_tensor=options.verify is not None,  # part of the proof, and half of the hashing
         )
         report = _verified(planned, staging.path, options, progress)
         progress.stage("publishing")
@@ -292,7 +293,8 @@ def check_tied(checkpoint: Checkpoint) -> None:
     source, config = checkpoint.source, checkpoint.config
     scheme = family_named(config.family).scheme(source.scheme)
     for name, ours in tied_pairs(scheme, config, source.tensors, checkpoint.prefix):
-        copy, weight = source.tensors[name], checkpoint.weights[ours]
+        weight = checkpoint.weights[ours]
+        copy = take_rows(source.tensors[name], [(0, weight.shape[0])])  # rows may have been cut off the embedding
         if copy.segments() == weight.segments() is not None or sha256_of(name, copy) == sha256_of(ours, weight):
             continue
         raise InputError(

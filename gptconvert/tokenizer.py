@@ -1,15 +1,15 @@
 """Tokenizer files: vocabulary and merges as released ⇄ ``tokenizer.json`` and the files transformers wants beside it.
 
-Byte-level BPE (Radford et al. 2019; openai/gpt-2 ``src/encoder.py``): text is cut by a regular expression, its
-UTF-8 bytes are written as 256 printable characters, and pairs are merged in the order of the merges file. The
-vocabulary is JSON, symbol → id; a merges file has one pair per line, best first, below a ``#version`` line.
+Byte pair encoding: text is cut into pieces, a piece is written in the symbols of an alphabet, and pairs are merged
+in the order of the merges file; :mod:`gptconvert.tokenizer_kinds` says how each kind cuts and writes. The vocabulary
+is JSON, symbol → id; a merges file has one pair per line, best first, below a ``#version`` line.
 A tokenizer is never a reason to fail, unless its files are there and corrupt.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from gptconvert.families import family_named
 from gptconvert.json_text import dump_json
 from gptconvert.sources.sniff import read_small
 from gptconvert.sources.strict_json import parse_json, read_json_object
+from gptconvert.tokenizer_kinds import KINDS, OTHER_SETTINGS, WHOLE_FILE, Kind, Merges, Settings, Vocabulary
 
 #: Far above any vocabulary; far below what would hurt.
 MAX_BYTES = 256 << 20
@@ -29,64 +30,7 @@ VERSION_LINE = "#version: 0.2"
 LOCATIONS = frozenset("name_or_path special_tokens_map_file tokenizer_file is_local local_files_only".split())
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
-Vocabulary = Mapping[str, int]
-Merges = Sequence[tuple[str, str]]
 Files = dict[str, bytes]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of BPE.
-
-    Attributes:
-        tokenizer_class: transformers' name for it.
-        end: the special token that begins and ends texts.
-        vocabulary: names its vocabulary file may have.
-        merges: names its merges file may have.
-        alphabet: symbols without which some text cannot be written.
-        build: vocabulary and merges → ``tokenizers.Tokenizer``, special tokens not yet in it.
-        settings: what tokenizer_config.json says beyond the special tokens.
-    """
-
-    tokenizer_class: str
-    end: str
-    vocabulary: tuple[str, ...]
-    merges: tuple[str, ...]
-    alphabet: Callable[[], Iterable[str]]
-    build: Callable[[Vocabulary, Merges], Any]
-    settings: Mapping[str, object]
-
-
-def _byte_alphabet() -> list[str]:
-    """The 256 characters that stand for bytes."""
-    from tokenizers import pre_tokenizers
-
-    alphabet: list[str] = pre_tokenizers.ByteLevel.alphabet()
-    return alphabet
-
-
-def _byte_level(vocabulary: Vocabulary, merges: Merges) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    return tokenizer
-
-
-#: By ``Family.tokenizer``.
-KINDS: Mapping[str, Kind] = {
-    "byte-level": Kind(
-        tokenizer_class="GPT2Tokenizer",
-        end="<|endoftext|>",
-        vocabulary=("encoder.json", "vocab.json"),
-        merges=("vocab.bpe", "merges.txt"),
-        alphabet=_byte_alphabet,
-        build=_byte_level,
-        settings={"add_prefix_space": False, "clean_up_tokenization_spaces": False, "errors": "replace"},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -97,6 +41,16 @@ class _Pair:
     merges: Merges
     files: Files
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A ``tokenizers.Tokenizer``, the files it is published in, all its tokens, and notes for the user."""
+
+    tokenizer: Any
+    files: Files
+    tokens: Vocabulary
+    notes: tuple[str, ...]
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
@@ -117,23 +71,24 @@ def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
     pair = None if vocabulary is None or merges is None else _read_pair(vocabulary, merges)
     settings = _settings(found)
     if "tokenizer.json" in found:
-        files, tokens, notes = _pass_on(found["tokenizer.json"], pair)
+        made = _pass_on(found["tokenizer.json"], pair)
     elif pair is not None and merges is not None:
         _check_merges(pair, merges)
-        files, tokens, notes = _build(pair, kind, settings, found.get("added_tokens.json"))
+        made = _build(pair, kind, settings, found.get("added_tokens.json"))
     else:
         return {}, (_what_is_missing(kind, vocabulary, merges),)
-    config = _config(kind, tokens, settings, checkpoint.config.n_ctx)
-    size = _size_note(max(tokens.values()) + 1, checkpoint.config.vocab_size)
-    end = ("the tokenizer has no token that ends a text",) if config["eos_token"] is None else ()
-    return {**files, "tokenizer_config.json": dump_json(config)}, (*notes, *end, *size)
+    config = _config(kind, made, settings, checkpoint.config.n_ctx)
+    size = _size_note(max(made.tokens.values()) + 1, checkpoint.config.vocab_size)
+    endless = kind.end is not None and config["eos_token"] is None
+    end = ("the tokenizer has no token that ends a text",) if endless else ()
+    return {**made.files, "tokenizer_config.json": dump_json(config)}, (*made.notes, *end, *size)
 
 
 def end_token_id(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> int | None:
     """The id of the end-of-text token in ``files`` (what :func:`tokenizer_files` gave); None if there is none."""
-    if "tokenizer.json" not in files:
-        return None
     kind = KINDS[family_named(checkpoint.config.family).tokenizer]
+    if "tokenizer.json" not in files or kind.end is None:
+        return None
     found: int | None = _load(files["tokenizer.json"], "tokenizer.json").token_to_id(kind.end)
     return found
 
@@ -189,18 +144,17 @@ def _read_pair(vocabulary_path: str, merges_path: str) -> _Pair:
     return _Pair(vocabulary, merges, files, () if exact else (note,))
 
 
-def _build(
-    pair: _Pair, kind: Kind, settings: Mapping[str, object], added_path: str | None
-) -> tuple[Files, Vocabulary, tuple[str, ...]]:
+def _build(pair: _Pair, kind: Kind, settings: Settings, added_path: str | None) -> _Made:
     """A tokenizer made of a vocabulary, merges and, where fine-tuning appended any, added tokens."""
-    tokenizer = kind.build(pair.vocabulary, pair.merges)
+    tokenizer = kind.build(pair.vocabulary, pair.merges, settings)
     named = {str(_content(settings[key])) for key in NAMED_TOKENS if settings.get(key) is not None}
-    _add_special(tokenizer, [token for token in (kind.end, *sorted(named - {kind.end})) if token in pair.vocabulary])
+    special = dict.fromkeys((*kind.named.values(), *sorted(named)))
+    _add_special(tokenizer, [token for token in special if token in pair.vocabulary])
     added = {} if added_path is None else _add_tokens(tokenizer, added_path, named)
-    absent = sum(symbol not in pair.vocabulary for symbol in kind.alphabet())
+    absent = sum(symbol not in pair.vocabulary for symbol in kind.alphabet(settings))
     lossy = f"{absent} symbols of the alphabet are not in the vocabulary: text that needs them loses them"
     files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), **pair.files}
-    return files, {**pair.vocabulary, **added}, (*pair.notes, *([lossy] if absent else []))
+    return _Made(tokenizer, files, {**pair.vocabulary, **added}, (*pair.notes, *([lossy] if absent else [])))
 
 
 def _add_special(tokenizer: Any, tokens: Iterable[str]) -> None:
@@ -228,27 +182,28 @@ def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, 
     return added
 
 
-def _pass_on(path: str, pair: _Pair | None) -> tuple[Files, Vocabulary, tuple[str, ...]]:
+def _pass_on(path: str, pair: _Pair | None) -> _Made:
     """A ``tokenizer.json`` as it is, and vocab.json and merges.txt that say what it says."""
     data = read_small(path, MAX_BYTES, "tokenizer.json")
     raw = parse_json(data, path, "tokenizer.json")
-    tokens = _load(data, path).get_vocab(with_added_tokens=True)
+    tokenizer = _load(data, path)
+    tokens = tokenizer.get_vocab(with_added_tokens=True)
     if not tokens:
         raise InputError("the tokenizer has no tokens", path=path)
     model: Any = raw.get("model") if isinstance(raw, dict) else None
     if not isinstance(model["vocab"], dict) or "merges" not in model:
         note = f"the tokenizer is no BPE ({model.get('type')}): vocab.json and merges.txt were left out"
-        return {"tokenizer.json": data}, tokens, (note,)
+        return _Made(tokenizer, {"tokenizer.json": data}, tokens, (note,))
     vocabulary = _checked_ids(model["vocab"], path)
     merges = [_two(entry) for entry in model["merges"]]
     if pair is not None and (pair.vocabulary, pair.merges) == (vocabulary, merges):
-        return {"tokenizer.json": data, **pair.files}, tokens, pair.notes
+        return _Made(tokenizer, {"tokenizer.json": data, **pair.files}, tokens, pair.notes)
     ours = {
         "vocab.json": json.dumps(dict(sorted(vocabulary.items(), key=lambda entry: entry[1]))).encode("ascii"),
         "merges.txt": _merges_text(merges),
     }
     note = "vocab.json or merges.txt disagrees with tokenizer.json: both were rewritten from tokenizer.json"
-    return {"tokenizer.json": data, **ours}, tokens, (note,) if pair else ()
+    return _Made(tokenizer, {"tokenizer.json": data, **ours}, tokens, (note,) if pair else ())
 
 
 def _two(entry: Any) -> tuple[str, str]:
@@ -302,13 +257,14 @@ def _settings(found: Mapping[str, str]) -> dict[str, object]:
     return {key: value for key, value in settings.items() if key not in LOCATIONS}
 
 
-def _config(kind: Kind, tokens: Vocabulary, settings: Mapping[str, object], n_ctx: int) -> dict[str, object]:
+def _config(kind: Kind, made: _Made, settings: Settings, n_ctx: int) -> dict[str, object]:
     """tokenizer_config.json: the source's own words where it has any."""
-    end = kind.end if kind.end in tokens else None
-    default = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": None}
-    common = {"model_max_length": n_ctx, "tokenizer_class": kind.tokenizer_class}
+    usual = kind.describes(made.tokenizer, settings)
+    default: dict[str, object] = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"))
+    default |= {key: token for key, token in kind.named.items() if token in made.tokens}
+    common = {"model_max_length": n_ctx, "tokenizer_class": kind.tokenizer_class if usual else WHOLE_FILE}
     stated = {key: _content(value) if key in NAMED_TOKENS else value for key, value in settings.items()}
-    return {**default, **kind.settings, **common, **stated}
+    return {**default, **(kind.settings if usual else OTHER_SETTINGS), **common, **stated}
 
 
 def _content(token: object) -> object:

@@ -15,7 +15,10 @@ from typing import Protocol
 import numpy as np
 
 from gptconvert.tensors import (
+    Array,
+    Box,
     Cast,
+    Computed,
     Joined,
     LazyTensor,
     LeadingAxis,
@@ -69,6 +72,24 @@ def concatenate(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
     if all(isinstance(t, Transposed) for t in tensors) and axis in (0, 1):
         return transpose(concatenate([transpose(t) for t in tensors], 1 - axis))
     return Joined(tuple(tensors), axis)
+
+
+def run_of(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Elements ``start`` to ``stop`` of the row-major order, as a tensor of one axis."""
+    if isinstance(tensor, LeadingAxis):
+        return run_of(tensor.base, start, stop)
+    if isinstance(tensor, Stored):
+        item = tensor.dtype.itemsize
+        return Stored(tensor.slice_bytes(start * item, stop * item), tensor.dtype, (stop - start,))
+    row, rest = math.prod(tensor.shape[1:]), tuple(slice(0, n) for n in tensor.shape[1:])
+
+    def read(box: Box) -> Array:
+        low, high = start + box[0].start, start + box[0].stop
+        rows = tensor.read((slice(low // row, -(-high // row)), *rest))
+        skip = low - low // row * row
+        return np.ascontiguousarray(rows).reshape(-1)[skip : skip + high - low]
+
+    return Computed(read, tensor.dtype, (stop - start,))
 
 
 def split(tensor: LazyTensor, count: int) -> tuple[LazyTensor, ...]:

@@ -90,6 +90,7 @@ def write_and_digest(
     progress: Progress | None = None,
     *,
     allow_nonfinite: bool = False,
+    each_tensor: bool = True,
 ) -> Written:
     """Write ``files`` into ``directory`` and, at the same time, check and hash what they are made of.
 
@@ -99,6 +100,7 @@ def write_and_digest(
         checkpoint: where the tensors come from.
         progress: called in this thread with the bytes just written.
         allow_nonfinite: convert NaN and infinities.
+        each_tensor: hash every tensor by itself too, which costs as much again as hashing the files.
 
     Raises:
         OutputError: a file could not be written.
@@ -107,7 +109,7 @@ def write_and_digest(
     """
     copies = {file.path: source for file in files if (source := copy_of(file)) is not None}
     others = [path for path in dict.fromkeys(checkpoint.source.files) if path not in copies.values()]
-    placed = [(file.path, tensor) for file in files for tensor in file.tensors]
+    placed = [(file.path, tensor) for file in files for tensor in file.tensors if each_tensor]
     stop = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         tensors = pool.submit(

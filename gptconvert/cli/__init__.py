@@ -16,8 +16,14 @@ from gptconvert.errors import GptConvertError, printable
 
 #: command → (module, attribute, one line for the list of commands).
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
-    "openai-tf": ("convert", "openai_tf", "Convert OpenAI's own checkpoints (GPT-2 TensorFlow bundles)."),
+    "openai-tf": ("convert", "openai_tf", "Convert OpenAI's own checkpoints: GPT-2 bundles, GPT-1 arrays."),
     "hf": ("convert", "hf", "Convert a Hugging Face directory or hub repository."),
+    "mesh-tf": ("convert", "mesh_tf", "Convert GPT-Neo's original checkpoint (Mesh-TensorFlow)."),
+    "mesh-jax": ("convert", "mesh_jax", "Convert GPT-J's original checkpoint (mesh-transformer-jax)."),
+    "neox": ("convert", "neox", "Convert a GPT-NeoX checkpoint (DeepSpeed)."),
+    "nanogpt": ("convert", "nanogpt", "Convert a nanoGPT checkpoint (ckpt.pt)."),
+    "llmc": ("convert", "llmc", "Convert an llm.c model file (.bin)."),
+    "megatron": ("convert", "megatron", "Convert a Megatron-LM GPT-2 checkpoint."),
     "convert": ("convert", "convert", "Convert any supported checkpoint; the format is detected."),
     "inspect": ("inspect", "inspect", "Show configuration and tensors; reads headers only."),
     "verify": ("verify", "verify", "Check an existing export against its checkpoint."),
@@ -108,8 +114,10 @@ def run(args: list[str]) -> int:
         _report(error, error.exit_code, as_json)
         return error.exit_code
     except SystemExit as error:
-        # SIGINT or SIGTERM, after everything staged was removed.
-        click.echo("interrupted; nothing was published", err=True)
+        from gptconvert.signals import Interrupted
+
+        if isinstance(error, Interrupted):  # raised once everything staged was removed
+            click.echo("interrupted; nothing was published", err=True)
         return error.code if isinstance(error.code, int) else 1
     except MemoryError:
         _report(GptConvertError("out of memory", hint="no output was published"), 1, as_json)
@@ -129,7 +137,7 @@ def _bare_verify(args: list[str]) -> list[str]:
     levels = {"default", "full"}
     return [
         "--verify=default" if arg == "--verify" and following not in levels else arg
-        for arg, following in zip(args, [*args[1:], ""], strict=True)
+        for arg, following in zip(args, [*args[1:], ""], strict=False)
     ]
 
 

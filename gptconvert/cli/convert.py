@@ -1,15 +1,16 @@
-"""``gptconvert openai-tf``, ``hf`` and ``convert``: one implementation, three names for the source."""
+"""``gptconvert openai-tf``, ``hf`` … and ``convert``: one implementation, a name for each kind of source."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, human_bytes, note, print_json, table
 from gptconvert.errors import printable
+from gptconvert.targets import TARGETS
 
 if TYPE_CHECKING:
     from gptconvert.families import Request
@@ -22,7 +23,7 @@ CONVERTING = options.stack(
     click.option(
         "--to",
         "targets",
-        type=click.Choice(["onnx", "safetensors", "tf"]),
+        type=click.Choice(list(TARGETS)),
         multiple=True,
         default=("onnx",),
         show_default=False,
@@ -57,7 +58,8 @@ CONVERTING = options.stack(
 
 OPENAI_EPILOG = """\b
 SOURCE is a prefix (model.ckpt), a directory, the `checkpoint` file or the
-.index file. Directories of gpt-2-simple and nshepperd's fork work too.
+.index file. Directories of gpt-2-simple and nshepperd's fork work too, and so
+does GPT-1's directory (params_0.npy …).
 
 \b
 Example:
@@ -74,29 +76,92 @@ Example:
 """
 
 
-@click.command("openai-tf", epilog=OPENAI_EPILOG)
-@click.argument("source")
-@options.OPENING
-@CONVERTING
-def openai_tf(source: str, **given: Any) -> None:
-    """Convert OpenAI's own checkpoint SOURCE."""
-    _convert(source, "openai-tf", given)
+NANOGPT_EPILOG = """\b
+SOURCE is a ckpt.pt or the directory it lies in. The file does not say which
+GELU the model was trained with: erf since June 2023, tanh before. Its pickle
+is read as data; nothing in it is executed, and meta.pkl is not opened.
+
+\b
+Example:
+  gptconvert nanogpt ./out-shakespeare/ckpt.pt --to onnx --activation erf
+"""
+LLMC_EPILOG = """\b
+SOURCE is a model file of version 1, 3 or 5 (gpt2_124M.bin, gpt2_124M_bf16.bin,
+log124M/model_00018865.bin). Rows that pad the vocabulary are left out.
+
+\b
+Example:
+  gptconvert llmc gpt2_124M_bf16.bin --to safetensors
+"""
+MEGATRON_EPILOG = """\b
+SOURCE is a model_optim_rng.pt, its mp_rank_00, or the directory of a run. Only
+models that were not split over devices are read, of checkpoint version 0 to 3.
+
+\b
+Example:
+  gptconvert megatron ./release/mp_rank_00/model_optim_rng.pt --to onnx
+"""
 
 
-@click.command("hf", epilog=HF_EPILOG)
-@click.argument("source")
-@options.OPENING
-@options.HUB
-@CONVERTING
-def hf(source: str, **given: Any) -> None:
-    """Convert the Hugging Face checkpoint SOURCE: a directory or a hub repository."""
-    _convert(source, "hf", given)
+MESH_TF_EPILOG = """\b
+SOURCE is a prefix, a directory, the `checkpoint` file or the .index file, with
+the model's config.json beside it (or --hparams FILE).
+
+\b
+Example:
+  gptconvert mesh-tf ./GPT3_XL --to onnx
+"""
+MESH_JAX_EPILOG = """\b
+SOURCE is the directory with shard_0 … inside, or the one with step_N inside.
+Without the training run's JSON file beside it, or --hparams FILE, it is taken
+for GPT-J 6B if it has its sizes.
+
+\b
+Example:
+  gptconvert mesh-jax ./step_383500 --to safetensors --dtype fp16
+"""
+NEOX_EPILOG = """\b
+SOURCE is the directory of a run (with `latest` and configs/) or of one step.
+All ranks' files must be there. The configuration is configs/*.yml, or --hparams
+FILE. The vocabulary stays padded unless --trim-vocab is given.
+
+\b
+Example:
+  gptconvert neox ./20B_checkpoints --to safetensors
+"""
+
+
+def format_command(name: str, about: str, epilog: str, *extra: options.Decorator) -> click.Command:
+    """The command that converts checkpoints of one format."""
+
+    def run(source: str, **given: Any) -> None:
+        _convert(source, name, given)
+
+    run.__doc__ = about
+    command = click.command(name, epilog=epilog)
+    decorated: Any = options.stack(command, click.argument("source"), options.OPENING, *extra, CONVERTING)(run)
+    return cast("click.Command", decorated)
+
+
+openai_tf = format_command("openai-tf", "Convert OpenAI's own checkpoint SOURCE.", OPENAI_EPILOG)
+hf = format_command(
+    "hf", "Convert the Hugging Face checkpoint SOURCE: a directory or a hub repository.", HF_EPILOG, options.HUB
+)
+nanogpt = format_command("nanogpt", "Convert the nanoGPT checkpoint SOURCE.", NANOGPT_EPILOG, options.ACTIVATION)
+mesh_tf = format_command("mesh-tf", "Convert GPT-Neo's original checkpoint SOURCE.", MESH_TF_EPILOG)
+mesh_jax = format_command("mesh-jax", "Convert GPT-J's original checkpoint SOURCE.", MESH_JAX_EPILOG)
+neox = format_command("neox", "Convert the GPT-NeoX checkpoint SOURCE.", NEOX_EPILOG)
+llmc = format_command("llmc", "Convert the llm.c model file SOURCE.", LLMC_EPILOG)
+megatron = format_command(
+    "megatron", "Convert the Megatron-LM GPT-2 checkpoint SOURCE.", MEGATRON_EPILOG, options.ACTIVATION
+)
 
 
 @click.command("convert")
 @click.argument("source")
 @options.OPENING
 @options.HUB
+@options.ACTIVATION
 @CONVERTING
 def convert(source: str, **given: Any) -> None:
     """Convert SOURCE, whatever it is: the format is detected."""
@@ -145,7 +210,8 @@ def request_of(given: dict[str, Any]) -> Request:
     """What is asked of the checkpoint."""
     from gptconvert.families import Request
 
-    return Request(task=given.get("task"), n_head=given.get("n_head"), pad_token_id=given.get("pad_token_id"))
+    names = ("task", "n_head", "pad_token_id", "activation", "trim_vocab")
+    return Request(**{name: given.get(name) for name in names})
 
 
 def options_of(given: dict[str, Any]) -> Options:

@@ -16,6 +16,7 @@ from gptconvert.errors import printable
 @options.OPENING
 @options.HUB
 @options.TASK
+@options.ACTIVATION
 @click.option("--tensors/--no-tensors", default=True, help="List every tensor.")
 @options.OUTPUT_FORMAT
 def inspect(source: str, tensors: bool, as_json: bool, quiet: bool, **given: Any) -> None:

@@ -32,8 +32,13 @@ OUTPUT_FORMAT = stack(
 
 OPENING = stack(
     click.option("--step", type=click.IntRange(min=0), help="Which training step, if the directory holds several."),
-    click.option("--hparams", type=click.Path(), help="hparams.json to use instead of the one beside the weights."),
+    click.option(
+        "--hparams", type=click.Path(), help="Configuration file to use instead of the one beside the weights."
+    ),
     click.option("--n-head", type=click.IntRange(min=1), help="Number of heads, if the format does not record it."),
+    click.option(
+        "--trim-vocab", type=click.IntRange(min=1), metavar="N", help="Keep N ids; the rest pad the vocabulary."
+    ),
     click.option("--weights-file", metavar="NAME", help="Which weights file to read, if there are several."),
 )
 
@@ -59,6 +64,12 @@ TASK = stack(
     click.option(
         "--pad-token-id", type=click.IntRange(min=0), help="Token that text classification takes for padding."
     ),
+)
+
+ACTIVATION = click.option(
+    "--activation",
+    type=click.Choice(["tanh", "erf"]),
+    help="Formula of GELU, for nanoGPT and Megatron-LM files, which may not record it.",
 )
 
 VERIFY_LEVEL = click.option(

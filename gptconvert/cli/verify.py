@@ -17,6 +17,7 @@ from gptconvert.cli.output import Progress, note, print_json
 @options.OPENING
 @options.HUB
 @options.TASK
+@options.ACTIVATION
 @options.OUTPUT_FORMAT
 def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, **given: Any) -> None:
     """Check ARTIFACT, a directory or graph exported by anyone, against the checkpoint SOURCE.

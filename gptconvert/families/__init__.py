@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.families import gpt1, gpt2, gpt_neo, gpt_neox, gptj
-from gptconvert.families.base import Family, Request
+from gptconvert.families.base import Family, Request, trim_vocabulary
 from gptconvert.families.gpt2_trainers import ACTIVATION_UNRECORDED
 from gptconvert.mapping import find_prefix, resolve
 from gptconvert.sources.source import Source
@@ -82,9 +82,13 @@ def understand(source: Source, request: Request) -> Checkpoint:
         if others:
             error.hint = f"the configuration says {family.name}, the tensor names look like {', '.join(others)}"
         raise
+    weights = resolved.weights
+    if request.trim_vocab is not None:
+        config, weights, trimmed = trim_vocabulary(config, weights, request.trim_vocab)
+        notes = [*notes, *trimmed]
     return Checkpoint(
         config=config,
-        weights=resolved.weights,
+        weights=weights,
         source=source,
         prefix=resolved.prefix,
         dropped=resolved.dropped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TypeVar
 from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.mapping import Scheme
 from gptconvert.tensors import LazyTensor
+from gptconvert.transforms import take_rows
 from reference_model.config import ConfigError, GPTConfig
 
 T = TypeVar("T")
@@ -192,12 +194,14 @@ class Request:
         n_head: number of heads, for formats that do not record it.
         pad_token_id: the token text classification takes for padding, over the configuration's.
         activation: ``tanh`` or ``erf``, the formula of GELU, for formats that do not record it.
+        trim_vocab: keep this many ids and leave out the rows behind them, which only pad the vocabulary.
     """
 
     task: str | None = None
     n_head: int | None = None
     pad_token_id: int | None = None
     activation: str | None = None
+    trim_vocab: int | None = None
 
 
 def heads_of_width(width: int, request: Request, missing: str) -> tuple[int, str]:
@@ -227,6 +231,30 @@ def heads_of_width(width: int, request: Request, missing: str) -> tuple[int, str
             f"--n-head {request.n_head} does not divide the embedding's width", expected=f"a divisor of {width}"
         )
     return request.n_head, "as asked"
+
+
+#: Canonical tensors with one row, or entry, per id.
+BY_ID = ("wte.weight", "lm_head.weight", "lm_head.bias")
+
+
+def trim_vocabulary(
+    config: GPTConfig, weights: Mapping[str, LazyTensor], size: int
+) -> tuple[GPTConfig, dict[str, LazyTensor], list[str]]:
+    """The model with the ids from ``size`` on left out, and a note that says so.
+
+    Raises:
+        UsageError: there are not so many, or a token that ends or begins texts is among them.
+    """
+    if not 0 < size <= config.vocab_size:
+        raise UsageError(f"--trim-vocab {size}", expected=f"1 to {config.vocab_size}, the model's vocabulary")
+    lost = [i for i in (config.bos_token_id, config.eos_token_id, config.pad_token_id) if i is not None and i >= size]
+    if lost:
+        raise UsageError(
+            f"--trim-vocab {size} cuts off the special token {lost[0]}", expected=f"at least {max(lost) + 1}"
+        )
+    kept = {n: take_rows(w, [(0, size)]) if n in BY_ID else w for n, w in weights.items()}
+    note = f"the vocabulary was cut from {config.vocab_size} ids to {size} (--trim-vocab)"
+    return dataclasses.replace(config, vocab_size=size), kept, [note] if size < config.vocab_size else []
 
 
 ReadConfig = Callable[

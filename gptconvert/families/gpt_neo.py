@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.families.base import HF_ACTIVATION_NAME, HF_ACTIVATIONS, ConfigKeys, Family, Request, per_layer
 from gptconvert.families.heads import (
     HEAD_DROPS,
     HEAD_ROWS,
     SUMMARY_KEYS,
+    choose_task,
     head_config,
     head_fields,
     own_lm_head,
     tied_lm_head,
 )
-from gptconvert.mapping import Drop, Row, Scheme, Tied
+from gptconvert.mapping import Drop, Row, Scheme, Tied, find_prefix
 from gptconvert.tensors import LazyTensor
+from gptconvert.transforms import Transpose
 from reference_model.config import GPTConfig
 
 HEADS = {
@@ -104,11 +106,11 @@ def _expanded(types: object, layers: int) -> list[str] | None:
     return kinds
 
 
-def _window(keys: ConfigKeys) -> int:
-    window = keys.integer("window_size", 256)
-    if window < 1:
-        raise InputError("wrong value", path=keys.path, tensor="window_size", expected="at least 1", found=window)
-    return window
+def _positive(keys: ConfigKeys, key: str, default: int) -> int:
+    value = keys.integer(key, default)
+    if value < 1:
+        raise InputError("wrong value", path=keys.path, tensor=key, expected="at least 1", found=value)
+    return value
 
 
 def _hf_config(
@@ -116,7 +118,7 @@ def _hf_config(
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     keys = ConfigKeys(raw, path)
     layers, width = keys.integer("num_layers", 24, "num_hidden_layers"), keys.integer("hidden_size", 2048)
-    window = _window(keys)
+    window = _positive(keys, "window_size", 256)
     windows = tuple(None if kind == "global" else window for kind in _attention_layers(keys, layers))
     head, notes = head_fields(HEADS, keys, tensors, request, tied=keys.boolean("tie_word_embeddings", True))
     config = keys.build(
@@ -176,12 +178,132 @@ def _period(kinds: list[str]) -> list[str]:
     return next(kinds[:n] for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
 
 
+#: The trainer's own variables (Mesh-TensorFlow), whose matrices are [in, out].
+MESH_TF = Scheme(
+    name="mesh-tf",
+    anchor="wte",
+    prefixes=None,
+    write_prefix="gpt2/",
+    rows=(
+        Row("wte.weight", "wte", "V D"),
+        Row("wpe.weight", "wpe", "C D"),
+        Row("h.{i}.ln_1.weight", "h{i}/norm_1/g", "D"),
+        Row("h.{i}.ln_1.bias", "h{i}/norm_1/b", "D"),
+        Row("h.{i}.attn.c_attn.weight", ("h{i}/attn/q", "h{i}/attn/k", "h{i}/attn/v"), "D D", (Transpose(),)),
+        Row("h.{i}.attn.c_proj.weight", "h{i}/attn/o", "D D", (Transpose(),)),
+        Row("h.{i}.attn.c_proj.bias", "h{i}/attn/compute_output_bias/o_b", "D"),
+        Row("h.{i}.ln_2.weight", "h{i}/norm_2/g", "D"),
+        Row("h.{i}.ln_2.bias", "h{i}/norm_2/b", "D"),
+        Row("h.{i}.mlp.c_fc.weight", "h{i}/mlp/conv1d_main/c_fc/kernel", "D F", (Transpose(),)),
+        Row("h.{i}.mlp.c_fc.bias", "h{i}/mlp/conv1d_main/c_fc/bias", "F"),
+        Row("h.{i}.mlp.c_proj.weight", "h{i}/mlp/conv1d_main/c_proj/kernel", "F D", (Transpose(),)),
+        Row("h.{i}.mlp.c_proj.bias", "h{i}/mlp/conv1d_main/c_proj/bias", "D"),
+        Row("ln_f.weight", "ln_f/g", "D"),
+        Row("ln_f.bias", "ln_f/b", "D"),
+    ),
+    drops=(
+        Drop(r".+/adam_[mv]", "optimizer slot"),
+        Drop(r".+_slot_(?:m|v|vr|vc)", "optimizer slot"),
+        Drop(r"(?:.*/)?(?:global_step|beta\d_power)", "training counter"),
+    ),
+)
+#: The trainer's ``activation_fn``; ``activation_function``, which its configurations have too, is read by nothing.
+MESH_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "tanh": "tanh", "silu": "silu"}
+MESH_HARMLESS = frozenset(
+    """name model mode model_path dataset_ids datasets dataset_configs no_dataset data_seed padding_id n_words
+    train_batch_size eval_batch_size predict_batch_size train_steps eval_steps predict_steps predict_max_steps steps
+    iterations steps_per_checkpoint max_checkpoints eval_tasks lr lr_decay lr_decay_end warmup_steps beta1 beta2
+    epsilon ada_epsilon1 ada_epsilon2 opt_name optimizer weight_decay gradient_clipping embed_dropout attn_dropout
+    res_dropout scale_by_depth scale_by_in mesh_shape layout auto_layout auto_layout_and_mesh_shape recompute_grad
+    num_microbatches tokens_per_mb_per_replica precision use_tpu activation_function z_loss moe_params
+    stop_at_token remove_partial_sequences sampling_use_entmax slow_sampling entmax_loss_function
+    export_dir train predict eval text_only log_grads""".split()
+)
+#: Options of the trainer that make another model → the value that means "not used".
+MESH_UNUSED: Mapping[str, object] = {
+    "moe_layers": None,
+    "mlp_glu": False,
+    "rotary_emb": None,
+    "axial_pos_emb": None,
+    "rezero": False,
+    "scalenorm": False,
+    "macaron": False,
+    "share_parameters": False,
+    "no_weight_tie": False,
+    "num_mem_kv": 0,
+    "lightweight_conv_attention": 0,
+    "mlm_training": False,
+    "causal": True,
+    "local": False,
+}
+
+
+def _mesh_config(
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+) -> tuple[GPTConfig, dict[str, object], list[str]]:
+    if "model_type" in raw:  # transformers' own conversion wanted its own config.json beside the checkpoint
+        return _hf_config(raw, path, tensors, request)
+    keys = ConfigKeys(raw, path)
+    layers, width = keys.integer("n_layer"), keys.integer("n_embd")
+    _require_released_attention(keys, layers)
+    window = _positive(keys, "local_attention_radius", 256)
+    vocabulary, notes = _with_padding(keys.integer("n_vocab"), tensors)
+    end = keys.optional_integer("eos_id", 50256)
+    config = keys.build(
+        family="gpt_neo",
+        vocab_size=vocabulary,
+        n_ctx=keys.integer("n_ctx", None, "n_positions"),
+        n_embd=width,
+        n_layer=layers,
+        n_head=keys.integer("n_head"),
+        n_inner=4 * width,
+        activation=keys.choice("activation_fn", "gelu", MESH_ACTIVATIONS),
+        attn_scale=per_layer(1.0, layers),
+        attn_window=tuple(None if kind == "global" else window for kind in _attention_layers(keys, layers)),
+        qkv_bias=False,
+        task=choose_task(HEADS, {}, path, tensors, request, tied=True),
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    keys.finish(harmless=MESH_HARMLESS, unused=MESH_UNUSED)
+    return config, {}, notes
+
+
+def _require_released_attention(keys: ConfigKeys, layers: int) -> None:
+    """Refuse by name the kinds of attention that only the trainer has.
+
+    Raises:
+        InputError: no kinds are given.
+        UnsupportedError: there are others than global and local.
+    """
+    if "attention_types" not in keys.raw:
+        raise InputError("required key is missing", path=keys.path, tensor="attention_types")
+    kinds = _expanded(keys.raw["attention_types"], layers) or []
+    strange = sorted({str(kind) for kind in kinds} - {"global", "local"})
+    if strange:
+        raise UnsupportedError(
+            f"attention of kind {', '.join(strange)} is not implemented",
+            path=keys.path,
+            tensor="attention_types",
+            expected="global and local",
+        )
+
+
+def _with_padding(vocabulary: int, tensors: Mapping[str, LazyTensor]) -> tuple[int, list[str]]:
+    """The number of rows that the embedding has, which may be more than the vocabulary's, and a note then."""
+    table = tensors.get(f"{find_prefix(MESH_TF, tensors)}wte")
+    rows = table.shape[0] if table is not None and table.shape else 0
+    if rows <= vocabulary:
+        return vocabulary, []
+    return rows, [f"the embedding has {rows} rows for a vocabulary of {vocabulary}: kept (--trim-vocab {vocabulary})"]
+
+
 FAMILY = Family(
     name="gpt_neo",
     title="GPT-Neo",
     model_types=("gpt_neo",),
-    schemes=(HF,),
-    read_config={"hf": _hf_config},
+    schemes=(HF, MESH_TF),
+    read_config={"hf": _hf_config, "mesh-tf": _mesh_config},
     write_config=_write_config,
     heads=HEADS,
 )

@@ -21,6 +21,7 @@ from gptconvert.families.base import (
     usual_scale,
 )
 from gptconvert.families.heads import HEAD_DROPS, HEAD_ROWS, head_config, head_fields, own_lm_head, tied_lm_head
+from gptconvert.families.neox_trainer import NEOX, neox_config
 from gptconvert.mapping import Drop, Row, Scheme, Tied
 from gptconvert.tensors import LazyTensor
 from gptconvert.transforms import DeinterleaveHeads
@@ -181,8 +182,8 @@ FAMILY = Family(
     name="gpt_neox",
     title="GPT-NeoX, Pythia",
     model_types=("gpt_neox",),
-    schemes=(HF,),
-    read_config={"hf": _hf_config},
+    schemes=(HF, NEOX),
+    read_config={"hf": _hf_config, "neox": neox_config(HEADS)},
     write_config=_write_config,
     heads=HEADS,
 )

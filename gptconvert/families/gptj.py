@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gptconvert.errors import UsageError
 from gptconvert.families.base import (
     HF_ACTIVATION_NAME,
     HF_ACTIVATIONS,
@@ -21,6 +22,7 @@ from gptconvert.families.heads import (
     HEAD_DROPS,
     HEAD_ROWS,
     SUMMARY_KEYS,
+    choose_task,
     head_config,
     head_fields,
     lm_head_bias,
@@ -29,6 +31,7 @@ from gptconvert.families.heads import (
 )
 from gptconvert.mapping import Drop, Row, Scheme, Tied
 from gptconvert.tensors import LazyTensor
+from gptconvert.transforms import Transpose
 from reference_model.config import GPTConfig, Rotary
 
 HEADS = {
@@ -133,12 +136,117 @@ def _write_config(config: GPTConfig, carried: Mapping[str, object]) -> dict[str,
     }
 
 
+#: The trainer's own parameters (mesh-transformer-jax, Haiku), whose matrices are [in, out]. ``linear`` is q,
+#: ``linear_1`` v, ``linear_2`` k: the order in which the program makes them. Embedding and bias come as one table.
+MESH_JAX = Scheme(
+    name="mesh-jax",
+    anchor="embedding_shard/~/linear",
+    prefixes=("causal_transformer_shard/~/",),
+    write_prefix="causal_transformer_shard/~/",
+    rows=(
+        Row("wte.weight", "embedding_shard/~/linear", "V D"),
+        Row("h.{i}.ln_1.weight", "layer_{i}/~/replicated_layer_norm/scale", "D"),
+        Row("h.{i}.ln_1.bias", "layer_{i}/~/replicated_layer_norm/offset", "D"),
+        Row(
+            "h.{i}.attn.c_attn.weight",
+            ("layer_{i}/~/linear/w", "layer_{i}/~/linear_2/w", "layer_{i}/~/linear_1/w"),
+            "D D",
+            (Transpose(),),
+        ),
+        Row("h.{i}.attn.c_proj.weight", "layer_{i}/~/linear_3/w", "D D", (Transpose(),)),
+        Row("h.{i}.mlp.c_fc.weight", "layer_{i}/~/linear_4/w", "D F", (Transpose(),)),
+        Row("h.{i}.mlp.c_fc.bias", "layer_{i}/~/linear_4/b", "F"),
+        Row("h.{i}.mlp.c_proj.weight", "layer_{i}/~/linear_5/w", "F D", (Transpose(),)),
+        Row("h.{i}.mlp.c_proj.bias", "layer_{i}/~/linear_5/b", "D"),
+        Row("ln_f.weight", "projection_shard/~/replicated_layer_norm/scale", "D"),
+        Row("ln_f.bias", "projection_shard/~/replicated_layer_norm/offset", "D"),
+        Row("lm_head.weight", "projection_shard/~/linear/w", "D V", (Transpose(),), when=own_lm_head),
+        Row("lm_head.bias", "projection_shard/~/linear/b", "V", when=lm_head_bias),
+    ),
+    drops=(
+        Drop(r"step", "training counter"),
+        Drop(r"projection_shard/~/linear/[wb]", "language-model head", when=lambda c: not c.has_lm_head),
+    ),
+)
+#: What the trainer's configuration of the released model says; the archive of its weights has none.
+RELEASED: Mapping[str, object] = {
+    "layers": 28,
+    "d_model": 4096,
+    "n_heads": 16,
+    "n_vocab": 50400,
+    "pe_rotary_dims": 64,
+    "seq": 2048,
+}
+MESH_HARMLESS = frozenset(
+    """name comment bucket model_dir train_set val_set eval_harness_tasks val_batches val_every ckpt_every keep_every
+    tpu_size cores_per_replica per_replica_batch gradient_accumulation_steps warmup_steps anneal_steps total_steps lr
+    end_lr weight_decay early_cast optimizer sampler seed wandb_project""".split()
+)
+
+
+def _mesh_config(
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+) -> tuple[GPTConfig, dict[str, object], list[str]]:
+    raw, notes = (raw, []) if raw else _released(tensors)
+    keys = ConfigKeys(raw, path)
+    width, heads, layers = keys.integer("d_model"), keys.integer("n_heads"), keys.integer("layers")
+    vocabulary = keys.integer("n_vocab")
+    for key, only in (("pe", "rotary"), ("norm", "layernorm")):
+        keys.choice(key, only, {only: None})
+    end = 50256 if vocabulary > 50256 else None  # <|endoftext|> of GPT-2's tokenizer
+    config = keys.build(
+        family="gptj",
+        vocab_size=vocabulary,
+        n_ctx=keys.integer("seq"),
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        n_inner=4 * width,
+        attn_scale=per_layer(usual_scale(width, heads), layers),
+        attn_window=per_layer(None, layers),
+        residual="parallel_one_norm",
+        rotary=Rotary(keys.integer("pe_rotary_dims", width // heads if heads > 0 else 0), interleaved=True),
+        qkv_bias=False,
+        attn_out_bias=False,
+        head_bias=True,
+        tied_head=False,
+        task=choose_task(HEADS, {}, path, tensors, request, tied=True),
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    keys.finish(harmless=MESH_HARMLESS)
+    return config, {}, notes
+
+
+def _released(tensors: Mapping[str, LazyTensor]) -> tuple[Mapping[str, object], list[str]]:
+    """The released model's configuration, if the shapes are its shapes.
+
+    Raises:
+        UsageError: they are another model's, whose heads and rotary positions are in no shape.
+    """
+    prefix = MESH_JAX.write_prefix
+    table = tensors.get(f"{prefix}embedding_shard/~/linear")
+    layers = sum(name.endswith("/~/linear_3/w") for name in tensors)
+    found = (layers, *(table.shape if table is not None else ()))
+    if found != (RELEASED["layers"], RELEASED["n_vocab"], RELEASED["d_model"]):
+        raise UsageError(
+            "no configuration beside the shards, and these are not the sizes of GPT-J 6B",
+            expected="28 layers, an embedding of 50400 × 4096",
+            found=f"{found[0]} layers, an embedding of {' × '.join(map(str, found[1:]))}",
+            hint="pass the JSON file that the model was trained with: --hparams FILE",
+        )
+    note = (
+        "no configuration beside the shards: the sizes are those of GPT-J 6B, so are 16 heads and 64 rotary features"
+    )
+    return RELEASED, [note]
+
+
 FAMILY = Family(
     name="gptj",
     title="GPT-J",
     model_types=("gptj",),
-    schemes=(HF,),
-    read_config={"hf": _hf_config},
+    schemes=(HF, MESH_JAX),
+    read_config={"hf": _hf_config, "mesh-jax": _mesh_config},
     write_config=_write_config,
     heads=HEADS,
 )

@@ -11,16 +11,21 @@ import re
 from dataclasses import dataclass
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
-from gptconvert.sources import hf, hub, llmc, megatron, nanogpt, openai_tf
+from gptconvert.sources import gpt1_npy, hf, hub, llmc, megatron, mesh_jax, mesh_tf, nanogpt, neox, openai_tf
 from gptconvert.sources.hf_files import weights_named
 from gptconvert.sources.near import no_such_path
 from gptconvert.sources.sniff import explain_file, file_size
 from gptconvert.sources.source import Format, OpenOptions, Source
 
-#: In the order they are tried: Hugging Face's file names are the least mistakable.
+#: In the order they are tried: Hugging Face's file names are the least mistakable, and GPT-Neo's variables are told
+#: from OpenAI's by their names alone.
 FORMATS: tuple[Format, ...] = (
     hf.FORMAT,
+    mesh_tf.FORMAT,
     openai_tf.FORMAT,
+    gpt1_npy.FORMAT,
+    mesh_jax.FORMAT,
+    neox.FORMAT,
     nanogpt.FORMAT,
     llmc.FORMAT,
     megatron.FORMAT,
@@ -83,10 +88,8 @@ class Lookalike:
 
 
 LOOKALIKES: tuple[Lookalike, ...] = (
-    Lookalike("OpenAI's GPT-1 release", r"params_\d+\.npy|params_shapes\.json"),
-    Lookalike("a fine-tuned OpenAI GPT-1 (joblib)", r".*_params\.jl"),
-    Lookalike("a mesh-transformer-jax checkpoint (original GPT-J)", r"step_\d+|shard_\d+"),
-    Lookalike("a GPT-NeoX checkpoint (DeepSpeed)", r"global_step\d+|layer_\d+-.*\.pt|mp_rank_\d+_model_states\.pt"),
+    Lookalike("mesh-transformer-jax shards (GPT-J) without their arrays", r"step_\d+|shard_\d+"),
+    Lookalike("a DeepSpeed run (GPT-NeoX, perhaps) without weights", r"global_step\d+"),
     Lookalike("llama.cpp weights (GGUF)", r".*\.gguf", b"GGUF"),
     Lookalike("Keras weights (HDF5)", r".*\.(?:hdf5|keras)", b"\x89HDF\r\n\x1a\n"),
     Lookalike("an ONNX model", r".*\.onnx"),

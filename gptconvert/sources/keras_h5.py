@@ -48,7 +48,7 @@ def read_keras_h5(path: str) -> TensorSet:
     """
     size, tensors = file_size(path), dict[str, LazyTensor]()
     with _opened(path) as file:
-        root = file if _WHOLE_MODEL.encode() not in file.id.links else _group(file, _WHOLE_MODEL, path)
+        root = file if not file.id.links.exists(_WHOLE_MODEL.encode()) else _group(file, _WHOLE_MODEL, path)
         has_program = "model_config" in file.attrs
         for place, given in _weights(root, path):
             dataset = _find(root, place, path)
@@ -103,13 +103,13 @@ def _opened(path: str) -> Iterator[Any]:
         raise UnsupportedError(
             "reading tf_model.h5 needs the package h5py", path=path, hint=f"pip install 'gptconvert[{EXTRA}]'"
         ) from error
-    explained = explain_file(path, allow={"hdf5"})
-    if explained is not None:
+    if not h5py.is_hdf5(path):
+        explained = explain_file(path, allow={"hdf5"}) or "has no HDF5 signature, or is damaged"
         raise InputError(f"this file {explained}", path=path, expected="an HDF5 file")
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"HDF5 file is damaged ({_first_line(error)})", path=path) from error
 
 
@@ -147,7 +147,7 @@ def _names(group: Any, attribute: str, path: str) -> list[str]:
             path=path,
             tensor=group.name,
             expected="weights saved by Keras (model.save_weights)",
-            found=", ".join(list(group.attrs)[:5]) or "no attributes",
+            found=", ".join(map(str, list(group.attrs)[:5])) or "no attributes",
         )
     names: list[str] = []
     for piece in pieces:

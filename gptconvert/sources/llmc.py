@@ -18,7 +18,7 @@ import numpy as np
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.sources.near import no_such_path
 from gptconvert.sources.sniff import explain_file, file_size
-from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.sources.source import Format, OpenOptions, Source, refuse_options
 from gptconvert.tensors import BFLOAT16, LazyTensor, Segment, Shape, Stored, TensorSet
 
 TITLE = "llm.c (.bin)"
@@ -81,7 +81,9 @@ def open_llmc(path: str, options: OpenOptions) -> Source:
     Raises:
         InputError: no such file, or one that is truncated or no model file.
         UnsupportedError: a version whose layout is not known here.
+        UsageError: an option that has no meaning here.
     """
+    refuse_options(options, TITLE, "hparams", "step", "weights_file")
     if not os.path.lexists(path):
         raise no_such_path(path)
     size = file_size(path)

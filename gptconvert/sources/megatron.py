@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.sources.near import no_such_path
 from gptconvert.sources.sniff import read_small
-from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.sources.source import Format, OpenOptions, Source, refuse_options
 from gptconvert.sources.torch_zip import TorchFile, read_torch_pickle, tensors_of
 
 NAME, TITLE = "megatron", "Megatron-LM GPT-2 (model_optim_rng.pt)"
@@ -26,6 +26,8 @@ FIRST_RANK = "mp_rank_00"
 SCHEMES: Mapping[int, str] = {0: "megatron-v0", 1: "megatron-v1", 2: "megatron-v2", 3: "megatron-v2"}
 #: Arguments that say over how many devices one copy of the model was split.
 SPLITS = ("model_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+#: A directory of one iteration, or of one part of the model.
+_FOLDER = re.compile(r"iter_\d{7,}|mp_rank_\d\d(_\d{3})*")
 #: Most dictionaries inside each other, and most entries of one level.
 MAX_DEPTH, MAX_ENTRIES = 8, 100_000
 TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
@@ -38,7 +40,9 @@ def open_megatron(path: str, options: OpenOptions) -> Source:
         InputError: no such file, a damaged one, or one that Megatron-LM did not write.
         UnsupportedError: a model split over several devices, or written by Megatron-Core.
         UnsafeInputError: the pickle names anything but tensors and plain data.
+        UsageError: an option that has no meaning here.
     """
+    refuse_options(options, TITLE, "hparams", "weights_file")
     if not os.path.lexists(path):
         raise no_such_path(path)
     path = locate(path, options.step)
@@ -197,9 +201,7 @@ def recognises(path: str) -> bool:
             names = os.listdir(path)
         except OSError:
             return False
-        return TRACKER in names or any(
-            name in FILES or re.fullmatch(r"mp_rank_\d\d(_\d{3})*", name) for name in names
-        )
+        return any(name in (TRACKER, *FILES) or _FOLDER.fullmatch(name) for name in names)
     if os.path.basename(path) in FILES:
         return os.path.lexists(path)
     return path.endswith((".pt", ".pth", ".bin", ".ckpt")) and os.path.isfile(path) and _holds_language_model(path)

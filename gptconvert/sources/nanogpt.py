@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from gptconvert.errors import GptConvertError, InputError
 from gptconvert.sources.near import no_such_path
 from gptconvert.sources.sniff import file_size
-from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.sources.source import Format, OpenOptions, Source, refuse_options
 from gptconvert.sources.torch_zip import TorchFile, read_torch_pickle, tensors_of
 
 TITLE = "nanoGPT (ckpt.pt)"
@@ -32,7 +32,9 @@ def open_nanogpt(path: str, options: OpenOptions) -> Source:
     Raises:
         InputError: no such file, a damaged one, or one that nanoGPT did not write.
         UnsafeInputError: its pickle names anything but tensors and plain data.
+        UsageError: an option that has no meaning here.
     """
+    refuse_options(options, TITLE, "hparams", "step")
     path = _checkpoint_file(path, options)
     file = read_torch_pickle(path)
     state, arguments = _parts(file, path)

@@ -19,7 +19,7 @@ import numpy as np
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.sources.neox_files import Located, locate, looks_like_neox
 from gptconvert.sources.source import Format, OpenOptions, Source
-from gptconvert.sources.torch_zip import read_torch_pickle
+from gptconvert.sources.torch_zip import TorchFile, read_torch_pickle, tensors_of
 from gptconvert.sources.yaml_config import read_yaml_configs
 from gptconvert.tensors import Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
 from gptconvert.transforms import concatenate
@@ -112,19 +112,18 @@ def _read_layers(located: Located, held: _Held) -> None:
     """One file per layer and rank: a state dict of that layer."""
     for (layer, rank), path in located.layers.items():
         file = read_torch_pickle(path)
-        for key, value in _state(file.tree, path).items():
+        state = _state(file.tree, path)
+        for key, value in state.items():
             held.add(layer, key, rank, value)
-        held.checksums += file.checksums
-        held.notes += file.notes
+        _note(held, file, state, path)
 
 
 def _read_ranks(located: Located, held: _Held) -> None:
     """One file per rank: its whole training state, the weights under ``module``."""
     for rank, path in located.ranks.items():
         file = read_torch_pickle(path)
-        tree = _state(file.tree, path)
-        names = {name: _SEQUENTIAL.fullmatch(name) for name in _state(tree.get("module"), path)}
-        strange = [name for name, match in names.items() if match is None]
+        state = _state(_state(file.tree, path).get("module"), path)
+        strange = [name for name in state if not _SEQUENTIAL.fullmatch(name)]
         if strange:
             raise UnsupportedError(
                 "this DeepSpeed checkpoint is not GPT-NeoX's: another program wrote it",
@@ -132,11 +131,10 @@ def _read_ranks(located: Located, held: _Held) -> None:
                 expected="tensors named sequential.0.word_embeddings.weight …",
                 found=", ".join(strange[:3]),
             )
-        for name, match in names.items():
-            if match is not None:
-                held.add(int(match[1]), match[2], rank, _state(tree["module"], path)[name])
-        held.checksums += file.checksums
-        held.notes += file.notes
+        for name, value in state.items():
+            _, layer, key = name.split(".", 2)
+            held.add(int(layer), key, rank, value)
+        _note(held, file, state, path)
 
 
 def _state(value: object, path: str) -> dict[str, object]:
@@ -151,6 +149,13 @@ def _state(value: object, path: str) -> dict[str, object]:
             else None,
         )
     return value
+
+
+def _note(held: _Held, file: TorchFile, state: Mapping[str, object], path: str) -> None:
+    """The checksums of the bytes under a state dict's tensors, and what its reader noted."""
+    if any(isinstance(value, LazyTensor) for value in state.values()):
+        held.checksums += tensors_of(file, dict(state.items()), path).checksums
+    held.notes += file.notes
 
 
 def _refuse_variants(folder: str, held: _Held) -> None:
@@ -202,7 +207,7 @@ def _count_ranks(located: Located, config: Mapping[str, object]) -> int:
 
 
 def _merge_all(held: _Held, ranks: int, summed: bool, folder: str) -> dict[str, LazyTensor]:
-    """The tensors of a model on one rank, made of their parts when they are read; ``held.notes`` says what was odd."""
+    """The tensors of a model on one rank, made of their parts when they are read. What is odd is noted."""
     unequal: dict[Rule, list[str]] = {}
     merged: dict[str, LazyTensor] = {}
     width = held.tensors["word_embeddings.weight"].get(0)
@@ -233,7 +238,8 @@ def mean(parts: Sequence[LazyTensor]) -> LazyTensor:
     dtype, shape = parts[0].dtype, parts[0].shape
 
     def read(box: Box) -> Array:
-        return (sum(part.read(box).astype(np.float64) for part in parts) / len(parts)).astype(dtype)
+        result: Array = np.mean([part.read(box).astype(np.float64) for part in parts], axis=0).astype(dtype)
+        return result
 
     return Computed(read, dtype, shape)
 

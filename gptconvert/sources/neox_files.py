@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.sources.sniff import file_size, read_small
-from gptconvert.sources.source import OpenOptions
 
 LATEST = "latest"
 MAX_LATEST = 4096
@@ -141,7 +140,7 @@ def _check_complete(folder: str, layers: Mapping[tuple[int, int], str], ranks: M
     if layers:
         numbers, width = {layer for layer, _ in layers}, max(rank for _, rank in layers) + 1
         wanted = [(layer, rank) for layer in sorted(numbers) for rank in range(width)]
-        missing = [f"layer_{l:02}-model_{r:02}-model_states.pt" for l, r in wanted if (l, r) not in layers]
+        missing = [f"layer_{n:02}-model_{r:02}-model_states.pt" for n, r in wanted if (n, r) not in layers]
     else:
         missing = [f"mp_rank_{r:02}_model_states.pt" for r in range(max(ranks)) if r not in ranks]
     if missing:

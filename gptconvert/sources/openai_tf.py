@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.errors import InputError, UnsupportedError, UsageError
+from gptconvert.sources import gpt1_npy, mesh_tf
 from gptconvert.sources.sniff import file_size
 from gptconvert.sources.source import Format, OpenOptions, Source
 from gptconvert.sources.strict_json import read_json_object
@@ -27,17 +28,26 @@ _OBJECT_GRAPH, _OBJECT_SUFFIX = "_CHECKPOINTABLE_OBJECT_GRAPH", "/.ATTRIBUTES/VA
 def open_openai_tf(path: str, options: OpenOptions) -> Source:
     """Open the GPT-2 checkpoint that ``path`` means: prefix, directory, ``checkpoint``, index or data file.
 
+    The same command reads OpenAI's GPT-1, whose files :mod:`gptconvert.sources.gpt1_npy` knows.
     Every numeric tensor is handed on; which of them are weights is the family's business.
 
     Raises:
         InputError: no checkpoint, an incomplete or damaged one, or a bad ``hparams.json``.
         UnsupportedError: another kind of TensorFlow file.
         UnsafeInputError: a file of it is no regular file.
-        UsageError: the path and ``options.step`` name different steps.
+        UsageError: the path and ``options.step`` name different steps, or it is GPT-Neo's.
     """
+    if gpt1_npy.recognises(path):
+        return gpt1_npy.open_gpt1(path, options)
     found = locate(path, options.step)
     index = read_index(found.prefix)
     _refuse_object_checkpoint(index)
+    if mesh_tf.are_ours(index.tensors):
+        raise UsageError(
+            "these are the variables of EleutherAI's GPT-Neo, not of OpenAI's GPT-2",
+            path=index.path,
+            hint="use `gptconvert mesh-tf` or `gptconvert convert`",
+        )
     folder = os.path.dirname(found.prefix)
     config_path = options.hparams or _beside(folder, HPARAMS)
     return Source(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from gptconvert.errors import UsageError
 from gptconvert.tensors import TensorSet
 
 
@@ -65,6 +66,17 @@ class OpenOptions:
     revision: str | None = None
     cache_dir: str | None = None
     offline: bool = False
+
+
+def refuse_options(options: OpenOptions, title: str, *names: str) -> None:
+    """Refuse options that mean nothing for a format, so that none is ignored.
+
+    Raises:
+        UsageError: one of ``names`` is set.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} means nothing for {title} files")
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,14 @@ _UNTYPED = (Global("torch.storage", "UntypedStorage"), Global("torch", "UntypedS
 _MAX_RANK = 64
 _MAX_ELEMENTS = 1 << 63
 
+#: What DeepSpeed, and GPT-NeoX on top of it, save beside the weights: sets of names, buffers, arguments.
+_DEEPSPEED_STATE = (
+    Global("__builtin__", "set"),
+    Global("builtins", "set"),
+    Global("_io", "BytesIO"),
+    Global("megatron.neox_arguments.arguments", "NeoXArgs"),
+)
+
 #: (storage key, its elements, bytes per element) → where they lie.
 Locate = Callable[[str, int, int], Segment]
 ByteOrder = Literal["<", ">"]
@@ -121,6 +129,7 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         Global("numpy.core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         Global("numpy._core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         **{name: lambda _: Opaque("constant of Megatron-LM") for name in _MEGATRON_CONSTANTS},
+        **{name: lambda _: Opaque("state of DeepSpeed or GPT-NeoX") for name in _DEEPSPEED_STATE},
     }
     storages = (Global(m, s) for m in ("torch", "torch.cuda") for s in (*STORAGES, *_STRANGE_STORAGES))
     dtypes = (Global("torch", name) for name in (*DTYPES, *_STRANGE_DTYPES))

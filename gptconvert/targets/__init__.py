@@ -6,4 +6,6 @@ from collections.abc import Mapping
 TARGETS: Mapping[str, str] = {
     "onnx": "gptconvert.targets.onnx.model",
     "safetensors": "gptconvert.targets.safetensors",
+    "tf": "gptconvert.targets.saved_model.model",
+    "openai-tf": "gptconvert.targets.openai_tf",
 }

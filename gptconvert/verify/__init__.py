@@ -11,9 +11,11 @@ from typing import Protocol
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.verify.onnx_artifact import verify_onnx
+from gptconvert.verify.openai_artifact import is_openai_folder, verify_openai
 from gptconvert.verify.probes import Level
 from gptconvert.verify.report import ArtifactReport, Report, Stage
 from gptconvert.verify.safetensors_artifact import verify_safetensors
+from gptconvert.verify.saved_model import verify_saved_model
 
 __all__ = ["Artifact", "Progress", "Report", "find_artifacts", "verify"]
 
@@ -30,8 +32,8 @@ class Artifact:
     """Something to verify.
 
     Attributes:
-        kind: ``onnx`` or ``safetensors``.
-        path: the graph file; the directory of the safetensors files and their config.json.
+        kind: ``onnx``, ``safetensors`` or ``openai-tf``.
+        path: the graph file; the directory of the safetensors files and their config.json, or of OpenAI's files.
         shown_as: the path for reports, relative to what was asked for.
     """
 
@@ -40,10 +42,12 @@ class Artifact:
     shown_as: str
 
 
-#: How each kind is verified. A SavedModel is one entry more.
+#: How each kind is verified.
 VERIFIERS: Mapping[str, Callable[[Checkpoint, str, str, Level, Stage], ArtifactReport]] = {
     "onnx": verify_onnx,
     "safetensors": verify_safetensors,
+    "tf": verify_saved_model,
+    "openai-tf": verify_openai,
 }
 #: Files that announce safetensors weights.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -70,9 +74,17 @@ def find_artifacts(path: str) -> list[Artifact]:
                 found.append(Artifact("onnx", os.path.join(path, folder, name), shown))
             elif name in SAFETENSORS and not folder:
                 found.append(Artifact("safetensors", path, shown))
+    saved = [
+        f for f in (os.path.join(path, "saved_model"), path) if os.path.isfile(os.path.join(f, "saved_model.pb"))
+    ]
+    found += [Artifact("tf", f, os.path.basename(os.path.abspath(f))) for f in saved]
+    folders = [os.path.join(path, "openai-tf"), *([] if found else [path])]
+    found += [Artifact("openai-tf", f, os.path.basename(f)) for f in folders if is_openai_folder(f)]
     if not found:
         raise UnsupportedError(
-            "nothing here can be verified", path=path, expected=f"*.onnx, onnx/*.onnx or {' or '.join(SAFETENSORS)}"
+            "nothing here can be verified",
+            path=path,
+            expected=f"*.onnx, onnx/*.onnx, {' or '.join(SAFETENSORS)}, saved_model/",
         )
     return found
 

@@ -180,7 +180,6 @@ class Likeness:
         }
 
 
-
 def significant(value: float, digits: int = 3) -> float | None:
     """``value`` to so many significant digits; None for what JSON has no word for."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None

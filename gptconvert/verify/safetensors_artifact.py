@@ -12,7 +12,7 @@ from gptconvert.errors import GptConvertError
 from gptconvert.families import Request, family_named, understand
 from gptconvert.mapping import tied_pairs
 from gptconvert.sources import hf
-from gptconvert.sources.source import OpenOptions
+from gptconvert.sources.source import OpenOptions, Source
 from gptconvert.verify.probes import Level
 from gptconvert.verify.report import ArtifactReport, Stage
 from gptconvert.verify.weights import WeightReport, as_stored, compare
@@ -31,14 +31,29 @@ def verify_safetensors(
     """
     source = hf.FORMAT.open(path, OpenOptions(weights_file=os.path.basename(shown_as)))
     report = ArtifactReport("safetensors", shown_as, WeightReport(len(checkpoint.weights)), computes=False)
+    return compare_checkpoints(report, checkpoint, source, "config.json", stage)
+
+
+def compare_checkpoints(
+    report: ArtifactReport, checkpoint: Checkpoint, source: Source, says: str, stage: Stage
+) -> ArtifactReport:
+    """Compare a checkpoint with what was written of it and opened again.
+
+    Args:
+        report: filled in.
+        checkpoint: the original.
+        source: what was written.
+        says: what the written configuration is read from, for messages.
+        stage: told about progress.
+    """
     try:
-        found = understand(source, Request(task=checkpoint.config.task))
+        found = understand(source, Request(task=checkpoint.config.task, n_head=_heads(checkpoint, source)))
     except GptConvertError as error:
         report.weights.problems = str(error).splitlines()
         return report
     ours, theirs = checkpoint.config.as_dict(), found.config.as_dict()
     report.problems = [
-        f"config.json: {key} is {theirs[key]!r}, the checkpoint has {ours[key]!r}"
+        f"{says}: {key} is {theirs[key]!r}, the checkpoint has {ours[key]!r}"
         for key in ours
         if key not in NOT_COMPARED and ours[key] != theirs[key]
     ]
@@ -52,3 +67,8 @@ def verify_safetensors(
     compare(report.weights, pairs, stage("comparing weights", checkpoint.nbytes))
     report.problems = compare(WeightReport(len(extra)), extra).problems
     return report
+
+
+def _heads(checkpoint: Checkpoint, source: Source) -> int | None:
+    """The number of heads, for a format without any configuration, which leaves it to whoever opens the files."""
+    return None if source.config else checkpoint.config.n_head

@@ -42,6 +42,19 @@ def test_inspect_imports_no_framework() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_arguments_show_the_commands(capsys: Capture) -> None:
+    outcome = command(capsys)
+    assert "openai-tf" in outcome.out + outcome.err
+
+
+def test_shell_completion(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("_GPTCONVERT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "gptconvert ope")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    outcome = command(capsys)
+    assert (outcome.out.strip(), outcome.err) == ("plain,openai-tf", "")
+
+
 def test_unknown_command_suggests(capsys: Capture) -> None:
     outcome = command(capsys, "openai_tf", "x")
     assert outcome.code == 2
@@ -185,7 +198,7 @@ def test_formats_is_generated_from_the_registries(capsys: Capture) -> None:
 def test_commands_cover_the_formats() -> None:
     from gptconvert.sources.detect import FORMATS
 
-    assert {f.name for f in FORMATS} <= set(COMMANDS)
+    assert {f.name for f in FORMATS} - {"openai-gpt1"} <= set(COMMANDS)  # OpenAI's both GPTs have one command
 
 
 def test_target_choices_are_the_registry() -> None:

@@ -48,7 +48,7 @@ def test_real_gpt2(name: str) -> None:
 
 def test_format_given(tmp_path: Path) -> None:
     assert open_source(TINY / "hf-bare", PLAIN, "hf").scheme == "hf"
-    with pytest.raises(UsageError, match=r"expected one of hf, openai-tf, found keras"):
+    with pytest.raises(UsageError, match=r"expected one of hf, .*openai-tf.*, found keras"):
         open_source(TINY / "hf-bare", PLAIN, "keras")
     with pytest.raises(GptConvertError):
         open_source(TINY / "hf-bare", PLAIN, "openai-tf")
@@ -99,14 +99,10 @@ def test_mistyped_paths_are_no_repositories(
 
 #: Entry or file name → its content → what it must be called.
 STRANGERS = {
-    "params_shapes.json": (b"[]", "GPT-1"),
-    "params_0.npy": (b"\x93NUMPY", "NumPy"),
-    "best_params.jl": (b"\x80\x03x", "joblib"),
+    "weights.npy": (b"\x93NUMPY", "NumPy"),
     "ckpt.pt": (b"\x80\x02x", "nanoGPT"),
     "anything.bin": (struct.pack("<3i", 20240326, 3, 1024), "llm.c"),
     "gpt2_124M_bf16.bin": (b"x", "llm.c"),
-    "layer_00-model_00-model_states.pt": (b"x", "GPT-NeoX"),
-    "mp_rank_00_model_states.pt": (b"x", "GPT-NeoX"),
     "model_optim_rng.pt": (b"x", "Megatron-LM"),
     "latest_checkpointed_iteration.txt": (b"7", "Megatron-LM"),
     "model.gguf": (b"x", "GGUF"),
@@ -133,9 +129,8 @@ def test_strangers_are_called_by_name(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "title"),
     [
-        ("params_3.npy", "GPT-1"),
         ("step_383500", "mesh-transformer-jax"),
-        ("global_step150000", "GPT-NeoX"),
+        ("global_step150000", "DeepSpeed"),
         ("iter_0500000", "Megatron-LM"),
         ("mp_rank_00", "Megatron-LM"),
         ("ckpt.pt", "nanoGPT"),
@@ -160,7 +155,7 @@ def test_nanogpt_under_another_name(tmp_path: Path) -> None:
 
 
 def test_every_lookalike_is_tested() -> None:
-    titles = {title for _, title in STRANGERS.values()} | {"mesh-transformer-jax", "SavedModel"}
+    titles = {title for _, title in STRANGERS.values()} | {"mesh-transformer-jax", "DeepSpeed", "SavedModel"}
     untested = [kind.title for kind in LOOKALIKES if not any(title in kind.title for title in titles)]
     assert untested == []
 

@@ -54,7 +54,12 @@ class Weights:
     def linear(self, x: Tensor, prefix: str, *, weight: str | None = None, bias: bool = True) -> Tensor:
         """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (however it is stored) plus bias → [N, out]."""
         name = weight or f"{prefix}.weight"
-        x = tf.matmul(x, self(name), transpose_b=name not in self.flipped)
+        if name in self.flipped:
+            # As a batch of one, because TensorFlow's kernel for a single row adds all products up in one chain, which
+            # costs 1.5 bits at 768 inputs and more with width. The speed is the same.
+            x = tf.matmul(tf.expand_dims(x, 0), self(name))[0]  # (N, out)
+        else:
+            x = tf.matmul(x, self(name), transpose_b=True)  # (N, out)
         return tf.nn.bias_add(x, self(f"{prefix}.bias")) if bias else x
 
     def part(self, prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,62 @@
+"""Fixtures in the formats of other programs, and whether a checkpoint computes what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.families import Request, understand
+from gptconvert.sources.detect import open_source
+from gptconvert.sources.source import OpenOptions
+from tests.helpers import FIXTURES, Arrays, tiny_gpt2, torch_weights
+
+ORIGINALS = FIXTURES / "originals"
+PLAIN = OpenOptions()
+
+
+def opened(path: Path | str, request: Request | None = None, **options: Any) -> Checkpoint:
+    """The checkpoint at a path, its format found out."""
+    return understand(open_source(path, OpenOptions(**options)), request or Request())
+
+
+def golden(name: str) -> Any:
+    """An array of the golden file."""
+    with np.load(ORIGINALS / "golden.npz", allow_pickle=False) as found:
+        return found[name]
+
+
+def logits(checkpoint: Checkpoint, ids: Any = None) -> Any:
+    """Logits of the reference model in float64 for the golden ids."""
+    import torch
+
+    from reference_model.model import GPT
+
+    torch.set_num_threads(1)
+    model = GPT.from_weights(checkpoint.config, torch_weights(checkpoint))
+    with torch.no_grad():
+        outputs, _ = model.outputs(torch.from_numpy(golden("ids") if ids is None else ids))
+    return outputs["logits"].numpy()
+
+
+def gap(checkpoint: Checkpoint, name: str) -> float:
+    """Largest difference to the golden logits ``name``, relative to the largest of them."""
+    expected = golden(name)
+    return float(np.abs(logits(checkpoint) - expected).max() / np.abs(expected).max())
+
+
+def gpt2_arrays(seed: int = 0, **config: object) -> tuple[Mapping[str, object], Arrays]:
+    """A tiny GPT-2 (n_inner 4 D) as config.json and transformers' names → arrays."""
+    return tiny_gpt2(seed, n_inner=None, **config)
+
+
+def same_weights(ours: Checkpoint, theirs: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same values, type and bits."""
+    return ours.weights.keys() == theirs.weights.keys() and all(
+        np.ascontiguousarray(ours.weights[n].read()).tobytes() == np.ascontiguousarray(w.read()).tobytes()
+        and ours.weights[n].dtype == w.dtype
+        for n, w in theirs.weights.items()
+    )

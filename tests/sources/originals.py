@@ -1,0 +1,44 @@
+"""What the tests of the original trainers' formats share: fixtures, and the reference model's answer to them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptconvert.checkpoint import Checkpoint
+from gptconvert.families import Request, understand
+from gptconvert.sources.detect import open_source
+from gptconvert.sources.source import OpenOptions, Source
+from tests.families import witness
+from tests.helpers import FIXTURES
+
+ORIGINALS = FIXTURES / "originals"
+#: transformers answered in float32, whose rounding this is, in units of the largest logit.
+NOISE = 2e-6
+#: What the mildest planted bug must at least change.
+BUG = 1e-3
+
+
+def copied(tmp_path: Path, name: str) -> Path:
+    return Path(shutil.copytree(ORIGINALS / name, tmp_path / name))
+
+
+def opened(path: str | Path, **options: Any) -> Source:
+    """The source at ``path``, its format found out."""
+    return open_source(path, OpenOptions(**options))
+
+
+def understood(path: str | Path, options: OpenOptions | None = None, **request: Any) -> Checkpoint:
+    return understand(open_source(path, options or OpenOptions()), Request(**request))
+
+
+def difference(checkpoint: Checkpoint, golden: Path) -> float:
+    """How far the reference model's logits are from those kept in ``golden``, in units of the largest of them."""
+    kept = np.load(golden / "golden.npz", allow_pickle=False)
+    logits = witness.our_outputs(witness.reference(checkpoint), {"input_ids": kept["ids"]})["logits"]
+    expected = kept["logits"]
+    assert logits.shape[-1] == expected.shape[-1]
+    return float(np.abs(logits[:, -expected.shape[1] :] - expected).max() / np.abs(expected).max())

@@ -1,0 +1,52 @@
+"""docs/serving.md says what the signatures really answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.pipeline import open_checkpoint
+from gptconvert.targets.plan import TargetOptions
+from gptconvert.targets.saved_model.contract import inputs_of
+from gptconvert.targets.saved_model.model import plan
+from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from reference_model.config import GPTConfig
+from tests.helpers import FIXTURES, ROOT
+from tests.targets.saved_model.support import write
+
+TEXT = (ROOT / "docs/serving.md").read_text()
+GENERATE, REPLY, LAST = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL))
+
+
+@pytest.fixture
+def config(shared: TensorFlowProcess, tmp_path: Path) -> GPTConfig:
+    """The model of the page, loaded."""
+    checkpoint = open_checkpoint(str(FIXTURES / "tiny-gpt2/openai-tf"))
+    shared.ask("load", path=str(write(tmp_path, plan(checkpoint, TargetOptions()))))
+    return checkpoint.config
+
+
+def feeds(config: GPTConfig, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """JSON as TensorFlow Serving reads it: by the signature's types."""
+    return {name: np.asarray(inputs[name], kind) for name, (kind, _) in inputs_of(config, signature).items()}
+
+
+def test_the_examples(config: GPTConfig, shared: TensorFlowProcess) -> None:
+    name = GENERATE["signature_name"]
+    sequences = shared.run(name, feeds(config, name, GENERATE["inputs"]))["sequences"]
+    assert {"outputs": sequences.tolist()} == REPLY
+    assert "[[" + " ".join(f"{i:2d}" for i in sequences[0]) + "]]" in TEXT
+
+    rows = {key: [row[key] for row in LAST["instances"]] for key in LAST["instances"][0]}
+    assert shared.run(LAST["signature_name"], feeds(config, "last_logits", rows))["logits"].shape == (2, 97)
+
+    wrong = {"input_ids": np.array([[97]]), "attention_mask": np.array([[1]])}
+    said = re.search(r"ends in\s+`([^`]*)`", TEXT)
+    assert said is not None
+    with pytest.raises(TensorFlowError, match=said[1]):
+        shared.run("serving_default", wrong)
