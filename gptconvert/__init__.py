@@ -8,7 +8,7 @@ from gptconvert import errors
 
 if TYPE_CHECKING:
     from gptconvert.families import Request
-    from gptconvert.pipeline import Options, convert, inspect, open_checkpoint, verify
+    from gptconvert.pipeline import Options, convert, inspect, open_checkpoint, verify_export
     from gptconvert.sources.source import OpenOptions
     from gptconvert.targets.plan import TargetOptions
 
@@ -21,7 +21,7 @@ __all__ = [
     "errors",
     "inspect",
     "open_checkpoint",
-    "verify",
+    "verify_export",
 ]
 
 _HOMES = {
@@ -32,7 +32,7 @@ _HOMES = {
     "convert": "gptconvert.pipeline",
     "inspect": "gptconvert.pipeline",
     "open_checkpoint": "gptconvert.pipeline",
-    "verify": "gptconvert.pipeline",
+    "verify_export": "gptconvert.pipeline",
 }
 
 

@@ -223,7 +223,7 @@ def convert(
     return Result(output, planned.checkpoint, (*written.files, *described), report, notes)
 
 
-def verify(
+def verify_export(
     source: str,
     artifact: str,
     *,
@@ -351,7 +351,7 @@ def matrix() -> dict[str, Any]:
             {
                 "name": family.name,
                 "title": family.title,
-                "sources": sorted(family.read_config),
+                "sources": sorted({scheme.partition(":")[0] for scheme in family.read_config}),
                 "targets": [t.name for t in targets if not t.families or family.name in t.families],
                 "tasks": sorted(family.heads),
             }

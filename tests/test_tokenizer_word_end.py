@@ -314,9 +314,9 @@ def test_a_prompt_of_nothing_but_space(exported: Path) -> None:
 @pytest.mark.skipif(not REAL.exists(), reason="OpenAI's own files are not here")
 def test_openais_own_directory(tmp_path: Path) -> None:
     checkpoint = pipeline.open_checkpoint(str(REAL), request=Request(n_head=4))
-    pipeline.convert(checkpoint, str(tmp_path / "out"))
+    pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(verify=None))
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded("the president is")["input_ids"] == [481, 4735, 544]  # transformers' own test has these
     running = generate(str(tmp_path / "out"), "the president is", Sampling(5))
-    assert loaded.decode([*running.prompt, *running.ids]) != ""
-    assert "".join(running.pieces).startswith(" ")
+    pieces = list(running.pieces)
+    assert "the president is" + "".join(pieces) == loaded.decode([*running.prompt, *running.ids])

@@ -26,12 +26,12 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, *
     """
     options.quieten()
     from gptconvert.cli.convert import opening_of, request_of
-    from gptconvert.pipeline import verify as run
+    from gptconvert.pipeline import verify_export
 
     progress = Progress(quiet or as_json)
     level: Literal["default", "full"] = "full" if full else "default"
     try:
-        report = run(
+        report = verify_export(
             source, artifact, level=level, opening=opening_of(given), request=request_of(given), progress=progress
         )
     finally:

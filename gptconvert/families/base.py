@@ -271,7 +271,7 @@ class Family:
         name: registry name.
         title: for people.
         model_types: values of config.json's ``model_type``.
-        schemes: name table of each naming scheme.
+        schemes: name table of each naming scheme; a format with several calls them ``FORMAT:WHICH``.
         read_config: per naming scheme: (raw, path, tensors, request) → (config, carried keys, notes).
         write_config: config.json, from the configuration and the carried keys.
         heads: task → the architecture that config.json names for it; tasks the family has no head for are absent.

@@ -114,7 +114,7 @@ def _megatron(version: int, qkv_steps: tuple[Transform, ...]) -> Scheme:
         name, *others = _megatron_names(ours)
         rows.append(Row(ours, name, shape, qkv_steps if ".c_attn." in ours else (), aliases=tuple(others)))
     return Scheme(
-        name=f"megatron-v{version}",
+        name=f"megatron:{version}",
         anchor="embedding.word_embeddings.weight",
         prefixes=("language_model.", "model.language_model.", "module.language_model."),
         write_prefix="language_model.",

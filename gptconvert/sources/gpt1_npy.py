@@ -68,11 +68,14 @@ def open_gpt1(path: str, options: OpenOptions) -> Source:
 def recognises(path: str) -> bool:
     """Whether a path looks like a GPT-1 release, or like what its fine-tuning script saves."""
     if os.path.isdir(path):
-        names = [name for name in _names(path, quiet=True) if not os.path.isdir(os.path.join(path, name))]
-        return SHAPES in names or any(_PARAMS.fullmatch(n) or _FINE_TUNED.fullmatch(n) for n in names)
-    name = os.path.basename(path)
-    ours = name == SHAPES or _PARAMS.fullmatch(name) or _FINE_TUNED.fullmatch(name)
-    return bool(ours) and os.path.lexists(path)
+        return any(
+            _is_ours(name) and not os.path.isdir(os.path.join(path, name)) for name in _names(path, quiet=True)
+        )
+    return _is_ours(os.path.basename(path)) and os.path.lexists(path)
+
+
+def _is_ours(name: str) -> bool:
+    return name == SHAPES or bool(_PARAMS.fullmatch(name) or _FINE_TUNED.fullmatch(name))
 
 
 def tensor_names(count: int) -> list[str]:

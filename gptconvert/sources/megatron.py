@@ -23,7 +23,7 @@ FILES = ("model_optim_rng.pt", "model_rng.pt")
 TRACKER = "latest_checkpointed_iteration.txt"
 FIRST_RANK = "mp_rank_00"
 #: Checkpoint version → naming scheme, which is named after the first version of its kind.
-SCHEMES: Mapping[int, str] = {0: "megatron-v0", 1: "megatron-v1", 2: "megatron-v2", 3: "megatron-v2"}
+SCHEMES: Mapping[int, str] = {0: "megatron:0", 1: "megatron:1", 2: "megatron:2", 3: "megatron:2"}
 #: Arguments that say over how many devices one copy of the model was split.
 SPLITS = ("model_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 #: A directory of one iteration, or of one part of the model.

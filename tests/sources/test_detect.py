@@ -10,7 +10,7 @@ import pytest
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.sources import hf
-from gptconvert.sources.detect import FORMATS, LOOKALIKES, lookalike, open_source
+from gptconvert.sources.detect import FORMATS, LOOKALIKES, open_source
 from gptconvert.sources.source import OpenOptions, Source
 from tests.helpers import FIXTURES, REAL_GPT2
 
@@ -100,16 +100,9 @@ def test_mistyped_paths_are_no_repositories(
 #: Entry or file name → its content → what it must be called.
 STRANGERS = {
     "weights.npy": (b"\x93NUMPY", "NumPy"),
-    "ckpt.pt": (b"\x80\x02x", "nanoGPT"),
-    "anything.bin": (struct.pack("<3i", 20240326, 3, 1024), "llm.c"),
-    "gpt2_124M_bf16.bin": (b"x", "llm.c"),
-    "model_optim_rng.pt": (b"x", "Megatron-LM"),
-    "latest_checkpointed_iteration.txt": (b"7", "Megatron-LM"),
     "model.gguf": (b"x", "GGUF"),
     "renamed": (b"GGUF\3\0\0\0", "GGUF"),
-    "tf_model.h5": (b"x", "HDF5"),
     "weights": (b"\x89HDF\r\n\x1a\n", "HDF5"),
-    "flax_model.msgpack": (b"x", "msgpack"),
     "model.onnx": (b"x", "ONNX"),
     "rust_model.ot": (b"x", "rust-bert"),
     "weights.npz": (b"PK\3\4", "NumPy"),
@@ -131,9 +124,6 @@ def test_strangers_are_called_by_name(tmp_path: Path, name: str) -> None:
     [
         ("step_383500", "mesh-transformer-jax"),
         ("global_step150000", "DeepSpeed"),
-        ("iter_0500000", "Megatron-LM"),
-        ("mp_rank_00", "Megatron-LM"),
-        ("ckpt.pt", "nanoGPT"),
         ("model.onnx", "ONNX"),
     ],
 )
@@ -145,13 +135,46 @@ def test_strange_directories_are_called_by_name(tmp_path: Path, entry: str, titl
     assert title in str(caught.value)
 
 
-def test_nanogpt_under_another_name(tmp_path: Path) -> None:
+#: Entry of a directory, or file, that only one format's files have → that format, even where it then refuses them.
+CLAIMED = {
+    "ckpt.pt": ("nanogpt", b"\x80\x02x"),
+    "model_optim_rng.pt": ("megatron", b"x"),
+    "latest_checkpointed_iteration.txt": ("megatron", b"7"),
+    "iter_0500000": ("megatron", None),
+    "mp_rank_00": ("megatron", None),
+    "tf_model.h5": ("hf", b"x"),
+    "flax_model.msgpack": ("hf", b"x"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMED)
+def test_damaged_files_of_a_format_are_its_own_business(tmp_path: Path, name: str) -> None:
+    """So that the error says what is wrong with them, not that they are unknown."""
+    form, content = CLAIMED[name]
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    assert [each.name for each in FORMATS if each.recognises(str(tmp_path))] == [form]
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path, PLAIN)
+    assert "no checkpoint of a known kind" not in str(caught.value)
+
+
+def test_told_by_their_content(tmp_path: Path) -> None:
     import torch
 
-    torch.save({"model": {"w": torch.ones(2)}, "model_args": {"n_layer": 1}}, tmp_path / "mine.pt")
-    assert lookalike(str(tmp_path / "mine.pt")) == "a nanoGPT checkpoint"
-    torch.save({"w": torch.ones(2)}, tmp_path / "other.pt")
-    assert lookalike(str(tmp_path / "other.pt")) is None
+    saved = {
+        "nanogpt": {"model": {"w": torch.ones(2)}, "model_args": {"n_layer": 1}},
+        "megatron": {"model": {"language_model": {"embedding": {"w": torch.ones(2)}}}},
+        None: {"w": torch.ones(2)},
+    }
+    for number, (form, content) in enumerate(saved.items()):
+        path = tmp_path / f"{number}.pt"
+        torch.save(content, path)
+        assert [each.name for each in FORMATS if each.recognises(str(path))] == ([form] if form else [])
+    (tmp_path / "model.bin").write_bytes(struct.pack("<3i", 20240326, 3, 1024))
+    assert [each.name for each in FORMATS if each.recognises(str(tmp_path / "model.bin"))] == ["llmc"]
 
 
 def test_every_lookalike_is_tested() -> None:

@@ -149,7 +149,7 @@ def test_36_all_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_fine_tuned_models_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "best_params.jl").write_bytes(b"\x80\x03cos\nsystem\n(S'true'\ntR.")
     for path in (tmp_path, tmp_path / "best_params.jl"):
-        with pytest.raises(UnsupportedError, match="fine-tuned OpenAI GPT-1.*pickle") as caught:
+        with pytest.raises(UnsupportedError, match=r"fine-tuned OpenAI GPT-1.*pickle") as caught:
             opened(path)
         assert "params_0.npy" in str(caught.value.hint)
 
@@ -170,30 +170,13 @@ def test_the_hint_for_fine_tuned_models_works(tmp_path: Path) -> None:
     assert difference(checkpoint, FOLDER) < NOISE
 
 
-@pytest.mark.parametrize("bug", ["positions second", "k before q", "norms exchanged"])
-def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch, bug: str, tmp_path: Path) -> None:
-    """A wrong order of the files' arrays fails where shapes differ, and gives other logits where they do not."""
-    if bug == "positions second":
-        monkeypatch.setattr(gpt1_npy, "TABLES", ("tokens_embed", "positions_embed"))
-    if bug == "norms exchanged":
-        wrong = {"ln_1/g": "ln_2/g", "ln_2/g": "ln_1/g", "ln_1/b": "ln_2/b", "ln_2/b": "ln_1/b"}
-        monkeypatch.setattr(gpt1_npy, "LAYER", tuple(wrong.get(name, name) for name in gpt1_npy.LAYER))
-    if bug == "k before q":
-        cut = gpt1_npy._cut
+def test_planted_bug_norms_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {"ln_1/g": "ln_2/g", "ln_2/g": "ln_1/g", "ln_1/b": "ln_2/b", "ln_2/b": "ln_1/b"}
+    monkeypatch.setattr(gpt1_npy, "LAYER", tuple(wrong.get(name, name) for name in gpt1_npy.LAYER))
+    assert difference(understood(FOLDER, n_head=3), FOLDER) > BUG
 
-        def exchanged(*arguments):  # type: ignore[no-untyped-def]
-            tensors = cut(*arguments)
-            for name, tensor in tensors.items():
-                if name.endswith("c_attn/w"):
-                    q, k, v = np.split(tensor.read(), 3, axis=2)
-                    path = tmp_path / name.replace("/", "_")
-                    np.save(path.with_suffix(".npy"), np.concatenate([k, q, v], 2))
-                    tensors[name] = gpt1_npy.read_npy(path.with_suffix(".npy"))
-            return tensors
 
-        monkeypatch.setattr(gpt1_npy, "_cut", exchanged)
-    checkpoint = understood(FOLDER, n_head=3)
-    if bug == "positions second":  # the vocabulary would be the context
-        assert (checkpoint.config.vocab_size, checkpoint.config.n_ctx) == (40, 97)
-    else:
-        assert difference(checkpoint, FOLDER) > BUG
+def test_planted_bug_position_table_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt1_npy, "TABLES", gpt1_npy.TABLES[::-1])
+    config = understood(FOLDER, n_head=3).config
+    assert (config.vocab_size, config.n_ctx) == (40, 97)  # the golden logits have 97 columns

@@ -114,6 +114,7 @@ def test_49_both_kinds_present(checkpoint: Path) -> None:
         (["model.safetensors.index.json", "pytorch_model.bin"], "model.safetensors.index.json"),
         (["pytorch_model.bin", "pytorch_model.bin.index.json"], "pytorch_model.bin"),
         (["pytorch_model.bin.index.json", "tf_model.h5"], "pytorch_model.bin.index.json"),
+        (["tf_model.h5.index.json", "flax_model.msgpack"], "tf_model.h5.index.json"),
     ],
 )
 def test_preference(names: list[str], chosen: str) -> None:
@@ -135,9 +136,7 @@ def test_other_name_for_the_weights(checkpoint: Path) -> None:
     first(checkpoint, OpenOptions(weights_file="model.fp16.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "name", ["tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model-q4.gguf", "decoder.onnx"]
-)
+@pytest.mark.parametrize("name", ["rust_model.ot", "model-q4.gguf", "decoder.onnx"])
 def test_only_weights_of_another_kind(checkpoint: Path, name: str) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / name)
     assert FORMAT.recognises(str(checkpoint))
@@ -264,7 +263,8 @@ def test_unknown_path(tmp_path: Path) -> None:
         ({"pytorch_model.bin.index.json": ""}, True),
         ({"hparams.json": "{}", "checkpoint": ""}, False),
         ({"config.json": "{}", "tf_model.h5": ""}, True),
-        ({"tf_model.h5": ""}, False),
+        ({"tf_model.h5": ""}, True),
+        ({"rust_model.ot": ""}, False),
         ({}, False),
     ],
 )

@@ -158,10 +158,10 @@ def test_weights_file(hub: Hub, client: Client) -> None:
 
 
 def test_only_other_weights(hub: Hub, client: Client) -> None:
-    hub.files[COMMIT] = {"config.json": b"{}", "tf_model.h5": b"x"}
+    hub.files[COMMIT] = {"config.json": b"{}", "rust_model.ot": b"x"}
     found = client.open()
     assert found["error"] == "UnsupportedError"
-    assert "tf_model.h5" in found["text"]
+    assert "rust_model.ot" in found["text"]
     assert hub.downloads() == []
 
 

@@ -49,7 +49,7 @@ def save(path: Path, version: int = 3, given: bool = True, change: Any = None, *
 )
 def test_fixture_is_the_witness(where: str) -> None:
     checkpoint = opened(RUN / where)
-    assert checkpoint.source.scheme == "megatron-v2"
+    assert checkpoint.source.scheme == "megatron:2"
     assert gap(checkpoint, "megatron") < 1e-12
 
 
@@ -81,7 +81,7 @@ def test_released_model_has_no_arguments(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="number of heads"):
         opened(tmp_path)
     checkpoint = opened(tmp_path, Request(n_head=3))
-    assert checkpoint.source.scheme == "megatron-v0"
+    assert checkpoint.source.scheme == "megatron:0"
     assert same_weights(checkpoint, checkpoint_of(raw, arrays))
     assert checkpoint.config.activation == "gelu_tanh"
     assert any("--activation erf" in note for note in checkpoint.notes)

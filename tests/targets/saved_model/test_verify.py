@@ -144,3 +144,11 @@ def test_somebody_elses(checkpoint: Checkpoint, path: Path, tmp_path: Path) -> N
         verify_saved_model(checkpoint, str(tmp_path / "saved_model"), "saved_model", "default", quiet)
     with pytest.raises(InputError):
         verify_saved_model(checkpoint, str(tmp_path), "saved_model", "default", quiet)
+
+
+def test_too_little_memory(checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifier, "available_memory", lambda: checkpoint.nbytes)
+    monkeypatch.setattr(verifier, "TensorFlowProcess", lambda: pytest.fail("it was started"))
+    with pytest.raises(UnsupportedError, match="too large to be loaded") as caught:
+        verify_saved_model(checkpoint, str(path), "saved_model", "default", lambda name, total: lambda count: None)
+    assert caught.value.found == f"{checkpoint.nbytes} bytes available"

@@ -1,0 +1,267 @@
+"""GPT-J's shards: NumPy wrote them from a tree of modules, transformers says what they compute."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fixtures import originals as writers
+from fixtures.make_originals import JAX_CONFIG, jax_config, jax_model, write_golden
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.sources import mesh_jax
+from gptconvert.tensors import BFLOAT16, total
+from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
+
+FOLDER = ORIGINALS / "mesh-jax"
+STEP = "step_100"
+EMBEDDING = "causal_transformer_shard/~/embedding_shard/~/linear"
+
+pytestmark = pytest.mark.usefixtures("no_hang")
+
+
+def test_the_logits_are_transformers() -> None:
+    checkpoint = understood(FOLDER)
+    assert difference(checkpoint, FOLDER) < NOISE
+    assert {weight.dtype for weight in checkpoint.weights.values()} == {BFLOAT16}
+    assert checkpoint.config.rotary is not None
+    assert checkpoint.config.rotary.interleaved
+    assert list(checkpoint.dropped) == ["step"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtype", "optimizer"),
+    [(11, np.float32, False), (1, np.float16, False), (2, np.float32, True)],
+    ids=["11 layers", "float16", "optimizer"],
+)
+def test_other_models(tmp_path: Path, layers: int, dtype: Any, optimizer: bool) -> None:
+    """Layer 10 lies before layer 2; one layer's arrays leave files empty; full checkpoints begin with Adam's."""
+    trees, whole = jax_model(layers, np.dtype(dtype))
+    writers.write_mesh_jax(tmp_path, trees, 7, optimizer=optimizer)
+    (tmp_path / "config.json").write_text(json.dumps({**JAX_CONFIG, "layers": layers}))
+    write_golden(tmp_path, jax_config(layers), whole)
+    checkpoint = understood(tmp_path)
+    assert difference(checkpoint, tmp_path) < NOISE
+    left_out = [note for note in checkpoint.notes if "optimizer are left out" in note]
+    assert len(left_out) == optimizer
+
+
+def test_layers_are_sorted_as_strings() -> None:
+    names = [name.split("/")[2] for name, _ in mesh_jax.leaf_names(28)]
+    layers = list(dict.fromkeys(name for name in names if name.startswith("layer_")))
+    assert layers[:4] == ["layer_0", "layer_1", "layer_10", "layer_11"]
+    assert layers[-1] == "layer_9"
+    assert len(mesh_jax.leaf_names(28)) == 286
+
+
+def test_boxes_are_parts_of_the_whole() -> None:
+    for name, tensor in opened(FOLDER).tensors.items():
+        if not tensor.shape:
+            continue
+        whole = tensor.read()
+        box = tuple(slice(n // 3, n) for n in tensor.shape)
+        assert np.array_equal(tensor.read(box), whole[box]), name
+        assert b"".join(chunk.tobytes() for chunk in tensor.chunks(200)) == whole.tobytes(), name
+
+
+def test_memory_is_a_block_not_the_shards(tmp_path: Path) -> None:
+    """Four layers of 1 MiB matrices, read in pieces: never one matrix, let alone a shard, is held."""
+    shards, width = 2, 512
+    leaf = {"columns": (width, width // shards), "rows": (width // shards, width), "sum": (width,), "first": (width,)}
+    for k in range(shards):
+        parts = [np.zeros(leaf[merge] if name.endswith("w") else leaf["sum"], np.float32) for name, merge in
+                 mesh_jax.leaf_names(4)]  # fmt: skip
+        leaves = [*parts, np.int32(1)]
+        (tmp_path / f"shard_{k}").mkdir()
+        for i, piece in enumerate(np.array_split(np.arange(len(leaves)), 16)):
+            np.savez(tmp_path / f"shard_{k}" / f"{i}.npz", *[leaves[j] for j in piece])
+    tensors = opened(tmp_path).tensors
+    tracemalloc.start()
+    for tensor in tensors.values():
+        for _ in tensor.chunks(1 << 16):
+            pass
+    assert tracemalloc.get_traced_memory()[1] < 600_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("inside", ["", STEP])
+def test_paths(inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = FOLDER / inside if inside else FOLDER
+    assert mesh_jax.recognises(str(folder))
+    source = opened(folder)
+    assert source.path.endswith(STEP)
+    assert str(source.config_path).endswith("6B_roto_tiny.json")
+    monkeypatch.chdir(folder)
+    assert len(opened(".").tensors) == len(source.tensors)
+
+
+def test_several_steps(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "mesh-jax")
+    shutil.copytree(folder / STEP, folder / "step_20")
+    source = opened(folder)
+    assert source.path.endswith(STEP)
+    assert "2 checkpoints in the directory" in source.notes[0]
+    assert opened(folder, step=20).path.endswith("step_20")
+    with pytest.raises(InputError, match="no checkpoint of step 21"):
+        opened(folder, step=21)
+    with pytest.raises(UsageError):
+        opened(folder / STEP, step=20)
+
+
+def shard(folder: Path, number: int) -> Path:
+    return folder / STEP / f"shard_{number}"
+
+
+def rewrite(path: Path, *arrays: Any) -> None:
+    np.savez(path, *arrays)
+
+
+def short_shard(folder: Path) -> None:
+    for number in range(3):
+        rewrite(shard(folder, number) / "15.npz")
+
+
+def second_layout(folder: Path) -> None:
+    (folder / "params").mkdir()
+    rewrite(folder / "params" / "shard_0.npz", np.ones(3))
+
+
+def packed(folder: Path) -> None:
+    path = shard(folder, 1) / "3.npz"
+    np.savez_compressed(path, *np.load(path).values())
+
+
+def damaged(folder: Path) -> None:
+    path = shard(folder, 1) / "3.npz"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "words"),
+    [
+        (lambda f: (shard(f, 1) / "3.npz").unlink(), InputError, r"files are missing: shard_1/3\.npz"),
+        (lambda f: shutil.rmtree(shard(f, 1)), InputError, "16 in all"),
+        (lambda f: shutil.rmtree(shard(f, 2)), InputError, "not all shards are here"),
+        (short_shard, InputError, "not spread over the files"),
+        (lambda f: rewrite(shard(f, 1) / "15.npz", np.ones(1), np.ones(1)), InputError, "not spread over the files"),
+        (lambda f: rewrite(shard(f, 1) / "15.npz", np.ones(7)), InputError, "differ in shape or type"),
+        (lambda f: rewrite(shard(f, 1) / "15.npz", np.array([None], object)), UnsafeInputError, "nothing executed"),
+        (lambda f: np.savez(shard(f, 1) / "15.npz", step=np.int32(1)), InputError, "these arrays have names"),
+        (packed, UnsafeInputError, "compressed"),
+        (damaged, InputError, "truncated"),
+        (second_layout, UnsupportedError, "second layout"),
+        (lambda f: shutil.copy(f / "6B_roto_tiny.json", f / "other.json"), InputError, "several configurations"),
+        (lambda f: (f / "6B_roto_tiny.json").unlink(), UsageError, "not the sizes of GPT-J 6B"),
+        (lambda f: os.mkfifo(f / "x.json"), type(None), ""),
+    ],
+)
+def test_bad_shards(tmp_path: Path, damage: Any, kind: type[GptConvertError], words: str) -> None:
+    folder = copied(tmp_path, "mesh-jax")
+    damage(folder)
+    if kind is type(None):
+        understood(folder)
+        return
+    with pytest.raises(kind, match=words):
+        understood(folder)
+
+
+def test_one_shard_or_a_file_is_not_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one shard of several"):
+        opened(FOLDER / STEP / "shard_0")
+    with pytest.raises(InputError, match="zip archive"):
+        mesh_jax.FORMAT.open(str(FOLDER / STEP / "shard_0" / "0.npz"), mesh_jax.OpenOptions())
+
+
+def test_the_wrong_number_of_arrays(tmp_path: Path) -> None:
+    for i in range(16):
+        (tmp_path / "shard_0").mkdir(exist_ok=True)
+        rewrite(tmp_path / "shard_0" / f"{i}.npz", np.ones(2))
+    with pytest.raises(InputError, match="no GPT-J's"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"pe": "fixed"}, UnsupportedError, "pe 'fixed' is not implemented"),
+        ({"pe": "t5"}, UnsupportedError, "pe 't5'"),
+        ({"norm": "rmsnorm"}, UnsupportedError, "norm 'rmsnorm'"),
+        ({"layers": 3}, InputError, "missing"),
+        ({"n_heads": 5}, InputError, "does not divide"),
+        ({"pe_rotary_dims": 5}, InputError, "must be even"),
+        ({"d_head": 8}, UnsupportedError, "d_head"),
+    ],
+)
+def test_configurations_that_are_refused(
+    tmp_path: Path, changes: dict[str, Any], kind: type[GptConvertError], words: str
+) -> None:
+    folder = copied(tmp_path, "mesh-jax")
+    (folder / "6B_roto_tiny.json").write_text(json.dumps({**JAX_CONFIG, **changes}))
+    with pytest.raises(kind, match=words):
+        understood(folder)
+
+
+def test_without_a_configuration_the_released_sizes_are_told_by_the_shapes() -> None:
+    from gptconvert.families import family_named
+    from gptconvert.families.base import Request
+    from gptconvert.tensors import filled
+
+    table = filled(0.0, np.dtype(np.float32), (50400, 4096))
+    layers = {f"{mesh_jax.SCOPE}layer_{i}/~/linear_3/w": table for i in range(28)}
+    read = family_named("gptj").read_config["mesh-jax"]
+    config, _, notes = read({}, None, {EMBEDDING: table, **layers}, Request())
+    assert (config.n_head, config.n_ctx, config.rotary.dim, config.head_dim) == (16, 2048, 64, 256)  # type: ignore[union-attr]
+    assert "GPT-J 6B" in notes[0]
+
+
+def test_checksums_are_compared(tmp_path: Path) -> None:
+    """A flipped byte anywhere in a shard's arrays is found when the weights are read."""
+    from gptconvert.digest import digest_tensors
+
+    folder = copied(tmp_path, "mesh-jax")
+    digest_tensors(understood(folder))
+    path = shard(folder, 2) / "4.npz"
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="crc32 checksum does not match"):
+        digest_tensors(understood(folder))
+
+
+@pytest.mark.parametrize(
+    "bug", ["k before v", "bias summed twice", "bias of one shard", "norm averaged", "no embedding bias"]
+)
+def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    def planted(name: str, merge: str) -> tuple[str, str]:
+        if bug == "k before v":
+            name = {"linear_1/w": "linear_2/w", "linear_2/w": "linear_1/w"}.get(name, name)
+        if bug == "bias of one shard" and name == "linear_5/b":
+            merge = "first"
+        if bug == "norm averaged" and name.startswith("replicated_layer_norm"):
+            merge = "mean"
+        return name, merge
+
+    merge = mesh_jax._merge
+
+    def wrong(how: str, parts: Any) -> Any:
+        if how == "mean":
+            summed = total(parts)
+            return mesh_jax.Computed(
+                lambda box: (summed.read(box).astype(np.float32) / len(parts)).astype(summed.dtype),
+                summed.dtype,
+                summed.shape,
+            )
+        return total([*parts, *parts]) if how == "sum" and bug == "bias summed twice" else merge(how, parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mesh_jax, "_merge", wrong)
+    for table in ("LAYER", "PROJECTION"):
+        monkeypatch.setattr(mesh_jax, table, tuple(planted(*leaf) for leaf in getattr(mesh_jax, table)))
+    if bug == "no embedding bias":
+        monkeypatch.setattr(mesh_jax, "_biased", lambda table, biases: table)
+    assert difference(understood(FOLDER), FOLDER) > BUG

@@ -1,0 +1,337 @@
+"""GPT-NeoX's layers and ranks: torch wrote them, transformers says what they compute."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.sources import neox
+from gptconvert.tensors import total
+from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
+
+NAMES = ("neox-pipeline", "neox-sequential")
+PIPELINE, SEQUENTIAL = (ORIGINALS / name for name in NAMES)
+STEPS = {"neox-pipeline": "global_step150", "neox-sequential": "global_step20"}
+YML = {"neox-pipeline": "configs/tiny.yml", "neox-sequential": "global_step20/configs/tiny.yml"}
+
+pytestmark = pytest.mark.usefixtures("no_hang")
+
+
+@pytest.fixture(scope="module")
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_logits_are_transformers(name: str) -> None:
+    checkpoint = understood(ORIGINALS / name)
+    assert difference(checkpoint, ORIGINALS / name) < NOISE
+    assert checkpoint.config.vocab_size == 99
+    assert set(checkpoint.dropped.values()) == {"table of rotary angles"}
+
+
+def test_what_the_configurations_mean() -> None:
+    pipeline, sequential = understood(PIPELINE).config, understood(SEQUENTIAL).config
+    assert (pipeline.residual, pipeline.activation, pipeline.tied_head) == ("parallel", "gelu_tanh", False)
+    assert (sequential.residual, sequential.activation, sequential.tied_head) == ("serial", "gelu_erf", True)
+    assert pipeline.rotary == sequential.rotary
+    assert (pipeline.eos_token_id, sequential.eos_token_id) == (0, None)
+    assert "tanh GELU" in understood(PIPELINE).notes[-1]
+
+
+def test_boxes_are_parts_of_the_whole() -> None:
+    for name, tensor in {**opened(PIPELINE).tensors, **opened(SEQUENTIAL).tensors}.items():
+        whole = tensor.read()
+        box = tuple(slice(n // 3, n) for n in tensor.shape)
+        assert np.array_equal(tensor.read(box), whole[box]), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = ORIGINALS / name / STEPS[name]
+    file = next(path for path in sorted(step.iterdir()) if path.suffix == ".pt")
+    for path in (ORIGINALS / name, step, file):
+        assert neox.FORMAT.recognises(str(path))
+        assert opened(path).path == str(step)
+    monkeypatch.chdir(step)
+    assert len(opened(".").tensors) == len(opened(step).tensors)
+
+
+def test_which_step(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "neox-pipeline")
+    shutil.copytree(folder / "global_step150", folder / "global_step9")
+    (folder / "global_step900").mkdir()
+    assert opened(folder).path.endswith("global_step150")
+    (folder / "latest").write_text("global_step9")
+    assert opened(folder).path.endswith("global_step9")
+    assert opened(folder, step=150).path.endswith("global_step150")
+    for latest in ("global_step900", "../elsewhere", ""):
+        (folder / "latest").write_text(latest)
+        source = opened(folder)
+        assert source.path.endswith("global_step150")
+        assert "not here" in source.notes[0]
+    with pytest.raises(InputError, match="no checkpoint of step 900"):
+        opened(folder, step=900)
+    with pytest.raises(UsageError):
+        opened(folder / "global_step9", step=150)
+
+
+def test_tokenizers_are_found(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "neox-pipeline")
+    (folder / "20B_tokenizer.json").write_text("{}")
+    assert opened(folder).tokenizer == {"tokenizer.json": str(folder / "20B_tokenizer.json")}
+    folder = copied(tmp_path, "neox-sequential")
+    (folder / "gpt2-vocab.json").write_text("{}")
+    (folder / "gpt2-merges.txt").write_text("")
+    assert sorted(opened(folder).tokenizer) == ["merges.txt", "vocab.json"]
+
+
+def reconfigured(tmp_path: Path, name: str, **changes: object) -> Path:
+    """The fixture with keys of its YAML file changed."""
+    folder = copied(tmp_path, name)
+    path = folder / YML[name]
+    text = path.read_text()
+    for key, value in changes.items():
+        text = re.sub(rf'(?m)^\s*"?{key.replace("_", "[-_]")}"?:.*\n', "", text)
+        line = f'  "{key}": {value},\n' if text.rstrip().endswith("}") and "{\n" in text else f"{key}: {value}\n"
+        text = text.rstrip().removesuffix("}") + line + "}\n" if line.startswith("  ") else text + line
+    path.write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"pos_emb": "alibi"}, UnsupportedError, "pos_emb 'alibi' is not implemented"),
+        ({"pos_emb": "learned"}, UnsupportedError, "pos_emb 'learned'"),
+        ({"norm": "rmsnorm"}, UnsupportedError, "norm 'rmsnorm'"),
+        ({"norm": "te_layernorm"}, UnsupportedError, "norm 'te_layernorm'"),
+        ({"activation": "geglu"}, UnsupportedError, "activation 'geglu'"),
+        ({"gpt_j_tied": "true"}, UnsupportedError, "gpt_j_tied"),
+        ({"num_kv_heads": 1}, UnsupportedError, "grouped-query"),
+        ({"attention_config": '[[["sparse_fixed"], 2]]'}, UnsupportedError, "of kind sparse_fixed"),
+        ({"attention_config": "[1]"}, InputError, "wrong attention pattern"),
+        ({"moe_num_experts": 8}, UnsupportedError, "moe_num_experts"),
+        ({"use_mup": "true"}, UnsupportedError, "use_mup"),
+        ({"use_qk_layernorm": "true"}, UnsupportedError, "use_qk_layernorm"),
+        ({"te_columnparallel": "true"}, UnsupportedError, "te_columnparallel"),
+        ({"something_new": 1}, UnsupportedError, "something_new"),
+        ({"num_layers": 3}, InputError, r"missing +layers\.2\."),
+        ({"num_layers": 1}, InputError, r"unexpected +layers\.1\."),
+        ({"num_attention_heads": 5}, InputError, "does not divide"),
+        ({"model_parallel_size": 2}, InputError, "expected 2, found 3 ranks"),
+        ({"hidden_size": "wide"}, InputError, "hidden_size: wrong value"),
+    ],
+)
+def test_configurations_that_are_refused(
+    tmp_path: Path, changes: dict[str, object], kind: type[GptConvertError], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        understood(reconfigured(tmp_path, "neox-sequential", **changes))
+
+
+def test_configurations_that_say_the_same(tmp_path: Path) -> None:
+    folder = reconfigured(tmp_path, "neox-sequential", num_kv_heads=3, attention_config='[[["flash"], 2]]')
+    assert difference(understood(folder), SEQUENTIAL) < NOISE
+    shutil.rmtree(folder / "global_step20" / "configs")
+    with pytest.raises(InputError, match="no configuration"):
+        opened(folder)
+    shutil.copy(SEQUENTIAL / YML["neox-sequential"], folder / "mine.yml")
+    assert difference(understood(folder), SEQUENTIAL) < NOISE
+
+
+def test_every_key_of_the_trainer_is_known() -> None:
+    """No key is in two lists, and none of those that decide something is called harmless."""
+    from gptconvert.families.neox_trainer import HARMLESS, UNUSED
+
+    assert not HARMLESS & set(UNUSED)
+    decisive = {"rotary_pct", "gpt_j_residual", "no_weight_tying", "norm", "pos_emb", "activation", "num_layers"}
+    assert not HARMLESS & decisive
+
+
+def layer(folder: Path, number: int, rank: int) -> Path:
+    return folder / "global_step150" / f"layer_{number:02}-model_{rank:02}-model_states.pt"
+
+
+def resave(path: Path, change: Any) -> None:
+    import torch
+
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+def unsafe(folder: Path) -> None:
+    import pickle
+
+    layer(folder, 2, 0).write_bytes(pickle.dumps(os.system, 2))
+
+
+DAMAGES: list[tuple[Any, type[GptConvertError], str]] = [
+    (lambda f: layer(f, 3, 1).unlink(), InputError, "layer_03-model_01-model_states.pt"),
+    (lambda f: [layer(f, 2, r).unlink() for r in range(3)], InputError, "layers are missing: 02"),
+    (lambda f: [layer(f, 0, r).unlink() for r in range(3)], InputError, "layers are missing: 00"),
+    (lambda f: [layer(f, 6, r).unlink() for r in range(3)], InputError, r"missing +final_linear"),
+    (lambda f: [p.unlink() for p in f.glob("*/layer_*-model_02-*")], InputError, "expected 3, found 2 ranks"),
+    (lambda f: [p.unlink() for p in f.glob("*/layer_*")], InputError, "no weights by name"),
+    (lambda f: resave(layer(f, 2, 1), lambda s: s.pop("mlp.dense_h_to_4h.bias")), InputError, "some ranks do not"),
+    (
+        lambda f: resave(layer(f, 2, 1), lambda s: s.update({"mlp.dense_h_to_4h.bias": s["attention.dense.bias"]})),
+        InputError,
+        "differ in shape or type",
+    ),
+    (
+        lambda f: resave(layer(f, 2, 1), lambda s: s.update({"mlp.fc1_weight": s["attention.dense.bias"]})),
+        UnsupportedError,
+        "TransformerEngine",
+    ),
+    (
+        lambda f: resave(layer(f, 2, 1), lambda s: s.update({"attention._extra_state": None})),
+        UnsupportedError,
+        "TransformerEngine",
+    ),
+    (
+        lambda f: resave(
+            layer(f, 0, 1), lambda s: s.update({"position_embeddings.weight": s["word_embeddings.weight"]})
+        ),
+        UnsupportedError,
+        "learned positions",
+    ),
+    (
+        lambda f: resave(layer(f, 2, 1), lambda s: s.update({"input_layernorm.scale": s["input_layernorm.weight"]})),
+        UnsupportedError,
+        "norm other than layernorm",
+    ),
+    (
+        lambda f: resave(layer(f, 2, 1), lambda s: s.update({"mlp.new.weight": s["input_layernorm.weight"]})),
+        UnsupportedError,
+        "unknown tensors",
+    ),
+    (unsafe, UnsafeInputError, "refused global"),
+    (lambda f: layer(f, 2, 0).write_bytes(b""), InputError, "empty"),
+]
+
+
+@pytest.mark.parametrize(("damage", "kind", "words"), DAMAGES)
+def test_bad_files(tmp_path: Path, torch: Any, damage: Any, kind: type[GptConvertError], words: str) -> None:
+    folder = copied(tmp_path, "neox-pipeline")
+    damage(folder)
+    with pytest.raises(kind, match=words):
+        understood(folder)
+
+
+def test_another_programs_deepspeed_checkpoint(tmp_path: Path, torch: Any) -> None:
+    torch.save({"module": {"transformer.wte.weight": torch.ones(2)}}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(UnsupportedError, match="another program wrote it"):
+        opened(tmp_path)
+    (tmp_path / "mp_rank_00_model_states.pt").rename(tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(UnsupportedError, match="ZeRO stage 3"):
+        opened(tmp_path)
+
+
+def test_newer_names_of_the_mlp(tmp_path: Path, torch: Any) -> None:
+    folder = copied(tmp_path, "neox-pipeline")
+
+    def renamed(state: dict[str, Any]) -> None:
+        for name in [name for name in state if name.startswith("mlp.")]:
+            new = name.replace("dense_h_to_4h", "linear1").replace("dense_4h_to_h", "linear2")
+            state[new] = state.pop(name)
+
+    for number in (2, 3):
+        for rank in range(3):
+            resave(layer(folder, number, rank), renamed)
+    assert difference(understood(folder), PIPELINE) < NOISE
+
+
+def test_a_head_split_over_its_columns(tmp_path: Path, torch: Any) -> None:
+    """``output-layer-parallelism: row`` of older versions of the trainer."""
+    folder = copied(tmp_path, "neox-pipeline")
+    whole = torch.cat([torch.load(layer(folder, 6, rank))["final_linear.weight"] for rank in range(3)])
+    for rank, part in enumerate(whole.chunk(3, 1)):
+        torch.save({"final_linear.weight": part.clone()}, layer(folder, 6, rank))
+    assert difference(understood(folder), PIPELINE) < NOISE
+
+
+def test_a_tied_head_saved_twice_is_compared(tmp_path: Path, torch: Any) -> None:
+    from gptconvert.pipeline import check_tied
+
+    folder = reconfigured(tmp_path, "neox-pipeline", no_weight_tying="false")
+    for rank in range(3):
+        shutil.copy(layer(folder, 0, rank), layer(folder, 6, rank))
+    check_tied(understood(folder))
+    check_tied(understood(folder, trim_vocab=90))
+    resave(layer(folder, 6, 1), lambda state: state["word_embeddings.weight"].add_(1))
+    with pytest.raises(InputError, match="the weights differ"):
+        check_tied(understood(folder))
+
+
+def test_norms_that_differ_are_averaged_and_said(tmp_path: Path, torch: Any) -> None:
+    folder = copied(tmp_path, "neox-pipeline")
+    resave(layer(folder, 2, 1), lambda state: state["input_layernorm.weight"].add_(3))
+    checkpoint, before = understood(folder), understood(PIPELINE)
+    name = "h.0.ln_1.weight"
+    gain = checkpoint.weights[name].read().astype(np.float32) - before.weights[name].read().astype(np.float32)
+    assert np.allclose(gain, 1, atol=2e-3)
+    assert any("1 norms that should be the same" in note and "mean" in note for note in checkpoint.notes)
+
+
+def test_biases_that_differ_where_each_rank_has_the_whole(tmp_path: Path, torch: Any) -> None:
+    folder = copied(tmp_path, "neox-sequential")
+    path = folder / "global_step20" / "mp_rank_01_model_states.pt"
+    state = torch.load(path, weights_only=False)
+    state["module"]["sequential.2.attention.dense.bias"] += 1
+    torch.save(state, path)
+    checkpoint = understood(folder)
+    assert difference(checkpoint, SEQUENTIAL) < NOISE
+    assert any("rank 0 were taken" in note for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trimmed_vocabularies(name: str) -> None:
+    whole, trimmed = understood(ORIGINALS / name), understood(ORIGINALS / name, trim_vocab=90)
+    assert trimmed.config.vocab_size == 90
+    assert "cut from 99 ids to 90" in trimmed.notes[-1]
+    for weight in trimmed.weights:
+        expected = whole.weights[weight].read()
+        expected = expected[:90] if weight in ("wte.weight", "lm_head.weight") else expected
+        assert np.array_equal(trimmed.weights[weight].read(), expected)
+    assert understood(ORIGINALS / name, trim_vocab=99).notes == whole.notes
+    for wrong in (100, 0):
+        with pytest.raises(UsageError, match="1 to 99"):
+            understood(ORIGINALS / name, trim_vocab=wrong)
+
+
+def test_special_tokens_are_not_trimmed() -> None:
+    with pytest.raises(UsageError, match="cuts off the special token 96"):
+        understood(ORIGINALS / "mesh-tf", trim_vocab=96)
+
+
+@pytest.mark.parametrize("bug", ["bias of one rank", "bias summed twice", "rows for columns", "ranks exchanged"])
+def test_planted_bugs_in_the_parallel_model_show(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    if bug == "bias of one rank":
+        monkeypatch.setattr(neox, "total", lambda parts: parts[0])
+    if bug == "bias summed twice":
+        monkeypatch.setattr(neox, "total", lambda parts: total([*parts, *parts]))
+    if bug == "ranks exchanged":
+        parts_of = neox._parts
+        monkeypatch.setattr(neox, "_parts", lambda *a: parts_of(*a)[::-1])
+    if bug == "rows for columns":
+        wrong = tuple((pattern, "rows" if rule == "columns" else rule) for pattern, rule in neox.RULES)
+        monkeypatch.setattr(neox, "RULES", wrong)
+        with pytest.raises(InputError, match=r"wrong shape layers\.0\.attention\.dense\.weight"):
+            understood(PIPELINE)
+        return
+    assert difference(understood(PIPELINE), PIPELINE) > BUG
+
+
+def test_planted_bug_biases_summed_in_the_serial_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = neox._merge_all
+    monkeypatch.setattr(neox, "_merge_all", lambda held, ranks, summed, folder: merge(held, ranks, True, folder))
+    assert difference(understood(SEQUENTIAL), SEQUENTIAL) > BUG

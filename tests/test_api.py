@@ -1,0 +1,33 @@
+"""``import gptconvert``: cheap, and the names the README uses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gptconvert
+from tests.commands import TINY
+
+
+def test_importing_costs_nothing() -> None:
+    code = "import sys, gptconvert; sys.exit(len({'numpy', 'torch', 'click', 'onnx'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_public_name_is_there_and_stays_what_it_is(tmp_path: Path) -> None:
+    for name in gptconvert.__all__:
+        assert getattr(gptconvert, name) is not None
+    checkpoint = gptconvert.open_checkpoint(str(TINY / "openai-tf"))
+    result = gptconvert.convert(checkpoint, str(tmp_path / "out"), gptconvert.Options(targets=("onnx",)))
+    assert result.report is not None
+    assert gptconvert.verify_export(str(TINY / "openai-tf"), str(tmp_path / "out")).passed
+    assert callable(gptconvert.convert)
+    assert callable(gptconvert.verify_export)
+    assert gptconvert.inspect(str(TINY / "openai-tf"))["family"] == "gpt2"
+
+
+def test_errors_carry_their_exit_codes() -> None:
+    errors = gptconvert.errors
+    codes = {e.exit_code for e in errors.GptConvertError.__subclasses__()}
+    assert codes == {2, 3, 4, 5, 6, 7}
