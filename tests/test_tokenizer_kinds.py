@@ -120,6 +120,35 @@ def test_the_class_of_gpt2_would_make_other_ids(source: dict[str, str], tmp_path
     assert loaded("cafe\u0301")["input_ids"] != neox().encode("cafe\u0301").ids
 
 
+def test_a_leading_space_in_the_file_stays(source: dict[str, str], tmp_path: Path) -> None:
+    spaced = neox()
+    spaced.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    spaced.save(source["tokenizer.json"])
+    files, _ = tokenizer_files(gpt_neox(source, tmp_path))
+    loaded = transformers.AutoTokenizer.from_pretrained(write_all(tmp_path / "out", files))
+    assert loaded("the")["input_ids"] == spaced.encode("the").ids == neox().encode(" the").ids
+
+
+def test_a_leading_space_that_the_source_asks_for(tmp_path: Path) -> None:
+    """In a vocabulary and merges with ``add_prefix_space`` beside them."""
+    raw = json.loads(neox().to_str())["model"]
+    contents = {
+        "vocab.json": raw["vocab"],
+        "tokenizer_config.json": {"add_prefix_space": True, "tokenizer_class": "GPT2Tokenizer"},
+    }
+    files = {name: json.dumps(content).encode() for name, content in contents.items()}
+    lines = "".join(f"{a} {b}\n" for a, b in raw["merges"])
+    source = write_all(tmp_path / "source", {**files, "merges.txt": f"#version: 0.2\n{lines}".encode()})
+    found = {path.name: str(path) for path in source.iterdir()}
+    written, _ = tokenizer_files(gpt_neox(found, tmp_path))
+    witness = transformers.GPT2Tokenizer.from_pretrained(source)
+    loaded = transformers.AutoTokenizer.from_pretrained(write_all(tmp_path / "out", written))
+    plain = tokenizers.Tokenizer.from_str(written["tokenizer.json"].decode())
+    for text in ("the the", " the", "caf\u00e9"):
+        assert plain.encode(text).ids == loaded(text)["input_ids"] == witness(text)["input_ids"]
+    assert plain.encode("the").ids == witness(" the")["input_ids"]
+
+
 def test_special_ids_come_from_the_tokenizer(source: dict[str, str], tmp_path: Path) -> None:
     """The trainer's YAML names none, and id 0 is a good answer, not a missing one."""
     checkpoint = gpt_neox(source, tmp_path)
@@ -185,6 +214,8 @@ def gpt2(**changes: Any) -> Any:
 def test_gpt2s_own() -> None:
     assert BYTE_LEVEL.describes(gpt2(), {})
     assert BYTE_LEVEL.describes(gpt2(), {"add_prefix_space": False, "model_max_length": 7})
+    offsets = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    assert BYTE_LEVEL.describes(gpt2(pre_tokenizer=offsets), {})
 
 
 @pytest.mark.parametrize(

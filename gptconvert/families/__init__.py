@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.families import gpt1, gpt2, gpt_neo, gpt_neox, gptj
@@ -9,6 +11,7 @@ from gptconvert.families.base import Family, Request, trim_vocabulary
 from gptconvert.families.gpt2_trainers import ACTIVATION_UNRECORDED
 from gptconvert.mapping import find_prefix, resolve
 from gptconvert.sources.source import Source
+from gptconvert.tensors import LazyTensor
 
 FAMILIES: tuple[Family, ...] = (gpt1.FAMILY, gpt2.FAMILY, gpt_neo.FAMILY, gptj.FAMILY, gpt_neox.FAMILY)
 
@@ -93,8 +96,15 @@ def understand(source: Source, request: Request) -> Checkpoint:
         prefix=resolved.prefix,
         dropped=resolved.dropped,
         carried=carried,
-        notes=(*source.notes, *source.tensors.notes, *notes),
+        notes=(*source.notes, *source.tensors.notes, *notes, *_mixed_types(weights)),
     )
+
+
+def _mixed_types(weights: Mapping[str, LazyTensor]) -> list[str]:
+    """A note, where the weights are not all of one type."""
+    types = sorted({weight.dtype.name for weight in weights.values()})
+    text = f"the weights are of several types, {' and '.join(types)}: each is kept as it is (--dtype makes them one)"
+    return [text] if len(types) > 1 else []
 
 
 def _fitting(source: Source) -> list[Family]:

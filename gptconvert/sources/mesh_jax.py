@@ -248,10 +248,8 @@ def _biased(table: LazyTensor, biases: Sequence[LazyTensor]) -> LazyTensor:
     wide = np.promote_types(table.dtype, np.float32)
 
     def read(box: Box) -> Array:
-        result = table.read(box).astype(wide)
-        for bias in biases:
-            result = result + bias.read(box[1:]).astype(wide)
-        return result.astype(table.dtype)
+        bias = sum(part.read(box[1:]).astype(wide) for part in biases)
+        return (table.read(box).astype(wide) + bias).astype(table.dtype)
 
     return Computed(read, table.dtype, table.shape)
 

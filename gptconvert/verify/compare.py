@@ -6,6 +6,7 @@ through, an output that does not depend on its input or depends on what comes af
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -77,6 +78,7 @@ class Trial:
         self.runner, self.truth, self.config, self.groups = runner, truth, config, groups
         self.answers = answers or {}
         self.prompts: list[tuple[Row, Array]] = []
+        self.typical: dict[str, float] = {}
 
     def run(self, advance: Callable[[int], None] | None = None) -> None:
         """Run every probe, in every way it asks for. ``advance`` is told that one more is done."""
@@ -136,11 +138,19 @@ class Trial:
             return
         epsilon = EPSILON[self.runner.compute]
         measure = group.measures.setdefault(name, Measure(name, epsilon))
+        measure.typical = max(measure.typical, self._typical(name))
         candidate = tensor_of(np.ascontiguousarray(values))
         own_noise = Errors(noise.square[row.tokens][only], noise.largest[row.tokens][only])
         measure.add(Errors.of(candidate, truth), own_noise, truth)
         if name == "logits" and truth.shape[1] > 1:
             group.likeness.add(candidate, truth, measure.noise_max)
+
+    def _typical(self, name: str) -> float:
+        """Root mean square of a tensor's truth, over all tokens of these probes."""
+        if name not in self.typical:
+            values = self.truth.values[name]
+            self.typical[name] = float(values.norm()) / math.sqrt(values.numel())
+        return self.typical[name]
 
     def _check_causality(self, a: Row, first: Array, b: Row, second: Array) -> None:
         """Two prompts that begin alike: outputs must be alike up to where the ids differ, and not from there on."""

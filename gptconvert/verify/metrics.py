@@ -60,10 +60,13 @@ class Measure:
     Attributes:
         tensor: its name (``logits``, ``present.3.key``, ``h.3``).
         epsilon: of the computing type.
+        typical: root mean square of the truth over all probes. A group of few numbers may have hit small ones by
+            luck, and rounding follows the terms of a sum, not the sum.
     """
 
     tensor: str
     epsilon: float
+    typical: float = 0.0
     count: int = 0
     truth_square: float = 0.0
     error_square: float = 0.0
@@ -96,7 +99,7 @@ class Measure:
     @property
     def floor(self) -> float:
         """What is allowed on top."""
-        return FLOOR_ROUNDINGS * self.epsilon * self._root(self.truth_square)
+        return FLOOR_ROUNDINGS * self.epsilon * max(self._root(self.truth_square), self.typical)
 
     @property
     def most_rmse(self) -> float:

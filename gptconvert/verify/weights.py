@@ -214,13 +214,23 @@ def _match_by_content(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> Weig
 
 
 def as_stored(checkpoint: Checkpoint, tensors: Iterable[LazyTensor]) -> Checkpoint:
-    """The checkpoint in the type in which ``tensors`` are, most of them: rounding on storage is no error."""
-    sizes = dict.fromkeys(FLOATS, 0)
-    for tensor in tensors:
-        if tensor.dtype in sizes:
-            sizes[tensor.dtype] += tensor.nbytes
+    """The checkpoint in the type in which ``tensors`` are, most of them: rounding on storage is no error.
+
+    A checkpoint of several types stays as it is where there is as much of each among ``tensors``.
+    """
+    sizes, own = _bytes_by_type(tensors), _bytes_by_type(checkpoint.weights.values())
     dtype = max(FLOATS, key=lambda d: sizes[d])
-    if not sizes[dtype] or all(weight.dtype == dtype for weight in checkpoint.weights.values()):
+    if not sizes[dtype] or all(sizes[d] >= nbytes for d, nbytes in own.items()):
         return checkpoint
     weights = {name: cast(weight, dtype) for name, weight in checkpoint.weights.items()}
     return dataclasses.replace(checkpoint, weights=weights)
+
+
+def _bytes_by_type(tensors: Iterable[LazyTensor]) -> dict[np.dtype[np.generic], int]:
+    """Type that weights are stored in → bytes."""
+    sizes = dict.fromkeys(FLOATS, 0)
+    for tensor in tensors:
+        dtype = tensor.dtype.newbyteorder("=")
+        if dtype in sizes:
+            sizes[dtype] += tensor.nbytes
+    return sizes

@@ -17,7 +17,7 @@ from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 from gptconvert.sources.safetensors import read_safetensors
 from gptconvert.sources.shards import read_sharded, read_weight_map
 from gptconvert.sources.torch_zip import read_torch
-from tests.helpers import FIXTURES
+from tests.helpers import FIXTURES, tiny_gpt2
 
 ARRAYS = {name: np.full((2, 3), i, np.float32) for i, name in enumerate("abcd")}
 MAP = {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors", "d": "m-3.safetensors"}
@@ -191,6 +191,26 @@ def test_20_index_without_a_weight_map(tmp_path: Path, content: Any, words: str)
     with pytest.raises(InputError) as caught:
         read_sharded(write_index(tmp_path, content), read_safetensors)
     assert words in str(caught.value)
+
+
+def test_50_types_that_differ_are_noted(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    from gptconvert.pipeline import Options, convert, open_checkpoint
+
+    raw, arrays = tiny_gpt2()
+    half = {name: array.astype(np.float16) for name, array in arrays.items() if ".ln_" not in name}
+    norms = {name: array for name, array in arrays.items() if ".ln_" in name}
+    weight_map = {}
+    for shard, some in (("m-1.safetensors", half), ("m-2.safetensors", norms)):
+        save_file(some, tmp_path / shard)
+        weight_map |= dict.fromkeys(some, shard)
+    write_index(tmp_path, {"weight_map": weight_map})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert [note for note in checkpoint.notes if "float16 and float32" in note]
+    report = convert(checkpoint, str(tmp_path.parent / "mixed-out"), Options(targets=("safetensors",))).report
+    assert report is not None and report.passed
 
 
 def test_20_index_of_one_gigabyte(tmp_path: Path) -> None:

@@ -108,3 +108,15 @@ def test_ties_within_the_noise_are_no_disagreement() -> None:
 
 def test_significant() -> None:
     assert (significant(0.0012345), significant(math.inf), significant(math.nan)) == (0.00123, None, None)
+
+
+def test_few_numbers_are_held_to_what_is_typical() -> None:
+    """A number small by luck, a yardstick right by luck: an error that is usual elsewhere must not fail."""
+    small = np.full((1, 1), 0.01)
+    found = measure(np.full((1, 1), 5e-7), np.full((1, 1), 1e-8), small)
+    assert not found.ok
+    found.typical = 1.0
+    assert found.ok
+    found = measure(np.full((1, 1), 5e-6), np.full((1, 1), 1e-8), small)
+    found.typical = 1.0
+    assert not found.ok

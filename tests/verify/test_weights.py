@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from gptconvert.tensors import LazyTensor
-from gptconvert.transforms import transpose
+from gptconvert.transforms import cast, transpose
 from gptconvert.verify.weights import WeightReport, as_stored, compare, difference, first_difference, orientations
 from tests.helpers import computed_tensors, stored_tensors
 from tests.verify.exports import tiny
@@ -92,3 +93,15 @@ def test_as_stored(tmp_path: Path) -> None:
     half = [lazy(np.zeros(9, np.float16)), lazy(np.zeros(3, np.float32)), lazy(np.zeros(99, np.int64))]
     assert {w.dtype for w in as_stored(checkpoint, half).weights.values()} == {np.dtype(np.float16)}
     assert as_stored(checkpoint, []) is checkpoint
+
+
+def test_as_stored_in_several_types(tmp_path: Path) -> None:
+    """A mixture kept as it is stays one; a mixture stored in one type becomes that."""
+    checkpoint = tiny(tmp_path)
+    mixed = dataclasses.replace(
+        checkpoint,
+        weights={n: cast(w, np.dtype(np.float16)) if "ln_" in n else w for n, w in checkpoint.weights.items()},
+    )
+    assert as_stored(mixed, mixed.weights.values()) is mixed
+    whole = as_stored(mixed, checkpoint.weights.values())
+    assert {w.dtype for w in whole.weights.values()} == {np.dtype(np.float32)}

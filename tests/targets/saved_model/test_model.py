@@ -35,7 +35,7 @@ BY_NAME = {str(case): case for case in CASES}
 CHOSEN = (
     "gpt1-text-generation gpt2-text-generation gpt_neo-text-generation gptj-text-generation gpt_neox-text-generation "
     "gpt2-feature-extraction gpt2-text-classification gpt_neo-text-classification gpt2-token-classification "
-    "gpt_neox-question-answering gpt1-multiple-choice gpt2-text-generation-untied gpt_neox-text-generation-serial"
+    "gptj-question-answering gpt1-multiple-choice gpt2-text-generation-untied gpt_neox-text-generation-serial"
 ).split()
 #: Bugs of the configuration and of the weights that a graph could be built with.
 PLANTED = (
