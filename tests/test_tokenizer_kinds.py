@@ -125,6 +125,7 @@ def test_a_leading_space_in_the_file_stays(source: dict[str, str], tmp_path: Pat
     spaced.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     spaced.save(source["tokenizer.json"])
     files, _ = tokenizer_files(gpt_neox(source, tmp_path))
+    assert "add_prefix_space" not in json.loads(files["tokenizer_config.json"])  # nothing that denies it
     loaded = transformers.AutoTokenizer.from_pretrained(write_all(tmp_path / "out", files))
     assert loaded("the")["input_ids"] == spaced.encode("the").ids == neox().encode(" the").ids
 

@@ -48,6 +48,7 @@ CONVERTING = options.stack(
         callback=options.size_in_bytes,
         help="Largest safetensors file.",
     ),
+    click.option("--xla", is_flag=True, help="SavedModel: add jit-compiled twins of fixed shape to the signatures."),
     options.VERIFY_LEVEL,
     click.option("--no-verify", is_flag=True, help="Publish without proof."),
     click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing."),
@@ -225,6 +226,7 @@ def options_of(given: dict[str, Any]) -> Options:
         kv_cache=given["kv_cache"],
         single_file=given["single_file"],
         max_shard_size=given["max_shard_size"],
+        xla=given["xla"],
     )
     return Options(
         targets=tuple(dict.fromkeys(given["targets"])),

@@ -23,6 +23,8 @@ from gptconvert.verify.truth import Truth, tensor_of
 from reference_model.config import GPTConfig
 
 CHUNKED = "chunked prefill"
+#: Tokens whose outputs are compared at once: float64 logits of a long sequence are as large as a small model.
+AT_ONCE = 64
 
 
 @dataclass
@@ -112,7 +114,7 @@ class Trial:
             self._count(row, outputs, groups[row.row])
         output = next(iter(SHAPES[self.config.task]))
         if how is whole and probe.is_prompt and not is_pooled(self.config, output):
-            self.prompts.append((rows[0], outputs.named[output].reshape(len(rows[0].new), -1)))
+            self.prompts.append((rows[0], outputs.named[output].reshape(len(rows[0].new), -1)[:AT_ONCE].copy()))
 
     def _count(self, row: Row, outputs: Outputs, group: Group) -> None:
         """Count one row's real tokens in."""
@@ -139,11 +141,13 @@ class Trial:
         epsilon = EPSILON[self.runner.compute]
         measure = group.measures.setdefault(name, Measure(name, epsilon))
         measure.typical = max(measure.typical, self._typical(name))
-        candidate = tensor_of(np.ascontiguousarray(values))
-        own_noise = Errors(noise.square[row.tokens][only], noise.largest[row.tokens][only])
-        measure.add(Errors.of(candidate, truth), own_noise, truth)
-        if name == "logits" and truth.shape[1] > 1:
-            group.likeness.add(candidate, truth, measure.noise_max)
+        square, largest = noise.square[row.tokens][only], noise.largest[row.tokens][only]
+        for start in range(0, len(truth), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            candidate, exact = tensor_of(np.ascontiguousarray(values[some])), truth[some]
+            measure.add(Errors.of(candidate, exact), Errors(square[some], largest[some]), exact)
+            if name == "logits" and exact.shape[1] > 1:
+                group.likeness.add(candidate, exact, float(largest.max()))
 
     def _typical(self, name: str) -> float:
         """Root mean square of a tensor's truth, over all tokens of these probes."""

@@ -34,13 +34,11 @@ def is_pooled(config: GPTConfig, output: str) -> bool:
 def pooled_tokens(config: GPTConfig, probe: Probe) -> Integers:
     """Index, among the S new tokens, of the token that each row's pooled output is taken from: [B].
 
-    For classification the last token that is not the padding id, as in the reference model; for multiple choice the
-    caller chooses, and the last real one is chosen here.
+    The last real one: in classification that is the last that is not the padding id, which probes have at padding
+    and nowhere else, or just the last where the model knows no such id; in multiple choice the caller chooses.
     """
     new_tokens = probe.input_ids.shape[1]
     real = probe.attention_mask[:, probe.past_length :] != 0
-    if config.task == "text-classification":
-        if config.pad_token_id is None:
-            return np.full(len(real), new_tokens - 1, np.int64)
-        real = probe.input_ids != config.pad_token_id
+    if config.task == "text-classification" and config.pad_token_id is None:
+        return np.full(len(real), new_tokens - 1, np.int64)
     return np.asarray((np.arange(new_tokens) * real).argmax(1), np.int64)

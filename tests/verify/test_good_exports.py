@@ -169,6 +169,19 @@ def test_graphs_that_cannot_be_fed(tmp_path: Path) -> None:
         assert words in str(caught.value)
 
 
+def test_one_input_too_many(tmp_path: Path) -> None:
+    checkpoint = tiny(tmp_path)
+    path = export(tmp_path, checkpoint)
+
+    def add(model: Any) -> None:
+        model.producer_name = ""
+        model.graph.input.append(helper.make_tensor_value_info("token_type_ids", TensorProto.INT64, ["N", "S"]))
+
+    edit(path, add)
+    with pytest.raises(UnsupportedError, match="unknown input token_type_ids"):
+        report_on(checkpoint, path)
+
+
 def test_report_as_plain_values(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
