@@ -4,6 +4,9 @@ Sources: Keras 2 ``saving/hdf5_format.py`` (attributes ``layer_names`` and ``wei
 long) and the rule by which transformers 4 turned TensorFlow's names into PyTorch's. An HDF5 file can point at other
 files, expand without bound and, with filters, load code: only data that lies in the file itself, plain or packed by
 HDF5's own filters, is read. A Keras program in ``model_config`` is never looked at.
+
+transformers' TFOpenAIGPT computed GELU by erf from weights trained with the tanh formula; what is exported
+is what the weights and config.json mean: tanh.
 """
 
 from __future__ import annotations

@@ -63,21 +63,34 @@ def _run(
     found: dict[str, dict[str, Group]] = {name: {} for name in names}
     in_place = OnnxRunner(file, binding, config)
     for wave in waves(probes):
-        stage(f"running {IN_PLACE}", 0)
-        early = _long_pasts(in_place, wave, config)
-        truth = TruthPass(checkpoint, wave, binding.compute, presents=bool(binding.past)).run(
-            stage("computing the truth", config.n_layer)
-        )
-        for name, groups in found.items():
-            advance = stage(f"running {name}", len(wave))
-            runner = in_place if name == IN_PLACE else OnnxRunner(file, binding, config, prepack=True)
-            Trial(runner, truth, config, groups, early if name == IN_PLACE else None).run(advance)
+        _run_wave(file, binding, checkpoint, wave, in_place, found, stage)
     reports = [RunReport(name, list(groups.values())) for name, groups in found.items()]
     for run in reports:
         if not run.ok:
             stage("locating the error", 0)
             run.first_bad = first_bad_block(file, binding, checkpoint, run.groups)
     return reports
+
+
+def _run_wave(
+    file: OnnxFile,
+    binding: Binding,
+    checkpoint: Checkpoint,
+    wave: Sequence[Probe],
+    in_place: OnnxRunner,
+    found: dict[str, dict[str, Group]],
+    stage: Stage,
+) -> None:
+    """One wave of probes; its truth, which may be large, is gone on return."""
+    config = checkpoint.config
+    stage(f"running {IN_PLACE}", 0)
+    early = _long_pasts(in_place, wave, config)
+    advance = stage("computing the truth", config.n_layer)
+    truth = TruthPass(checkpoint, wave, binding.compute, presents=bool(binding.past)).run(advance)
+    for name, groups in found.items():
+        advance = stage(f"running {name}", len(wave))
+        runner = in_place if name == IN_PLACE else OnnxRunner(file, binding, config, prepack=True)
+        Trial(runner, truth, config, groups, early if name == IN_PLACE else None).run(advance)
 
 
 def _long_pasts(runner: OnnxRunner, wave: Sequence[Probe], config: GPTConfig) -> dict[Probe, Outputs]:
