@@ -82,9 +82,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["124M", "1558M"], choices=SIZES)
-    parser.add_argument(
-        "--data", type=Path, default=Path(__file__).parent / "data", help="where checkpoints go"
-    )
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="where checkpoints go")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=GRAPH", help="another export to time")
     given = parser.parse_args()

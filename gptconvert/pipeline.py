@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gptconvert import signals
 from gptconvert.card import card
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.digest import sha256_of
 from gptconvert.errors import InputError, UnsupportedError, UsageError, VerificationError
 from gptconvert.families import FAMILIES, Request, family_named, understand
-from gptconvert.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
 from gptconvert.mapping import tied_pairs
+from gptconvert.publish import signals
+from gptconvert.publish.digest import sha256_of
+from gptconvert.publish.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
+from gptconvert.publish.staging import Staging
+from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
 from gptconvert.sources.detect import FORMATS, open_source
 from gptconvert.sources.source import OpenOptions
-from gptconvert.staging import Staging
 from gptconvert.targets import TARGETS
 from gptconvert.targets.plan import PlannedFile, Target, TargetOptions
 from gptconvert.targets.sidecars import sidecar_files
 from gptconvert.tensors import BFLOAT16
 from gptconvert.tokenizer import tokenizer_files
 from gptconvert.transforms import cast, take_rows
-from gptconvert.writer import Written, WrittenFile, write_and_digest, write_files
 
 if TYPE_CHECKING:
     from gptconvert.verify import Report

@@ -114,7 +114,7 @@ def run(args: list[str]) -> int:
         _report(error, error.exit_code, as_json)
         return error.exit_code
     except SystemExit as error:
-        from gptconvert.signals import Interrupted
+        from gptconvert.publish.signals import Interrupted
 
         if isinstance(error, Interrupted):  # raised once everything staged was removed
             click.echo("interrupted; nothing was published", err=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.source_reader import SourceReader
+from gptconvert.publish.source_reader import SourceReader
 from gptconvert.tensors import BFLOAT16, Array, LazyTensor
 from gptconvert.transforms import cast, transpose
 from gptconvert.verify.onnx_file import OnnxFile

@@ -222,7 +222,7 @@ def test_without_a_configuration_the_released_sizes_are_told_by_the_shapes() -> 
 
 def test_checksums_are_compared(tmp_path: Path) -> None:
     """A flipped byte anywhere in a shard's arrays is found when the weights are read."""
-    from gptconvert.digest import digest_tensors
+    from gptconvert.publish.digest import digest_tensors
 
     folder = copied(tmp_path, "mesh-jax")
     digest_tensors(understood(folder))

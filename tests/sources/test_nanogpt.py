@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from fixtures import foreign
-from gptconvert.digest import digest_tensors
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.families import Request
+from gptconvert.publish.digest import digest_tensors
 from gptconvert.sources import nanogpt
 from gptconvert.sources.source import OpenOptions
 from tests.helpers import checkpoint_of

@@ -266,7 +266,7 @@ def test_28_truncated_legacy(tmp_path: Path) -> None:
 
 
 def test_24_checksums_cover_every_tensor_and_show_a_flipped_bit(small: str) -> None:
-    """The flipped bit is found by whoever compares the checksums (:mod:`gptconvert.digest`): torch.load misses it."""
+    """The flipped bit is found by whoever compares the checksums: torch.load misses it."""
     content = bytearray(Path(small).read_bytes())
     content[content.index(np.float32(5.0).tobytes())] ^= 1
     Path(small).write_bytes(content)

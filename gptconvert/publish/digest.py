@@ -18,9 +18,9 @@ import google_crc32c
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError
-from gptconvert.source_reader import SourceReader, StoppedError
+from gptconvert.publish.source_reader import SourceReader, StoppedError
+from gptconvert.publish.values import Values, checked_chunks, is_float, raw_bytes
 from gptconvert.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet, merge_segments
-from gptconvert.values import Values, checked_chunks, is_float, raw_bytes
 
 _ALGORITHMS: Mapping[str, Callable[[bytes, int], int]] = {
     "crc32": zlib.crc32,

@@ -2,7 +2,8 @@
 
 Stored tensors that are neighbours in source and target become one kernel copy; the rest is computed chunk by chunk.
 While the main thread copies, others hash: one follows the written bytes, one reads the source
-(:mod:`gptconvert.digest`). Everything they read was just written or read by a neighbour, so it is in the page cache.
+(:mod:`gptconvert.publish.digest`). Everything they read was just written or read by a neighbour, so it is in the
+page cache.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Any
 
 import google_crc32c
 
-from gptconvert import fileops
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.digest import digest_tensors
 from gptconvert.errors import InputError, OutputError
-from gptconvert.readback import ReadBack
-from gptconvert.source_reader import FileDigest, SourceReader, StoppedError, digest_files, truncated
+from gptconvert.publish import fileops
+from gptconvert.publish.digest import digest_tensors
+from gptconvert.publish.readback import ReadBack
+from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files, truncated
+from gptconvert.publish.values import checked_chunks, raw_bytes
 from gptconvert.targets.plan import Placed, PlannedFile
 from gptconvert.tensors import Segment, Stored, merge_segments
-from gptconvert.values import checked_chunks, raw_bytes
 
 #: Bytes of one kernel copy: small enough that Ctrl-C and the progress bar keep up.
 COPY_BYTES = 32 << 20

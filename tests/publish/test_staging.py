@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gptconvert import fileops
 from gptconvert.errors import OutputError
-from gptconvert.staging import Staging
+from gptconvert.publish import fileops
+from gptconvert.publish.staging import Staging
 from tests.helpers import ROOT
 
 
@@ -331,7 +331,7 @@ class TestCrashes:
 
 HOLD = """
 import sys
-from gptconvert.staging import Staging
+from gptconvert.publish.staging import Staging
 with Staging(sys.argv[1]) as staging:
     print("holding", flush=True)
     sys.stdin.readline()

@@ -21,13 +21,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptconvert import fileops, readback, writer
 from gptconvert.errors import InputError, OutputError, UnsupportedError
-from gptconvert.source_reader import FileDigest, StoppedError
+from gptconvert.publish import fileops, readback, writer
+from gptconvert.publish.source_reader import FileDigest, StoppedError
+from gptconvert.publish.writer import Run, WrittenFile, copy_of, runs, write_and_digest, write_files
 from gptconvert.targets.plan import Placed, PlannedFile, place
 from gptconvert.tensors import BFLOAT16, Cast, LazyTensor, Segment, Stored, Transposed, filled
 from gptconvert.transforms import concatenate, take_rows
-from gptconvert.writer import Run, WrittenFile, copy_of, runs, write_and_digest, write_files
 from tests.helpers import ROOT, content, openai_checkpoint, stored_tensors
 
 F32 = np.dtype(np.float32)
@@ -467,7 +467,7 @@ import resource, sys
 import numpy as np
 from gptconvert.targets.plan import PlannedFile, place
 from gptconvert.tensors import Cast, Segment, Stored, Transposed
-from gptconvert.writer import write_files
+from gptconvert.publish.writer import write_files
 path, rows, columns = sys.argv[1] + "/s", 6144, 8192
 with open(path, "wb") as file:
     file.truncate(rows * columns * 4)

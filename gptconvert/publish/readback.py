@@ -14,9 +14,9 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from gptconvert import fileops
 from gptconvert.errors import OutputError
-from gptconvert.source_reader import BLOCK_BYTES, StoppedError
+from gptconvert.publish import fileops
+from gptconvert.publish.source_reader import BLOCK_BYTES, StoppedError
 
 
 @dataclass(frozen=True)

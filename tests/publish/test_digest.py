@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gptconvert import fileops, source_reader
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.digest import digest_tensors, sha256_of
 from gptconvert.errors import InputError
-from gptconvert.source_reader import FileDigest, SourceReader, StoppedError, digest_files
+from gptconvert.publish import fileops, source_reader
+from gptconvert.publish.digest import digest_tensors, sha256_of
+from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files
+from gptconvert.publish.values import Values, finite, is_float
 from gptconvert.tensors import (
     BFLOAT16,
     Cast,
@@ -33,7 +34,6 @@ from gptconvert.tensors import (
     Transposed,
 )
 from gptconvert.transforms import concatenate, take_rows
-from gptconvert.values import Values, finite, is_float
 from tests.helpers import computed_tensors, source_of, stored_tensors
 from tests.helpers import openai_checkpoint as tiny
 

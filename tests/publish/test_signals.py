@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gptconvert import signals
+from gptconvert.publish import signals
 from tests.helpers import ROOT
 
 BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -101,9 +101,9 @@ def test_other_threads_may_use_it() -> None:
 ENDLESS = """
 import sys, time
 from pathlib import Path
-from gptconvert import signals
-from gptconvert.staging import Staging
-from gptconvert.writer import write_and_digest
+from gptconvert.publish import signals
+from gptconvert.publish.staging import Staging
+from gptconvert.publish.writer import write_and_digest
 from tests.publishing import plan, prepare
 
 checkpoint, output = prepare(Path(sys.argv[1]), "replace")

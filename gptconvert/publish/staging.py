@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
-from gptconvert import fileops, signals
 from gptconvert.errors import OutputError
-from gptconvert.output_path import existing_ancestor, preflight
+from gptconvert.publish import fileops, signals
+from gptconvert.publish.output_path import existing_ancestor, preflight
 
 #: Free space asked for, relative to the bytes planned: directories, block rounding and the file system's own needs.
 SPACE_FACTOR = 1.02

@@ -16,9 +16,9 @@ from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError
 from gptconvert.json_text import dump_json
 from gptconvert.mapping import collapse
-from gptconvert.source_reader import FileDigest
+from gptconvert.publish.source_reader import FileDigest
+from gptconvert.publish.writer import Written, WrittenFile
 from gptconvert.targets.plan import PlannedFile
-from gptconvert.writer import Written, WrittenFile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE, SUMS_FILE = "manifest.json", "SHA256SUMS"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from gptconvert import fileops
 from gptconvert.errors import InputError
+from gptconvert.publish import fileops
 from gptconvert.tensors import Segment
 
 #: Small enough to stay in a core's cache while every consumer looks at it, large enough to hide Python.
