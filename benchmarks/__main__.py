@@ -36,6 +36,7 @@ def conversions(size: str, data: Path, rounds: int) -> str:
             *(*GPTCONVERT, "openai-tf", str(source), "--to", "safetensors", "--no-verify"),
             *to,
         ],
+        "openai-tf → tf, --no-verify": [*GPTCONVERT, "openai-tf", str(source), "--to", "tf", "--no-verify", *to],
         "openai-tf → onnx, verified": [*GPTCONVERT, "openai-tf", str(source), *to],
         "hf → onnx, verified": [*GPTCONVERT, "hf", str(hf), *to],
     }

@@ -16,6 +16,7 @@ import numpy as np
 #: case → (past tokens, new tokens, repetitions)
 CASES = {"decode at 128": (128, 1, 25), "decode at 900": (900, 1, 15), "prefill of 128": (0, 128, 7)}
 STEPS = 4
+PAUSE_SECONDS = 0.3
 
 
 def onnx_step(path: Path, past: int, new: int, layers: int, heads: int, head_dim: int) -> Callable[[], object]:
@@ -66,6 +67,9 @@ def tokens_per_second(engines: dict[str, Callable[[], object]], new: int, repeti
         step()
     for _ in range(repetitions):
         for name, step in engines.items():
+            # Another engine's threads spin for a while after its last run and would take a core from this one.
+            time.sleep(PAUSE_SECONDS)
+            step()
             start = time.perf_counter()
             for _ in range(steps):
                 step()
