@@ -1,7 +1,13 @@
-"""Settings of every test process: two of them share two cores, so each computes with one thread."""
+"""Settings of every test process."""
 
 import os
+import signal
 
+# Two processes share two cores, so each computes with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# A job started in the background inherits an ignored SIGINT, and hands it on to what it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
