@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptconvert.targets.varint import varint
 from gptconvert.tensors import BFLOAT16, Shape
 
 MAGIC = 0xDB4775248B80FB57
@@ -71,7 +72,7 @@ def _entry(entry: Entry) -> bytes:
         _field(3, entry.shard),
         _field(4, entry.offset),
         _field(5, entry.nbytes),
-        _varint(6 << 3 | 5) + struct.pack("<I", masked(entry.crc32c)),
+        varint(6 << 3 | 5) + struct.pack("<I", masked(entry.crc32c)),
     )
     return b"".join(parts)
 
@@ -102,7 +103,7 @@ def _block(rows: Sequence[tuple[bytes, bytes]], restart_interval: int) -> bytes:
                 shared += 1
         elif number:
             restarts.append(len(out))
-        out += _varint(shared) + _varint(len(key) - shared) + _varint(len(value)) + key[shared:] + value
+        out += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
         previous = key
     return bytes(out) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
 
@@ -111,7 +112,7 @@ def _append_block(table: bytearray, block: bytes) -> bytes:
     """Append block and trailer; the handle (offset, size) that finds it again."""
     import google_crc32c
 
-    handle = _varint(len(table)) + _varint(len(block))
+    handle = varint(len(table)) + varint(len(block))
     kind = b"\0"  # uncompressed
     table += block + kind + struct.pack("<I", masked(google_crc32c.value(block + kind)))
     return handle
@@ -125,17 +126,9 @@ def _short_successor(key: bytes) -> bytes:
     return key
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
 def _field(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value) if value else b""
+    return varint(number << 3) + varint(value) if value else b""
 
 
 def _message(number: int, body: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(body)) + body
+    return varint(number << 3 | 2) + varint(len(body)) + body

@@ -14,6 +14,7 @@ from gptconvert import __version__
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import UnsupportedError
 from gptconvert.targets.plan import Placed, PlannedFile, Target, TargetOptions, place
+from gptconvert.targets.varint import varint
 from gptconvert.tensors import Array, Box, Computed, LazyTensor
 
 #: Read by onnxruntime >= 1.17, onnxruntime-web and -genai; later IR versions are not.
@@ -114,15 +115,7 @@ def check_single_file_size(nbytes: int) -> None:
 
 def _tag(field: int, length: int) -> bytes:
     """Protobuf key of a length-delimited field and the length."""
-    return _varint(field << 3 | 2) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    return varint(field << 3 | 2) + varint(length)
 
 
 def _literal(content: bytes) -> LazyTensor:

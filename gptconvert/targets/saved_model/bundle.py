@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from gptconvert.targets.plan import Placed, PlannedFile, place
 from gptconvert.targets.tf_index import DATA_TYPES, DT_STRING, Entry, bundle_index, masked
+from gptconvert.targets.varint import varint
 from gptconvert.tensors import LazyTensor
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
@@ -58,12 +59,4 @@ def string_scalar(content: bytes) -> tuple[bytes, int]:
     length = struct.pack("<I", len(content))
     guard = struct.pack("<I", masked(google_crc32c.value(length)))
     checksum: int = google_crc32c.value(length + guard + content)
-    return _varint(len(content)) + guard + content, checksum
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    return varint(len(content)) + guard + content, checksum
