@@ -213,6 +213,7 @@ def convert(
             progress.advance,
             allow_nonfinite=options.allow_nonfinite,
             each_tensor=options.verify is not None,  # part of the proof, and half of the hashing
+            cached=options.verify is not None,
         )
         report = _verified(planned, staging.path, options, progress)
         progress.stage("publishing")

@@ -93,7 +93,7 @@ class _Checksum:
 
 
 @dataclass
-class _Reading:
+class Reading:
     """What is wanted of one run of bytes."""
 
     place: Place
@@ -103,11 +103,70 @@ class _Reading:
     checksums: list[_Checksum] = field(default_factory=list)
     sha256: hashlib._Hash | None = None
 
-    def run(self, reader: SourceReader) -> None:
-        wanted = [each.update for each in (*self.checksums, self.values, self.sha256) if each is not None]
-        for block in reader.blocks(self.place):
-            for update in wanted:
-                update(block)
+    def update(self, data: bytes) -> None:
+        """The next bytes, from the first to the last without a gap."""
+        for checksum in self.checksums:
+            checksum.update(data)
+        if self.values is not None:
+            self.values.update(data)
+        if self.sha256 is not None:
+            self.sha256.update(data)
+
+
+class Examination:
+    """Everything that is to be found out about the bytes of the source tensors in use, each read once.
+
+    Who reads bytes for another purpose may take what is wanted of them (:meth:`take`) and show them;
+    :meth:`read_rest` reads the others.
+
+    Args:
+        checkpoint: what is exported; its dropped tensors are not read.
+        tensors: those whose bytes are to be hashed; ones that lie in no file are passed over.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Iterable[LazyTensor] = ()) -> None:
+        used = {name: t for name, t in checkpoint.source.tensors.items() if name not in checkpoint.dropped}
+        readings: dict[Place, Reading] = {}
+        for name, tensor in used.items():
+            if isinstance(tensor, Stored):
+                _want_checks(readings, name, tensor)
+        for recorded in _relevant(checkpoint.source.tensors, used):
+            _reading(readings, (recorded.segment,)).checksums.append(_Checksum(recorded))
+        for tensor in tensors:
+            if (place := tensor.segments()) is not None and tensor.nbytes:
+                _reading(readings, place).sha256 = hashlib.sha256()
+        self._all = list(readings.values())
+        self._free = readings
+        self._looked_at = [Reading((), n, t, Values(t.dtype)) for n, t in used.items() if not isinstance(t, Stored)]
+
+    def take(self, place: Place) -> Reading | None:
+        """What is wanted of just these bytes, for who will show them; None: nothing, or it was taken before."""
+        return self._free.pop(merge_segments(place), None)
+
+    def read_rest(self, stop: threading.Event | None = None) -> None:
+        """Read what nobody took.
+
+        Raises:
+            InputError: a file cannot be read.
+            StoppedError: asked to stop.
+        """
+        with SourceReader(stop) as reader:
+            for reading in sorted(self._free.values(), key=lambda r: (r.place[0].path, r.place[0].offset)):
+                for block in reader.blocks(reading.place):
+                    reading.update(block)
+        self._free = {}
+        for reading in self._looked_at:
+            _look(reading, stop)
+
+    def result(self, *, allow_nonfinite: bool = False) -> TensorDigests:
+        """What was found, once every byte was seen.
+
+        Raises:
+            InputError: checksums do not match, or values are not finite. All tensors are listed.
+        """
+        notes = _judge([*self._all, *self._looked_at], allow_nonfinite)
+        digests = {r.place: r.sha256.hexdigest() for r in self._all if r.sha256}
+        return TensorDigests({(): hashlib.sha256().hexdigest()} | digests, notes)
 
 
 def digest_tensors(
@@ -128,33 +187,17 @@ def digest_tensors(
     Raises:
         InputError: checksums do not match, values are not finite, files cannot be read. All tensors are listed.
     """
-    used = {name: t for name, t in checkpoint.source.tensors.items() if name not in checkpoint.dropped}
-    readings: dict[Place, _Reading] = {}
-    for name, tensor in used.items():
-        if isinstance(tensor, Stored):
-            _want_checks(readings, name, tensor)
-    for recorded in _relevant(checkpoint.source.tensors, used):
-        _reading(readings, (recorded.segment,)).checksums.append(_Checksum(recorded))
-    for tensor in tensors:
-        if (place := tensor.segments()) is not None and tensor.nbytes:
-            _reading(readings, place).sha256 = hashlib.sha256()
-    looked_at = [_Reading((), n, t, Values(t.dtype)) for n, t in used.items() if not isinstance(t, Stored)]
-    with SourceReader(stop) as reader:
-        for reading in sorted(readings.values(), key=lambda r: (r.place[0].path, r.place[0].offset)):
-            reading.run(reader)
-    for reading in looked_at:
-        _look(reading, stop)
-    notes = _judge([*readings.values(), *looked_at], allow_nonfinite)
-    digests = {r.place: r.sha256.hexdigest() for r in readings.values() if r.sha256}
-    return TensorDigests({(): hashlib.sha256().hexdigest()} | digests, notes)
+    examination = Examination(checkpoint, tensors)
+    examination.read_rest(stop)
+    return examination.result(allow_nonfinite=allow_nonfinite)
 
 
-def _reading(readings: dict[Place, _Reading], place: Place) -> _Reading:
+def _reading(readings: dict[Place, Reading], place: Place) -> Reading:
     place = merge_segments(place)
-    return readings.setdefault(place, _Reading(place))
+    return readings.setdefault(place, Reading(place))
 
 
-def _want_checks(readings: dict[Place, _Reading], name: str, tensor: Stored) -> None:
+def _want_checks(readings: dict[Place, Reading], name: str, tensor: Stored) -> None:
     if not tensor.nbytes:
         return
     reading = _reading(readings, tensor.parts)
@@ -166,7 +209,7 @@ def _want_checks(readings: dict[Place, _Reading], name: str, tensor: Stored) -> 
         reading.checksums.append(_Checksum(recorded))
 
 
-def _look(reading: _Reading, stop: threading.Event | None) -> None:
+def _look(reading: Reading, stop: threading.Event | None) -> None:
     """Values of a tensor that its container does not store plainly."""
     tensor, values = reading.tensor, reading.values
     if tensor is None or values is None or not is_float(tensor.dtype):
@@ -202,7 +245,7 @@ class _Spans:
         return any(end > segment.offset for _, end in spans[:before])
 
 
-def _judge(readings: Iterable[_Reading], allow_nonfinite: bool) -> tuple[str, ...]:
+def _judge(readings: Iterable[Reading], allow_nonfinite: bool) -> tuple[str, ...]:
     """Notes on what was seen; raises what must not be."""
     notes: list[str] = []
     problems: list[InputError] = []

@@ -10,9 +10,11 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
+#: What writes that bypass the page cache must be multiples of: the largest sector of disks in use.
+ALIGNMENT = 4096
 #: Bytes of one block that passes through this process where the kernel cannot copy by itself.
 BLOCK_BYTES = 8 << 20
 #: Errors by which a file system or kernel says that it lacks a way of copying, not that copying failed.
@@ -35,15 +37,26 @@ def make_directory(path: str) -> None:
     os.mkdir(path, 0o777)
 
 
-@contextmanager
-def create(path: str) -> Iterator[int]:
+def create(path: str) -> int:
     """A new file open for writing and reading, its mode left to the umask."""
     fault("create", 0)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def bypass_cache(descriptor: int, wanted: bool) -> bool:
+    """Let writes go to the disk without a stop in the page cache, or no longer; returns whether they do now.
+
+    Such writes need buffers, offsets and lengths that are multiples of :data:`ALIGNMENT`. Not all systems and file
+    systems have them.
+    """
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
     try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | (os.O_DIRECT if wanted else 0))
+    except OSError:
+        return False
+    return wanted
 
 
 def allocate(descriptor: int, nbytes: int) -> None:
@@ -65,6 +78,12 @@ def write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view[: fault("write", len(view))], offset)
         view, offset = view[written:], offset + written
+
+
+def truncate(descriptor: int, nbytes: int) -> None:
+    """Cut the file to ``nbytes``."""
+    fault("truncate", 0)
+    os.ftruncate(descriptor, nbytes)
 
 
 def read(descriptor: int, nbytes: int, offset: int) -> bytes:

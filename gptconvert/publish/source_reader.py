@@ -47,6 +47,10 @@ class SourceReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file used last."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor, self._path = -1, ""
@@ -58,7 +62,7 @@ class SourceReader:
             InputError: the file cannot be opened.
         """
         if self._path != path:
-            self.__exit__(None, None, None)
+            self.close()
             try:
                 self._descriptor, self._path = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
             except OSError as error:
@@ -79,8 +83,8 @@ class SourceReader:
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", path=path) from error
 
-    def blocks(self, segments: Iterable[Segment]) -> Iterator[bytes]:
-        """The bytes of ``segments``, one after the other.
+    def blocks(self, segments: Iterable[Segment], nbytes: int | None = None) -> Iterator[bytes]:
+        """The bytes of ``segments``, one after the other, at most ``nbytes`` (default :data:`BLOCK_BYTES`) at once.
 
         Raises:
             InputError: a file cannot be read or has become too short.
@@ -88,7 +92,7 @@ class SourceReader:
         for segment in segments:
             offset = segment.offset
             while offset < segment.end:
-                data = self.read(segment.path, min(BLOCK_BYTES, segment.end - offset), offset)
+                data = self.read(segment.path, min(nbytes or BLOCK_BYTES, segment.end - offset), offset)
                 if not data:
                     raise truncated(segment.path, segment.end, offset)
                 yield data

@@ -1,36 +1,40 @@
 """Planned files to bytes on disk, at the speed of one copy and in the memory of a few blocks.
 
-Stored tensors that are neighbours in source and target become one kernel copy; the rest is computed chunk by chunk.
-While the main thread copies, others hash: one follows the written bytes, one reads the source
-(:mod:`gptconvert.publish.digest`). Everything they read was just written or read by a neighbour, so it is in the
-page cache.
+Three threads hand blocks on (:mod:`gptconvert.publish.blocks`). The caller's reads the source or computes, and shows
+every byte to those who want to know something of it (:mod:`gptconvert.publish.digest`); the second hashes the files
+to be; the third writes them.
+
+Files are forced to the disk before they are published, so the way through the page cache buys nothing unless
+somebody reads them next. Where nobody will, blocks go to the disk directly: that costs a third of the processor
+time of a copy by the kernel (docs/performance.md). Where verification will, the kernel copies.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import google_crc32c
 
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.errors import InputError, OutputError
-from gptconvert.publish import fileops
-from gptconvert.publish.digest import digest_tensors
-from gptconvert.publish.readback import ReadBack
-from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files, truncated
+from gptconvert.publish.blocks import BLOCK_BYTES, Block, Blocks, Follower
+from gptconvert.publish.digest import Examination, Reading
+from gptconvert.publish.finishing import Finishing
+from gptconvert.publish.sink import Sink
+from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files
 from gptconvert.publish.values import checked_chunks, raw_bytes
 from gptconvert.targets.plan import Placed, PlannedFile
 from gptconvert.tensors import Segment, Stored, merge_segments
 
-#: Bytes of one kernel copy: small enough that Ctrl-C and the progress bar keep up.
-COPY_BYTES = 32 << 20
+#: Bytes read at once: they stay in a core's own cache while everybody looks at them.
+READ_BYTES = 512 << 10
 
 Progress = Callable[[int], None]
 
@@ -42,7 +46,7 @@ class WrittenFile:
     Attributes:
         path: relative to the output directory, with forward slashes.
         nbytes: its size.
-        sha256: of its bytes, read back.
+        sha256: of its bytes.
         computed: digests of the tensors that were not copied but computed, by name, taken before writing.
         copy_of: the source file whose bytes these are, all of them and nothing else; None: no such file.
     """
@@ -71,19 +75,6 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Run:
-    """Bytes of a file that one kernel copy makes."""
-
-    offset: int
-    segment: Segment
-
-    def leads_to(self, offset: int, segment: Segment) -> bool:
-        """Whether ``segment``, bound for ``offset``, follows at once in both files."""
-        mine = self.segment
-        return (mine.path, mine.end, self.offset + mine.nbytes) == (segment.path, segment.offset, offset)
-
-
 def write_and_digest(
     directory: str,
     files: Sequence[PlannedFile],
@@ -92,6 +83,7 @@ def write_and_digest(
     *,
     allow_nonfinite: bool = False,
     each_tensor: bool = True,
+    cached: bool = True,
 ) -> Written:
     """Write ``files`` into ``directory`` and, at the same time, check and hash what they are made of.
 
@@ -99,9 +91,10 @@ def write_and_digest(
         directory: exists; none of the files does.
         files: their plans.
         checkpoint: where the tensors come from.
-        progress: called in this thread with the bytes just written.
+        progress: called in this thread with the bytes on their way to the disk.
         allow_nonfinite: convert NaN and infinities.
         each_tensor: hash every tensor by itself too, which costs as much again as hashing the files.
+        cached: whether the files will be read at once, and so are to be in the page cache.
 
     Raises:
         OutputError: a file could not be written.
@@ -111,22 +104,21 @@ def write_and_digest(
     copies = {file.path: source for file in files if (source := copy_of(file)) is not None}
     others = [path for path in dict.fromkeys(checkpoint.source.files) if path not in copies.values()]
     placed = [(file.path, tensor) for file in files for tensor in file.tensors if each_tensor]
+    examination = Examination(checkpoint, [p.tensor for _, p in placed])
     stop = threading.Event()
+    writer = _Writer(directory, files, progress, stop, examination, each_tensor=each_tensor, cached=cached)
     with ThreadPoolExecutor(2) as pool:
-        tensors = pool.submit(
-            digest_tensors, checkpoint, [p.tensor for _, p in placed], allow_nonfinite=allow_nonfinite, stop=stop
-        )
-        sources = pool.submit(digest_files, others, stop)
-        tasks: tuple[Future[Any], ...] = (tensors, sources)
-        for task in tasks:
-            task.add_done_callback(lambda done: stop.set() if done.exception() else None)
+        rest = pool.submit(_watched, stop, lambda: examination.read_rest(stop))
+        sources = pool.submit(_watched, stop, lambda: digest_files(others, stop))
         try:
-            written = write_files(directory, files, progress, stop=stop)
-            digests, found = tensors.result(), sources.result()
+            written = writer.write()
+            rest.result()
+            found = sources.result()
         except StoppedError:
-            raise _cause(tasks) from None
+            raise _cause((rest, sources)) from None
         finally:
             stop.set()
+    digests = examination.result(allow_nonfinite=allow_nonfinite)
     by_path = {file.path: file for file in written}
     return Written(
         tuple(written),
@@ -142,173 +134,220 @@ def write_files(
     progress: Progress | None = None,
     *,
     stop: threading.Event | None = None,
+    cached: bool = True,
 ) -> list[WrittenFile]:
-    """Write ``files`` into ``directory``; each is on the disk, and read back, when this returns.
+    """Write ``files`` into ``directory``; each is on the disk when this returns.
 
     Args:
         directory: exists; none of the files does.
         files: their plans; head and tensors do not overlap.
-        progress: called with the bytes just written.
+        progress: called with the bytes on their way to the disk.
         stop: when set by another thread, writing ends with :class:`StoppedError`.
+        cached: see :func:`write_and_digest`.
 
     Raises:
-        OutputError: a file could not be written or read back.
+        OutputError: a file could not be written.
         InputError: a source file cannot be read or has become too short.
         UnsupportedError: a value does not fit the dtype asked for.
     """
-    files, stop = list(files), stop or threading.Event()
-    computed: dict[str, dict[str, str]] = {}
-    with ReadBack(stop) as behind, SourceReader(stop) as reader:
-        crc32c = _crc32c(directory, files, reader)
-        for file in sorted(files, key=lambda file: file.finish is not None):
-            whole = file if file.finish is None else replace(file, head=file.finish(crc32c))
-            computed[file.path] = _FileWriter(directory, whole, reader, behind, progress, stop).write()
-        digests = behind.digests()
-    return [
-        WrittenFile(
-            file.path, file.nbytes, digests[os.path.join(directory, file.path)], computed[file.path], copy_of(file)
-        )
-        for file in files
-    ]
-
-
-def runs(file: PlannedFile) -> list[Run | Placed]:
-    """The file's tensors in order: what the kernel copies, neighbours joined, and what must be computed."""
-    found: list[Run | Placed] = []
-    for placed in file.tensors:
-        segments, offset = placed.tensor.segments(), placed.offset
-        if segments is None:
-            found.append(placed)
-            continue
-        for segment in merge_segments(segments):
-            last = found[-1] if found else None
-            if isinstance(last, Run) and last.leads_to(offset, segment):
-                found[-1] = Run(last.offset, merge_segments((last.segment, segment))[0])
-            else:
-                found.append(Run(offset, segment))
-            offset += segment.nbytes
-    return found
+    return _Writer(directory, list(files), progress, stop or threading.Event(), cached=cached).write()
 
 
 def copy_of(file: PlannedFile) -> str | None:
     """The source file that ``file`` repeats byte for byte, if the plan alone says so."""
-    match runs(file):
-        case [Run(0, Segment(path, 0, nbytes))] if nbytes == file.nbytes and not file.head:
+    segments: list[Segment] = []
+    for placed in file.tensors:
+        place = placed.tensor.segments()
+        if place is None or placed.offset != sum(segment.nbytes for segment in segments):
+            return None
+        segments = list(merge_segments((*segments, *place)))
+    match segments:
+        case [Segment(path, 0, nbytes)] if nbytes == file.nbytes and not file.head:
             with suppress(OSError):
                 return path if os.path.getsize(path) == nbytes else None
     return None
 
 
-@dataclass
-class _FileWriter:
-    """Writes one file from front to back."""
+class _Writer:
+    """The thread that fills blocks, and the two that follow."""
 
-    directory: str
-    file: PlannedFile
-    reader: SourceReader
-    behind: ReadBack
-    progress: Progress | None
-    stop: threading.Event
-    position: int = 0
+    def __init__(
+        self,
+        directory: str,
+        files: Sequence[PlannedFile],
+        progress: Progress | None,
+        stop: threading.Event,
+        examination: Examination | None = None,
+        *,
+        each_tensor: bool = True,
+        cached: bool = True,
+    ) -> None:
+        self.directory, self.files, self.progress, self.stop = directory, files, progress, stop
+        self.each_tensor, self.cached = each_tensor, cached
+        self.blocks, self.hashing, self.writing = Blocks(stop), Follower(stop), Follower(stop)
+        self.sinks: list[Sink] = []
+        self.shown = {id(p): _readings(p, examination) for file in files for p in file.tensors}
+        self.finishing = Finishing(files, stop)
 
-    @property
-    def path(self) -> str:
-        return os.path.join(self.directory, self.file.path)
-
-    def write(self) -> dict[str, str]:
-        """The file, on the disk; returns the digests of its computed tensors."""
+    def write(self) -> list[WrittenFile]:
+        """All files, in the order planned."""
+        made: dict[str, WrittenFile] = {}
         try:
-            _make_parents(self.directory, self.file.path)
-            with fileops.create(self.path) as target:
-                self.behind.extend(self.path, 0, 0)
-                fileops.allocate(target, self.file.nbytes)
-                fileops.write(target, self.file.head, 0)
-                self._reached(len(self.file.head))
-                computed = self._write_tensors(target)
-                self._reached(self.file.nbytes)
-                fileops.sync(target)
-        except OSError as error:
-            raise self._failed(error) from error
-        return computed
+            with SourceReader(self.stop) as self.reader:
+                for file in (file for file in self.files if file.finish is None):
+                    made[file.path] = self._write(file)
+                for file, content in self.finishing.contents():
+                    whole = PlannedFile.of_bytes(file.path, content)
+                    made[file.path] = self._write(whole)
+        except StoppedError:
+            self._close()
+            raise self._error() or StoppedError from None
+        except BaseException:
+            self.stop.set()
+            self._close()
+            raise
+        self._close()
+        if (error := self._error()) is not None:
+            raise error
+        digests = {sink.file.path: sink.sha.hexdigest() for sink in self.sinks}
+        return [dataclasses.replace(made[file.path], sha256=digests[file.path]) for file in self.files]
 
-    def _write_tensors(self, target: int) -> dict[str, str]:
-        computed = {}
-        for run in runs(self.file):
-            if isinstance(run, Run):
-                self._copy(target, run)
+    def _close(self) -> None:
+        for thread in (self.hashing, self.writing, self.finishing):
+            thread.close()
+        for sink in self.sinks:
+            sink.abandon()
+
+    def _error(self) -> BaseException | None:
+        """What made everything stop."""
+        errors = (self.writing.error, self.hashing.error, self.finishing.error())
+        return next((error for error in errors if error is not None), None)
+
+    def _write(self, file: PlannedFile) -> WrittenFile:
+        """Hand on one file's bytes, front to back; its digest is not known yet."""
+        sink = Sink(self.directory, file, SourceReader(self.stop), cached=self.cached)
+        self.sinks.append(sink)
+        self.writing.hand(sink.open)
+        stream = _Stream(self, sink)
+        stream.put(file.head)
+        computed: dict[str, str] = {}
+        for placed in file.tensors:
+            stream.pad(placed.offset)
+            look = _Look(placed, self.shown.pop(id(placed)), crc32c=self.finishing.wanted)
+            if placed.tensor.segments() is None:
+                sha = self._compute(stream, placed, look)
+                computed |= {placed.name: sha} if sha is not None else {}
             else:
-                computed[run.name] = self._compute(target, run)
-        return computed
+                self._read(stream, placed, look)
+            if self.finishing.wanted:
+                self.finishing.tell(placed, look.crc32c)
+        stream.pad(file.nbytes)
+        stream.flush()
+        self.writing.hand(sink.close)
+        return WrittenFile(file.path, file.nbytes, "", computed, copy_of(file))
 
-    def _copy(self, target: int, run: Run) -> None:
-        source, segment, done = self.reader.open(run.segment.path), run.segment, 0
-        while done < segment.nbytes:
-            if self.stop.is_set():
-                raise StoppedError
-            wanted = min(COPY_BYTES, segment.nbytes - done)
-            copied = fileops.copy(source, segment.offset + done, target, run.offset + done, wanted)
-            if not copied:
-                raise truncated(segment.path, segment.end, segment.offset + done)
-            done += copied
-            self._reached(run.offset + done)
+    def _read(self, stream: _Stream, placed: Placed, look: _Look) -> None:
+        for segment in merge_segments(placed.tensor.segments() or ()):
+            offset = segment.offset
+            for data in self.reader.blocks((segment,), READ_BYTES):
+                look.at(segment, data)
+                stream.put(data, Segment(segment.path, offset, len(data)))
+                offset += len(data)
 
-    def _compute(self, target: int, placed: Placed) -> str:
-        sha, offset = hashlib.sha256(), placed.offset
+    def _compute(self, stream: _Stream, placed: Placed, look: _Look) -> str | None:
+        sha = hashlib.sha256() if self.each_tensor else None
         for chunk in checked_chunks(placed.name, placed.tensor):
-            if self.stop.is_set():
-                raise StoppedError
             data = raw_bytes(chunk)
-            fileops.write(target, data, offset)
-            sha.update(data)
-            offset += len(data)
-            self._reached(offset)
-        return sha.hexdigest()
-
-    def _reached(self, position: int) -> None:
-        """All bytes before ``position`` are final."""
-        if position > self.position:
-            self.behind.extend(self.path, self.position, position)
-            if self.progress is not None:
-                self.progress(position - self.position)
-            self.position = position
-
-    def _failed(self, error: OSError) -> OutputError:
-        space = os.statvfs(self.directory)
-        return OutputError(
-            f"cannot be written ({error.strerror})",
-            path=self.file.path,
-            expected=f"{self.file.nbytes} bytes",
-            found=f"{self.position} bytes written, {space.f_bavail * space.f_frsize} bytes free",
-            hint="free some space, or name an output on another disk",
-        )
+            look.crc(data)
+            if sha is not None:
+                sha.update(data)
+            stream.put(data)
+        return None if sha is None else sha.hexdigest()
 
 
-def _crc32c(directory: str, files: Iterable[PlannedFile], reader: SourceReader) -> Callable[[Placed], int]:
-    """What :attr:`PlannedFile.finish` asks with, once the placed tensors are written."""
-    paths = {id(placed): os.path.join(directory, file.path) for file in files for placed in file.tensors}
+def _readings(placed: Placed, examination: Examination | None) -> dict[Segment | None, Reading]:
+    """What is wanted of a placed tensor's bytes: of all (None), and of single segments."""
+    place = merge_segments(placed.tensor.segments() or ())
+    if examination is None or not place:
+        return {}
+    wanted: dict[Segment | None, Reading | None] = {None: examination.take(place)}
+    if len(place) > 1:
+        wanted |= {segment: examination.take((segment,)) for segment in place}
+    return {segment: reading for segment, reading in wanted.items() if reading is not None}
 
-    def crc32c(placed: Placed) -> int:
-        tensor, value = placed.tensor, 0
+
+class _Look:
+    """What is found out about a placed tensor's bytes as they pass by."""
+
+    def __init__(self, placed: Placed, readings: Mapping[Segment | None, Reading], *, crc32c: bool) -> None:
+        self.readings, self.crc32c = readings, 0
+        self.summing = crc32c
+        tensor = placed.tensor
         if isinstance(tensor, Stored) and tensor.dtype.isnative and tensor.crc32c is not None:
-            return tensor.crc32c  # compared with the source's bytes by digest_tensors
-        try:
-            for block in reader.blocks((Segment(paths[id(placed)], placed.offset, tensor.nbytes),)):
-                value = google_crc32c.extend(value, block)
-        except InputError as error:
-            raise OutputError(f"cannot be read back ({error.message})", path=error.path) from error
-        return value
+            self.crc32c, self.summing = tensor.crc32c, False  # compared with the bytes by the examination
 
-    return crc32c
+    def at(self, segment: Segment, data: bytes) -> None:
+        """The next bytes of a segment."""
+        for key in (None, segment):
+            if key in self.readings:
+                self.readings[key].update(data)
+        self.crc(data)
+
+    def crc(self, data: bytes | memoryview) -> None:
+        """The next bytes, for the checksum alone."""
+        if self.summing:
+            self.crc32c = google_crc32c.extend(self.crc32c, bytes(data))
+
+
+class _Stream:
+    """One file's bytes, cut into blocks that are hashed and written."""
+
+    def __init__(self, writer: _Writer, sink: Sink) -> None:
+        self.writer, self.sink = writer, sink
+        self.block: Block | None = None
+        self.position = 0
+
+    def put(self, data: bytes | memoryview, source: Segment | None = None) -> None:
+        """The next bytes; ``source`` is where a file has the same."""
+        done = 0
+        while done < len(data):
+            if self.block is None:
+                self.block = self.writer.blocks.take(self.position)
+            room = self.block.room
+            n = min(len(room), len(data) - done)
+            room[:n] = data[done : done + n]
+            self.block.filled(n, None if source is None else Segment(source.path, source.offset + done, n))
+            done, self.position = done + n, self.position + n
+            if n == len(room):
+                self.flush()
+
+    def pad(self, position: int) -> None:
+        """Zeros up to ``position``."""
+        while self.position < position:
+            self.put(bytes(min(position - self.position, BLOCK_BYTES)))
+
+    def flush(self) -> None:
+        """Hand on what there is."""
+        block, self.block = self.block, None
+        if block is None:
+            return
+        block.shared(2)
+        self.writer.hashing.hand(lambda: self.sink.sha.update(block.data), block)
+        self.writer.writing.hand(lambda: self.sink.write(block), block)
+        if self.writer.progress is not None:
+            self.writer.progress(block.used)
+
+
+def _watched(stop: threading.Event, work: Callable[[], Any]) -> Any:
+    """Do ``work``; a failure stops the others."""
+    try:
+        return work()
+    except BaseException:
+        stop.set()
+        raise
 
 
 def _cause(tasks: Iterable[Future[Any]]) -> BaseException:
     """The error that made the others stop."""
     errors = [error for task in tasks if (error := task.exception()) is not None]
     return next((error for error in errors if not isinstance(error, StoppedError)), StoppedError())
-
-
-def _make_parents(directory: str, relative: str) -> None:
-    for name in os.path.dirname(relative).split("/"):
-        directory = os.path.join(directory, name)
-        if not os.path.isdir(directory):
-            fileops.make_directory(directory)

@@ -103,8 +103,7 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, directory: int, file
     before = os.umask(umask)
     try:
         with Staging(tmp_path / "a" / "out") as staging:
-            with fileops.create(os.path.join(staging.path, "file")):
-                pass
+            os.close(fileops.create(os.path.join(staging.path, "file")))
             staging.publish()
     finally:
         os.umask(before)

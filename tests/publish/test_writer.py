@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import os
 import struct
@@ -22,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptconvert.errors import InputError, OutputError, UnsupportedError
-from gptconvert.publish import fileops, readback, writer
+from gptconvert.publish import blocks, fileops, sink, writer
+from gptconvert.publish.digest import Examination
 from gptconvert.publish.source_reader import FileDigest, StoppedError
-from gptconvert.publish.writer import Run, WrittenFile, copy_of, runs, write_and_digest, write_files
+from gptconvert.publish.writer import WrittenFile, copy_of, write_and_digest, write_files
 from gptconvert.targets.plan import Placed, PlannedFile, place
 from gptconvert.tensors import BFLOAT16, Cast, LazyTensor, Segment, Stored, Transposed, filled
 from gptconvert.transforms import concatenate, take_rows
@@ -62,37 +64,6 @@ def check(directory: Path, file: PlannedFile, written: WrittenFile) -> None:
         if placed.tensor.segments() is None:
             part = data[placed.offset : placed.offset + placed.tensor.nbytes]
             assert written.computed[placed.name] == sha(part)
-
-
-class TestRuns:
-    """Fewest kernel copies."""
-
-    def test_neighbours_in_both_files_become_one(self, tmp_path: Path) -> None:
-        a, b, c = stored(tmp_path / "s", 3, 5, 7)
-        assert runs(planned("f", [a, b, c], b"head")) == [Run(4, Segment(str(tmp_path / "s"), 0, 60))]
-
-    def test_gaps_and_other_orders_part_them(self, tmp_path: Path) -> None:
-        a, b, c = stored(tmp_path / "s", 16, 5, 7)
-        path = str(tmp_path / "s")
-        assert runs(planned("f", [b, a])) == [Run(0, Segment(path, 64, 20)), Run(20, Segment(path, 0, 64))]
-        # 64-byte alignment: a ends on a boundary, b does not.
-        aligned = planned("f", [a, b, c], alignment=64)
-        assert runs(aligned) == [Run(0, Segment(path, 0, 84)), Run(128, Segment(path, 84, 28))]
-
-    def test_other_files_and_computed_tensors_part_them(self, tmp_path: Path) -> None:
-        (a,), (b,) = stored(tmp_path / "s", 3), stored(tmp_path / "t", 3)
-        file = planned("f", [a, Cast(a, np.dtype(np.float16)), b])
-        assert [type(run) for run in runs(file)] == [Run, Placed, Run]
-
-    def test_the_same_offsets_in_another_file_part_them(self, tmp_path: Path) -> None:
-        (a, _), (_, b) = stored(tmp_path / "s", 3, 5), stored(tmp_path / "t", 3, 5)
-        s, t = str(tmp_path / "s"), str(tmp_path / "t")
-        assert runs(planned("f", [a, b])) == [Run(0, Segment(s, 0, 12)), Run(12, Segment(t, 12, 20))]
-
-    def test_parts_of_one_tensor_are_joined_too(self, tmp_path: Path) -> None:
-        a, b, c = stored(tmp_path / "s", 3, 5, 7)
-        assert len(runs(planned("f", [concatenate([a, b]), c]))) == 1
-        assert len(runs(planned("f", [concatenate([b, a]), c]))) == 3
 
 
 class TestCopyOf:
@@ -165,8 +136,8 @@ def test_every_kind_of_tensor_by_every_way_of_copying(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shortest: int | None
 ) -> None:
     files = make_files(tmp_path)
-    monkeypatch.setattr(writer, "COPY_BYTES", 50)
-    monkeypatch.setattr(readback, "BLOCK_BYTES", 11)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(writer, "READ_BYTES", 11)
     if shortest is not None:
         monkeypatch.setattr(fileops, "fault", lambda operation, nbytes: min(nbytes, shortest))
     out = tmp_path / "out"
@@ -177,6 +148,89 @@ def test_every_kind_of_tensor_by_every_way_of_copying(
         check(out, file, record)
     assert sum(steps) == sum(file.nbytes for file in files)
     assert min(steps) > 0
+
+
+class TestStraightToTheDisk:
+    """Without the page cache, where the system can: the same bytes."""
+
+    @pytest.fixture
+    def bypassing(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+        """What was asked of every file, and what it answered."""
+        asked: list[tuple[bool, bool]] = []
+        real = fileops.bypass_cache
+
+        def bypass_cache(descriptor: int, wanted: bool) -> bool:
+            asked.append((wanted, real(descriptor, wanted)))
+            return asked[-1][1]
+
+        monkeypatch.setattr(fileops, "bypass_cache", bypass_cache)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", 2 * fileops.ALIGNMENT)
+        monkeypatch.setattr(sink, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(writer, "READ_BYTES", 1000)
+        return asked
+
+    @pytest.fixture
+    def large(self, tmp_path: Path) -> PlannedFile:
+        a, b = stored(tmp_path / "s", 5000, 3001)
+        return planned("f", [b, Cast(a, BFLOAT16), a], b"head", alignment=64, tail=9)
+
+    @pytest.mark.usefixtures("bypassing")
+    @pytest.mark.parametrize("shortest", [None, 5000, 4096])
+    def test_same_bytes(
+        self, tmp_path: Path, large: PlannedFile, monkeypatch: pytest.MonkeyPatch, shortest: int | None
+    ) -> None:
+        if shortest is not None:
+            monkeypatch.setattr(fileops, "fault", lambda operation, nbytes: min(nbytes, shortest))
+        (written,) = write_files(str(tmp_path), [large], cached=False)
+        check(tmp_path, large, written)
+
+    def test_it_is_asked_for_once(
+        self, tmp_path: Path, large: PlannedFile, bypassing: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fileops, "copy", lambda *_: pytest.fail("a copy by the kernel goes through the cache"))
+        (written,) = write_files(str(tmp_path), [large], cached=False)
+        check(tmp_path, large, written)
+        assert bypassing == [(True, True)]
+
+    def test_not_for_files_that_are_read_next(
+        self, tmp_path: Path, large: PlannedFile, bypassing: list[tuple[bool, bool]]
+    ) -> None:
+        write_files(str(tmp_path), [large])
+        assert bypassing == []
+
+    def test_a_file_system_that_cannot(
+        self, tmp_path: Path, large: PlannedFile, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fileops, "bypass_cache", lambda descriptor, wanted: False)
+        (written,) = write_files(str(tmp_path), [large], cached=False)
+        check(tmp_path, large, written)
+
+    def test_a_file_system_that_finds_out_late(
+        self, tmp_path: Path, large: PlannedFile, bypassing: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, refused = os.pwrite, [0]
+
+        def pwrite(descriptor: int, data: Any, offset: int) -> int:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and offset:
+                refused[0] += 1
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(descriptor, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        (written,) = write_files(str(tmp_path), [large], cached=False)
+        check(tmp_path, large, written)
+        assert (refused, bypassing) == ([1], [(True, True), (False, False)])
+
+    def test_a_full_disk_is_no_reason_to_try_again(
+        self, tmp_path: Path, large: PlannedFile, bypassing: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OutputError, match="No space left"):
+            write_files(str(tmp_path), [large], cached=False)
+        assert bypassing == [(True, True)]
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -263,15 +317,34 @@ class TestFinish:
         turned = google_crc32c.value(np.frombuffer((tmp_path / "s").read_bytes(), ">f4").astype("<f4").tobytes())
         assert (tmp_path / "index").read_bytes() == struct.pack("<II", 7, turned)
 
-    def test_a_file_that_cannot_be_read_back(self, tmp_path: Path) -> None:
-        file = planned("f", [*stored(tmp_path / "s", 3)])
+    def test_it_may_be_of_any_size_and_is_made_while_the_others_are_written(self, tmp_path: Path) -> None:
+        started = threading.Event()
 
-        def cut(crc32c: Any) -> bytes:
-            os.truncate(tmp_path / "f", 5)
-            return self.index_of(file).finish(crc32c)  # type: ignore[misc]
+        def finish(_: Any) -> bytes:
+            started.set()
+            return b"longer than planned"
 
-        with pytest.raises(OutputError, match="cannot be read back"):
-            write_files(str(tmp_path), [file, PlannedFile("index", 4, finish=cut)])
+        def slow(_: int) -> None:
+            assert started.wait(20), "nobody began with the other file"
+
+        files = [planned("f", [*stored(tmp_path / "s", 3)]), PlannedFile("index", 4, finish=finish)]
+        _, index = write_files(str(tmp_path), files, slow)
+        assert (index.nbytes, index.sha256) == (19, sha(b"longer than planned"))
+        assert (tmp_path / "index").read_bytes() == b"longer than planned"
+
+    def test_its_failure_is_the_one_reported(self, tmp_path: Path) -> None:
+        def fail(_: Any) -> bytes:
+            raise UnsupportedError("cannot be made")
+
+        files = [planned("f", [*stored(tmp_path / "s", 3)]), PlannedFile("index", 4, finish=fail)]
+        with pytest.raises(UnsupportedError, match="cannot be made"):
+            write_files(str(tmp_path), files)
+
+    def test_a_failure_elsewhere_ends_its_waiting(self, tmp_path: Path) -> None:
+        file = planned("f", [*stored(tmp_path / "s", 5)])
+        os.truncate(tmp_path / "s", 3)
+        with pytest.raises(InputError, match="truncated"):
+            write_files(str(tmp_path), [file, self.index_of(file)])
 
 
 def test_files_are_on_the_disk_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,13 +354,6 @@ def test_files_are_on_the_disk_afterwards(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "out").mkdir()
     write_files(str(tmp_path / "out"), files)
     assert synced == [file.nbytes for file in files]
-
-
-def test_a_failure_elsewhere_stops_the_reading_back(tmp_path: Path) -> None:
-    stop = threading.Event()
-    with pytest.raises(ZeroDivisionError), readback.ReadBack(stop):
-        raise ZeroDivisionError
-    assert stop.is_set()
 
 
 class TestFailures:
@@ -318,14 +384,14 @@ class TestFailures:
             write_files(str(tmp_path), [PlannedFile.of_bytes("f", b"ours")])
         assert (tmp_path / "f").read_bytes() == b"theirs"
 
-    def test_a_file_that_cannot_be_read_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_source_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(operation: str, nbytes: int) -> int:
             if operation == "read":
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return nbytes
 
         monkeypatch.setattr(fileops, "fault", fail)
-        with pytest.raises(OutputError, match=r"cannot be read back \(Input/output error\)"):
+        with pytest.raises(InputError, match=r"cannot be read \(Input/output error\)"):
             write_files(str(tmp_path), [planned("f", [*stored(tmp_path / "s", 5, 7)])])
 
     def test_a_value_too_large_for_fp16(self, tmp_path: Path) -> None:
@@ -395,55 +461,99 @@ class TestWriteAndDigest:
         assert hashed == []
         assert written.sources[str(source)] == FileDigest(whole.nbytes, sha(source.read_bytes()))
 
-    @pytest.mark.parametrize("slow", ["write_files", "digest_tensors", "digest_files"])
-    def test_one_failure_stops_the_others_and_is_the_one_reported(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
-    ) -> None:
-        """Each part in turn works without end until told to stop, while another fails."""
+    def test_each_byte_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint = openai_checkpoint(tmp_path)
-        failing = "digest_files" if slow == "digest_tensors" else "digest_tensors"
+        read: list[int] = []
+        real = fileops.read
+        monkeypatch.setattr(fileops, "read", lambda *args: (read.append(args[1]), real(*args))[1])
+        monkeypatch.setattr(writer, "digest_files", lambda paths, stop: {})
+        raw, _, _ = self.plans(checkpoint)
+        (tmp_path / "out").mkdir()
+        write_and_digest(str(tmp_path / "out"), [raw], checkpoint)
+        unused = {name for name in checkpoint.source.tensors if name not in checkpoint.dropped}
+        assert sum(read) == sum(checkpoint.source.tensors[name].nbytes for name in unused)
 
-        def endless(*args: object, stop: threading.Event | None = None, **_: object) -> None:
-            event = next((a for a in args if isinstance(a, threading.Event)), stop)
-            assert event is not None
-            assert event.wait(20), "nobody said stop"
-            raise StoppedError
+    @pytest.mark.parametrize("part", ["read_rest", "digest_files", "progress"])
+    def test_one_failure_stops_the_others_and_is_the_one_reported(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+    ) -> None:
+        """Each part in turn fails while the others work without end until told to stop."""
+        checkpoint = openai_checkpoint(tmp_path)
 
-        def fail(*args: object, **_: object) -> None:
+        def act(name: str) -> Any:
+            def work(*args: object, **_: object) -> None:
+                if name == part:
+                    raise InputError("broken")
+                event = next((a for a in args if isinstance(a, threading.Event)), None)
+                assert event is not None
+                assert event.wait(20), "nobody said stop"
+                raise StoppedError
+
+            return work
+
+        monkeypatch.setattr(Examination, "read_rest", act("read_rest"))
+        monkeypatch.setattr(writer, "digest_files", act("digest_files"))
+        (tmp_path / "out").mkdir()
+        start = time.monotonic()
+        with pytest.raises(InputError, match="broken"):
+            write_and_digest(
+                str(tmp_path / "out"),
+                self.plans(checkpoint),
+                checkpoint,
+                act("progress") if part == "progress" else None,
+            )
+        assert time.monotonic() - start < 10
+
+    @pytest.mark.parametrize("where", ["hashing", "writing"])
+    def test_a_failing_thread_ends_the_filling(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        """Many more blocks than buffers: whoever fills them must not wait for ever."""
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
+        (tensor,) = stored(tmp_path / "s", 5000)
+
+        class Broken:
+            def update(self, data: object) -> None:
+                raise InputError("broken")
+
+        def broken(*_: object) -> None:
             raise InputError("broken")
 
-        monkeypatch.setattr(writer, slow, endless)
-        monkeypatch.setattr(writer, failing, fail)
-        (tmp_path / "out").mkdir()
+        if where == "writing":
+            monkeypatch.setattr(fileops, "copy", broken)
+        else:
+            monkeypatch.setattr(sink.hashlib, "sha256", Broken)
         with pytest.raises(InputError, match="broken"):
-            write_and_digest(str(tmp_path / "out"), self.plans(checkpoint), checkpoint)
+            write_files(str(tmp_path), [planned("f", [tensor])])
 
     @pytest.mark.parametrize("error", [OutputError("full"), KeyboardInterrupt()])
     def test_whatever_ends_the_writing_ends_the_reading(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
     ) -> None:
-        def endless(*_: object, stop: threading.Event, **__: object) -> None:
+        checkpoint = openai_checkpoint(tmp_path)
+
+        def endless(_: object, stop: threading.Event) -> None:
             assert stop.wait(20), "nobody said stop"
             raise StoppedError
 
-        def fail(*_: object, **__: object) -> None:
+        def fail(_: int) -> None:
             raise error
 
-        monkeypatch.setattr(writer, "digest_tensors", endless)
-        monkeypatch.setattr(writer, "write_files", fail)
+        monkeypatch.setattr(Examination, "read_rest", endless)
+        (tmp_path / "out").mkdir()
         start = time.monotonic()
         with pytest.raises(type(error)):
-            write_and_digest(str(tmp_path), [], openai_checkpoint(tmp_path))
+            write_and_digest(str(tmp_path / "out"), self.plans(checkpoint), checkpoint, fail)
         assert time.monotonic() - start < 10
 
     def test_a_failing_writer_stops_the_readers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint = openai_checkpoint(tmp_path)
 
-        def endless(*_: object, stop: threading.Event, **__: object) -> None:
+        def endless(_: object, stop: threading.Event) -> None:
             assert stop.wait(20), "nobody said stop"
             raise StoppedError
 
-        monkeypatch.setattr(writer, "digest_tensors", endless)
+        monkeypatch.setattr(Examination, "read_rest", endless)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "raw").mkdir()
         with pytest.raises(OutputError, match="raw"):
