@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from reference_model.config import OUTPUTS, GPTConfig, Rotary
 
 KeyValue = tuple[Tensor, Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, KeyValue | None], tuple[Tensor, KeyValue]]
 
 ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
@@ -72,12 +73,29 @@ def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
     return torch.cat((turned * cos + other * sin, rest), -1)  # (B, H, S, hd)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    """What each new token takes from those it sees: scaled q, and k, v [B, H, S, hd] → [B, H, S, hd].
+
+    Also returns past and new keys and values, [B, H, T, hd] each.
+    """
+    if past is not None:
+        k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, T, hd)
+    scores = q @ k.transpose(-1, -2)  # (B, H, S, T)
+    scores = scores.masked_fill(~seen, torch.finfo(q.dtype).min)  # (B, H, S, T)
+    return scores.softmax(-1) @ v, (k, v)  # (B, H, S, hd)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over past and new tokens."""
+    """Multi-head self-attention over past and new tokens.
+
+    Attributes:
+        attend: the only place where tokens meet; replaced where unrelated sequences lie side by side.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.config = config
+        self.attend: Attend = attend
         self.scale = config.attn_scale[layer]
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.attn_out_bias)
@@ -93,13 +111,9 @@ class Attention(nn.Module):
         )
         if self.config.rotary is not None and angles is not None:
             q, k = rotate(self.config.rotary, q, angles), rotate(self.config.rotary, k, angles)
-        if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, T, hd)
-        scores = (q * self.scale) @ k.transpose(-1, -2)  # (B, H, S, T)
-        scores = scores.masked_fill(~seen, torch.finfo(x.dtype).min)  # (B, H, S, T)
-        mixed = scores.softmax(-1) @ v  # (B, H, S, hd)
+        mixed, present = self.attend(q * self.scale, k, v, seen, past)  # (B, H, S, hd)
         out = self.c_proj(mixed.transpose(1, 2).reshape(batch, new_tokens, width))  # (B, S, D)
-        return out, (k, v)
+        return out, present
 
 
 class MLP(nn.Module):

@@ -80,41 +80,51 @@ class Trial:
         self.runner, self.truth, self.config, self.groups = runner, truth, config, groups
         self.answers = answers or {}
         self.prompts: list[tuple[Row, Array]] = []
+        self.first: tuple[Probe, Outputs] | None = None
         self.typical: dict[str, float] = {}
 
     def run(self, advance: Callable[[int], None] | None = None) -> None:
         """Run every probe, in every way it asks for. ``advance`` is told that one more is done."""
         for probe in dict.fromkeys(row.probe for row in self.truth.pack.rows):
-            self._try(probe, probe.groups, whole)
+            self._try(probe, probe.groups)
             if probe.chunks:
-                self._try(probe, (CHUNKED,) * len(probe.groups), in_chunks)
+                self._try(probe, (CHUNKED,) * len(probe.groups), chunked=True)
             if advance is not None:
                 advance(1)
         for (a, first), (b, second) in pairwise(self.prompts):
             self._check_causality(a, first, b, second)
 
-    def _try(self, probe: Probe, names: Sequence[str], how: Callable[[Runner, Probe, GPTConfig], Outputs]) -> None:
+    def _try(self, probe: Probe, names: Sequence[str], *, chunked: bool = False) -> None:
         """Run one probe in one way; row r of the batch counts for the group ``names[r]``."""
         groups = [self.groups.setdefault(name, Group(name)) for name in names]
         rows = [row for row in self.truth.pack.rows if row.probe is probe]
-        if how is in_chunks:
+        if chunked:
             rows = [row.beginning(sum(probe.chunks)) for row in rows]
         try:
-            known = self.answers.get(probe) if how is whole else None
-            outputs = known or how(self.runner, probe, self.config)
+            outputs = self._outputs(probe, chunked)
             problems = list(faults(outputs, rows[0].probe, self.config, self.runner))
         except RunError as error:
             problems = [f"the runtime refused to run it: {error}"]
         for group in groups:
             group.problems += [p for p in problems if p not in group.problems]
-            group.probes += [probe] if how is whole and probe not in group.probes else []
+            group.probes += [probe] if not chunked and probe not in group.probes else []
         if problems:
             return
         for row in rows:
             self._count(row, outputs, groups[row.row])
         output = next(iter(SHAPES[self.config.task]))
-        if how is whole and probe.is_prompt and not is_pooled(self.config, output):
+        if not chunked and probe.is_prompt and not is_pooled(self.config, output):
             self.prompts.append((rows[0], outputs.named[output].reshape(len(rows[0].new), -1)[:AT_ONCE].copy()))
+        if not chunked and probe.is_prompt and probe.tokens == 1:
+            self.first = probe, outputs
+
+    def _outputs(self, probe: Probe, chunked: bool) -> Outputs:
+        """What the candidate gives, unless it is known."""
+        if not chunked:
+            return self.answers.get(probe) or whole(self.runner, probe, self.config)
+        start = probe.beginning(1)
+        known = self.first is not None and np.array_equal(self.first[0].input_ids, start.input_ids)
+        return in_chunks(self.runner, probe, self.config, self.first[1] if self.first and known else None)
 
     def _count(self, row: Row, outputs: Outputs, group: Group) -> None:
         """Count one row's real tokens in."""
@@ -185,11 +195,16 @@ def whole(runner: Runner, probe: Probe, config: GPTConfig) -> Outputs:
     return runner.run(feeds_of(probe, config), runner.kv_cache and probe.compare_presents)
 
 
-def in_chunks(runner: Runner, probe: Probe, config: GPTConfig) -> Outputs:
-    """Run a probe piece by piece, each with the keys and values the candidate itself returned before."""
+def in_chunks(runner: Runner, probe: Probe, config: GPTConfig, first: Outputs | None = None) -> Outputs:
+    """Run a probe piece by piece, each with the keys and values the candidate itself returned before.
+
+    ``first`` is what it gave for the first token, if known.
+    """
     feeds, start = feeds_of(probe, config), 0
     pieces: list[Outputs] = []
-    for size in probe.chunks:
+    if first is not None and first.presents and probe.chunks[0] == 1:
+        pieces, start = [first], 1
+    for size in probe.chunks[len(pieces) :]:
         stop = start + size
         now = slice(start, stop)
         past = pieces[-1].presents if pieces else ()

@@ -1,7 +1,8 @@
 """Many probes as one sequence: which token is which, and which sees which.
 
-Padding is left out: by the contract nothing may depend on it. Shapes: N tokens of all probes, n and p tokens and
-past tokens of one part.
+Padding is left out: by the contract nothing may depend on it. Tokens with one history (the same ids at the same
+positions before them, and no past) are one token: the truth about them is one. Shapes: N tokens of all probes, n
+and p tokens and past tokens of one part.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,45 +36,37 @@ class Row:
         probe, row: which.
         new: [n] indices, among the S new tokens, of the real ones.
         past: [p] indices, among the P past tokens, of the real ones.
-        tokens: their place in the packed sequence.
-        past_tokens: the past ones' place among all past tokens.
+        tokens: [n] their place in the packed sequence.
     """
 
     probe: Probe
     row: int
     new: Integers
     past: Integers
-    tokens: slice
-    past_tokens: slice
+    tokens: Integers
 
     def beginning(self, count: int) -> Row:
         """The row without its tokens from index ``count`` on."""
         new = self.new[self.new < count]
-        tokens = slice(self.tokens.start, self.tokens.start + len(new))
-        return dataclasses.replace(self, probe=self.probe.beginning(count), new=new, tokens=tokens)
+        return dataclasses.replace(self, probe=self.probe.beginning(count), new=new, tokens=self.tokens[: len(new)])
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Consecutive rows whose tokens attend together, each to its own row's keys.
+    """Rows whose tokens attend together, each to its own row's keys.
 
     Attributes:
         rows: which.
-        tokens: their tokens, of all.
+        tokens: [n] their tokens, of all.
     """
 
     rows: tuple[Row, ...]
-    tokens: slice
-
-    @property
-    def past_start(self) -> int:
-        """Where the first row's past begins, among all past tokens."""
-        return int(self.rows[0].past_tokens.start)
+    tokens: Integers
 
     @property
     def past_length(self) -> int:
         """p."""
-        return int(self.rows[-1].past_tokens.stop) - self.past_start
+        return sum(len(row.past) for row in self.rows)
 
     def seen(self, window: int | None) -> Tensor:
         """Which key each token sees: bool [1, 1, n, p + n]."""
@@ -82,16 +74,16 @@ class Part:
 
         from reference_model.model import visible
 
-        n, p = self.tokens.stop - self.tokens.start, self.past_length
+        n, p, before = len(self.tokens), self.past_length, 0
         seen = torch.zeros(n, p + n, dtype=torch.bool)
         for row in self.rows:
             probe = row.probe
             mask = torch.from_numpy(probe.attention_mask[row.row : row.row + 1])  # (1, T)
             own = visible(mask, probe.input_ids.shape[1], window)[0, 0][row.new]  # (own n, T)
-            tokens = seen[row.tokens.start - self.tokens.start : row.tokens.stop - self.tokens.start]
-            before = slice(row.past_tokens.start - self.past_start, row.past_tokens.stop - self.past_start)
-            after = slice(p + row.tokens.start - self.tokens.start, p + row.tokens.stop - self.tokens.start)
-            tokens[:, before], tokens[:, after] = own[:, row.past], own[:, probe.past_length + row.new]
+            here = torch.from_numpy(np.searchsorted(self.tokens, row.tokens))  # (own n)
+            seen[here, before : before + len(row.past)] = own[:, row.past]
+            seen[here[:, None], p + here] = own[:, probe.past_length + row.new]
+            before += len(row.past)
         return seen[None, None]
 
     def past(self, layer: int, config: GPTConfig) -> KeyValue | None:
@@ -113,6 +105,10 @@ class Part:
 class Pack:
     """The real tokens of several probes as one sequence.
 
+    Args:
+        probes: which.
+        windowed: whether a layer sees by distance, so that holes are part of a token's history.
+
     Attributes:
         rows: of all probes.
         parts: the rows in as few parts as make sense: a token whose past is long is a part of its own, so that not
@@ -121,22 +117,33 @@ class Pack:
         ids, positions: [N].
     """
 
-    def __init__(self, probes: Sequence[Probe]) -> None:
+    def __init__(self, probes: Sequence[Probe], *, windowed: bool = False) -> None:
+        histories: dict[tuple[object, ...], int] = {}
+        ids: list[int] = []
+        positions: list[int] = []
         self.rows: list[Row] = []
-        n = p = 0
         for probe in probes:
             for row, mask in enumerate(probe.attention_mask):
                 new, past = np.flatnonzero(mask[probe.past_length :]), np.flatnonzero(mask[: probe.past_length])
-                place = slice(n, n + len(new)), slice(p, p + len(past))
-                self.rows.append(Row(probe, row, new, past, *place))
-                n, p = n + len(new), p + len(past)
-        self.length = n
-        self.ids = np.concatenate([r.probe.input_ids[r.row, r.new] for r in self.rows])  # (N)
-        self.positions = np.concatenate([r.probe.position_ids[r.row, r.new] for r in self.rows])  # (N)
+                parent: object = (probe, row) if len(past) else None
+                tokens, steps = [], np.diff(new, prepend=new[:1])
+                for index, step in zip(new.tolist(), steps.tolist(), strict=True):
+                    token, position = int(probe.input_ids[row, index]), int(probe.position_ids[row, index])
+                    history = (parent, token, position, step if windowed else 0)
+                    parent = histories.setdefault(history, len(ids))
+                    if parent == len(ids):
+                        ids.append(token)
+                        positions.append(position)
+                    tokens.append(parent)
+                self.rows.append(Row(probe, row, new, past, np.array(tokens, np.int64)))
+        self.length = len(ids)
+        self.ids, self.positions = np.array(ids), np.array(positions)  # (N) each
         self.parts = list(_parts(self.rows))
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[Part]:
-    for _, group in groupby(rows, lambda row: row.probe if len(row.past) > LONG_PAST else None):
-        members = tuple(group)
-        yield Part(members, slice(members[0].tokens.start, members[-1].tokens.stop))
+    members: dict[Probe | None, list[Row]] = {}
+    for row in rows:
+        members.setdefault(row.probe if len(row.past) > LONG_PAST else None, []).append(row)
+    for group in members.values():
+        yield Part(tuple(group), np.unique(np.concatenate([row.tokens for row in group])))

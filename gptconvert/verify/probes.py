@@ -131,6 +131,13 @@ class _Maker:
         self.made += 1
         return np.random.default_rng([self.seed, self.made]).integers(0, self.config.vocab_size, (batch, length))
 
+    @functools.cached_property
+    def prompt(self) -> Integers:
+        """A prompt as long as the context, [1, n_ctx]. First and last id of the vocabulary come up front."""
+        prompt, last = self.ids(1, self.config.n_ctx), self.config.vocab_size - 1
+        prompt[:, :CHANGED] = np.array([last, 0, last])[: prompt[:, :CHANGED].shape[1]]
+        return prompt
+
     def probe(self, groups: Sequence[str], mask: Sequence[str], past: int = 0, **fields: Any) -> Probe:
         """A probe whose mask is written row by row, ``1`` for a token and ``0`` for padding."""
         attention_mask = np.array([[int(c) for c in row] for row in mask], np.int64)
@@ -167,11 +174,11 @@ def make_probes(
         config: the architecture; sizes are capped by its n_ctx.
         kv_cache: whether the candidate takes and returns keys and values.
         free_positions: whether the candidate lets its caller choose positions.
-        level: ``default``, some 110 tokens in all whatever the model; ``full``, whole-length sequences too.
+        level: ``default``, some 100 tokens in all whatever the model; ``full``, whole-length sequences too.
         seed: of everything random.
     """
     make = _Maker(config, seed)
-    probes = [*_prompts(make, kv_cache, level), *_masks(make, 7)]
+    probes = [*_prompts(make, kv_cache, level), *_masks(make, 5)]
     if level == "full":
         probes += _masks(make, 64)
     probes += _pasts(make, level) if kv_cache else _far_positions(make, free_positions)
@@ -179,43 +186,55 @@ def make_probes(
 
 
 def _prompts(make: _Maker, kv_cache: bool, level: Level) -> Iterator[Probe]:
-    """One prompt of each length, nothing before it. First and last id of the vocabulary come up front."""
-    n_ctx, last = make.config.n_ctx, make.config.vocab_size - 1
-    base = make.ids(1, n_ctx)
-    base[:, :CHANGED] = np.array([last, 0, last])[: base[:, :CHANGED].shape[1]]
-    changed = base.copy()
+    """One prompt of each length, nothing before it."""
+    n_ctx = make.config.n_ctx
+    changed = make.prompt.copy()
     changed[:, CHANGED : CHANGED + 1] = (changed[:, CHANGED : CHANGED + 1] + 1) % make.config.vocab_size
     lengths = (*LENGTHS, n_ctx - 1, n_ctx) if level == "full" else LENGTHS
     for length in sorted({min(max(length, 1), n_ctx) for length in lengths}):
-        ids = (changed if length > 7 else base)[:, :length]
+        ids = (changed if length > 7 else make.prompt)[:, :length]
         chunks = _chunks(length) if kv_cache and length > 2 and length >= min(64, n_ctx) else ()
         presents = length <= 64  # a whole cache of a large model would be a second model in memory
         yield make.probe([f"length {length}"], ["1" * length], ids=ids, chunks=chunks, compare_presents=presents)
 
 
 def _chunks(length: int) -> tuple[int, ...]:
-    """Pieces of 1, 1, 5 and up to 9: a prompt of one token, a past of one, a past of several. What is right for 16
+    """Pieces of 1, 1 and up to 5: a prompt of one token, a past of one, a past of several. What is right for 7
     tokens is right for more; each piece costs a pass over all weights.
     """
-    pieces = [1, 1, min(5, length - 2), min(9, length - 7)]
+    pieces = [1, 1, min(5, length - 2)]
     return tuple(piece for piece in pieces if piece > 0)
 
 
 def _masks(make: _Maker, length: int) -> Iterator[Probe]:
-    """Batches of three: no, left and right padding; holes; everything masked out but one token."""
+    """One batch: no, left and right padding; holes; everything masked out but one token.
+
+    Neighbouring rows differ in their tokens. Every other row has the same ones: where they stand is the question,
+    and the truth about them is worked out once.
+    """
     n = min(length, make.config.n_ctx)
     short = math.ceil(n / 2)
     pad = "0" * (n - short)
-    yield make.probe(["no padding", "left padding", "right padding"], ["1" * n, pad + "1" * short, "1" * short + pad])
-    holes = ("1101011" * n)[:n], (pad[:2] + "1011" * n)[:n]
     single = "0" * (n - 1 - n // 3) + "1" + "0" * (n // 3)
-    yield make.probe(["holes", "holes", "one token"], [*holes, single])
+    mask = {
+        "no padding": "1" * n,
+        "left padding": pad + "1" * short,
+        "right padding": "1" * short + pad,
+        "holes": ("11011" * n)[:n],
+        "holes, left padding": (pad[:1] + "1011" * n)[:n],
+        "one token": single,
+    }
+    ids, other = make.ids(len(mask), n), make.ids(1, n)
+    for row, pattern in enumerate(mask.values()):
+        real = np.array([character == "1" for character in pattern])
+        ids[row, real] = (other if row % 2 else make.prompt)[0, : real.sum()]
+    yield make.probe(tuple(mask), tuple(mask.values()), ids=ids)
 
 
 def _pasts(make: _Maker, level: Level) -> Iterator[Probe]:
     """New tokens after a random past: of one, of several in every mask pattern, and up to the last position."""
     n_ctx = make.config.n_ctx
-    if n_ctx >= 2:
+    if 2 <= n_ctx < 8:  # elsewhere the prompt that is fed in chunks has one
         yield make.probe(["past 1"], ["11"], past=1)
     if n_ctx >= 8:
         rows = ["1" * 8, "00011111", "01011" + "101"]

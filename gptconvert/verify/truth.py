@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from reference_model.model import Block, KeyValue
+    from reference_model.model import Attend, KeyValue
 
 #: Bytes, in float64, of the largest part of the vocabulary projected at once.
 HEAD_BYTES = 64 << 20
@@ -119,7 +119,8 @@ class TruthPass:
         self.config, self.weights = checkpoint.config, checkpoint.weights
         self.lanes = (Lane(torch.float64), Lane(getattr(torch, compute)))
         self.taps = taps
-        self.truth = Truth(Pack(probes), {}, {})
+        windowed = any(window is not None for window in self.config.attn_window)
+        self.truth = Truth(Pack(probes, windowed=windowed), {}, {})
         layers = self.config.n_layer if presents and any(probe.compare_presents for probe in probes) else 0
         # In one piece: small tensors that live long would keep the heap from ever shrinking between blocks.
         self.cache = torch.empty(layers, 2, self.truth.pack.length, self.config.n_embd, dtype=torch.float64)
@@ -175,38 +176,44 @@ class TruthPass:
             with torch.device("meta"):
                 block = Block(self.config, i)
             fill(block, lane.reader(stored), self.config, prefix)
-            out, cache = self._in_parts(block, lane, x, seen, pasts)
+            block.attn.attend = self._in_parts(seen, pasts)
+            out, present = block(x, seen[0], self._angles(lane))
             outs.append(out)
-            caches.append(cache)
+            caches.append([cache[0].transpose(0, 1).flatten(1) for cache in present])  # (N, D) each
         for part, name in enumerate(("key", "value") if len(self.cache) else ()):
             exact, yardstick = (cache[part] for cache in caches)
             self._keep(f"present.{i}.{name}", [self.cache[i, part].copy_(exact), yardstick])
         self._tap(f"h.{i}", outs)
         return outs
 
-    def _in_parts(
-        self, block: Block, lane: Lane, x: Tensor, seen: list[Tensor], pasts: list[KeyValue | None]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One block on every part: [1, N, D] → [1, N, D], and the new keys and values [N, D], heads side by side."""
+    def _angles(self, lane: Lane) -> KeyValue | None:
+        """For rotary positions, [1, 1, N, dim] each."""
         import torch
 
         from reference_model.model import rotary_angles
 
-        pack, rotary, compute = self.truth.pack, self.config.rotary, self.lanes[1].dtype
-        outs: list[Tensor] = []
-        new: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for part, sees, past in zip(pack.parts, seen, pasts, strict=True):
-            positions = torch.from_numpy(pack.positions[None, part.tokens])
-            angles = None if rotary is None else rotary_angles(rotary, positions, lane.dtype)
-            # The past is what the candidate gets: rounded to its type, then exact.
-            before = (
-                None if past is None else (past[0].to(compute).to(lane.dtype), past[1].to(compute).to(lane.dtype))
-            )
-            out, present = block(x[:, part.tokens], sees, angles, before)
-            outs.append(out)
-            for kept, cache in zip(new, present, strict=True):
-                kept.append(cache[0, :, part.past_length :].transpose(0, 1).flatten(1))  # (n, D)
-        return torch.cat(outs, 1), (torch.cat(new[0]), torch.cat(new[1]))
+        rotary, positions = self.config.rotary, torch.from_numpy(self.truth.pack.positions[None])
+        return None if rotary is None else rotary_angles(rotary, positions, lane.dtype)
+
+    def _in_parts(self, seen: list[Tensor], pasts: list[KeyValue | None]) -> Attend:
+        """``reference_model.model.attend`` on every part: [1, H, N, hd] x 3 → [1, H, N, hd] and the new k and v."""
+        import torch
+
+        from reference_model.model import attend
+
+        parts, compute = self.truth.pack.parts, self.lanes[1].dtype
+
+        def in_parts(q: Tensor, k: Tensor, v: Tensor, _: Tensor, __: KeyValue | None) -> tuple[Tensor, KeyValue]:
+            mixed = torch.empty_like(q)
+            for part, sees, past in zip(parts, seen, pasts, strict=True):
+                tokens = torch.from_numpy(part.tokens)
+                own_q, own_k, own_v = (x[:, :, tokens] for x in (q, k, v))  # (1, H, n, hd) each
+                # The past is what the candidate gets: rounded to its type, then exact.
+                before = None if past is None else (past[0].to(compute).to(q.dtype), past[1].to(compute).to(q.dtype))
+                mixed[:, :, tokens], _present = attend(own_q, own_k, own_v, sees, before)
+            return mixed, (k, v)
+
+        return in_parts
 
     def _head(self, xs: list[Tensor]) -> None:
         """The task's outputs for every token, a part of the vocabulary at a time."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -58,9 +59,10 @@ def test_the_list_is_complete() -> None:
     probes = make_probes(config_of(1024, window=256), kv_cache=True)
     assert {"length 1", "length 2", "length 7", "length 64"} <= all_groups(probes)
     assert {"no padding", "left padding", "right padding", "holes", "one token"} <= all_groups(probes)
-    assert {"past 1", "past 5", "past 5, left padding", "past 5, holes", "past 1023"} <= all_groups(probes)
+    assert {"past 5", "past 5, left padding", "past 5, holes", "past 1023"} <= all_groups(probes)
     assert "beyond window 256" in all_groups(probes)
-    assert any(len(probe.chunks) > 2 for probe in probes)
+    assert [probe.chunks for probe in probes if probe.chunks] == [(1, 1, 5)]  # the second has a past of 1
+    assert "past 1" in all_groups(make_probes(config_of(7), kv_cache=True))
     ids = np.concatenate([probe.input_ids.ravel() for probe in probes])
     assert {0, 96} <= set(ids.tolist())
     assert max(int(probe.position_ids.max()) for probe in probes) == 1023
@@ -86,6 +88,13 @@ def test_prompts_of_different_lengths_differ_in_one_id() -> None:
     """What the causality check lives on."""
     short, long = (p.input_ids[0] for p in make_probes(config_of(), kv_cache=True) if p.is_prompt and p.tokens >= 7)
     assert np.flatnonzero(short != long[: len(short)]).tolist() == [3]
+
+
+def test_neighbours_in_the_batch_of_masks_differ() -> None:
+    """A candidate that mixes up rows must not get away with it."""
+    (probe,) = (p for p in make_probes(config_of(), kv_cache=True) if "holes" in p.groups)
+    real = [ids[mask == 1].tolist() for ids, mask in zip(probe.input_ids, probe.attention_mask, strict=True)]
+    assert all(a[0] != b[0] for a, b in pairwise(real))
 
 
 def test_past_is_seeded_and_differs_by_layer_unless_shared() -> None:
