@@ -22,9 +22,13 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Level = Literal["default", "full"]
 
-#: Prompt lengths that are always run. 64 is also run in chunks.
+#: Prompt lengths that are always run; the longest is also run in chunks.
 LENGTHS = (1, 2, 7, 64)
-#: The length-64 probe repeats the length-7 one but for the id at this index: what follows must change, no more.
+#: The same for models so large that every further token takes long: what 24 tokens do not show, 64 do not either.
+LENGTHS_OF_LARGE = (1, 2, 7, 24)
+#: Weights in the blocks of a large model.
+LARGE = 1_000_000_000
+#: The longest of these probes repeats the length-7 one but for the id at this index: only what follows may change.
 CHANGED = 3
 
 
@@ -190,12 +194,19 @@ def _prompts(make: _Maker, kv_cache: bool, level: Level) -> Iterator[Probe]:
     n_ctx = make.config.n_ctx
     changed = make.prompt.copy()
     changed[:, CHANGED : CHANGED + 1] = (changed[:, CHANGED : CHANGED + 1] + 1) % make.config.vocab_size
-    lengths = (*LENGTHS, n_ctx - 1, n_ctx) if level == "full" else LENGTHS
+    lengths = (*LENGTHS, n_ctx - 1, n_ctx) if level == "full" else usual_lengths(make.config)
+    longest = min(lengths[3], n_ctx)
     for length in sorted({min(max(length, 1), n_ctx) for length in lengths}):
         ids = (changed if length > 7 else make.prompt)[:, :length]
-        chunks = _chunks(length) if kv_cache and length > 2 and length >= min(64, n_ctx) else ()
+        chunks = _chunks(length) if kv_cache and 2 < length == longest else ()
         presents = length <= 64  # a whole cache of a large model would be a second model in memory
         yield make.probe([f"length {length}"], ["1" * length], ids=ids, chunks=chunks, compare_presents=presents)
+
+
+def usual_lengths(config: GPTConfig) -> tuple[int, ...]:
+    """The prompt lengths of level ``default``."""
+    weights = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.n_inner)
+    return LENGTHS_OF_LARGE if weights > LARGE else LENGTHS
 
 
 def _chunks(length: int) -> tuple[int, ...]:

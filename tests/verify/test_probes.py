@@ -131,3 +131,15 @@ def test_beginning() -> None:
 
 def test_lengths_are_those_promised() -> None:
     assert LENGTHS == (1, 2, 7, 64)
+
+    def sized(n_layer: int, n_embd: int) -> GPTConfig:
+        layers = {"attn_scale": (0.5,) * n_layer, "attn_window": (None,) * n_layer}
+        sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_inner": 4 * n_embd, "n_head": n_embd // 64}
+        return dataclasses.replace(config_of(1024), **sizes, **layers)
+
+    large, small = sized(48, 1600), sized(36, 1280)
+    for config, longest in ((large, 24), (small, 64)):
+        probes = make_probes(config, kv_cache=True)
+        assert {"length 1", "length 2", "length 7", f"length {longest}"} <= all_groups(probes)
+        assert [p.input_ids.shape[1] for p in probes if p.chunks] == [longest]
+    assert {"length 64", "length 1024"} <= all_groups(make_probes(large, kv_cache=True, level="full"))
