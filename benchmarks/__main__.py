@@ -85,7 +85,8 @@ def speeds(size: str, data: Path, peers: dict[str, Path]) -> str:
 def main() -> None:
     """Measure and print."""
     if sys.argv[1:2] == ["scale"]:
-        return scale.main(sys.argv[2:])
+        scale.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["124M", "1558M"], choices=SIZES)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="where checkpoints go")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks scale``: memory and time of a conversion as a model of 6B or 20B shapes grows layer by layer.
+"""``python -m benchmarks scale``: memory and time of a conversion as a model of 6B or 20B shapes gets more layers.
 
 What matters is the last column: memory that grows with every layer would mean that the model is held. Checkpoints
 are random and made one after the other; the disk holds one of them and one export of it at a time.
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
                 growth = f"{(measured.anon_mib - peak) / (model.layers - layers):+.1f}"
             before[mode] = model.layers, measured.anon_mib
             figures = f"{model.nbytes / 1e9:.2f} | {measured.seconds:.1f} | {measured.anon_mib:.0f}"
-            line = f"| {model.layers} layers, {mode} | {figures} | {measured.file_mib:.0f} | {growth} |"
+            line = f"| {model.layers} layer{'s' * (model.layers > 1)}, {mode} | {figures} | {measured.file_mib:.0f} | {growth} |"
             print(line, flush=True)
 
 
