@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     given = _parser().parse_args(arguments)
     models = [Large(given.family, given.source, layers) for layers in sorted(given.layers)]
     _require_space(2 * models[-1].nbytes + SPARE_BYTES, given.data)
-    title = f"{given.family}, {given.source} → {given.to}, bfloat16"
+    title = f"layers of {given.family}, {given.source} → {given.to}, bfloat16"
     print(f"| {title} | GB | seconds | RssAnon peak, MiB | RssFile peak, MiB | MiB per added layer |")
     print("|" + " --- |" * 6, flush=True)
     before: dict[str, tuple[int, float]] = {}
@@ -38,8 +38,7 @@ def main(arguments: Sequence[str]) -> None:
                 growth = f"{(measured.anon_mib - peak) / (model.layers - layers):+.1f}"
             before[mode] = model.layers, measured.anon_mib
             figures = f"{model.nbytes / 1e9:.2f} | {measured.seconds:.1f} | {measured.anon_mib:.0f}"
-            line = f"| {model.layers} layer{'s' * (model.layers > 1)}, {mode} | {figures} | {measured.file_mib:.0f} | {growth} |"
-            print(line, flush=True)
+            print(f"| {model.layers} × {mode} | {figures} | {measured.file_mib:.0f} | {growth} |", flush=True)
 
 
 def _measure(model: Large, modes: Sequence[str], to: str, data: Path) -> Iterator[tuple[str, Run]]:
