@@ -23,7 +23,10 @@ SPARE_BYTES = 512 << 20
 
 def main(arguments: Sequence[str]) -> None:
     """Measure and print, row by row."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if (given.family, given.source) == ("gpt_neox", "mesh-jax"):
+        parser.error("mesh-jax is GPT-J's trainer")
     models = [Large(given.family, given.source, layers) for layers in sorted(given.layers)]
     _require_space(2 * models[-1].nbytes + SPARE_BYTES, given.data)
     title = f"layers of {given.family}, {given.source} → {given.to}, bfloat16"
