@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 DEMO_SOURCE := fixtures/gpt2-stdlib
 DEMO_OUTPUT := demo-out
 
-.PHONY: demo test lint bench fixtures clean
+.PHONY: demo test lint bench bench-scale fixtures clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/base: pyproject.toml constraints.txt
@@ -37,6 +37,9 @@ test: lint  ## Lint and run all tests
 
 bench: $(VENV)/dev  ## Measure against cp and PyTorch; needs about 30 GB of disk
 	$(BIN)/python -m benchmarks
+
+bench-scale: $(VENV)/dev  ## Memory at GPT-J 6B's shapes against the number of layers; SCALE="--layers 28" does all of it
+	$(BIN)/python -m benchmarks scale $(SCALE)
 
 fixtures: $(VENV)/dev  ## Make the bundled checkpoints again
 	$(BIN)/python -m fixtures.make all

@@ -2,6 +2,8 @@
 
 Prints Markdown tables (docs/performance.md holds a run of them). Needs three times the largest checkpoint in free
 disk: the checkpoint, the copy, the export.
+
+``python -m benchmarks scale`` measures how memory grows with the number of layers: see ``benchmarks/scale.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from benchmarks import scale
 from benchmarks.checkpoints import SIZES, openai_checkpoint
 from benchmarks.measure import Run, interleaved, median_ratio
 from benchmarks.speed import report
@@ -81,6 +84,9 @@ def speeds(size: str, data: Path, peers: dict[str, Path]) -> str:
 
 def main() -> None:
     """Measure and print."""
+    if sys.argv[1:2] == ["scale"]:
+        scale.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["124M", "1558M"], choices=SIZES)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="where checkpoints go")

@@ -1,18 +1,31 @@
-"""Random checkpoints at the real shapes, in OpenAI's format. Real weights cannot be had offline; sizes can."""
+"""Random checkpoints at the real shapes, in the formats they are released in, written block by block.
+
+Real weights cannot be had offline; sizes can.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
+from gptconvert.families import family_named
 from gptconvert.families.base import Request
 from gptconvert.families.gpt2 import OPENAI_TF, _openai_config
 from gptconvert.mapping import expand
+from gptconvert.sources.mesh_jax import PIECES, Leaf, leaf_names
 from gptconvert.targets.tf_index import Entry, bundle_index
+from gptconvert.tensors import BFLOAT16, Shape
+from reference_model.config import GPTConfig
 
 #: size → hparams, as OpenAI's downloads state them.
 SIZES = {
@@ -21,7 +34,20 @@ SIZES = {
     "774M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1280, "n_head": 20, "n_layer": 36},
     "1558M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48},
 }
+#: family → what its config.json says besides the defaults, which are those of the largest released model, and the
+#: key of the number of layers.
+LARGE = {
+    "gptj": ({"model_type": "gptj", "architectures": ["GPTJForCausalLM"]}, "n_layer"),
+    "gpt_neox": (
+        {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu_fast"},
+        "num_hidden_layers",
+    ),
+}
 BLOCK = 1 << 22
+#: Small enough that every checkpoint has several.
+SHARD_BYTES = 1 << 30
+#: Over how many cores the released GPT-J is cut.
+CORES = 8
 
 
 def openai_checkpoint(size: str, root: Path) -> Path:
@@ -36,10 +62,9 @@ def openai_checkpoint(size: str, root: Path) -> Path:
     random, entries, offset = np.random.default_rng(0), [], 0
     with open(directory / "model.ckpt.data-00000-of-00001", "wb") as file:
         for name in sorted(shapes):
-            crc, count = 0, int(np.prod(shapes[name]))
-            for start in range(0, count, BLOCK):
-                values = random.standard_normal(min(BLOCK, count - start), dtype=np.float32) * np.float32(0.02)
-                raw = (values + np.float32(name.endswith("/g"))).tobytes()
+            crc, count = 0, prod(shapes[name])
+            for values in _blocks(random, count, float(name.endswith("/g"))):
+                raw = values.tobytes()
                 crc = google_crc32c.extend(crc, raw)
                 file.write(raw)
             entries.append(Entry(name, 1, shapes[name], offset, 4 * count, crc))
@@ -50,3 +75,127 @@ def openai_checkpoint(size: str, root: Path) -> Path:
     partial.write_bytes(bundle_index(entries))
     os.replace(partial, directory / "model.ckpt.index")
     return directory
+
+
+@dataclass(frozen=True)
+class Large:
+    """A model of a 6B's or 20B's shapes with as many layers as the disk has room for, in bfloat16.
+
+    Attributes:
+        family: of :data:`LARGE`.
+        source: ``hf`` (safetensors in shards) or ``mesh-jax`` (GPT-J's trainer's shards).
+        layers: how many.
+    """
+
+    family: str
+    source: str
+    layers: int
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Name in Hugging Face's files → shape."""
+        config, scheme = self._config(), family_named(self.family).scheme("hf")
+        bounds = expand(scheme.rows, config, scheme.write_prefix)
+        return {name: bound.shape for bound in bounds for name in bound.theirs}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(2 * prod(shape) for shape in self.shapes.values())
+
+    def write(self, folder: Path) -> None:
+        """Make the files; ``folder`` does not exist yet."""
+        folder.mkdir(parents=True)
+        (self._write_hf if self.source == "hf" else self._write_mesh_jax)(folder)
+
+    def _config(self) -> GPTConfig:
+        config, _, _ = family_named(self.family).read_config["hf"](self._raw(), None, {}, Request())
+        return config
+
+    def _raw(self) -> dict[str, object]:
+        fixed, key = LARGE[self.family]
+        return {**fixed, key: self.layers}
+
+    def _write_hf(self, folder: Path) -> None:
+        shards, room = [dict[str, Shape]()], SHARD_BYTES
+        for name, shape in self.shapes.items():
+            nbytes = 2 * prod(shape)
+            if nbytes > room and shards[-1]:
+                shards.append({})
+                room = SHARD_BYTES
+            shards[-1][name], room = shape, room - nbytes
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards):
+            file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+            _write_safetensors(folder / file, shard, number)
+            weight_map |= dict.fromkeys(shard, file)
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps(self._raw()))
+
+    def _write_mesh_jax(self, folder: Path) -> None:
+        config = self._config()
+        leaves = leaf_names(self.layers)
+        for k in range(CORES):
+            place, random = folder / "step_1" / f"shard_{k}", np.random.Generator(np.random.SFC64(k))
+            place.mkdir(parents=True)
+            for i, numbers in enumerate(np.array_split(np.arange(len(leaves) + 1), PIECES)):
+                with zipfile.ZipFile(place / f"{i}.npz", "w") as archive:
+                    for at, number in enumerate(numbers):
+                        step = number == len(leaves)
+                        array = np.int32(1) if step else _leaf(random, leaves[number], config)
+                        with archive.open(f"arr_{at}.npy", "w", force_zip64=True) as file:
+                            np.lib.format.write_array(file, np.asanyarray(array))
+        sizes = {"layers": config.n_layer, "d_model": config.n_embd, "n_heads": config.n_head}
+        rotary = {"pe": "rotary", "pe_rotary_dims": config.rotary.dim if config.rotary else 0}
+        other = {"n_vocab": config.vocab_size, "norm": "layernorm", "seq": config.n_ctx}
+        (folder / "config.json").write_text(json.dumps({**sizes, **rotary, **other}))
+
+
+def _blocks(random: np.random.Generator, count: int, mean: float) -> Iterator[NDArray[np.float32]]:
+    """``count`` numbers as a fresh model's weights are spread."""
+    for start in range(0, count, BLOCK):
+        values = random.standard_normal(min(BLOCK, count - start), dtype=np.float32)
+        yield values * np.float32(0.02) + np.float32(mean)
+
+
+def _write_safetensors(path: Path, shapes: dict[str, Shape], seed: int) -> None:
+    entries, offset, random = {}, 0, np.random.Generator(np.random.SFC64(seed))
+    for name, shape in shapes.items():
+        end = offset + 2 * prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name, shape in shapes.items():
+            norm = len(shape) == 1 and name.endswith("weight")
+            for values in _blocks(random, prod(shape), float(norm)):
+                file.write(values.astype(BFLOAT16).tobytes())
+
+
+def _leaf(random: np.random.Generator, leaf: Leaf, config: GPTConfig) -> NDArray[np.void]:
+    """One core's part of a parameter; bfloat16 without a name, as the trainer saved it."""
+    name, merge = leaf
+    wide, rows = config.n_embd, config.n_embd
+    if "/linear_4/" in name:
+        wide = config.n_inner
+    elif "projection" in name:
+        wide = config.vocab_size
+    elif "/linear_5/" in name:
+        rows = config.n_inner
+    elif "embedding" in name:
+        rows = config.vocab_size
+    whole: Shape = (rows, wide) if name.endswith("/w") else (wide,)
+    if "layer_norm" in name or merge == "sum":
+        shape: Shape = (config.n_embd,)
+    else:
+        axis = 1 if merge == "columns" else 0
+        shape = tuple(size // CORES if number == axis else size for number, size in enumerate(whole))
+    values = np.empty(prod(shape), BFLOAT16)
+    done = 0
+    for block in _blocks(random, prod(shape), float(name.endswith("scale"))):
+        values[done : done + len(block)] = block
+        done += len(block)
+    return values.view("V2").reshape(shape)

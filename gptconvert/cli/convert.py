@@ -88,7 +88,8 @@ Example:
 """
 LLMC_EPILOG = """\b
 SOURCE is a model file of version 1, 3 or 5 (gpt2_124M.bin, gpt2_124M_bf16.bin,
-log124M/model_00018865.bin). Rows that pad the vocabulary are left out.
+log124M/model_00018865.bin), or a directory with one; of several, name yours
+with --weights-file. Rows that pad the vocabulary are left out.
 
 \b
 Example:
@@ -152,7 +153,7 @@ nanogpt = format_command("nanogpt", "Convert the nanoGPT checkpoint SOURCE.", NA
 mesh_tf = format_command("mesh-tf", "Convert GPT-Neo's original checkpoint SOURCE.", MESH_TF_EPILOG)
 mesh_jax = format_command("mesh-jax", "Convert GPT-J's original checkpoint SOURCE.", MESH_JAX_EPILOG)
 neox = format_command("neox", "Convert the GPT-NeoX checkpoint SOURCE.", NEOX_EPILOG)
-llmc = format_command("llmc", "Convert the llm.c model file SOURCE.", LLMC_EPILOG)
+llmc = format_command("llmc", "Convert the llm.c model SOURCE.", LLMC_EPILOG)
 megatron = format_command(
     "megatron", "Convert the Megatron-LM GPT-2 checkpoint SOURCE.", MEGATRON_EPILOG, options.ACTIVATION
 )

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,16 +76,15 @@ class Header:
 
 
 def open_llmc(path: str, options: OpenOptions) -> Source:
-    """Open a model file.
+    """Open a model file, or the one in a directory.
 
     Raises:
-        InputError: no such file, or one that is truncated or no model file.
+        InputError: no such file, or one that is truncated or no model file; none or several in the directory.
         UnsupportedError: a version whose layout is not known here.
         UsageError: an option that has no meaning here.
     """
-    refuse_options(options, TITLE, "hparams", "step", "weights_file")
-    if not os.path.lexists(path):
-        raise no_such_path(path)
+    refuse_options(options, TITLE, "hparams", "step")
+    path = _model_file(path, options)
     size = file_size(path)
     header = read_header(path, size)
     tensors, end = _tensors(header, path)
@@ -111,6 +110,42 @@ def open_llmc(path: str, options: OpenOptions) -> Source:
         tokenizer={name: there for name in TOKENIZER_FILES if os.path.isfile(there := os.path.join(folder, name))},
         notes=tuple(notes),
     )
+
+
+def _model_file(path: str, options: OpenOptions) -> str:
+    """The file meant by a path; in a directory the one of its name, or the only one."""
+    if not os.path.lexists(path):
+        raise no_such_path(path)
+    if not os.path.isdir(path):
+        refuse_options(options, "single llm.c", "weights_file")
+        return path
+    if options.weights_file is not None:
+        return _model_file(os.path.join(path, options.weights_file), replace(options, weights_file=None))
+    found = _model_files(path)
+    if not found:
+        raise InputError(
+            "no model file of llm.c here",
+            path=path,
+            expected=f"a .bin file that begins with the number {MAGIC}",
+            found=", ".join(sorted(os.listdir(path))[:8]) or "an empty directory",
+        )
+    if len(found) > 1:
+        raise InputError(
+            "several model files of llm.c here, and nothing says which is meant",
+            path=path,
+            found=", ".join(found),
+            hint="name one: its path, or --weights-file NAME",
+        )
+    return os.path.join(path, found[0])
+
+
+def _model_files(folder: str) -> list[str]:
+    """Names of the model files in a directory; it also holds the tokenizer, and states for debugging."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [name for name in names if name.endswith(".bin") and _begins_with_magic(os.path.join(folder, name))]
 
 
 def read_header(path: str, size: int) -> Header:
@@ -188,7 +223,11 @@ def _shape(symbols: str, sizes: Mapping[str, int]) -> Shape:
 
 
 def recognises(path: str) -> bool:
-    """Whether a file begins with llm.c's magic number."""
+    """Whether a file begins with llm.c's magic number, or a directory holds such files."""
+    return bool(_model_files(path)) if os.path.isdir(path) else _begins_with_magic(path)
+
+
+def _begins_with_magic(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     try:

@@ -17,6 +17,8 @@ from reference_model.config import INPUTS, OUTPUTS, GPTConfig
 
 #: A cache's names, whoever chose them: a layer number, and ``key`` or ``value``.
 LAYER = re.compile(r"\D*(\d+)\D*?(key|value)s?")
+#: Bytes of keys and values that may be held though nobody asked for them, and of a graph that may be copied.
+MOST_CACHE, MOST_GRAPH = 64 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class OnnxRunner:
     Args:
         file: the checked file.
         binding: its inputs and outputs.
-        prepack: whether weights are copied into the layout of the kernels (the default of onnxruntime).
+        prepack: whether weights are copied into the layout of the kernels, and from 16 bits into the computing type
+            (the default of onnxruntime). Else they stay in the file, and are converted as they are used.
         optimise: whether graph optimisation runs (the default).
         taps: further values to return; only without optimisation, which may remove them.
     """
@@ -144,25 +147,36 @@ class OnnxRunner:
         optimise: bool = True,
         taps: Sequence[str] = (),
     ) -> None:
-        import onnxruntime
-
         self.binding, self.config, self.taps = binding, config, tuple(taps)
         self.kv_cache, self.free_positions = bool(binding.past), "position_ids" in binding.inputs
         self.compute = binding.compute
+        self._file, self._prepack, self._optimise = file, prepack, optimise
+        self._session = self._open([*file.outputs(), *taps] if taps else None)
+        self._without_cache: Any = None
+
+    def _open(self, outputs: Sequence[str] | None) -> Any:
+        """A session on the file as it is, or on its graph with other ``outputs``."""
+        import onnxruntime
+
+        file, skipped = self._file, list[str]()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        if not prepack:
+        if not self._prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False  # an arena keeps what its largest run needed
-        if not optimise:
+            if any(tensor.dtype.itemsize == 2 for tensor in file.initializers.values()):
+                skipped.append("ConstantFolding")  # it would hold every weight in float32 from loading on
+        if not self._optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         source: str | bytes = file.path
-        if taps:
-            source = _tapped(file, taps)
+        if outputs is not None:
+            source = _returning(file, outputs)
             folder = file.path.rpartition("/")[0] or "."
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped
+            )
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InputError("onnxruntime cannot load the model", path=file.path, found=one_line(error)) from error
 
@@ -171,14 +185,28 @@ class OnnxRunner:
         wanted = [*self.binding.outputs.values()]
         if presents:
             wanted += [name for pair in self.binding.presents for name in pair]
+        session = self._session if presents or self._small_cache(feeds) else self._session_without_cache()
         try:
-            arrays = self.session.run([*wanted, *self.taps], self._inputs(feeds))
+            arrays = session.run([*wanted, *self.taps], self._inputs(feeds))
         except Exception as error:
             raise RunError(one_line(error)) from error
         named = dict(zip(self.binding.outputs, arrays, strict=False))
         cache = arrays[len(named) : len(wanted)]
         pairs = tuple(zip(cache[::2], cache[1::2], strict=True))
         return Outputs(named, pairs, dict(zip(self.taps, arrays[len(wanted) :], strict=True)))
+
+    def _small_cache(self, feeds: Feeds) -> bool:
+        """Whether keys and values may come back unasked for. Weights inside the graph would be copied with it."""
+        size = 2 * self.config.n_layer * feeds.attention_mask.size * self.config.n_embd * 4
+        return size <= MOST_CACHE or self._prepack or self._file.model.ByteSize() > MOST_GRAPH
+
+    def _session_without_cache(self) -> Any:
+        """The same graph, but no keys and values come back: of what a graph returns, onnxruntime holds all layers'
+        at once, asked for or not; of what it does not, only what is still to be used.
+        """
+        if self._without_cache is None:
+            self._without_cache = self._open([*self.binding.outputs.values(), *self.taps])
+        return self._without_cache
 
     def _inputs(self, feeds: Feeds) -> dict[str, Array]:
         named = {name: getattr(feeds, name).astype(kind) for name, kind in self.binding.inputs.items()}
@@ -193,15 +221,15 @@ class OnnxRunner:
         return named
 
 
-def _tapped(file: OnnxFile, taps: Sequence[str]) -> bytes:
-    """The model with further values as outputs; its external data stays where it is."""
+def _returning(file: OnnxFile, names: Sequence[str]) -> bytes:
+    """The model with these values as outputs; its external data stays where it is."""
     import onnx
 
-    model = onnx.ModelProto()
+    model, have = onnx.ModelProto(), file.outputs()
     model.CopyFrom(file.model)
-    have = {value.name for value in model.graph.output}
-    for name in taps:
-        if name not in have:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    del model.graph.output[:]
+    for name in dict.fromkeys(names):
+        unknown = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        model.graph.output.append(have.get(name, unknown))
     content: bytes = model.SerializeToString()
     return content

@@ -10,6 +10,8 @@ Shapes: N tokens, P past tokens of all probes together, V, D, H, hd as in ``refe
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import re
 import warnings
@@ -68,14 +70,18 @@ class Truth:
 
 
 class Lane:
-    """The model in one type: holds buffers that every block's weights pass through."""
+    """The model in one type.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.buffers: dict[str, Tensor] = {}
+    Args:
+        dtype: which.
+        buffers: memory that every block's weights pass through, in one lane after the other.
+    """
+
+    def __init__(self, dtype: torch.dtype, buffers: dict[str, Tensor]) -> None:
+        self.dtype, self.buffers = dtype, buffers
 
     def reader(self, stored: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
-        """Name → weight in this lane's type; valid until the next reader is used (buffers are reused)."""
+        """Name → weight in this lane's type; valid until any lane's next reader is used (buffers are shared)."""
         return lambda name: self._typed(re.sub(r"^h\.\d+", "h", name), stored[name])
 
     def _typed(self, key: str, stored: Tensor) -> Tensor:
@@ -83,10 +89,22 @@ class Lane:
 
         if stored.dtype == self.dtype:
             return stored
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.shape != stored.shape or buffer.stride() != stored.stride():
-            buffer = self.buffers[key] = torch.empty_like(stored, dtype=self.dtype)
-        return buffer.copy_(stored)
+        nbytes = stored.numel() * self.dtype.itemsize
+        memory = self.buffers.get(key)
+        if memory is None or len(memory) < nbytes:
+            memory = self.buffers[key] = torch.empty(nbytes, dtype=torch.uint8)
+        flat = memory[:nbytes].view(self.dtype)
+        # As a transposed weight lies in its file: to turn it over here would cost more than the product with it.
+        dense = flat.view(stored.shape) if stored.is_contiguous() else flat.view(stored.T.shape).T
+        return dense.copy_(stored)
+
+
+def _trim_heap() -> None:
+    """Give freed memory back. Small tensors that stay on (errors, outputs) keep glibc's heap from shrinking itself,
+    and every block would leave some of its temporaries behind.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tensor_of(array: Array) -> Tensor:
@@ -117,7 +135,8 @@ class TruthPass:
         import torch
 
         self.config, self.weights = checkpoint.config, checkpoint.weights
-        self.lanes = (Lane(torch.float64), Lane(getattr(torch, compute)))
+        buffers: dict[str, Tensor] = {}
+        self.lanes = (Lane(torch.float64, buffers), Lane(getattr(torch, compute), buffers))
         self.taps = taps
         windowed = any(window is not None for window in self.config.attn_window)
         self.truth = Truth(Pack(probes, windowed=windowed), {}, {})
@@ -184,6 +203,8 @@ class TruthPass:
             exact, yardstick = (cache[part] for cache in caches)
             self._keep(f"present.{i}.{name}", [self.cache[i, part].copy_(exact), yardstick])
         self._tap(f"h.{i}", outs)
+        del stored, pasts, caches  # what is freed after the trim would stay until the next block's
+        _trim_heap()
         return outs
 
     def _angles(self, lane: Lane) -> KeyValue | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from fixtures import foreign
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.sources import llmc
+from gptconvert.sources.detect import open_source
 from gptconvert.sources.source import OpenOptions
 from gptconvert.tensors import BFLOAT16
 from tests.helpers import checkpoint_of
@@ -90,12 +93,43 @@ def test_what_it_is_not(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"<!doctype html><html></html>")
     with pytest.raises(InputError, match="HTML"):
         llmc.FORMAT.open(str(tmp_path / "m.bin"), PLAIN)
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UnsafeInputError):
-        llmc.FORMAT.open(str(tmp_path), PLAIN)
+        llmc.FORMAT.open(str(tmp_path / "pipe"), PLAIN)
     with pytest.raises(InputError, match="no such file"):
         llmc.FORMAT.open(str(tmp_path / "n.bin"), PLAIN)
     with pytest.raises(UsageError, match="--step"):
         llmc.FORMAT.open(str(FP32), OpenOptions(step=3))
+
+
+def test_a_directory_with_one_model(tmp_path: Path) -> None:
+    """Beside it lie what llm.c writes there too, and things that only look like a model from outside."""
+    shutil.copy(FP32, tmp_path / "gpt2_124M.bin")
+    (tmp_path / "gpt2_tokenizer.bin").write_bytes(header(FP32, w0=20240328))
+    (tmp_path / "gpt2_124M_debug_state.bin").write_bytes(header(FP32, w0=20240327))
+    os.mkfifo(tmp_path / "pipe.bin")
+    (tmp_path / "folder.bin").mkdir()
+    assert llmc.recognises(str(tmp_path))
+    for source in (open_source(tmp_path, PLAIN), llmc.FORMAT.open(str(tmp_path), PLAIN)):
+        assert source.scheme == "llmc"
+        assert source.path.endswith("gpt2_124M.bin")
+    assert gap(opened(tmp_path), "llmc") < 1e-12
+
+
+def test_a_directory_with_several_models_or_none(tmp_path: Path) -> None:
+    for open_it in (open_source, llmc.FORMAT.open):
+        with pytest.raises(InputError, match="several model files") as caught:
+            open_it(str(FP32.parent), PLAIN)
+        assert "gpt2_bf16.bin, gpt2_fp32.bin" in str(caught.value)
+    for source in (FP32.parent, FP32.parent / "."):
+        assert open_source(source, OpenOptions(weights_file=FP32.name)).path.endswith(FP32.name)
+    with pytest.raises(InputError, match="no such file"):
+        llmc.FORMAT.open(str(FP32.parent), OpenOptions(weights_file="x.bin"))
+    with pytest.raises(UsageError, match="--weights-file"):
+        llmc.FORMAT.open(str(FP32), OpenOptions(weights_file="x.bin"))
+    assert not llmc.recognises(str(tmp_path))
+    with pytest.raises(InputError, match="no model file"):
+        llmc.FORMAT.open(str(tmp_path), PLAIN)
 
 
 def test_order_of_the_tensors_matters(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptconvert.families import Request
+from gptconvert.pipeline import open_checkpoint
 from gptconvert.sources.detect import FORMATS
 from tests.commands import command
+from tests.sources.foreign import same_weights
 from tests.sources.originals import ORIGINALS
 
 #: Fixture → its command.
@@ -36,15 +39,27 @@ def test_transformers_computes_the_same_from_the_export(
     from transformers import AutoModelForCausalLM
 
     first, *options = COMMANDS[name]
-    arguments = (ORIGINALS / name, *options, "--to", "safetensors", "-o", tmp_path / "out", "-q")
+    arguments = (ORIGINALS / name, *options, "--to", "safetensors", "--to", "onnx", "-o", tmp_path / "out", "-q")
     done = command(capsys, first, *arguments)
     assert done.code == 0, done.err
     assert "verified" in done.out
+    request = Request(n_head=3) if name == "gpt1" else Request()
+    there = (open_checkpoint(str(path), request=request) for path in (ORIGINALS / name, tmp_path / "out"))
+    assert same_weights(*there)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     golden = np.load(ORIGINALS / name / "golden.npz", allow_pickle=False)
     with torch.no_grad():
         logits = model(torch.from_numpy(golden["ids"])).logits[:, -golden["logits"].shape[1] :].numpy()
     assert np.abs(logits - golden["logits"]).max() < 2e-6 * np.abs(golden["logits"]).max()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_inspect(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, *options = COMMANDS[name]
+    found = command(capsys, "inspect", ORIGINALS / name, *options, "--json").json
+    assert found["parameters"] > 10_000
+    assert len(found["tensors"]) > 20
+    assert found["config"]["n_head"] == 3
 
 
 def test_trim_vocab(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

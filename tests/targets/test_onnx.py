@@ -171,6 +171,19 @@ def test_half_precision_weights_are_computed_with_in_float32(
     assert gap(ours, expected, inputs["attention_mask"]) < TIMES * noise(halved, inputs, expected) + ULPS
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_casts_of_weights_come_first(family: str, directory: Path, tmp_path: Path) -> None:
+    """onnxruntime then makes each just before its use; made beside their uses, all would be in memory at once."""
+    whole = understood(Case(family), directory)
+    halved = dataclasses.replace(whole, weights={n: cast(w, BFLOAT16) for n, w in whole.weights.items()})
+    write_planned(tmp_path, plan(halved, TargetOptions()))
+    graph = onnx_model(tmp_path / "onnx/model.onnx").graph
+    weights = {tensor.name for tensor in graph.initializer if tensor.name in halved.weights}
+    casts = [node.op_type == "Cast" and node.input[0] in weights for node in graph.node]
+    assert sum(casts) >= len(weights) - 2  # the embeddings are looked up first
+    assert casts == sorted(casts, reverse=True)
+
+
 @pytest.mark.parametrize("opset", OPSETS)
 def test_every_opset(opset: int, directory: Path, tmp_path: Path) -> None:
     for case in (

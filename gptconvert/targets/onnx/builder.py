@@ -17,6 +17,10 @@ class Builder:
     """Collects nodes, weights and constants of one graph.
 
     Attributes:
+        nodes: in an order in which they can run.
+        casts: of weights to the computing type. They go before all other nodes: onnxruntime runs a node's inputs in
+            the reverse order of the file, so that a cast that stands first runs last, just before its only use.
+            Standing beside its use it runs before all layers below, and the whole model is in memory in float32.
         stored: canonical name → the tensor as it goes into the file, in order of first use. A transposed weight is
             stored as it lies in the source; the node that uses it says so (``transB``).
     """
@@ -25,6 +29,7 @@ class Builder:
         self.weights, self.opset = weights, opset
         self.stored: dict[str, LazyTensor] = {}
         self.nodes: list[ir.Node] = []
+        self.casts: list[ir.Node] = []
         self.constants: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
         self._values: dict[str, ir.Value] = {}
 
@@ -64,12 +69,14 @@ class Builder:
         return self.in_float32(name, self.stored_weight(name)[0])
 
     def in_float32(self, name: str, value: ir.Value) -> ir.Value:
-        """``value`` (from the weight ``name``), cast for computing if it is stored in another type."""
+        """``value`` (the weight ``name`` or a part of it), cast for computing if it is stored in another type."""
         if self.weights[name].dtype == FLOAT32:
             return value
         wide = f"{value.name}.float32"
         if wide not in self._values:
             self._values[wide] = self.op("Cast", value, name=wide, to=ir.DataType.FLOAT.value)
+            if value is self._values[name]:
+                self.casts.append(self.nodes.pop())
         return self._values[wide]
 
     def linear(

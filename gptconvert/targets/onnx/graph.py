@@ -334,7 +334,7 @@ def build(
     graph = ir.Graph(
         [*inputs.values(), *(p for pair in pasts if pair for p in pair)],
         [*outputs, *(presents if kv_cache else [])],
-        nodes=b.nodes,
+        nodes=[*b.casts, *b.nodes],
         initializers=b.initializers(),
         opset_imports={"": opset},
         name="gpt",

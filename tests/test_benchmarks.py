@@ -1,0 +1,65 @@
+"""The scale benchmark measures what it says: checkpoints of the sizes it prints, converted, then deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import checkpoints, scale
+from benchmarks.checkpoints import Large
+from gptconvert.pipeline import open_checkpoint
+from gptconvert.tensors import BFLOAT16
+
+SMALL = {
+    "gptj": {"vocab_size": 96, "n_positions": 40, "n_embd": 64, "n_head": 4, "rotary_dim": 8},
+    "gpt_neox": {
+        "vocab_size": 96,
+        "max_position_embeddings": 40,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrunk = {family: ({**raw, **SMALL[family]}, key) for family, (raw, key) in checkpoints.LARGE.items()}
+    monkeypatch.setattr(checkpoints, "LARGE", shrunk)
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 30_000)
+
+
+@pytest.mark.parametrize(("family", "source"), [("gptj", "hf"), ("gptj", "mesh-jax"), ("gpt_neox", "hf")])
+def test_checkpoints_are_whole(family: str, source: str, tmp_path: Path) -> None:
+    model = Large(family, source, 3)
+    model.write(tmp_path / "made")
+    checkpoint = open_checkpoint(str(tmp_path / "made"), format=source)
+    assert (checkpoint.config.family, checkpoint.config.n_layer) == (family, 3)
+    assert checkpoint.nbytes == model.nbytes
+    assert {weight.dtype for weight in checkpoint.weights.values()} == {BFLOAT16}
+    assert len(list(tmp_path.glob("made/*.safetensors"))) > 2 or source == "mesh-jax"
+    spread = {name: w.read().astype(np.float32).std() for name, w in checkpoint.weights.items() if len(w.shape) == 2}
+    assert all(0.015 < value < 0.025 for name, value in spread.items() if source == "hf"), spread
+
+
+def test_a_row_for_each_conversion_and_nothing_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scale.main(["--layers", "2", "1", "--mode", "unverified", "--to", "safetensors", "--data", str(tmp_path)])
+    title, _, first, second = capsys.readouterr().out.splitlines()
+    assert "gptj, hf → safetensors" in title
+    assert first.startswith("| 1 × unverified |") and first.endswith("| – |")
+    assert second.startswith("| 2 × unverified |") and not second.endswith("| – |")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_gptj_has_a_trainer_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        scale.main(["--family", "gpt_neox", "--source", "mesh-jax", "--data", str(tmp_path)])
+
+
+def test_a_full_disk_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "SPARE_BYTES", 1 << 60)
+    with pytest.raises(SystemExit, match="GB needed"):
+        scale.main(["--data", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
