@@ -3,7 +3,7 @@
 Stored tensors that are neighbours in source and target become one kernel copy; the rest is computed chunk by chunk.
 While the main thread copies, others hash: one follows the written bytes, one reads the source
 (:mod:`gptconvert.publish.digest`). Everything they read was just written or read by a neighbour, so it is in the
-page cache.
+page cache. One more builds the files that are not known beforehand (:mod:`gptconvert.publish.finishing`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-import google_crc32c
-
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.errors import InputError, OutputError
+from gptconvert.errors import OutputError
 from gptconvert.publish import fileops
 from gptconvert.publish.digest import digest_tensors
+from gptconvert.publish.finishing import Finishing
 from gptconvert.publish.readback import ReadBack
 from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files, truncated
 from gptconvert.publish.values import checked_chunks, raw_bytes
 from gptconvert.targets.plan import Placed, PlannedFile
-from gptconvert.tensors import Segment, Stored, merge_segments
+from gptconvert.tensors import Segment, merge_segments
 
 #: Bytes of one kernel copy: small enough that Ctrl-C and the progress bar keep up.
 COPY_BYTES = 32 << 20
@@ -158,15 +158,24 @@ def write_files(
     """
     files, stop = list(files), stop or threading.Event()
     computed: dict[str, dict[str, str]] = {}
-    with ReadBack(stop) as behind, SourceReader(stop) as reader:
-        crc32c = _crc32c(directory, files, reader)
-        for file in sorted(files, key=lambda file: file.finish is not None):
-            whole = file if file.finish is None else replace(file, head=file.finish(crc32c))
-            computed[file.path] = _FileWriter(directory, whole, reader, behind, progress, stop).write()
+    sizes = {file.path: file.nbytes for file in files}
+    with (
+        ReadBack(stop) as behind,
+        SourceReader(stop) as reader,
+        Finishing(directory, files, stop) as finishing,
+    ):
+        for file in chain((file for file in files if file.finish is None), finishing.files()):
+            computed[file.path] = _FileWriter(directory, file, reader, behind, progress, stop).write()
+            sizes[file.path] = file.nbytes
+            finishing.wrote(file)
         digests = behind.digests()
     return [
         WrittenFile(
-            file.path, file.nbytes, digests[os.path.join(directory, file.path)], computed[file.path], copy_of(file)
+            file.path,
+            sizes[file.path],
+            digests[os.path.join(directory, file.path)],
+            computed[file.path],
+            copy_of(file),
         )
         for file in files
     ]
@@ -281,24 +290,6 @@ class _FileWriter:
             found=f"{self.position} bytes written, {space.f_bavail * space.f_frsize} bytes free",
             hint="free some space, or name an output on another disk",
         )
-
-
-def _crc32c(directory: str, files: Iterable[PlannedFile], reader: SourceReader) -> Callable[[Placed], int]:
-    """What :attr:`PlannedFile.finish` asks with, once the placed tensors are written."""
-    paths = {id(placed): os.path.join(directory, file.path) for file in files for placed in file.tensors}
-
-    def crc32c(placed: Placed) -> int:
-        tensor, value = placed.tensor, 0
-        if isinstance(tensor, Stored) and tensor.dtype.isnative and tensor.crc32c is not None:
-            return tensor.crc32c  # compared with the source's bytes by digest_tensors
-        try:
-            for block in reader.blocks((Segment(paths[id(placed)], placed.offset, tensor.nbytes),)):
-                value = google_crc32c.extend(value, block)
-        except InputError as error:
-            raise OutputError(f"cannot be read back ({error.message})", path=error.path) from error
-        return value
-
-    return crc32c
 
 
 def _cause(tasks: Iterable[Future[Any]]) -> BaseException:

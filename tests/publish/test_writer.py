@@ -239,7 +239,7 @@ class TestFinish:
     def index_of(*files: PlannedFile) -> PlannedFile:
         placed = [item for file in files for item in file.tensors]
         return PlannedFile(
-            "index", 4 * len(placed), finish=lambda crc: b"".join(struct.pack("<I", crc(item)) for item in placed)
+            "index", 0, finish=lambda crc, stop: b"".join(struct.pack("<I", crc(item)) for item in placed)
         )
 
     def test_checksums_are_those_of_the_written_bytes(self, tmp_path: Path) -> None:
@@ -266,9 +266,10 @@ class TestFinish:
     def test_a_file_that_cannot_be_read_back(self, tmp_path: Path) -> None:
         file = planned("f", [*stored(tmp_path / "s", 3)])
 
-        def cut(crc32c: Any) -> bytes:
+        def cut(crc32c: Any, stop: threading.Event) -> bytes:
+            crc32c(file.tensors[0])  # which waits until it is written
             os.truncate(tmp_path / "f", 5)
-            return self.index_of(file).finish(crc32c)  # type: ignore[misc]
+            return self.index_of(file).finish(crc32c, stop)  # type: ignore[misc]
 
         with pytest.raises(OutputError, match="cannot be read back"):
             write_files(str(tmp_path), [file, PlannedFile("index", 4, finish=cut)])
