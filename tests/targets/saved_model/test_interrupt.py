@@ -23,7 +23,7 @@ import os, time
 with open(os.environ["STARTED"] + ".part", "w") as file:
     file.write(str(os.getpid()))
 os.rename(os.environ["STARTED"] + ".part", os.environ["STARTED"])
-time.sleep(120)
+time.sleep(40)
 """
 SECONDS = 20
 
