@@ -47,7 +47,7 @@ def crc32c(placed: Placed) -> int:
 
 def file_bytes(file: PlannedFile) -> bytes:
     data = content(file) if file.finish is None else file.finish(crc32c, threading.Event())
-    assert len(data) == file.nbytes or (file.finish and len(data) < file.nbytes), file.path
+    assert len(data) == file.nbytes or (file.finish and len(data) < file.nbytes), f"{file.path}: {len(data)} bytes"
     return data
 
 

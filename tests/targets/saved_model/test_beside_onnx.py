@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,19 @@ def test_alone_there_is_nothing_to_hold_it_against(shared: TensorFlowProcess, tm
     result = pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(targets=("tf",)))
     assert result.report is not None
     assert [name for name in groups(result.report.as_dict()) if name.startswith("greedy as")] == []
+
+
+def test_sizes_are_real_wherever_they_are_said(shared: TensorFlowProcess, tmp_path: Path) -> None:
+    """When they were planned they were estimates."""
+    checkpoint = pipeline.open_checkpoint(str(FIXTURES / "tiny-gpt2/openai-tf"))
+    options = pipeline.Options(targets=("tf",), verify=None)
+    planned = {file.path: file.nbytes for file in pipeline.plan(checkpoint, options).files}
+    result = pipeline.convert(checkpoint, str(tmp_path / "out"), options)
+    readme = (tmp_path / "out/README.md").read_text()
+    recorded = {f["path"]: f["size"] for f in json.loads((tmp_path / "out/manifest.json").read_text())["files"]}
+    said = {file.path: file.nbytes for file in result.files}
+    for path in (p for p in planned if p.startswith("saved_model/")):
+        size = (tmp_path / "out" / path).stat().st_size
+        assert size == said[path] == recorded[path]
+        assert f"| `{path}` | {size:,} |" in readme
+        assert size <= planned[path]

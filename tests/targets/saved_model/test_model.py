@@ -16,6 +16,8 @@ import pytest
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.pipeline import open_checkpoint
+from gptconvert.publish.writer import copy_of
 from gptconvert.targets.plan import TargetOptions
 from gptconvert.targets.saved_model import model
 from gptconvert.targets.saved_model.model import TARGET, plan
@@ -24,6 +26,7 @@ from gptconvert.tensors import BFLOAT16, Box, Computed
 from gptconvert.verify.report import Report
 from gptconvert.verify.saved_model import verify_saved_model
 from reference_model.config import INPUTS
+from tests.commands import TRAINED
 from tests.families.bugs import BUGS, Bug
 from tests.families.witness import CASES, Case, gap, hf_outputs, inputs_of, our_outputs, reference
 from tests.helpers import ROOT
@@ -185,6 +188,11 @@ def test_weights_are_copied_as_they_lie(shared: TensorFlowProcess, saved: Path) 
     data = plan(checkpoint, TargetOptions())[0]
     assert [p.weight for p in data.tensors] == sorted(checkpoint.weights)
     assert all(p.tensor.segments() is not None and p.offset % 64 == 0 for p in data.tensors)
+
+
+def test_the_weights_of_an_openai_checkpoint_are_its_data_file() -> None:
+    data = plan(open_checkpoint(str(TRAINED)), TargetOptions())[0]
+    assert copy_of(data) == str(TRAINED / "model.ckpt.data-00000-of-00001")
 
 
 def test_layers_stand_in_the_file_once(shared: TensorFlowProcess, saved: Path) -> None:
