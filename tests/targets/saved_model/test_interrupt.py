@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def wait_for(path: Path) -> int:
 def convert(source: Path, work: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "gptconvert", "openai-tf", str(source), "--to", "tf", "-o", str(work / "out/x")]
     (work / "out").mkdir()
-    return subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=work, text=True, start_new_session=True, **pipes)
 
 
 def check_nothing_is_left(work: Path, tensorflow: int) -> None:
@@ -62,10 +64,11 @@ def check_nothing_is_left(work: Path, tensorflow: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal(number: int, code: int, slow: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to it", "to all, as a terminal does"])
+def test_a_signal(send: Callable[[int, int], None], number: int, code: int, slow: Path, tmp_path: Path) -> None:
     with convert(SOURCE, tmp_path) as process:
         tensorflow = wait_for(slow)
-        process.send_signal(number)
+        send(process.pid, number)
         _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
