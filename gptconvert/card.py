@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import printable
 from gptconvert.families import family_named
 from gptconvert.targets.plan import PlannedFile, TargetOptions
 from gptconvert.targets.sidecars import ONNX_GRAPH, onnx_graphs
+
+if TYPE_CHECKING:
+    from gptconvert.publish.writer import WrittenFile
 
 #: The hub's name of the library that loads a target, best first.
 LIBRARY = {"safetensors": "transformers", "onnx": "onnx"}
@@ -57,7 +60,7 @@ def card(
     targets: Collection[str],
     options: TargetOptions,
     verification: Mapping[str, object],
-    files: Iterable[PlannedFile] = (),
+    files: Iterable[PlannedFile | WrittenFile] = (),
 ) -> bytes:
     """README.md for what was exported.
 
@@ -67,11 +70,11 @@ def card(
         options: as given to the targets.
         verification: the report of the verification (``verify.Report.as_dict``); empty if there was none, which
             the card then says.
-        files: the other files of the directory.
+        files: the other files of the directory, with the sizes they have.
     """
-    planned = {file.path: file.nbytes for file in files}
-    graph = next(iter(onnx_graphs(planned)), ONNX_GRAPH) if "onnx" in targets else None
-    facts = _Facts(checkpoint, tuple(sorted(targets)), options, verification, dict(sorted(planned.items())), graph)
+    sizes = {file.path: file.nbytes for file in files}
+    graph = next(iter(onnx_graphs(sizes)), ONNX_GRAPH) if "onnx" in targets else None
+    facts = _Facts(checkpoint, tuple(sorted(targets)), options, verification, dict(sorted(sizes.items())), graph)
     sections = (_front_matter, _introduction, _architecture, _verification, _files, _loading)
     return "\n".join(text for section in sections if (text := section(facts))).encode()
 

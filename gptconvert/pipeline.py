@@ -272,7 +272,7 @@ def _describe(
     """Write the files that describe the others: card, manifest, checksums."""
     # Measured figures differ in their last digits between processors, and the output must not.
     verification = report.as_dict(figures=False) if report else {}
-    about = card(planned.checkpoint, options.targets, options.target, verification, planned.files)
+    about = card(planned.checkpoint, options.targets, options.target, verification, written.files)
     readme = write_files(directory, [PlannedFile.of_bytes("README.md", about)])
     recipe = Recipe(
         options.targets,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,13 +94,6 @@ def test_an_artifact_that_is_not_there(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         RUNTIMES[name](str(tmp_path), {"n_positions": 40})
     assert str(tmp_path) in str(caught.value)
-
-
-def test_tensorflow_is_named_if_it_is_missing(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(UnsupportedError) as caught:
-        RUNTIMES["tf"](str(export), {"n_positions": 40})
-    assert "pip install 'gptconvert[tf]'" in str(caught.value.hint)
 
 
 def test_a_model_without_a_language_head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,4 +1,4 @@
-"""Files that need to know the others' checksums: made in a thread of their own while the others are written."""
+"""Files whose bytes are not known when they are planned: made in a thread of their own while others are written."""
 
 from __future__ import annotations
 
@@ -65,8 +65,10 @@ class Finishing:
         if self._stop.is_set() or file.finish is None:
             raise StoppedError
         try:
-            return file.finish(self._crc32c)
+            return file.finish(self._crc32c, self._stop)
         except BaseException:
+            if self._stop.is_set():  # it failed because it was told to stop
+                raise StoppedError from None
             self._stop.set()
             raise
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import pairwise
@@ -21,7 +22,7 @@ from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import UnsupportedError
 from gptconvert.families import family_named
 from gptconvert.mapping import Bound, Scheme, expand, from_canonical, sizes_of
-from gptconvert.targets.plan import Placed, PlannedFile, Target, TargetOptions, place
+from gptconvert.targets.plan import Finish, Placed, PlannedFile, Target, TargetOptions, place
 from gptconvert.targets.tf_index import DATA_TYPES, Entry, bundle_index
 from gptconvert.tensors import LazyTensor
 from gptconvert.tokenizer import tokenizer_files
@@ -87,19 +88,20 @@ def _gpt2(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
     named = sorted(_named(checkpoint, family_named("gpt2").scheme("openai-tf")))
     placed, nbytes = place(named, alignment=1)
     finish = _index_of(placed)
+    index_nbytes = len(finish(lambda _: 0, threading.Event()))
     state, hparams = CHECKPOINT_STATE.encode(), _hparams(checkpoint.config)
     return (
         PlannedFile.of_bytes(f"{FOLDER}/checkpoint", state),
         PlannedFile.of_bytes(f"{FOLDER}/hparams.json", hparams),
         PlannedFile(f"{FOLDER}/{PREFIX}.data-00000-of-00001", nbytes, b"", placed),
-        PlannedFile(f"{FOLDER}/{PREFIX}.index", len(finish(lambda _: 0)), finish=finish),
+        PlannedFile(f"{FOLDER}/{PREFIX}.index", index_nbytes, finish=finish),
     )
 
 
-def _index_of(placed: tuple[Placed, ...]) -> Callable[[Callable[[Placed], int]], bytes]:
+def _index_of(placed: tuple[Placed, ...]) -> Finish:
     """The index file, once the checksums are known; they take the same room whatever they are."""
 
-    def finish(crc32c: Callable[[Placed], int]) -> bytes:
+    def finish(crc32c: Callable[[Placed], int], stop: threading.Event) -> bytes:
         return bundle_index(
             Entry(
                 name=p.name,

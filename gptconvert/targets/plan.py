@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -29,24 +30,30 @@ class Placed:
     weight: str | None = None
 
 
+#: Makes the bytes of a file. Is given a function for the unmasked CRC32C of a placed tensor, which waits until the
+#: file that holds it is written, and an event: once that is set nobody wants the bytes, and it should raise soon.
+Finish = Callable[[Callable[[Placed], int], threading.Event], bytes]
+
+
 @dataclass(frozen=True)
 class PlannedFile:
     """A file to be written: ``head`` first, then tensors at their offsets, zeros between.
 
     Attributes:
         path: relative to the output directory, with forward slashes.
-        nbytes: final size.
+        nbytes: final size; with ``finish`` an estimate, good for room and progress.
         head: the bytes at offset 0; the whole file if it holds no tensors.
         tensors: by increasing offset.
-        finish: for a file that records the checksums of other files' tensors: called once these are written with a
-            function that gives the unmasked CRC32C of a placed tensor, it returns the ``nbytes`` bytes of this file.
+        finish: for a file that takes long to make, or that records the checksums of other files' tensors: returns
+            its bytes. All are called in plan order, by one thread, from the moment writing begins; the files are
+            written after all others.
     """
 
     path: str
     nbytes: int
     head: bytes = b""
     tensors: tuple[Placed, ...] = ()
-    finish: Callable[[Callable[[Placed], int]], bytes] | None = None
+    finish: Finish | None = None
 
     @classmethod
     def of_bytes(cls, path: str, content: bytes) -> PlannedFile:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import UnsupportedError, UsageError
+from gptconvert.verify.greedy import held_against_onnx
 from gptconvert.verify.onnx_artifact import verify_onnx
 from gptconvert.verify.openai_artifact import is_openai_folder, verify_openai
 from gptconvert.verify.probes import Level
@@ -122,7 +123,22 @@ def verify(
         )
         found.seconds = time.monotonic() - started
         report.artifacts.append(found)
+    _compare_texts(checkpoint, artifacts, report, _stages(progress))
     return report
+
+
+def _compare_texts(checkpoint: Checkpoint, artifacts: Sequence[Artifact], report: Report, stage: Stage) -> None:
+    """Hold what a SavedModel generated greedily against the first ONNX graph among the artifacts, if both passed."""
+    passed = [(artifact, found) for artifact, found in zip(artifacts, report.artifacts, strict=True) if found.ok]
+    graphs = [(artifact, found) for artifact, found in passed if artifact.kind == "onnx"]
+    for _, found in passed:
+        if found.greedy is not None and graphs:
+            graph, proof = graphs[0]
+            stage("comparing greedy continuations", 0)
+            group = held_against_onnx(
+                found.greedy, checkpoint.config, graph.path, graph.shown_as, proof.runs[0].groups
+            )
+            found.runs[0].groups.append(group)
 
 
 def _stages(progress: Progress | None) -> Stage:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gptconvert.errors import printable
 from gptconvert.verify.compare import Group
 from gptconvert.verify.metrics import FLOOR_ROUNDINGS, MAX_ABS_RATIO, MAX_RMSE_RATIO, Measure
 from gptconvert.verify.weights import WeightReport
+
+if TYPE_CHECKING:
+    from gptconvert.verify.greedy import Continuation
 
 #: A stage of so many steps begins: what it returns is to be told of steps done.
 Stage = Callable[[str, int], Callable[[int], None]]
@@ -53,6 +57,7 @@ class ArtifactReport:
         problems: what was wrong besides: names, types and shapes of the contract, a configuration that differs.
         probes: what was asked.
         seconds: wall time.
+        greedy: what it generated greedily, if it generates by itself; for others to be held against.
     """
 
     kind: str
@@ -63,6 +68,7 @@ class ArtifactReport:
     probes: list[dict[str, object]] = field(default_factory=list)
     computes: bool = True
     seconds: float = 0.0
+    greedy: Continuation | None = None
 
     @property
     def ok(self) -> bool:

@@ -156,7 +156,8 @@ def _run(
         run.first_bad = first_bad(run.groups)
         return
     stage("running the other signatures", 0)
-    run.groups.append(check_other_signatures(tensorflow, config, list(signatures), run.groups))
+    others, report.greedy = check_other_signatures(tensorflow, config, list(signatures), run.groups)
+    run.groups.append(others)
 
 
 def first_bad(groups: list[Group]) -> str | None:

@@ -14,6 +14,7 @@ from gptconvert.targets.saved_model.contract import INT32, XLA, inputs_of, signa
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from gptconvert.tensors import Array
 from gptconvert.verify.compare import Group
+from gptconvert.verify.greedy import Continuation
 from gptconvert.verify.probes import Integers
 from gptconvert.verify.runners import one_line
 from reference_model.config import CACHED_TASKS, GPTConfig
@@ -26,10 +27,10 @@ NAME = "other signatures"
 
 def check_other_signatures(
     tensorflow: TensorFlowProcess, config: GPTConfig, present: Sequence[str], groups: Sequence[Group]
-) -> Group:
+) -> tuple[Group, Continuation | None]:
     """What is wrong with the signatures ``present`` of the model loaded, as a group without figures of its own.
 
-    ``groups`` are the ones that passed.
+    ``groups`` are the ones that passed. The second is what ``generate`` made greedily, if there is such a signature.
     """
     allowed: dict[str, float] = {}
     for measure in (m for group in groups for m in group.measures.values()):
@@ -45,7 +46,7 @@ def check_other_signatures(
     except TensorFlowError as error:
         group.problems.append(f"a run failed: {one_line(error)}")
     group.tokens = check.tokens
-    return group
+    return group, check.greedy
 
 
 class _Check:
@@ -55,6 +56,7 @@ class _Check:
         self.tensorflow, self.config, self.allowed = tensorflow, config, allowed
         self.random = np.random.default_rng(1)
         self.tokens = 0
+        self.greedy: Continuation | None = None
         length = max(1, min(7, config.n_ctx - NEW_TOKENS))
         mask = np.ones((3, length), np.int64)
         mask[1, : length // 2], mask[2, length - length // 2 :] = 0, 0  # left and right padding
@@ -135,21 +137,14 @@ class _Check:
         if new is None:
             yield "the sequences do not begin with the prompt"
             return
-        added, ended = sequences[:, -new:], np.zeros(len(sequences), bool)  # (B, n), (B)
-        whole = np.concatenate((ids, added), 1), np.concatenate((mask, np.ones_like(added)), 1)
-        feeds = dict(zip(("input_ids", "attention_mask"), whole, strict=True))
-        logits = self.tensorflow.run("serving_default", feeds)["logits"].astype(np.float64)  # (B, S + n, V)
-        eos, filler = self.config.eos_token_id, self.config.pad_token_id
-        filler = eos if filler is None else filler
-        for i in range(new):
-            at = _last_real(mask) if i == 0 else np.full(len(mask), mask.shape[1] + i - 1)
-            scores = logits[np.arange(len(at)), at]  # (B, V)
-            behind = scores.max(1) - scores[np.arange(len(at)), added[:, i]]  # (B)
-            wrong = np.where(ended, added[:, i] != filler, ~(behind <= self.allowed["logits"]))
-            yield from (f"token {i} of row {row} is {added[row, i]}" for row in np.flatnonzero(wrong))
-            ended |= added[:, i] == eos
-        if new != min(NEW_TOKENS, self.config.n_ctx - mask.sum(1).max()) and not ended.all():
+        mask = np.concatenate((mask, np.ones_like(sequences[:, -new:])), 1)
+        made = Continuation(np.concatenate((ids, sequences[:, -new:]), 1), mask, new, self.allowed["logits"])
+        feeds = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
+        yield from made.unlikely(self.tensorflow.run("serving_default", feeds)["logits"], self.config, made.allowed)
+        room = self.config.n_ctx - mask[:, :-new].sum(1).max()
+        if new != min(NEW_TOKENS, room) and not made.ended(self.config.eos_token_id)[:, -1].all():
             yield f"it ended after {new} tokens"
+        self.greedy = self.greedy or made
 
 
 def _new_tokens(ids: Integers, sequences: Integers) -> int | None:

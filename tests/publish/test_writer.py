@@ -293,7 +293,7 @@ class TestFinish:
     def index_of(*files: PlannedFile) -> PlannedFile:
         placed = [item for file in files for item in file.tensors]
         return PlannedFile(
-            "index", 4 * len(placed), finish=lambda crc: b"".join(struct.pack("<I", crc(item)) for item in placed)
+            "index", 0, finish=lambda crc, stop: b"".join(struct.pack("<I", crc(item)) for item in placed)
         )
 
     def test_checksums_are_those_of_the_written_bytes(self, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ class TestFinish:
     def test_it_may_be_of_any_size_and_is_made_while_the_others_are_written(self, tmp_path: Path) -> None:
         started = threading.Event()
 
-        def finish(_: Any) -> bytes:
+        def finish(crc32c: Any, stop: Any) -> bytes:
             started.set()
             return b"longer than planned"
 
@@ -333,7 +333,7 @@ class TestFinish:
         assert (tmp_path / "index").read_bytes() == b"longer than planned"
 
     def test_its_failure_is_the_one_reported(self, tmp_path: Path) -> None:
-        def fail(_: Any) -> bytes:
+        def fail(crc32c: Any, stop: Any) -> bytes:
             raise UnsupportedError("cannot be made")
 
         files = [planned("f", [*stored(tmp_path / "s", 3)]), PlannedFile("index", 4, finish=fail)]

@@ -1,14 +1,18 @@
-"""The variables of a SavedModel: a TensorFlow checkpoint of one data file and its index, planned, not saved.
+"""The variables of a SavedModel: a TensorFlow checkpoint of two data files and their index, planned, not saved.
 
-The data file holds the object graph, which TensorFlow needs to find the variables, and then the weights in sorted
-order of their canonical names, each at a multiple of 64 bytes (TensorFlow reads them at any offset).
+The first data file holds the weights and nothing else, in sorted order of their canonical names, each at a multiple
+of 64 bytes (TensorFlow reads them at any offset): it can be written before TensorFlow has said a word, and is
+OpenAI's own data file byte for byte where that is the source. The second holds the object graph, in which TensorFlow
+looks for the variables.
 Format of strings: tensorflow/core/util/tensor_bundle/tensor_bundle.cc, ``WriteStringTensor``.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from gptconvert.targets.plan import Placed, PlannedFile, place
 from gptconvert.targets.tf_index import DATA_TYPES, DT_STRING, Entry, bundle_index, masked
@@ -16,37 +20,57 @@ from gptconvert.targets.varint import varint
 from gptconvert.tensors import LazyTensor
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
-DATA, INDEX = "variables.data-00000-of-00001", "variables.index"
+WEIGHTS, OBJECTS, INDEX = "variables.data-00000-of-00002", "variables.data-00001-of-00002", "variables.index"
+#: Generous estimates of what the index and the object graph take, in bytes per weight and in all (measured: 90, 130).
+INDEX_BYTES, OBJECT_BYTES, OTHER_BYTES = 128, 160, 4096
+
+
+class Named(Protocol):
+    """What TensorFlow says of a graph's variables.
+
+    Attributes:
+        object_graph: the string that it keeps under :data:`OBJECT_GRAPH_KEY`.
+        keys: canonical name → name in the checkpoint.
+    """
+
+    @property
+    def object_graph(self) -> bytes: ...
+    @property
+    def keys(self) -> Mapping[str, str]: ...
 
 
 def plan_bundle(
-    directory: str, weights: Mapping[str, LazyTensor], keys: Mapping[str, str], object_graph: bytes
-) -> tuple[PlannedFile, PlannedFile]:
-    """Data file and index in ``directory``.
+    directory: str, weights: Mapping[str, LazyTensor], graph: Callable[[threading.Event], Named]
+) -> tuple[PlannedFile, PlannedFile, PlannedFile]:
+    """Both data files and the index, in ``directory``.
 
     Args:
         directory: relative to the output.
         weights: canonical name → tensor as stored.
-        keys: canonical name → name in the checkpoint.
-        object_graph: the string TensorFlow keeps under :data:`OBJECT_GRAPH_KEY`.
+        graph: asked when the bytes of the second data file are wanted, and again for the index; given an event that
+            says when nobody wants them any more.
     """
-    text, checksum = string_scalar(object_graph)
-    graph = Entry(OBJECT_GRAPH_KEY, DT_STRING, (), 0, len(text), checksum)
-    placed, size = place(((keys[name], weights[name], name) for name in sorted(weights)), len(text))
+    placed, size = place((name, weights[name], name) for name in sorted(weights))
 
-    def finish(crc32c: Callable[[Placed], int]) -> bytes:
-        return bundle_index([graph, *(_entry(item, crc32c(item)) for item in placed)])
+    def objects(crc32c: Callable[[Placed], int], stop: threading.Event) -> bytes:
+        return string_scalar(graph(stop).object_graph)[0]
 
-    index_size = len(finish(lambda item: 0))  # checksums have a fixed width
+    def index(crc32c: Callable[[Placed], int], stop: threading.Event) -> bytes:
+        named = graph(stop)
+        text, checksum = string_scalar(named.object_graph)
+        last = Entry(OBJECT_GRAPH_KEY, DT_STRING, (), 0, len(text), checksum, shard=1)
+        return bundle_index([last, *(_entry(named.keys[p.name], p, crc32c(p)) for p in placed)], shards=2)
+
     return (
-        PlannedFile(f"{directory}/{DATA}", size, text, placed),
-        PlannedFile(f"{directory}/{INDEX}", index_size, finish=finish),
+        PlannedFile(f"{directory}/{WEIGHTS}", size, tensors=placed),
+        PlannedFile(f"{directory}/{OBJECTS}", OTHER_BYTES + OBJECT_BYTES * len(placed), finish=objects),
+        PlannedFile(f"{directory}/{INDEX}", OTHER_BYTES + INDEX_BYTES * len(placed), finish=index),
     )
 
 
-def _entry(item: Placed, crc32c: int) -> Entry:
-    tensor = item.tensor
-    return Entry(item.name, DATA_TYPES[tensor.dtype], tensor.shape, item.offset, tensor.nbytes, crc32c)
+def _entry(key: str, placed: Placed, crc32c: int) -> Entry:
+    tensor = placed.tensor
+    return Entry(key, DATA_TYPES[tensor.dtype], tensor.shape, placed.offset, tensor.nbytes, crc32c)
 
 
 def string_scalar(content: bytes) -> tuple[bytes, int]:

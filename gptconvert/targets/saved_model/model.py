@@ -1,13 +1,14 @@
 """The SavedModel files: graph, variables and their index. Weights never pass through TensorFlow.
 
-TensorFlow, in a process of its own, builds the graph around variables that hold nothing; the weights' bytes then
-go from the source into the data file like those of any other target. There is no ``fingerprint.pb``: it is
-optional, and its uuid is random by design.
+TensorFlow, in a process of its own, builds the graph around variables that hold nothing. While it does, the weights'
+bytes go from the source into their data file like those of any other target; the other files are made from what it
+answers. There is no ``fingerprint.pb``: it is optional, and its uuid is random by design.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from gptconvert.targets.tf_index import DATA_TYPES
 from gptconvert.tensors import LazyTensor, Transposed
 
 DIRECTORY = "saved_model"
+#: Generous estimate of the graph's size in bytes (measured for GPT-2: 120 000 and 52 000 for each layer); twice that
+#: with compiled twins.
+GRAPH_BYTES, LAYER_BYTES = 180_000, 60_000
 #: Weights that are looked up by row, and so stored as they are named.
 TABLES = ("wte.weight", "wpe.weight")
 
@@ -42,18 +46,29 @@ class BuiltGraph:
 def plan(checkpoint: Checkpoint, options: TargetOptions) -> tuple[PlannedFile, ...]:
     """The files of the SavedModel target; ``saved_model.pb`` last, because its presence says that all is there.
 
+    TensorFlow is not asked before the files are written.
+
     Raises:
-        UnsupportedError: TensorFlow is not installed or cannot build the graph, or a weight is of a type that has
-            no place in a checkpoint.
+        UnsupportedError: TensorFlow is not installed, or a weight is of a type that has no place in a checkpoint.
     """
     require_tensorflow()
     weights = {name: stored(name, weight) for name, weight in checkpoint.weights.items()}
     for name, weight in weights.items():
         if weight.dtype not in DATA_TYPES:
             raise UnsupportedError("weights of this type are not written", tensor=name, found=weight.dtype)
-    built = build_graph(checkpoint, weights, options.xla)
-    data, index = plan_bundle(f"{DIRECTORY}/variables", weights, built.keys, built.object_graph)
-    return data, index, PlannedFile.of_bytes(f"{DIRECTORY}/saved_model.pb", built.saved_model)
+    built: list[BuiltGraph] = []
+
+    def graph(stop: threading.Event) -> BuiltGraph:
+        """Built for the first file that needs it, kept for the others."""
+        if not built:
+            built.append(build_graph(checkpoint, weights, options.xla, stop))
+        return built[0]
+
+    nbytes = (GRAPH_BYTES + LAYER_BYTES * checkpoint.config.n_layer) * (2 if options.xla else 1)
+    return (
+        *plan_bundle(f"{DIRECTORY}/variables", weights, graph),
+        PlannedFile(f"{DIRECTORY}/saved_model.pb", nbytes, finish=lambda crc32c, stop: graph(stop).saved_model),
+    )
 
 
 def stored(name: str, weight: LazyTensor) -> LazyTensor:
@@ -61,11 +76,13 @@ def stored(name: str, weight: LazyTensor) -> LazyTensor:
     return weight.base if isinstance(weight, Transposed) and name not in TABLES else weight
 
 
-def build_graph(checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], xla: bool) -> BuiltGraph:
+def build_graph(
+    checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], xla: bool, stop: threading.Event | None = None
+) -> BuiltGraph:
     """The graph for weights stored as ``weights``.
 
     Raises:
-        UnsupportedError: TensorFlow cannot build it.
+        UnsupportedError: TensorFlow cannot build it, or ``stop`` was set before it had.
     """
     described = {name: (weight.dtype.name, weight.shape) for name, weight in sorted(weights.items())}
     flipped = [name for name, weight in checkpoint.weights.items() if weight is not weights[name]]
@@ -73,6 +90,7 @@ def build_graph(checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], xla: 
         with TensorFlowProcess() as tensorflow:
             answer = tensorflow.ask(
                 "build",
+                stop,
                 config=checkpoint.config.as_dict(),
                 weights=described,
                 flipped=flipped,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +20,8 @@ from gptconvert.errors import UnsupportedError
 from gptconvert.tensors import Array
 
 WORKER = "gptconvert.targets.saved_model.worker"
+#: How often a thread that waits for an answer looks whether it should stop.
+POLL_SECONDS = 0.1
 
 
 class TensorFlowError(Exception):
@@ -70,16 +74,19 @@ class TensorFlowProcess:
         self._log.close()
         self._temporary.cleanup()
 
-    def ask(self, command: str, **request: object) -> dict[str, Any]:
-        """The answer to one request.
+    def ask(self, command: str, stop: threading.Event | None = None, **request: object) -> dict[str, Any]:
+        """The answer to one request. Once ``stop`` is set it is waited for no longer.
 
         Raises:
-            TensorFlowError: it could not be answered.
+            TensorFlowError: it could not be answered, or was no longer wanted.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None  # both are pipes, see above
         try:
             print(json.dumps({"command": command, **request}), file=stdin, flush=True)
+            while stop is not None and not select.select([stdout], [], [], POLL_SECONDS)[0]:
+                if stop.is_set():
+                    raise TensorFlowError("TensorFlow was told to stop")
             line = stdout.readline()
         except BrokenPipeError:
             line = ""

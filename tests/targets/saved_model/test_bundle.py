@@ -11,6 +11,7 @@ import pytest
 from gptconvert.sources.tf_bundle import read_bundle
 from gptconvert.sources.tf_index import read_index
 from gptconvert.targets.saved_model.bundle import OBJECT_GRAPH_KEY, plan_bundle, string_scalar
+from gptconvert.targets.saved_model.model import BuiltGraph
 from gptconvert.targets.tf_index import Entry, bundle_index
 from gptconvert.tensors import BFLOAT16
 from tests.helpers import FIXTURES, computed_tensors
@@ -51,7 +52,8 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
         "b": random.standard_normal((2, 3)).astype(np.float16),
     }
     keys = {name: f"weights/{name}" for name in arrays}
-    files = plan_bundle("variables", computed_tensors(arrays).tensors, keys, b"objects" * 100)
+    graph = BuiltGraph(b"", b"objects" * 100, keys)
+    files = plan_bundle("variables", computed_tensors(arrays).tensors, lambda stop: graph)
     for file in files:
         (tmp_path / file.path).parent.mkdir(exist_ok=True)
         (tmp_path / file.path).write_bytes(file_bytes(file))
@@ -65,10 +67,10 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     assert OBJECT_GRAPH_KEY in found.notes[0]
 
 
-def test_the_size_of_the_index_is_known_before_its_checksums() -> None:
+def test_weights_are_laid_out_before_there_is_a_graph() -> None:
     arrays = {f"h.{i}.w": np.full(3, i, np.float32) for i in range(40)}
-    _, index = plan_bundle("v", computed_tensors(arrays).tensors, {name: name for name in arrays}, b"")
-    assert index.finish is not None
-    contents = [index.finish(lambda placed, value=value: value) for value in (0, 0xFFFFFFFF)]
-    assert {len(content) for content in contents} == {index.nbytes}
-    assert contents[0] != contents[1]
+    tensors = computed_tensors(arrays).tensors
+    data, objects, index = plan_bundle("v", tensors, lambda stop: pytest.fail("it was asked for"))
+    assert data.finish is None
+    assert [placed.name for placed in data.tensors] == sorted(arrays)
+    assert None not in (objects.finish, index.finish)

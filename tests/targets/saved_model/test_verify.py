@@ -135,10 +135,12 @@ def test_a_broken_contract(checkpoint: Checkpoint, path: Path, tensorflow: Tenso
 
 def test_somebody_elses(checkpoint: Checkpoint, path: Path, tmp_path: Path) -> None:
     from gptconvert.targets.saved_model.bundle import plan_bundle
+    from gptconvert.targets.saved_model.model import BuiltGraph
     from tests.helpers import computed_tensors
 
     tensors = computed_tensors({"a": np.zeros(3, np.float32)}).tensors
-    write(tmp_path, plan_bundle("saved_model/variables", tensors, {"a": "dense/kernel/.ATTRIBUTES/VALUE"}, b""))
+    graph = BuiltGraph(b"", b"", {"a": "dense/kernel/.ATTRIBUTES/VALUE"})
+    write(tmp_path, plan_bundle("saved_model/variables", tensors, lambda stop: graph))
     quiet = lambda name, total: lambda count: None  # noqa: E731
     with pytest.raises(UnsupportedError, match="not written by gptconvert"):
         verify_saved_model(checkpoint, str(tmp_path / "saved_model"), "saved_model", "default", quiet)

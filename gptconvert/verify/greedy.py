@@ -1,0 +1,80 @@
+"""Greedy continuations: what one runtime generated, held token by token against the logits of another.
+
+Each token is looked at after the same tokens before it, so two continuations that pass are the same text but for
+ties: where two tokens score alike to within what rounding may do, either is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptconvert.tensors import Array
+from gptconvert.verify.compare import Group
+from gptconvert.verify.onnx_file import open_onnx
+from gptconvert.verify.onnx_runner import OnnxRunner, bind
+from gptconvert.verify.probes import Integers, default_positions
+from gptconvert.verify.runners import Feeds, RunError
+from reference_model.config import GPTConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """Prompts and what was generated.
+
+    Attributes:
+        input_ids: [B, S + n], the new tokens last.
+        attention_mask: [B, S + n]; prompts may be padded on either side.
+        new: n.
+        allowed: how far a token's logit may lie below the best one where both runtimes are as exact as this one.
+    """
+
+    input_ids: Integers
+    attention_mask: Integers
+    new: int
+    allowed: float
+
+    def last_seen(self, i: int) -> Integers:
+        """Index [B] of the token that new token ``i`` was chosen after."""
+        start = self.input_ids.shape[1] - self.new
+        real = self.attention_mask[:, : start + i] != 0
+        return np.asarray(real.shape[1] - 1 - real[:, ::-1].argmax(1), np.int64)
+
+    def ended(self, eos: int | None) -> Array:
+        """[B, n + 1]: whether the row had ended before each new token, and at last."""
+        hits = self.input_ids[:, -self.new :] == (-1 if eos is None else eos)  # (B, n)
+        return np.concatenate((np.zeros_like(hits[:, :1]), hits), 1).cumsum(1) > 0
+
+    def unlikely(self, logits: Array, config: GPTConfig, allowed: float) -> Iterator[str]:
+        """New tokens that ``logits`` [B, S + n, V] would not have chosen; padding after the end counts too."""
+        rows, ended = np.arange(len(self.input_ids)), self.ended(config.eos_token_id)
+        filler = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        for i in range(self.new):
+            token = self.input_ids[:, i - self.new]  # (B)
+            scores = logits[rows, self.last_seen(i)].astype(np.float64)  # (B, V)
+            behind = scores.max(1) - scores[rows, token]  # (B)
+            wrong = np.where(ended[:, i], token != filler, ~(behind <= allowed))
+            yield from (f"token {i} of row {row} is {token[row]}" for row in np.flatnonzero(wrong))
+
+
+def held_against_onnx(
+    continuation: Continuation, config: GPTConfig, path: str, shown_as: str, groups: Iterable[Group]
+) -> Group:
+    """A group without figures: what of ``continuation`` the ONNX graph at ``path`` would not have generated.
+
+    ``groups`` are those in which the graph has passed: they say how exact it is.
+    """
+    group = Group(f"greedy as {shown_as}", tokens=continuation.new * len(continuation.input_ids))
+    own = max(group.measures["logits"].most for group in groups if "logits" in group.measures)
+    file = open_onnx(path)
+    positions = default_positions(continuation.attention_mask, continuation.input_ids.shape[1])
+    try:
+        runner = OnnxRunner(file, bind(file, config), config)
+        outputs = runner.run(Feeds(continuation.input_ids, continuation.attention_mask, positions), False)
+    except RunError as error:
+        group.problems.append(f"the runtime refused to run it: {error}")
+        return group
+    group.problems += continuation.unlikely(outputs.named["logits"], config, continuation.allowed + 2 * own)
+    return group

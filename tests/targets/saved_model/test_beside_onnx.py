@@ -1,0 +1,92 @@
+"""A SavedModel and an ONNX graph in one output directory continue a text alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptconvert import errors, pipeline
+from gptconvert.targets.plan import TargetOptions
+from gptconvert.targets.saved_model.process import TensorFlowProcess
+from gptconvert.verify import greedy
+from gptconvert.verify.onnx_runner import OnnxRunner
+from gptconvert.verify.runners import Feeds, Outputs, RunError
+from tests.helpers import FIXTURES
+
+NAME = "greedy as onnx/model.onnx"
+
+
+def convert(output: Path, source: str = "tiny-gpt2/openai-tf", **options: Any) -> pipeline.Result:
+    checkpoint = pipeline.open_checkpoint(str(FIXTURES / source))
+    return pipeline.convert(
+        checkpoint, str(output), pipeline.Options(targets=("tf", "onnx"), target=TargetOptions(**options))
+    )
+
+
+def groups(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the SavedModel."""
+    (found,) = (artifact for artifact in report["artifacts"] if artifact["kind"] == "tf")
+    return {group["group"]: group for run in found["runs"] for group in run["groups"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "fp16"}, {"kv_cache": False}], ids=str)
+def test_they_continue_alike(options: dict[str, Any], shared: TensorFlowProcess, tmp_path: Path) -> None:
+    result = convert(tmp_path / "out", **options)
+    assert result.report is not None
+    found = groups(result.report.as_dict())
+    (name,) = (name for name in found if name.startswith("greedy as onnx/"))
+    assert found[name]["ok"]
+    assert found[name]["tokens"] == 24
+
+
+class Bent(OnnxRunner):
+    """A graph that likes the other half of the vocabulary better."""
+
+    def run(self, feeds: Feeds, presents: bool) -> Outputs:
+        outputs = super().run(feeds, presents)
+        return Outputs({name: value[..., ::-1] for name, value in outputs.named.items()}, outputs.presents)
+
+
+class Refusing(OnnxRunner):
+    def run(self, feeds: Feeds, presents: bool) -> Outputs:
+        raise RunError("not today")
+
+
+@pytest.mark.parametrize(("runner", "said"), [(Bent, "token 0 of row"), (Refusing, "refused to run it: not today")])
+def test_a_difference_is_a_failure(
+    runner: type[OnnxRunner], said: str, shared: TensorFlowProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greedy, "OnnxRunner", runner)
+    with pytest.raises(errors.VerificationError) as caught:
+        convert(tmp_path / "out")
+    assert caught.value.exit_code == 5
+    found = groups(caught.value.report)  # type: ignore[arg-type]
+    assert [name for name, group in found.items() if not group["ok"]] == [NAME]
+    assert any(said in problem for problem in found[NAME]["problems"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_alone_there_is_nothing_to_hold_it_against(shared: TensorFlowProcess, tmp_path: Path) -> None:
+    checkpoint = pipeline.open_checkpoint(str(FIXTURES / "tiny-gpt2/openai-tf"))
+    result = pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(targets=("tf",)))
+    assert result.report is not None
+    assert [name for name in groups(result.report.as_dict()) if name.startswith("greedy as")] == []
+
+
+def test_sizes_are_real_wherever_they_are_said(shared: TensorFlowProcess, tmp_path: Path) -> None:
+    """When they were planned they were estimates."""
+    checkpoint = pipeline.open_checkpoint(str(FIXTURES / "tiny-gpt2/openai-tf"))
+    options = pipeline.Options(targets=("tf",), verify=None)
+    planned = {file.path: file.nbytes for file in pipeline.plan(checkpoint, options).files}
+    result = pipeline.convert(checkpoint, str(tmp_path / "out"), options)
+    readme = (tmp_path / "out/README.md").read_text()
+    recorded = {f["path"]: f["size"] for f in json.loads((tmp_path / "out/manifest.json").read_text())["files"]}
+    said = {file.path: file.nbytes for file in result.files}
+    for path in (p for p in planned if p.startswith("saved_model/")):
+        size = (tmp_path / "out" / path).stat().st_size
+        assert size == said[path] == recorded[path]
+        assert f"| `{path}` | {size:,} |" in readme
+        assert size <= planned[path]
