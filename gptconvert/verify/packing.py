@@ -68,6 +68,11 @@ class Part:
         """p."""
         return sum(len(row.past) for row in self.rows)
 
+    @property
+    def same_past_everywhere(self) -> bool:
+        """Whether all layers have one past."""
+        return all(row.probe.shared_past for row in self.rows)
+
     def seen(self, window: int | None) -> Tensor:
         """Which key each token sees: bool [1, 1, n, p + n]."""
         import torch

@@ -25,7 +25,7 @@ from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError
 from gptconvert.tensors import BFLOAT16, Array, Box, LazyTensor
 from gptconvert.verify.metrics import Errors
-from gptconvert.verify.packing import Pack
+from gptconvert.verify.packing import Pack, Part
 from gptconvert.verify.probes import Integers, Probe
 from reference_model.config import GPTConfig
 
@@ -79,6 +79,7 @@ class Lane:
 
     def __init__(self, dtype: torch.dtype, buffers: dict[str, Tensor]) -> None:
         self.dtype, self.buffers = dtype, buffers
+        self.pasts: dict[Part, KeyValue] = {}  # those that are the same in every layer
 
     def reader(self, stored: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
         """Name → weight in this lane's type; valid until any lane's next reader is used (buffers are shared)."""
@@ -189,13 +190,12 @@ class TruthPass:
 
         prefix = f"h.{i}."
         stored = {name: tensor_of(w.read()) for name, w in self.weights.items() if name.startswith(prefix)}
-        pasts = [part.past(i, self.config) for part in self.truth.pack.parts]
         outs, caches = [], []
         for lane, x in zip(self.lanes, xs, strict=True):
             with torch.device("meta"):
                 block = Block(self.config, i)
             fill(block, lane.reader(stored), self.config, prefix)
-            block.attn.attend = self._in_parts(seen, pasts)
+            block.attn.attend = self._in_parts(seen, self._pasts(lane, i))
             out, present = block(x, seen[0], self._angles(lane))
             outs.append(out)
             caches.append([cache[0].transpose(0, 1).flatten(1) for cache in present])  # (N, D) each
@@ -203,7 +203,7 @@ class TruthPass:
             exact, yardstick = (cache[part] for cache in caches)
             self._keep(f"present.{i}.{name}", [self.cache[i, part].copy_(exact), yardstick])
         self._tap(f"h.{i}", outs)
-        del stored, pasts, caches  # what is freed after the trim would stay until the next block's
+        del stored, caches  # what is freed after the trim would stay until the next block's
         _trim_heap()
         return outs
 
@@ -216,22 +216,33 @@ class TruthPass:
         rotary, positions = self.config.rotary, torch.from_numpy(self.truth.pack.positions[None])
         return None if rotary is None else rotary_angles(rotary, positions, lane.dtype)
 
+    def _pasts(self, lane: Lane, layer: int) -> list[KeyValue | None]:
+        """Each part's past keys and values, [1, H, p, hd] each."""
+        compute, pasts = self.lanes[1].dtype, []
+        for part in self.truth.pack.parts:
+            past = lane.pasts.get(part) or part.past(layer, self.config)
+            if past is not None and part not in lane.pasts:
+                # The past is what the candidate gets: rounded to its type, then exact.
+                past = past[0].to(compute).to(lane.dtype), past[1].to(compute).to(lane.dtype)
+                if part.same_past_everywhere:
+                    lane.pasts[part] = past
+            pasts.append(past)
+        return pasts
+
     def _in_parts(self, seen: list[Tensor], pasts: list[KeyValue | None]) -> Attend:
         """``reference_model.model.attend`` on every part: [1, H, N, hd] x 3 → [1, H, N, hd] and the new k and v."""
         import torch
 
         from reference_model.model import attend
 
-        parts, compute = self.truth.pack.parts, self.lanes[1].dtype
+        parts = self.truth.pack.parts
 
         def in_parts(q: Tensor, k: Tensor, v: Tensor, _: Tensor, __: KeyValue | None) -> tuple[Tensor, KeyValue]:
             mixed = torch.empty_like(q)
             for part, sees, past in zip(parts, seen, pasts, strict=True):
                 tokens = torch.from_numpy(part.tokens)
                 own_q, own_k, own_v = (x[:, :, tokens] for x in (q, k, v))  # (1, H, n, hd) each
-                # The past is what the candidate gets: rounded to its type, then exact.
-                before = None if past is None else (past[0].to(compute).to(q.dtype), past[1].to(compute).to(q.dtype))
-                mixed[:, :, tokens], _present = attend(own_q, own_k, own_v, sees, before)
+                mixed[:, :, tokens], _present = attend(own_q, own_k, own_v, sees, past)
             return mixed, (k, v)
 
         return in_parts
