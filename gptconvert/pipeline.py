@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -73,6 +73,7 @@ class Options:
         verify: ``default`` or ``full``; None: not at all.
         force: replace an existing output.
         allow_nonfinite: convert weights that hold NaN or infinities.
+        strict: refuse what would otherwise be worth a note.
     """
 
     targets: tuple[str, ...] = ("onnx",)
@@ -80,6 +81,7 @@ class Options:
     verify: Level | None = "default"
     force: bool = False
     allow_nonfinite: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
 
     Raises:
         UnsupportedError: a target cannot be written: a package is missing, or the model has no place in the format.
+        InputError: there are notes, and ``options.strict``.
     """
     targets = [target_named(name) for name in dict.fromkeys(options.targets)]
     for target in targets:
@@ -179,7 +182,18 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     files = [file for target in targets for file in target.plan(checkpoint, options.target)]
     paths = [file.path for file in files]
     files += sidecar_files(checkpoint, options.target, options.targets, paths, tokenizer)
-    return Plan(checkpoint, tuple(files), (*checkpoint.notes, *notes))
+    notes = (*checkpoint.notes, *notes)
+    _strict(notes, options)
+    return Plan(checkpoint, tuple(files), notes)
+
+
+def _strict(notes: Sequence[str], options: Options) -> None:
+    """Refuse what people asked to be refused."""
+    if notes and options.strict:
+        raise InputError(
+            "\n  ".join(("there is something to note about this checkpoint, and --strict was given", *notes)),
+            hint="convert without --strict if that is as it should be",
+        )
 
 
 def convert(
@@ -215,6 +229,7 @@ def convert(
             each_tensor=options.verify is not None,  # part of the proof, and half of the hashing
             cached=options.verify is not None,
         )
+        _strict(written.notes, options)
         report = _verified(planned, staging.path, options, progress)
         progress.stage("publishing")
         described = _describe(planned, written, staging.path, options, report)

@@ -443,6 +443,38 @@ def test_58_damaged_tokenizer(tmp_path: Path, capsys: Any) -> None:
     assert "encoder.json" in outcome.err
 
 
+class TestStrict:
+    """``--strict``: what would be a note is an error, before anything is published."""
+
+    def test_58_a_tokenizer_that_is_not_there(self, tmp_path: Path, capsys: Any) -> None:
+        source = tmp_path / "in"
+        shutil.copytree(TRAINED, source)
+        args = ("openai-tf", source, "--no-verify", "--strict", "-o")
+        assert command(capsys, *args, tmp_path / "whole").code == 0
+        (source / "encoder.json").unlink()
+        outcome = command(capsys, *args, tmp_path / "out")
+        assert outcome.code == 3
+        assert "encoder.json" in outcome.err and "--strict" in outcome.err
+        assert not (tmp_path / "out").exists()
+
+    def test_49_both_kinds_of_weights(self, tmp_path: Path, capsys: Any) -> None:
+        source = copied("hf-bin", tmp_path)
+        shutil.copy(TINY / "hf-safetensors" / "model.safetensors", source)
+        args = ("hf", source, "--no-verify", "-o", tmp_path / "out")
+        outcome = command(capsys, *args, "--strict")
+        assert outcome.code == 3
+        assert "pytorch_model.bin" in outcome.err
+        assert not (tmp_path / "out").exists()
+        assert command(capsys, *args).code == 0
+
+    def test_what_shows_while_writing_counts_too(self, tmp_path: Path, capsys: Any) -> None:
+        source = float_bits("transformer.h.1.mlp.c_fc.weight", float("nan"))(tmp_path)
+        args = ("convert", source, "-o", tmp_path / "out", "--no-verify", "--allow-nonfinite", "--strict")
+        outcome = command(capsys, *args)
+        assert outcome.code == 3
+        assert not (tmp_path / "out").exists()
+
+
 def test_60_missing_tensorflow_names_the_extra(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     from importlib import util
 

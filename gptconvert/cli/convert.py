@@ -53,6 +53,7 @@ CONVERTING = options.stack(
     click.option("--no-verify", is_flag=True, help="Publish without proof."),
     click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing."),
     click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinities."),
+    click.option("--strict", is_flag=True, help="Fail where there would only be a note about the checkpoint."),
     click.option("--force", is_flag=True, help="Replace an existing output, once the new one is complete."),
     options.OUTPUT_FORMAT,
 )
@@ -235,6 +236,7 @@ def options_of(given: dict[str, Any]) -> Options:
         verify=None if given["no_verify"] else given["verify"],
         force=given["force"],
         allow_nonfinite=given["allow_nonfinite"],
+        strict=given["strict"],
     )
 
 
