@@ -43,7 +43,7 @@ def conversions(size: str, data: Path, rounds: int) -> str:
         "openai-tf → onnx, verified": [*GPTCONVERT, "openai-tf", str(source), *to],
         "hf → onnx, verified": [*GPTCONVERT, "hf", str(hf), *to],
     }
-    runs = interleaved(commands, rounds, output)
+    runs = interleaved(commands, rounds, output, ballast=weights)
     shutil.rmtree(hf)
     return _table(f"{size} ({weights.stat().st_size / 1e9:.2f} GB)", runs, base="cp")
 

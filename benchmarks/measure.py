@@ -48,10 +48,12 @@ def run(command: Sequence[str], *, env: dict[str, str] | None = None) -> Run:
 
 
 def _tree(pid: int) -> list[int]:
+    children = []
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for thread in Path(f"/proc/{pid}/task").iterdir():  # a child belongs to the thread that made it
+            children += (thread / "children").read_text().split()
     except OSError:
-        return []
+        pass
     return [pid, *(p for child in children for p in _tree(int(child)))]
 
 
@@ -65,10 +67,14 @@ def _rss(pid: int) -> tuple[int, int]:
     return tuple(int(fields.get(key, "0 kB").split()[0]) for key in ("RssAnon", "RssFile"))  # type: ignore[return-value]
 
 
-def interleaved(commands: dict[str, list[str]], rounds: int, output: Path | None = None) -> dict[str, list[Run]]:
+def interleaved(
+    commands: dict[str, list[str]], rounds: int, output: Path | None = None, ballast: Path | None = None
+) -> dict[str, list[Run]]:
     """Run every command ``rounds`` times, in turn, so that drift of the machine hits all alike.
 
-    Before each, ``output`` is made an empty directory and what earlier runs wrote is forced to disk.
+    Before each, ``output`` is made an empty directory and what earlier runs wrote is forced to disk. With
+    ``ballast``, a file, that is copied to ``output`` and removed first: on a virtual machine memory that has lain free for
+    seconds must be had from the host again, which takes longer than a copy, and so depends on who ran before.
     """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(rounds):
@@ -76,6 +82,9 @@ def interleaved(commands: dict[str, list[str]], rounds: int, output: Path | None
             if output is not None:
                 shutil.rmtree(output, ignore_errors=True)
                 output.mkdir(parents=True)
+                if ballast is not None:
+                    shutil.copy(ballast, output / "ballast")
+                    (output / "ballast").unlink()
                 os.sync()
             result = run(command)
             if result.code:

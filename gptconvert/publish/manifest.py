@@ -88,8 +88,8 @@ def _source(checkpoint: Checkpoint, digests: Mapping[str, FileDigest]) -> dict[s
         "revision": source.revision,
         "prefix": checkpoint.prefix,
         "files": [
-            {"name": name, "size": digest.nbytes, "sha256": digest.sha256}
-            for name, digest in sorted(files, key=lambda pair: (pair[0], pair[1].sha256))
+            {"name": name, "size": digest.nbytes, digest.algorithm: digest.value}
+            for name, digest in sorted(files, key=lambda pair: (pair[0], pair[1].value))
         ],
         "dropped": sorted(collapse(checkpoint.dropped)),
     }

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import google_crc32c
+
 from gptconvert.errors import InputError
 from gptconvert.publish import fileops
 from gptconvert.tensors import Segment
 
 #: Small enough to stay in a core's cache while every consumer looks at it, large enough to hide Python.
 BLOCK_BYTES = 1 << 20
+#: Files up to this size are hashed in no time.
+SMALL_BYTES = 64 << 20
 
 
 class StoppedError(Exception):
@@ -24,10 +28,17 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class FileDigest:
-    """A whole file's size and SHA-256."""
+    """What tells a whole file from others.
+
+    Attributes:
+        nbytes: its size.
+        value: its digest, in hexadecimal.
+        algorithm: ``sha256``, or ``crc32c``, which costs a fourteenth of that.
+    """
 
     nbytes: int
-    sha256: str
+    value: str
+    algorithm: str = "sha256"
 
 
 class SourceReader:
@@ -104,8 +115,15 @@ def truncated(path: str, expected: int, found: int) -> InputError:
     return InputError("file is truncated", path=path, expected=f"{expected} bytes", found=f"{found} bytes")
 
 
-def digest_files(paths: Iterable[str], stop: threading.Event | None = None) -> dict[str, FileDigest]:
-    """Size and SHA-256 of whole files.
+def digest_files(
+    paths: Iterable[str], stop: threading.Event | None = None, *, thorough: bool = True
+) -> dict[str, FileDigest]:
+    """Size and digest of whole files.
+
+    Args:
+        paths: which.
+        stop: when set, reading ends with :class:`StoppedError`.
+        thorough: SHA-256 of all of them, not of those up to :data:`SMALL_BYTES` alone.
 
     Raises:
         InputError: a file cannot be read.
@@ -113,9 +131,22 @@ def digest_files(paths: Iterable[str], stop: threading.Event | None = None) -> d
     found = {}
     with SourceReader(stop) as reader:
         for path in paths:
-            sha, offset = hashlib.sha256(), 0
-            while data := reader.read(path, BLOCK_BYTES, offset):
-                sha.update(data)
-                offset += len(data)
-            found[path] = FileDigest(offset, sha.hexdigest())
+            hashing = thorough or not reader.read(path, 1, SMALL_BYTES)
+            found[path] = (_sha256 if hashing else _crc32c)(reader, path)
     return found
+
+
+def _sha256(reader: SourceReader, path: str) -> FileDigest:
+    sha, offset = hashlib.sha256(), 0
+    while data := reader.read(path, BLOCK_BYTES, offset):
+        sha.update(data)
+        offset += len(data)
+    return FileDigest(offset, sha.hexdigest())
+
+
+def _crc32c(reader: SourceReader, path: str) -> FileDigest:
+    value, offset = 0, 0
+    while data := reader.read(path, BLOCK_BYTES, offset):
+        value = google_crc32c.extend(value, data)
+        offset += len(data)
+    return FileDigest(offset, f"{value:08x}", "crc32c")

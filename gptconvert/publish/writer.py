@@ -65,7 +65,7 @@ class Written:
     Attributes:
         files: in the order planned.
         tensors: (file, tensor name) → SHA-256 of the tensor's bytes, from the source.
-        sources: input file → size and SHA-256.
+        sources: input file → size and digest.
         notes: what the user should know (one sentence each).
     """
 
@@ -93,7 +93,8 @@ def write_and_digest(
         checkpoint: where the tensors come from.
         progress: called in this thread with the bytes on their way to the disk.
         allow_nonfinite: convert NaN and infinities.
-        each_tensor: hash every tensor by itself too, which costs as much again as hashing the files.
+        each_tensor: hash every tensor by itself too, and large inputs with SHA-256; each costs as much again as
+            hashing the files.
         cached: whether the files will be read at once, and so are to be in the page cache.
 
     Raises:
@@ -109,7 +110,7 @@ def write_and_digest(
     writer = _Writer(directory, files, progress, stop, examination, each_tensor=each_tensor, cached=cached)
     with ThreadPoolExecutor(2) as pool:
         rest = pool.submit(_watched, stop, lambda: examination.read_rest(stop))
-        sources = pool.submit(_watched, stop, lambda: digest_files(others, stop))
+        sources = pool.submit(_watched, stop, lambda: digest_files(others, stop, thorough=each_tensor))
         try:
             written = writer.write()
             rest.result()

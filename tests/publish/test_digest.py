@@ -277,6 +277,20 @@ class TestReading:
             paths[1]: FileDigest(0, hashlib.sha256().hexdigest()),
         }
 
+    def test_large_files_are_summed_where_nothing_is_proven(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(source_reader, "SMALL_BYTES", 999)
+        small, large = b"s" * 999, b"l" * 1000
+        (tmp_path / "small").write_bytes(small)
+        (tmp_path / "large").write_bytes(large)
+        paths = [str(tmp_path / "small"), str(tmp_path / "large")]
+        assert digest_files(paths, thorough=False) == {
+            paths[0]: FileDigest(999, hashlib.sha256(small).hexdigest()),
+            paths[1]: FileDigest(1000, f"{google_crc32c.value(large):08x}", "crc32c"),
+        }
+        assert digest_files(paths)[paths[1]] == FileDigest(1000, hashlib.sha256(large).hexdigest())
+
     def test_missing_and_truncated_files(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="cannot be read"):
             digest_files([str(tmp_path / "nothing")])

@@ -455,7 +455,7 @@ class TestWriteAndDigest:
         whole = Stored((Segment(str(source), 0, source.stat().st_size),), np.dtype("u1"), (source.stat().st_size,))
         file = PlannedFile("copy", whole.nbytes, b"", (Placed("all", whole, 0),))
         hashed: list[str] = []
-        monkeypatch.setattr(writer, "digest_files", lambda paths, stop: hashed.extend(paths) or {})
+        monkeypatch.setattr(writer, "digest_files", lambda paths, stop, thorough: hashed.extend(paths) or {})
         (tmp_path / "out").mkdir()
         written = write_and_digest(str(tmp_path / "out"), [file], checkpoint)
         assert hashed == []
@@ -466,7 +466,7 @@ class TestWriteAndDigest:
         read: list[int] = []
         real = fileops.read
         monkeypatch.setattr(fileops, "read", lambda *args: (read.append(args[1]), real(*args))[1])
-        monkeypatch.setattr(writer, "digest_files", lambda paths, stop: {})
+        monkeypatch.setattr(writer, "digest_files", lambda paths, stop, thorough: {})
         raw, _, _ = self.plans(checkpoint)
         (tmp_path / "out").mkdir()
         write_and_digest(str(tmp_path / "out"), [raw], checkpoint)
