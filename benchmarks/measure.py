@@ -72,9 +72,9 @@ def interleaved(
 ) -> dict[str, list[Run]]:
     """Run every command ``rounds`` times, in turn, so that drift of the machine hits all alike.
 
-    Before each, ``output`` is made an empty directory and what earlier runs wrote is forced to disk. If ``ballast``, a
-    file, is given, it is copied to ``output`` and removed first: on a virtual machine memory that has lain free for
-    seconds must be had from the host again, which takes longer than a copy, and so depends on who ran before.
+    Before each, ``output`` is made an empty directory and what earlier runs wrote is forced to disk. A file given as
+    ``ballast`` is copied to ``output`` and removed first: on a virtual machine memory that has lain free for seconds
+    must be had from the host again, which takes longer than a copy, and so depends on who ran before.
     """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(rounds):
