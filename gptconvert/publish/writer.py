@@ -25,7 +25,7 @@ import google_crc32c
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.publish.blocks import BLOCK_BYTES, Block, Blocks, Follower
-from gptconvert.publish.digest import Examination, Reading
+from gptconvert.publish.digest import Examination, Reading, TensorDigests
 from gptconvert.publish.finishing import Finishing
 from gptconvert.publish.sink import Sink
 from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files
@@ -111,15 +111,18 @@ def write_and_digest(
     with ThreadPoolExecutor(2) as pool:
         rest = pool.submit(_watched, stop, lambda: examination.read_rest(stop))
         sources = pool.submit(_watched, stop, lambda: digest_files(others, stop, thorough=each_tensor))
-        try:
-            written = writer.write()
+
+        def examined() -> TensorDigests:
             rest.result()
-            found = sources.result()
+            return examination.result(allow_nonfinite=allow_nonfinite)
+
+        try:
+            written = writer.write(examined)
+            digests, found = examined(), sources.result()
         except StoppedError:
             raise _cause((rest, sources)) from None
         finally:
             stop.set()
-    digests = examination.result(allow_nonfinite=allow_nonfinite)
     by_path = {file.path: file for file in written}
     return Written(
         tuple(written),
@@ -190,13 +193,19 @@ class _Writer:
         self.shown = {id(p): _readings(p, examination) for file in files for p in file.tensors}
         self.finishing = Finishing(files, stop)
 
-    def write(self) -> list[WrittenFile]:
-        """All files, in the order planned."""
+    def write(self, examine: Callable[[], object] = lambda: None) -> list[WrittenFile]:
+        """All files, in the order planned.
+
+        Args:
+            examine: called when all bytes of the source were seen; raises if they are no good. Files that take long
+                to finish are not waited for then.
+        """
         made: dict[str, WrittenFile] = {}
         try:
             with SourceReader(self.stop) as self.reader:
                 for file in (file for file in self.files if file.finish is None):
                     made[file.path] = self._write(file)
+                examine()
                 for file, content in self.finishing.contents():
                     whole = PlannedFile.of_bytes(file.path, content)
                     made[file.path] = self._write(whole)
