@@ -81,7 +81,7 @@ class Trial:
         self.answers = answers or {}
         self.prompts: list[tuple[Row, Array]] = []
         self.first: tuple[Probe, Outputs] | None = None
-        self.typical: dict[str, float] = {}
+        self.over_all: dict[str, tuple[float, float, float]] = {}
 
     def run(self, advance: Callable[[int], None] | None = None) -> None:
         """Run every probe, in every way it asks for. ``advance`` is told that one more is done."""
@@ -150,7 +150,10 @@ class Trial:
             return
         epsilon = EPSILON[self.runner.compute]
         measure = group.measures.setdefault(name, Measure(name, epsilon))
-        measure.typical = max(measure.typical, self._typical(name))
+        typical, usual_rmse, usual_max = self._over_all(name)
+        measure.typical = max(measure.typical, typical)
+        measure.usual_rmse = max(measure.usual_rmse, usual_rmse)
+        measure.usual_max = max(measure.usual_max, usual_max)
         square, largest = noise.square[row.tokens][only], noise.largest[row.tokens][only]
         for start in range(0, len(truth), AT_ONCE):
             some = slice(start, start + AT_ONCE)
@@ -159,12 +162,13 @@ class Trial:
             if name == "logits" and exact.shape[1] > 1:
                 group.likeness.add(candidate, exact, float(largest.max()))
 
-    def _typical(self, name: str) -> float:
-        """Root mean square of a tensor's truth, over all tokens of these probes."""
-        if name not in self.typical:
-            values = self.truth.values[name]
-            self.typical[name] = float(values.norm()) / math.sqrt(values.numel())
-        return self.typical[name]
+    def _over_all(self, name: str) -> tuple[float, float, float]:
+        """Root mean square of a tensor's truth, rmse and largest error of the yardstick, over all these probes."""
+        if name not in self.over_all:
+            values, noise = self.truth.values[name], self.truth.noise[name]
+            rms, rmse = (math.sqrt(float(x) / values.numel()) for x in (values.square().sum(), noise.square.sum()))
+            self.over_all[name] = rms, rmse, float(noise.largest.max())
+        return self.over_all[name]
 
     def _check_causality(self, a: Row, first: Array, b: Row, second: Array) -> None:
         """Two prompts that begin alike: outputs must be alike up to where the ids differ, and not from there on."""

@@ -25,6 +25,10 @@ MAX_RMSE_RATIO = 4.0
 MAX_ABS_RATIO = 8.0
 #: Either may be larger by this many roundings of the typical value: a yardstick of few numbers can be zero by luck.
 FLOOR_ROUNDINGS = 8.0
+#: With fewer tokens than this the yardstick may have been lucky: one rounding of a large attention score (thousands
+#: in GPT-Neo, which does not scale them) outweighs all others, and may fall to one side in the candidate and to the
+#: other in the yardstick. Then the yardstick's error over all probes counts, if it is larger.
+FEW_TOKENS = 8
 #: Unit roundoff is half of this: distance from 1 to the next number.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -62,11 +66,16 @@ class Measure:
         epsilon: of the computing type.
         typical: root mean square of the truth over all probes. A group of few numbers may have hit small ones by
             luck, and rounding follows the terms of a sum, not the sum.
+        usual_rmse: of the yardstick over all probes.
+        usual_max: its largest error over all probes.
     """
 
     tensor: str
     epsilon: float
     typical: float = 0.0
+    usual_rmse: float = 0.0
+    usual_max: float = 0.0
+    tokens: int = 0
     count: int = 0
     truth_square: float = 0.0
     error_square: float = 0.0
@@ -76,6 +85,7 @@ class Measure:
 
     def add(self, errors: Errors, noise: Errors, truth: Tensor) -> None:
         """Count further tokens in: errors and noise [n], truth [n, width]."""
+        self.tokens += len(truth)
         self.count += truth.numel()
         self.truth_square += float(truth.square().sum())
         self.error_square += float(errors.square.sum())
@@ -104,12 +114,14 @@ class Measure:
     @property
     def most_rmse(self) -> float:
         """The rmse allowed."""
-        return MAX_RMSE_RATIO * self.noise_rmse + self.floor
+        noise = max(self.noise_rmse, self.usual_rmse) if self.tokens < FEW_TOKENS else self.noise_rmse
+        return MAX_RMSE_RATIO * noise + self.floor
 
     @property
     def most(self) -> float:
         """The largest error allowed."""
-        return MAX_ABS_RATIO * self.noise_max + self.floor
+        noise = max(self.noise_max, self.usual_max) if self.tokens < FEW_TOKENS else self.noise_max
+        return MAX_ABS_RATIO * noise + self.floor
 
     @property
     def ratio(self) -> float:

@@ -120,3 +120,19 @@ def test_few_numbers_are_held_to_what_is_typical() -> None:
     found = measure(np.full((1, 1), 5e-6), np.full((1, 1), 1e-8), small)
     found.typical = 1.0
     assert not found.ok
+
+
+def test_few_tokens_are_judged_by_the_usual_noise() -> None:
+    """A yardstick that was lucky in 7 tokens does not fail a candidate that was not; in 8 it is no luck."""
+
+    def measure(tokens: int) -> Measure:
+        truth = torch.ones(tokens, 10, dtype=torch.float64)
+        found = Measure("logits", 2.0**-23, usual_rmse=1e-4, usual_max=3e-4)
+        found.add(Errors.of(truth + 2e-4, truth), Errors.of(truth + 1e-6, truth), truth)
+        return found
+
+    assert measure(7).ok
+    assert not measure(8).ok
+    worse = measure(7)
+    worse.usual_rmse = worse.usual_max = 1e-5
+    assert not worse.ok

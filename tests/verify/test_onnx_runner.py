@@ -50,7 +50,7 @@ def sampled() -> Iterator[list[int]]:
 
 
 def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path) -> None:
-    """Twelve layers of 3 MiB in float32: neither loading nor running may hold them."""
+    """Twelve layers of 3 MiB in float32: neither loading nor running may hold half of that."""
     wide = tiny(tmp_path, n_embd=240, n_head=3, n_inner=960, n_layer=12)
     narrow = dataclasses.replace(wide, weights={name: cast(w, BFLOAT16) for name, w in wide.weights.items()})
     file = open_onnx(str(export(tmp_path, narrow)))
@@ -62,7 +62,7 @@ def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path) -> Non
         runner = OnnxRunner(file, binding, narrow.config)
         for _ in range(30):
             runner.run(feeds, True)
-    assert max(seen) - seen[0] < 12 * MIB
+    assert max(seen) - seen[0] < 18 * MIB
 
 
 def test_a_long_past_is_not_returned_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

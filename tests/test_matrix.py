@@ -1,0 +1,53 @@
+"""Every format that is read, to every target it can become, in every storage type: converted and proven equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptconvert.pipeline import target_named
+from gptconvert.targets import TARGETS
+from tests.commands import command
+from tests.helpers import FIXTURES
+
+#: Where it lies → options that reading it takes. One or more for each format.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "tiny-gpt2/openai-tf": (),
+    "tiny-gpt2/hf-safetensors": (),
+    "tiny-gpt2/hf-bin": (),
+    "originals/h5-gpt2": (),
+    "originals/flax-gpt2": (),
+    "originals/flax-gpt-neo": (),
+    "originals/gpt1": ("--n-head", "3"),
+    "originals/mesh-tf": (),
+    "originals/mesh-jax": (),
+    "originals/neox-pipeline": (),
+    "originals/neox-sequential": (),
+    "originals/nanogpt/ckpt.pt": (),
+    "originals/llmc/gpt2_fp32.bin": (),
+    "originals/llmc/gpt2_bf16.bin": (),
+    "originals/megatron": (),
+}
+STORAGE = [[], ["--dtype", "fp32"], ["--dtype", "fp16"], ["--dtype", "bf16"], ["--no-kv-cache"]]
+
+
+def targets_of(source: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    found = command(capsys, "inspect", FIXTURES / source, *SOURCES[source], "--json").json
+    return [name for name in TARGETS if not (families := target_named(name).families) or found["family"] in families]
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=" ".join)
+@pytest.mark.parametrize("source", SOURCES)
+def test_verified(source: str, storage: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TensorFlow takes seconds to start, so its target is tried as stored and in one other type."""
+    with_tensorflow = storage in ([], ["--dtype", "bf16"])
+    targets = [name for name in targets_of(source, capsys) if name != "tf" or with_tensorflow]
+    if "openai-tf" in targets and storage[1:] == ["bf16"] and "gpt1" in source:
+        targets.remove("openai-tf")  # npy has no bfloat16
+    to = [word for name in targets for word in ("--to", name)]
+    arguments = (FIXTURES / source, *SOURCES[source], *storage, *to, "-o", tmp_path / "out", "--json")
+    done = command(capsys, "convert", *arguments)
+    assert done.code == 0, done.err
+    kinds = [artifact["kind"] for artifact in done.json["verification"]["artifacts"] if artifact["ok"]]
+    assert sorted(kinds) == sorted(targets)
