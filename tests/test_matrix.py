@@ -24,7 +24,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "originals/mesh-jax": (),
     "originals/neox-pipeline": (),
     "originals/neox-sequential": (),
-    "originals/nanogpt/ckpt.pt": (),
+    "originals/nanogpt/ckpt.pt": ("--activation", "tanh"),  # the other GELU has no place in the format of OpenAI
     "originals/llmc/gpt2_fp32.bin": (),
     "originals/llmc/gpt2_bf16.bin": (),
     "originals/megatron": (),
