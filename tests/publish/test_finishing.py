@@ -136,13 +136,15 @@ def test_a_failed_copy_ends_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_failed_copy_ends_the_wait_for_a_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, asked = data_file(tmp_path), threading.Event()
+    """The checksum asked for is that of a file which is never begun."""
+    first, second = data_file(tmp_path, "a"), data_file(tmp_path, "b")
+    asked, stop = threading.Event(), threading.Event()
     ended: list[BaseException] = []
 
     def index(crc32c: Crc32c, stop: threading.Event) -> bytes:
         asked.set()
         try:
-            return bytes(crc32c(file.tensors[0]))
+            return bytes(crc32c(second.tensors[0]))
         except BaseException as error:
             ended.append(error)
             raise
@@ -151,9 +153,12 @@ def test_a_failed_copy_ends_the_wait_for_a_checksum(tmp_path: Path, monkeypatch:
         assert asked.wait(LONG)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def progress(nbytes: int) -> None:
+        assert stop.wait(LONG), "nobody said stop"
+
     monkeypatch.setattr(fileops, "allocate", full)
     with pytest.raises(OutputError, match="No space left"):
-        write_files(str(tmp_path), [file, finished("index", index)])
+        write_files(str(tmp_path), [first, second, finished("index", index)], progress, stop=stop)
     assert [type(error) for error in ended] == [StoppedError]
 
 
