@@ -48,14 +48,12 @@ class WrittenFile:
         nbytes: its size.
         sha256: of its bytes.
         computed: digests of the tensors that were not copied but computed, by name, taken before writing.
-        copy_of: the source file whose bytes these are, all of them and nothing else; None: no such file.
     """
 
     path: str
     nbytes: int
     sha256: str
     computed: Mapping[str, str] = field(default_factory=dict)
-    copy_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,7 @@ class _Writer:
         stream.pad(file.nbytes)
         stream.flush()
         self.writing.hand(sink.close)
-        return WrittenFile(file.path, file.nbytes, "", computed, copy_of(file))
+        return WrittenFile(file.path, file.nbytes, "", computed)
 
     def _read(self, stream: _Stream, placed: Placed, look: _Look) -> None:
         for segment in merge_segments(placed.tensor.segments() or ()):
@@ -263,6 +261,7 @@ class _Writer:
                 look.at(segment, data)
                 stream.put(data, Segment(segment.path, offset, len(data)))
                 offset += len(data)
+            look.readings.pop(segment, None)  # it may come again in this tensor, and was seen
 
     def _compute(self, stream: _Stream, placed: Placed, look: _Look) -> str | None:
         sha = hashlib.sha256() if self.each_tensor else None
@@ -282,14 +281,14 @@ def _readings(placed: Placed, examination: Examination | None) -> dict[Segment |
         return {}
     wanted: dict[Segment | None, Reading | None] = {None: examination.take(place)}
     if len(place) > 1:
-        wanted |= {segment: examination.take((segment,)) for segment in place}
+        wanted |= {segment: examination.take((segment,)) for segment in dict.fromkeys(place)}
     return {segment: reading for segment, reading in wanted.items() if reading is not None}
 
 
 class _Look:
     """What is found out about a placed tensor's bytes as they pass by."""
 
-    def __init__(self, placed: Placed, readings: Mapping[Segment | None, Reading], *, crc32c: bool) -> None:
+    def __init__(self, placed: Placed, readings: dict[Segment | None, Reading], *, crc32c: bool) -> None:
         self.readings, self.crc32c = readings, 0
         self.summing = crc32c
         tensor = placed.tensor

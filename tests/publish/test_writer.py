@@ -28,7 +28,7 @@ from gptconvert.publish.digest import Examination
 from gptconvert.publish.source_reader import FileDigest, StoppedError
 from gptconvert.publish.writer import WrittenFile, copy_of, write_and_digest, write_files
 from gptconvert.targets.plan import Placed, PlannedFile, place
-from gptconvert.tensors import BFLOAT16, Cast, LazyTensor, Segment, Stored, Transposed, filled
+from gptconvert.tensors import BFLOAT16, Cast, LazyTensor, Segment, Stored, TensorSet, Transposed, filled
 from gptconvert.transforms import concatenate, take_rows
 from tests.helpers import ROOT, content, openai_checkpoint, stored_tensors
 
@@ -282,7 +282,7 @@ def test_any_layout(layout: tuple[int, list[tuple[int, int]], int, int]) -> None
         file = planned("f", list(tensors), b"h" * head, alignment)
         (written,) = write_files(name, [file])
         check(directory, file, written)
-        if written.copy_of is not None:
+        if copy_of(file) is not None:
             assert (directory / "s").read_bytes() == (directory / "f").read_bytes()
 
 
@@ -472,6 +472,21 @@ class TestWriteAndDigest:
         write_and_digest(str(tmp_path / "out"), [raw], checkpoint)
         unused = {name for name in checkpoint.source.tensors if name not in checkpoint.dropped}
         assert sum(read) == sum(checkpoint.source.tensors[name].nbytes for name in unused)
+
+    def test_a_tensor_that_comes_twice_in_another(self, tmp_path: Path) -> None:
+        """Its recorded checksum is compared with its bytes once, not with twice its bytes, and not with none."""
+        checkpoint = openai_checkpoint(tmp_path)
+        name, tensor = next(
+            (n, t) for n, t in checkpoint.source.tensors.items() if isinstance(t, Stored) and t.nbytes
+        )
+        raw = b"".join((tmp_path / "weights.raw").read_bytes()[s.offset : s.end] for s in tensor.parts)
+        known = dataclasses.replace(tensor, crc32c=google_crc32c.value(raw))
+        source = dataclasses.replace(checkpoint.source, tensors=TensorSet({name: known}, checkpoint.source.files))
+        checkpoint = dataclasses.replace(checkpoint, source=source, dropped={})
+        (tmp_path / "out").mkdir()
+        file = planned("f", [concatenate([known, known])])
+        written = write_and_digest(str(tmp_path / "out"), [file], checkpoint)
+        check(tmp_path / "out", file, written.files[0])
 
     @pytest.mark.parametrize("part", ["read_rest", "digest_files", "progress"])
     def test_one_failure_stops_the_others_and_is_the_one_reported(
