@@ -14,7 +14,7 @@ from collections.abc import Collection
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.sources.npy import read_npy
-from gptconvert.sources.sniff import file_size, read_small
+from gptconvert.sources.sniff import entries, file_size, read_small
 from gptconvert.sources.source import Format, OpenOptions, Source
 from gptconvert.sources.strict_json import kind, parse_json, read_json_object
 from gptconvert.tensors import LazyTensor, Shape, Stored, TensorSet, merge_segments
@@ -46,7 +46,7 @@ def open_gpt1(path: str, options: OpenOptions) -> Source:
         UnsafeInputError: arrays of Python objects, or files that are no regular files.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    names = _names(folder)
+    names = entries(folder)
     _refuse_fine_tuned(path, folder, names)
     _check_files(folder, names)
     shapes = _read_shapes(os.path.join(folder, SHAPES))
@@ -69,7 +69,7 @@ def recognises(path: str) -> bool:
     """Whether a path looks like a GPT-1 release, or like what its fine-tuning script saves."""
     if os.path.isdir(path):
         return any(
-            _is_ours(name) and not os.path.isdir(os.path.join(path, name)) for name in _names(path, quiet=True)
+            _is_ours(name) and not os.path.isdir(os.path.join(path, name)) for name in entries(path, quiet=True)
         )
     return _is_ours(os.path.basename(path)) and os.path.lexists(path)
 
@@ -182,15 +182,6 @@ def _tokenizer(folder: str, names: Collection[str]) -> dict[str, str]:
     for path in paths.values():
         file_size(path)  # a named pipe must not reach those who read it later
     return paths
-
-
-def _names(folder: str, *, quiet: bool = False) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except (OSError, ValueError) as error:
-        if quiet:
-            return []
-        raise InputError(f"directory cannot be read ({error})", path=folder) from error
 
 
 FORMAT = Format(name="openai-gpt1", title=TITLE, recognises=recognises, open=open_gpt1)

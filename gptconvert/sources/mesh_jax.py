@@ -20,7 +20,7 @@ import numpy as np
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
 from gptconvert.sources.npz import read_npz
-from gptconvert.sources.sniff import explain_file, file_size, read_small
+from gptconvert.sources.sniff import entries, explain_file, file_size, read_small
 from gptconvert.sources.source import Format, OpenOptions, Source
 from gptconvert.sources.strict_json import read_json_object
 from gptconvert.tensors import BFLOAT16, Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
@@ -89,7 +89,7 @@ def recognises(path: str) -> bool:
     """Whether ``path`` is a directory of such shards, of steps with such shards, or of the second layout."""
     if not os.path.isdir(path):
         return False
-    inside = [path, *(os.path.join(path, name) for name in _entries(path, quiet=True) if _STEP.fullmatch(name))]
+    inside = [path, *(os.path.join(path, name) for name in entries(path, quiet=True) if _STEP.fullmatch(name))]
     return _is_second_layout(path) or _is_shard(path) or any(map(_has_shards, inside))
 
 
@@ -135,14 +135,14 @@ def _locate(path: str, step: int | None) -> tuple[str, list[str]]:
 
 
 def _in_steps(path: str, step: int | None) -> tuple[str, list[str]]:
-    names = [name for name in _entries(path) if _STEP.fullmatch(name) and _has_shards(os.path.join(path, name))]
+    names = [name for name in entries(path) if _STEP.fullmatch(name) and _has_shards(os.path.join(path, name))]
     steps = {int(name.removeprefix("step_")): name for name in names}
     if not steps or (step is not None and step not in steps):
         raise InputError(
             "no checkpoint here" if step is None else f"no checkpoint of step {step}",
             path=path,
             expected="step_N/shard_0 …",
-            found=", ".join(names) or ", ".join(_entries(path)[:8]) or "an empty directory",
+            found=", ".join(names) or ", ".join(entries(path)[:8]) or "an empty directory",
         )
     chosen = steps[max(steps) if step is None else step]
     how = "the highest step" if step is None else "as asked"
@@ -151,7 +151,7 @@ def _in_steps(path: str, step: int | None) -> tuple[str, list[str]]:
 
 
 def _read_shards(folder: str) -> list[_Shard]:
-    numbers = sorted(int(m[1]) for name in _entries(folder) if (m := _SHARD.fullmatch(name)))
+    numbers = sorted(int(m[1]) for name in entries(folder) if (m := _SHARD.fullmatch(name)))
     names = [os.path.join(f"shard_{n}", f"{i}.npz") for n in range(numbers[-1] + 1) for i in range(PIECES)]
     missing = [name for name in names if not os.path.lexists(os.path.join(folder, name))]
     if missing:
@@ -257,7 +257,7 @@ def _biased(table: LazyTensor, biases: Sequence[LazyTensor]) -> LazyTensor:
 def _find_config(folder: str) -> str | None:
     """The training configuration beside the shards or the steps, told by its keys; None: there is none."""
     parent = os.path.dirname(os.path.abspath(folder))
-    places = [os.path.join(place, n) for place in (folder, parent) for n in _entries(place, quiet=True)]
+    places = [os.path.join(place, n) for place in (folder, parent) for n in entries(place, quiet=True)]
     found = [path for path in places if path.endswith(".json") and _is_config(path)]
     if len(found) > 1:
         raise InputError(
@@ -287,28 +287,19 @@ def _tokenizer(folder: str) -> dict[str, str]:
 
 
 def _has_shards(folder: str) -> bool:
-    return any(_SHARD.fullmatch(n) and _is_shard(os.path.join(folder, n)) for n in _entries(folder, quiet=True))
+    return any(_SHARD.fullmatch(n) and _is_shard(os.path.join(folder, n)) for n in entries(folder, quiet=True))
 
 
 def _is_shard(folder: str) -> bool:
     name = os.path.basename(os.path.abspath(folder))
-    return bool(_SHARD.fullmatch(name)) and any(n.endswith(".npz") for n in _entries(folder, quiet=True))
+    return bool(_SHARD.fullmatch(name)) and any(n.endswith(".npz") for n in entries(folder, quiet=True))
 
 
 def _is_second_layout(folder: str) -> bool:
-    inner = _entries(os.path.join(folder, "params"), quiet=True)
+    inner = entries(os.path.join(folder, "params"), quiet=True)
     return os.path.lexists(os.path.join(folder, "meta.json")) and any(
         re.fullmatch(r"shard_\d+\.npz", name) for name in inner
     )
-
-
-def _entries(folder: str, *, quiet: bool = False) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except (OSError, ValueError) as error:
-        if quiet:
-            return []
-        raise InputError(f"directory cannot be read ({error})", path=folder) from error
 
 
 FORMAT = Format(name="mesh-jax", title=TITLE, recognises=recognises, open=open_mesh_jax)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptconvert.errors import InputError, UnsupportedError, UsageError
-from gptconvert.sources.sniff import file_size, read_small
+from gptconvert.sources.sniff import entries, file_size, read_small
 
 LATEST = "latest"
 MAX_LATEST = 4096
@@ -60,7 +60,7 @@ class Located:
             return (hparams,)
         places = [os.path.join(p, "configs") for p in (self.folder, self.root)] + [self.folder, self.root]
         for place in places:
-            found = [name for name in _entries(place) if name.endswith((".yml", ".yaml"))]
+            found = [name for name in entries(place, quiet=True) if name.endswith((".yml", ".yaml"))]
             if found:
                 return tuple(os.path.join(place, name) for name in found)
         raise InputError(
@@ -97,7 +97,7 @@ def locate(path: str, step: int | None) -> Located:
     if not os.path.isdir(path):
         file_size(path)
         path = os.path.dirname(path) or "."
-    names = _entries(path, quiet=False)
+    names = entries(path)
     if _holds_weights(names):
         name = os.path.basename(os.path.abspath(path))
         if step is not None and _STEP.fullmatch(name) and name != f"global_step{step}":
@@ -112,15 +112,15 @@ def looks_like_neox(path: str) -> bool:
     if not os.path.isdir(path):
         name = os.path.basename(path)
         return bool(LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name)) and os.path.lexists(path)
-    names = _entries(path)
+    names = entries(path, quiet=True)
     steps = (os.path.join(path, name) for name in names if _STEP.fullmatch(name))
-    return _holds_weights(names) or any(_holds_weights(_entries(folder)) for folder in steps)
+    return _holds_weights(names) or any(_holds_weights(entries(folder, quiet=True)) for folder in steps)
 
 
 def _in_step(folder: str, root: str, notes: Sequence[str]) -> Located:
     layers: dict[tuple[int, int], str] = {}
     ranks: dict[int, str] = {}
-    for name in _entries(folder):
+    for name in entries(folder, quiet=True):
         if match := LAYER_FILE.fullmatch(name):
             layers[int(match[1]), int(match[2])] = os.path.join(folder, name)
         elif match := RANK_FILE.fullmatch(name):
@@ -180,13 +180,4 @@ def _holds_weights(names: Sequence[str]) -> bool:
 
 
 def _entries_of(folder: str, name: str) -> list[str]:
-    return _entries(os.path.join(folder, name))
-
-
-def _entries(folder: str, *, quiet: bool = True) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except (OSError, ValueError) as error:
-        if quiet:
-            return []
-        raise InputError(f"directory cannot be read ({error})", path=folder) from error
+    return entries(os.path.join(folder, name), quiet=True)

@@ -117,6 +117,20 @@ def file_size(path: str | os.PathLike[str]) -> int:
     return status.st_size
 
 
+def entries(folder: str, *, quiet: bool = False) -> list[str]:
+    """Sorted names in a directory; with ``quiet`` none where it cannot be read.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:
+        if quiet:
+            return []
+        raise InputError(f"directory cannot be read ({error})", path=folder) from error
+
+
 def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
     """The whole of a small file.
 

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
-from gptconvert.sources.sniff import explain_bytes, explain_file, file_size, read_small
+from gptconvert.sources.sniff import entries, explain_bytes, explain_file, file_size, read_small
 from gptconvert.sources.table import MAGIC
 
 STATE_FILE = "checkpoint"
@@ -64,20 +64,20 @@ def locate(path: str, step: int | None = None) -> Located:
 def looks_like_checkpoint(path: str) -> bool:
     """Whether a path is probably meant for :func:`locate`, be it to be refused there. Reads next to nothing."""
     if os.path.isdir(path):
-        names = _names(path, quiet=True)
+        names = entries(path, quiet=True)
         state = os.path.join(path, STATE_FILE)
         return bool(_prefixes(names) or _is_state(state) or {*SAVED_MODELS} & {*names} or _runs(path, names))
     if os.path.basename(path) in SAVED_MODELS or path.endswith((".index", ".meta")) or _DATA.fullmatch(path):
         return os.path.lexists(path)
     folder, stem = os.path.split(path)
-    siblings = [n for n in _names(folder or ".", quiet=True) if n.startswith(stem)]
+    siblings = [n for n in entries(folder or ".", quiet=True) if n.startswith(stem)]
     named = {n for n in _prefixes(siblings) if n == stem or _stem(n) == stem}
     return bool(named) or _is_table(path) or _is_state(path)
 
 
 def _in_directory(folder: str, step: int | None, state: str | None = None) -> Located:
     """The checkpoint of that step in a directory; else the one its state file names; else the highest step's."""
-    names = _names(folder)
+    names = entries(folder)
     prefixes = _prefixes(names)
     state_path = state or (os.path.join(folder, STATE_FILE) if STATE_FILE in names else None)
     latest, notes = None, []
@@ -162,7 +162,7 @@ def _from_file(path: str, step: int | None) -> Located:
 def _absent(prefix: str, step: int | None) -> Located:
     """No index of that name: perhaps there are numbered ones, or another file says what went missing."""
     folder, stem = os.path.split(prefix)
-    names = _names(folder or ".", quiet=True)
+    names = entries(folder or ".", quiet=True)
     numbered = [name for name in _prefixes(names) if name != stem and _stem(name) == stem]
     if numbered:
         latest = _latest(os.path.join(folder, STATE_FILE))[0] if STATE_FILE in names else None
@@ -283,16 +283,6 @@ def _of_step(prefix: str, step: int | None) -> str:
 def _stem(name: str) -> str:
     match = _STEP.fullmatch(os.path.basename(name))
     return match[1] if match else name
-
-
-def _names(folder: str, *, quiet: bool = False) -> list[str]:
-    """Sorted names in a directory."""
-    try:
-        return sorted(os.listdir(folder))
-    except (OSError, ValueError) as error:
-        if quiet:
-            return []
-        raise InputError(f"directory cannot be read ({error})", path=folder) from error
 
 
 def _prefixes(names: Collection[str]) -> list[str]:

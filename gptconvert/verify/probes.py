@@ -194,8 +194,9 @@ def _prompts(make: _Maker, kv_cache: bool, level: Level) -> Iterator[Probe]:
     n_ctx = make.config.n_ctx
     changed = make.prompt.copy()
     changed[:, CHANGED : CHANGED + 1] = (changed[:, CHANGED : CHANGED + 1] + 1) % make.config.vocab_size
-    lengths = (*LENGTHS, n_ctx - 1, n_ctx) if level == "full" else usual_lengths(make.config)
-    longest = min(lengths[3], n_ctx)
+    usual = LENGTHS if level == "full" else usual_lengths(make.config)
+    lengths = (*usual, n_ctx - 1, n_ctx) if level == "full" else usual
+    longest = min(max(usual), n_ctx)
     for length in sorted({min(max(length, 1), n_ctx) for length in lengths}):
         ids = (changed if length > 7 else make.prompt)[:, :length]
         chunks = _chunks(length) if kv_cache and 2 < length == longest else ()
@@ -210,11 +211,11 @@ def usual_lengths(config: GPTConfig) -> tuple[int, ...]:
 
 
 def _chunks(length: int) -> tuple[int, ...]:
-    """Pieces of 1, 1 and up to 5: a prompt of one token, a past of one, a past of several. What is right for 7
-    tokens is right for more; each piece costs a pass over all weights.
+    """Pieces of 1, 1 and up to 5: a prompt of one token, a past of one, a past of several. ``length`` is 3 or more.
+
+    What is right for 7 tokens is right for more; each piece costs a pass over all weights.
     """
-    pieces = [1, 1, min(5, length - 2)]
-    return tuple(piece for piece in pieces if piece > 0)
+    return 1, 1, min(5, length - 2)
 
 
 def _masks(make: _Maker, length: int) -> Iterator[Probe]:
