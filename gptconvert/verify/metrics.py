@@ -8,6 +8,7 @@ somebody liked). A correct export measures a ratio of 1 to 2; the mildest real b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,12 @@ class Errors:
         largest = difference.abs().amax(1)
         return cls(difference.square_().sum(1), largest)
 
-    def joined(self, other: Errors) -> Errors:
-        """Errors of both, the widths laid side by side."""
-        return Errors(self.square + other.square, self.largest.maximum(other.largest))
+    @classmethod
+    def of_all(cls, pieces: Sequence[Errors]) -> Errors:
+        """Errors of the tokens of all ``pieces``, in order."""
+        import torch
+
+        return cls(torch.cat([piece.square for piece in pieces]), torch.cat([piece.largest for piece in pieces]))
 
 
 @dataclass

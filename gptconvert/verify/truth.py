@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import re
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import numpy as np
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError
-from gptconvert.tensors import BFLOAT16, Array, Box, LazyTensor
+from gptconvert.tensors import BFLOAT16, Array, LazyTensor
 from gptconvert.verify.metrics import Errors
 from gptconvert.verify.packing import Pack, Part
 from gptconvert.verify.probes import Integers, Probe
@@ -31,12 +31,17 @@ from reference_model.config import GPTConfig
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from reference_model.model import Attend, KeyValue
 
-#: Bytes, in float64, of the largest part of the vocabulary projected at once.
-HEAD_BYTES = 64 << 20
+#: Elements of a weight that are converted at once: with the product's own packed copy they fit a core's share of the
+#: cache (1.5 times as fast as whole weights, whose float64 copies go through memory twice).
+PART_ELEMENTS = 1 << 19
+#: After so many blocks the heap is trimmed; each time costs some milliseconds.
+TRIM_BLOCKS = 4
+#: Tokens that the head is run on at once: the logits of a long sequence are as large as a small model.
+HEAD_TOKENS = 64
 
 
 @dataclass(eq=False)
@@ -74,30 +79,53 @@ class Lane:
 
     Args:
         dtype: which.
-        buffers: memory that every block's weights pass through, in one lane after the other.
+        scratch: room for :data:`PART_ELEMENTS` elements, which parts of weights pass through; lanes may share it.
     """
 
-    def __init__(self, dtype: torch.dtype, buffers: dict[str, Tensor]) -> None:
-        self.dtype, self.buffers = dtype, buffers
+    def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
+        self.dtype, self._scratch = dtype, scratch.view(dtype)
         self.pasts: dict[Part, KeyValue] = {}  # those that are the same in every layer
 
-    def reader(self, stored: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
-        """Name → weight in this lane's type; valid until any lane's next reader is used (buffers are shared)."""
-        return lambda name: self._typed(re.sub(r"^h\.\d+", "h", name), stored[name])
+    def fill(self, module: nn.Module, stored: Mapping[str, Tensor], config: GPTConfig, prefix: str) -> None:
+        """Give a part of the model its weights. Of linear layers they stay as stored, and are converted in use."""
+        from torch import nn
 
-    def _typed(self, key: str, stored: Tensor) -> Tensor:
-        import torch
+        from reference_model.model import fill
 
-        if stored.dtype == self.dtype:
-            return stored
-        nbytes = stored.numel() * self.dtype.itemsize
-        memory = self.buffers.get(key)
-        if memory is None or len(memory) < nbytes:
-            memory = self.buffers[key] = torch.empty(nbytes, dtype=torch.uint8)
-        flat = memory[:nbytes].view(self.dtype)
-        # As a transposed weight lies in its file: to turn it over here would cost more than the product with it.
-        dense = flat.view(stored.shape) if stored.is_contiguous() else flat.view(stored.T.shape).T
-        return dense.copy_(stored)
+        fill(module, stored.__getitem__, config, prefix)
+        for part in module.modules():
+            if isinstance(part, nn.Linear) and part.weight.dtype != self.dtype:
+                part.forward = functools.partial(self._linear, part.weight, part.bias)  # type: ignore[method-assign]
+            elif next(part.children(), None) is None:
+                part.to(self.dtype)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``, [..., in] → [..., out], for a weight of another type.
+
+        As much of it at a time as the processor's cache holds is converted and multiplied, so that the memory never
+        sees it in this lane's type.
+        """
+        rows = x.flatten(0, -2)  # (N, in)
+        out = rows.new_zeros(len(rows), len(weight))  # (N, out)
+        by_output = weight.is_contiguous()
+        dense = weight if by_output else weight.T  # as it lies in its file: [out, in] or [in, out]
+        step = max(1, PART_ELEMENTS // dense.shape[1])
+        for start in range(0, len(dense), step):
+            some = slice(start, start + step)
+            part = self._typed(dense[some])
+            if by_output:
+                out[:, some] = rows @ part.T
+            else:
+                out.addmm_(rows[:, some], part)
+        if bias is not None:
+            out += bias.to(self.dtype)
+        return out.view(*x.shape[:-1], len(weight))
+
+    def _typed(self, stored: Tensor) -> Tensor:
+        """A part of a weight in this lane's type, until the next one is asked for in any lane."""
+        if stored.numel() > len(self._scratch):
+            return stored.to(self.dtype)
+        return self._scratch[: stored.numel()].view(stored.shape).copy_(stored)
 
 
 def _trim_heap() -> None:
@@ -136,8 +164,8 @@ class TruthPass:
         import torch
 
         self.config, self.weights = checkpoint.config, checkpoint.weights
-        buffers: dict[str, Tensor] = {}
-        self.lanes = (Lane(torch.float64, buffers), Lane(getattr(torch, compute), buffers))
+        scratch = torch.empty(PART_ELEMENTS, dtype=torch.float64)
+        self.lanes = (Lane(torch.float64, scratch), Lane(getattr(torch, compute), scratch))
         self.taps = taps
         windowed = any(window is not None for window in self.config.attn_window)
         self.truth = Truth(Pack(probes, windowed=windowed), {}, {})
@@ -157,8 +185,6 @@ class TruthPass:
                 xs = self._block(i, xs, seen[windows[i]])
                 if advance is not None:
                     advance(1)
-            for lane in self.lanes:
-                lane.buffers.clear()  # a block's weights; the head needs room for its own
             self._head(xs)
         return self.truth
 
@@ -166,7 +192,7 @@ class TruthPass:
         """[1, N, D] in each lane. Only the rows of the tables that are asked for are read."""
         import torch
 
-        from reference_model.model import Embedding, fill
+        from reference_model.model import Embedding
 
         pack = self.truth.pack
         ids, token = np.unique(pack.ids, return_inverse=True)
@@ -177,7 +203,7 @@ class TruthPass:
         xs = []
         for lane in self.lanes:
             embedding = Embedding(small)  # so small that a meta device would only cost the import of its kernels
-            fill(embedding, lane.reader(tables), small, "embedding.")
+            lane.fill(embedding, tables, small, "embedding.")
             xs.append(embedding(torch.from_numpy(token[None]), torch.from_numpy(position[None])))  # (1, N, D)
         self._tap("embedding", xs)
         return xs
@@ -186,7 +212,7 @@ class TruthPass:
         """One block in both lanes: [1, N, D] → [1, N, D]; keys and values are recorded. ``seen`` is by part."""
         import torch
 
-        from reference_model.model import Block, fill
+        from reference_model.model import Block
 
         prefix = f"h.{i}."
         stored = {name: tensor_of(w.read()) for name, w in self.weights.items() if name.startswith(prefix)}
@@ -194,8 +220,8 @@ class TruthPass:
         for lane, x in zip(self.lanes, xs, strict=True):
             with torch.device("meta"):
                 block = Block(self.config, i)
-            fill(block, lane.reader(stored), self.config, prefix)
-            block.attn.attend = self._in_parts(seen, self._pasts(lane, i))
+            lane.fill(block, stored, self.config, prefix)
+            block.attn.attend = self._in_parts(seen, self._caches(lane, i))
             out, present = block(x, seen[0], self._angles(lane))
             outs.append(out)
             caches.append([cache[0].transpose(0, 1).flatten(1) for cache in present])  # (N, D) each
@@ -203,8 +229,9 @@ class TruthPass:
             exact, yardstick = (cache[part] for cache in caches)
             self._keep(f"present.{i}.{name}", [self.cache[i, part].copy_(exact), yardstick])
         self._tap(f"h.{i}", outs)
-        del stored, caches  # what is freed after the trim would stay until the next block's
-        _trim_heap()
+        del stored, caches  # what is freed after the trim would stay until the next one
+        if i % TRIM_BLOCKS == 0:
+            _trim_heap()
         return outs
 
     def _angles(self, lane: Lane) -> KeyValue | None:
@@ -216,20 +243,24 @@ class TruthPass:
         rotary, positions = self.config.rotary, torch.from_numpy(self.truth.pack.positions[None])
         return None if rotary is None else rotary_angles(rotary, positions, lane.dtype)
 
-    def _pasts(self, lane: Lane, layer: int) -> list[KeyValue | None]:
-        """Each part's past keys and values, [1, H, p, hd] each."""
-        compute, pasts = self.lanes[1].dtype, []
-        for part in self.truth.pack.parts:
-            past = lane.pasts.get(part) or part.past(layer, self.config)
-            if past is not None and part not in lane.pasts:
-                # The past is what the candidate gets: rounded to its type, then exact.
-                past = past[0].to(compute).to(lane.dtype), past[1].to(compute).to(lane.dtype)
-                if part.same_past_everywhere:
-                    lane.pasts[part] = past
-            pasts.append(past)
-        return pasts
+    def _caches(self, lane: Lane, layer: int) -> list[KeyValue | None]:
+        """For each part with a past, keys and values [1, H, p + n, hd] each: its past, and room for its own."""
+        from torch.nn import functional
 
-    def _in_parts(self, seen: list[Tensor], pasts: list[KeyValue | None]) -> Attend:
+        compute, caches = self.lanes[1].dtype, []
+        for part in self.truth.pack.parts:
+            cache = lane.pasts.get(part)
+            if cache is None and (past := part.past(layer, self.config)) is not None:
+                # The past is what the candidate gets: rounded to its type, then exact.
+                key, value = (tensor.to(compute).to(lane.dtype) for tensor in past)
+                n = len(part.tokens)
+                cache = functional.pad(key, (0, 0, 0, n)), functional.pad(value, (0, 0, 0, n))
+                if part.same_past_everywhere:
+                    lane.pasts[part] = cache
+            caches.append(cache)
+        return caches
+
+    def _in_parts(self, seen: list[Tensor], caches: list[KeyValue | None]) -> Attend:
         """``reference_model.model.attend`` on every part: [1, H, N, hd] x 3 → [1, H, N, hd] and the new k and v."""
         import torch
 
@@ -239,56 +270,43 @@ class TruthPass:
 
         def in_parts(q: Tensor, k: Tensor, v: Tensor, _: Tensor, __: KeyValue | None) -> tuple[Tensor, KeyValue]:
             mixed = torch.empty_like(q)
-            for part, sees, past in zip(parts, seen, pasts, strict=True):
+            for part, sees, cache in zip(parts, seen, caches, strict=True):
                 tokens = torch.from_numpy(part.tokens)
                 own_q, own_k, own_v = (x[:, :, tokens] for x in (q, k, v))  # (1, H, n, hd) each
-                mixed[:, :, tokens], _present = attend(own_q, own_k, own_v, sees, past)
+                if cache is not None:
+                    cache[0][:, :, part.past_length :], cache[1][:, :, part.past_length :] = own_k, own_v
+                    own_k, own_v = cache  # (1, H, p + n, hd) each
+                mixed[:, :, tokens], _present = attend(own_q, own_k, own_v, sees, None)
             return mixed, (k, v)
 
         return in_parts
 
     def _head(self, xs: list[Tensor]) -> None:
-        """The task's outputs for every token, a part of the vocabulary at a time."""
+        """The task's outputs for every token, some tokens at a time."""
         import torch
 
-        pack, config = self.truth.pack, self.config
-        whole = torch.empty(pack.length, config.vocab_size if config.has_lm_head else 0, dtype=torch.float64)
-        parts = _vocabulary_parts(config)
-        for number, part in enumerate(parts):
-            lanes = self._head_part(xs, part)
-            for name in lanes[0]:
-                exact, noise = lanes[0][name][0], Errors.of(lanes[1][name][0], lanes[0][name][0])  # (N, width)
-                if config.has_lm_head and name == "logits":
-                    whole[:, part] = exact
-                    self.truth.noise[name] = noise.joined(self.truth.noise[name]) if number else noise
-                elif not number:
-                    self.truth.keep(name, exact, noise)
-        if config.has_lm_head:
-            self.truth.keep("logits", whole, self.truth.noise["logits"])
+        from reference_model.model import Head, canonical_name
 
-    def _head_part(self, xs: list[Tensor], part: slice) -> list[dict[str, Tensor]]:
-        """Outputs by name, [1, N, width], in both lanes; logits for the ids ``part`` alone."""
-        import torch
-
-        from reference_model.model import Head, canonical_name, fill
-
-        small = dataclasses.replace(self.config, vocab_size=part.stop - part.start)
-        with torch.device("meta"):
-            names = [canonical_name(f"head.{name}", self.config) for name, _ in Head(small).named_parameters()]
-        stored = {name: tensor_of(self.weights[name].read(self._box(name, part))) for name in names}
-        outs = []
-        for lane, x in zip(self.lanes, xs, strict=True):
+        heads = []
+        for lane in self.lanes:
             with torch.device("meta"):
-                head = Head(small)
-            fill(head, lane.reader(stored), small, "head.")
-            outs.append(head.per_token(x))
-        return outs
-
-    def _box(self, name: str, part: slice) -> Box:
-        """What the head reads of a weight: of one with a row for each id only ``part``, of others everything."""
-        per_id = name in ("wte.weight", "lm_head.weight", "lm_head.bias")
-        whole = tuple(slice(0, size) for size in self.weights[name].shape)
-        return (part, *whole[1:]) if per_id else whole
+                head = Head(self.config)
+            names = [canonical_name(f"head.{name}", self.config) for name, _ in head.named_parameters()]
+            lane.fill(head, {name: tensor_of(self.weights[name].read()) for name in names}, self.config, "head.")
+            heads.append(head)
+        whole: dict[str, Tensor] = {}
+        noise: dict[str, list[Errors]] = {}
+        for start in range(0, self.truth.pack.length, HEAD_TOKENS):
+            some = slice(start, start + HEAD_TOKENS)
+            outs = [head.per_token(x[:, some]) for head, x in zip(heads, xs, strict=True)]
+            for name in outs[0]:
+                exact, yardstick = (out[name][0] for out in outs)  # (n, width) each
+                if name not in whole:
+                    whole[name] = exact.new_empty(self.truth.pack.length, exact.shape[1])
+                whole[name][some] = exact
+                noise.setdefault(name, []).append(Errors.of(yardstick, exact))
+        for name, exact in whole.items():
+            self.truth.keep(name, exact, Errors.of_all(noise[name]))
 
     def _tap(self, name: str, xs: Sequence[Tensor]) -> None:
         if self.taps:
@@ -305,9 +323,3 @@ def _rows(table: LazyTensor, rows: Integers) -> Tensor:
 
     width = slice(0, table.shape[1])
     return torch.cat([tensor_of(table.read((slice(r, r + 1), width))) for r in rows.tolist()])
-
-
-def _vocabulary_parts(config: GPTConfig) -> list[slice]:
-    """The vocabulary in parts whose float64 weights stay small; in one part for tasks without a projection to it."""
-    step = max(1, HEAD_BYTES // (8 * config.n_embd)) if config.has_lm_head else config.vocab_size
-    return [slice(v, min(v + step, config.vocab_size)) for v in range(0, config.vocab_size, step)]

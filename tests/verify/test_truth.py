@@ -112,15 +112,35 @@ def tiny_checkpoint() -> Checkpoint:
     return checkpoint_of(*tiny_gpt2(5))
 
 
-def test_head_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_on_some_tokens_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny(tmp_path, tie_word_embeddings=False)
     probes = make_probes(checkpoint.config, kv_cache=True)
     whole = truth_of(checkpoint, probes)
-    monkeypatch.setattr(truth_module, "HEAD_BYTES", 8 * 24 * 10)
+    monkeypatch.setattr(truth_module, "HEAD_TOKENS", 7)
     parts = truth_of(checkpoint, probes)
     assert np.allclose(whole.values["logits"], parts.values["logits"], rtol=0, atol=1e-14)
     assert np.allclose(whole.noise["logits"].largest, parts.noise["logits"].largest, rtol=0.5)
     assert whole.values["logits"].shape == (whole.pack.length, 97)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["[out, in]", "[in, out]"])
+@pytest.mark.parametrize("elements", [1, 50, 1 << 19])
+def test_linear_layers_in_parts(turned: bool, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from torch import nn
+
+    monkeypatch.setattr(truth_module, "PART_ELEMENTS", elements)
+    torch.manual_seed(0)
+    weight = torch.randn(7, 24, dtype=torch.bfloat16)
+    stored = {"weight": weight.T.contiguous().T if turned else weight, "bias": torch.randn(7)}
+    x = torch.randn(1, 5, 24, dtype=torch.float64)
+    with torch.device("meta"):
+        layer = nn.Linear(24, 7)
+    lane = truth_module.Lane(torch.float64, torch.empty(elements, dtype=torch.float64))
+    lane.fill(layer, stored, tiny_checkpoint().config, "")
+    with torch.no_grad():
+        expected = x @ stored["weight"].double().T + stored["bias"].double()
+        assert torch.allclose(layer(x), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16])
