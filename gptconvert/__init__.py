@@ -8,7 +8,8 @@ from gptconvert import errors
 
 if TYPE_CHECKING:
     from gptconvert.families import Request
-    from gptconvert.pipeline import Options, convert, inspect, open_checkpoint, verify_export
+    from gptconvert.inspection import inspect, open_checkpoint
+    from gptconvert.pipeline import Options, convert, verify_export
     from gptconvert.sources.source import OpenOptions
     from gptconvert.targets.plan import TargetOptions
 
@@ -30,8 +31,8 @@ _HOMES = {
     "Request": "gptconvert.families",
     "TargetOptions": "gptconvert.targets.plan",
     "convert": "gptconvert.pipeline",
-    "inspect": "gptconvert.pipeline",
-    "open_checkpoint": "gptconvert.pipeline",
+    "inspect": "gptconvert.inspection",
+    "open_checkpoint": "gptconvert.inspection",
     "verify_export": "gptconvert.pipeline",
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,14 +18,15 @@ import numpy as np
 from gptconvert.card import card
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError, UnsupportedError, UsageError, VerificationError
-from gptconvert.families import FAMILIES, Request, family_named, understand
+from gptconvert.families import FAMILIES, Request, family_named
+from gptconvert.inspection import open_checkpoint
 from gptconvert.mapping import tied_pairs
 from gptconvert.publish import signals
 from gptconvert.publish.digest import sha256_of
 from gptconvert.publish.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
 from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
-from gptconvert.sources.detect import FORMATS, open_source
+from gptconvert.sources.detect import FORMATS
 from gptconvert.sources.source import OpenOptions
 from gptconvert.targets import TARGETS
 from gptconvert.targets.plan import PlannedFile, Target, TargetOptions
@@ -124,49 +124,6 @@ class Result:
         }
 
 
-def open_checkpoint(
-    source: str,
-    *,
-    format: str | None = None,
-    opening: OpenOptions | None = None,
-    request: Request | None = None,
-) -> Checkpoint:
-    """The checkpoint at a path or hub name: configuration checked, every tensor accounted for, nothing read.
-
-    Raises:
-        GptConvertError: it is damaged, incomplete, unsupported or unsafe.
-    """
-    opened = open_source(source, opening or OpenOptions(), format=format)
-    directory = source if os.path.isdir(source) else None
-    return understand(dataclasses.replace(opened, directory=directory), request or Request())
-
-
-def inspect(source: str, *, opening: OpenOptions | None = None, request: Request | None = None) -> dict[str, Any]:
-    """What a checkpoint is, as plain values. Only headers are read."""
-    checkpoint = open_checkpoint(source, opening=opening, request=request)
-    weights = checkpoint.weights
-    stored = {name: t for name, t in checkpoint.source.tensors.items() if name not in checkpoint.dropped}
-    return {
-        "title": family_named(checkpoint.config.family).title,
-        "format": checkpoint.source.format,
-        "family": checkpoint.config.family,
-        "task": checkpoint.config.task,
-        "revision": checkpoint.source.revision,
-        "prefix": checkpoint.prefix,
-        "parameters": sum(weight.size for weight in weights.values()),
-        "bytes": checkpoint.nbytes,
-        "dtypes": sorted({weight.dtype.name for weight in weights.values()}),
-        "config": checkpoint.config.as_dict(),
-        "tensors": [
-            {"name": name, "dtype": t.dtype.name, "shape": list(t.shape), "bytes": t.nbytes}
-            for name, t in stored.items()
-        ],
-        "dropped": dict(checkpoint.dropped),
-        "tokenizer": sorted(checkpoint.source.tokenizer),
-        "notes": list(checkpoint.notes),
-    }
-
-
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """Every file of the output but the ones that describe the others.
 
@@ -226,8 +183,7 @@ def convert(
             planned.checkpoint,
             progress.advance,
             allow_nonfinite=options.allow_nonfinite,
-            each_tensor=options.verify is not None,  # part of the proof, and half of the hashing
-            cached=options.verify is not None,
+            verified=options.verify is not None,
         )
         _strict(written.notes, options)
         report = _verified(planned, staging.path, options, progress)

@@ -174,11 +174,12 @@ def convert(source: str, **given: Any) -> None:
 def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     options.quieten()
     from gptconvert import pipeline
+    from gptconvert.inspection import open_checkpoint
 
     quiet, as_json = given["quiet"], given["as_json"]
     chosen = options_of(given)
     output = given["output"] or default_output(source)
-    checkpoint = pipeline.open_checkpoint(source, format=format, opening=opening_of(given), request=request_of(given))
+    checkpoint = open_checkpoint(source, format=format, opening=opening_of(given), request=request_of(given))
     if given["dry_run"]:
         planned = pipeline.plan(checkpoint, chosen)
         for text in planned.notes:

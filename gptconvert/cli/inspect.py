@@ -26,7 +26,7 @@ def inspect(source: str, tensors: bool, as_json: bool, quiet: bool, **given: Any
     """
     options.quieten()
     from gptconvert.cli.convert import opening_of, request_of
-    from gptconvert.pipeline import inspect as run
+    from gptconvert.inspection import inspect as run
 
     found = run(source, opening=opening_of(given), request=request_of(given))
     if as_json:
