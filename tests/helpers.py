@@ -6,7 +6,9 @@ the verifier does not depend on any reader. The default sizes are odd on purpose
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.families import understand
 from gptconvert.families.base import Request
+from gptconvert.publish.digest import Examination, TensorDigests
 from gptconvert.sources.source import Source
 from gptconvert.targets.plan import PlannedFile
 from gptconvert.tensors import Box, Computed, LazyTensor, Segment, Stored, TensorSet
@@ -95,12 +98,15 @@ def openai_hparams(raw: Mapping[str, object]) -> dict[str, object]:
     return {ours: raw[theirs] for ours, theirs in {**named, "n_layer": "n_layer"}.items()}
 
 
-def stored_tensors(path: Path, arrays: Mapping[str, NDArray[Any]], order: Iterable[str] | None = None) -> TensorSet:
+def stored_tensors(
+    path: Path, arrays: Mapping[str, NDArray[Any]], order: Iterable[str] | None = None, *, start: int = 1
+) -> TensorSet:
     """``arrays`` packed one after the other into the file ``path``, as tensors whose bytes can be copied raw.
 
-    The first byte of the file is no tensor's, so offsets are odd as they may be in TensorFlow's files.
+    The first byte of the file is no tensor's, so offsets are odd as they may be in TensorFlow's files; unless they
+    ``start`` elsewhere.
     """
-    offset, tensors, content = 1, {}, [b"\x00"]
+    offset, tensors, content = start, {}, [bytes(start)]
     for name in order or arrays:
         data = np.ascontiguousarray(arrays[name]).tobytes()
         part = Segment(str(path), offset, len(data))
@@ -151,6 +157,7 @@ def checkpoint_of(
     scheme: str = "hf",
     request: Request | None = None,
     tokenizer: Mapping[str, str] | None = None,
+    start: int = 1,
     **fields: Any,
 ) -> Checkpoint:
     """An understood checkpoint from arrays.
@@ -162,9 +169,11 @@ def checkpoint_of(
         scheme: naming scheme of ``raw`` and ``arrays``.
         request: task and heads asked for.
         tokenizer: file name → path.
+        start: where in their file weights begin.
         fields: further fields of :class:`Source`.
     """
-    tensors = computed_tensors(arrays) if directory is None else stored_tensors(directory / "weights.raw", arrays)
+    stored = directory and stored_tensors(directory / "weights.raw", arrays, start=start)
+    tensors = computed_tensors(arrays) if stored is None else stored
     source = source_of(raw, tensors, scheme=scheme, tokenizer=tokenizer, **fields)
     return understand(source, request or Request())
 
@@ -207,3 +216,27 @@ def write_planned(directory: Path, files: Iterable[PlannedFile]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content(file))
     return directory
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one reading of a checkpoint found."""
+
+    digests: TensorDigests
+    notes: tuple[str, ...]
+
+    def of(self, tensor: LazyTensor) -> str | None:
+        return self.digests.of(tensor)
+
+
+def examine(
+    checkpoint: Checkpoint,
+    tensors: Iterable[LazyTensor] = (),
+    *,
+    allow_nonfinite: bool = False,
+    stop: threading.Event | None = None,
+) -> Examined:
+    """Read every source tensor in use once: compare checksums, look at values, hash ``tensors``."""
+    examination = Examination(checkpoint, tensors)
+    examination.read_rest(stop)
+    return Examined(examination.digests(), examination.judge(allow_nonfinite=allow_nonfinite))

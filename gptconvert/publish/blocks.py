@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 
@@ -24,6 +25,7 @@ class Block:
         offset: where it starts in the file.
         used: how many bytes of it are filled.
         copies: (position in the block, where the same bytes lie in a source file).
+        hashed: (first, last + 1, what is to see these bytes).
     """
 
     def __init__(self, buffer: mmap.mmap, free: SimpleQueue[mmap.mmap], offset: int) -> None:
@@ -32,6 +34,7 @@ class Block:
         self._users, self._lock = 0, threading.Lock()
         self.offset, self.used = offset, 0
         self.copies: list[tuple[int, Segment]] = []
+        self.hashed: list[tuple[int, int, hashlib._Hash]] = []
 
     @property
     def room(self) -> memoryview:
@@ -49,8 +52,9 @@ class Block:
         self._view[self.used : end] = bytes(end - self.used)
         return self._view[:end]
 
-    def filled(self, nbytes: int, source: Segment | None = None) -> None:
-        """``nbytes`` more are filled, with the bytes of ``source``."""
+    def filled(self, nbytes: int, source: Segment | None = None, hashes: Iterable[hashlib._Hash] = ()) -> None:
+        """``nbytes`` more are filled, with the bytes of ``source``; ``hashes`` are to see them."""
+        self.hashed += [(self.used, self.used + nbytes, sha) for sha in hashes]
         if source is not None:
             at, last = self.copies[-1] if self.copies else (0, None)
             ends = None if last is None else (last.path, last.end, at + last.nbytes)

@@ -39,11 +39,9 @@ class TensorDigests:
 
     Attributes:
         by_place: merged segments → hex digest.
-        notes: what the user should know about the values (one sentence each).
     """
 
     by_place: Mapping[Place, str]
-    notes: tuple[str, ...] = ()
 
     def of(self, tensor: LazyTensor) -> str | None:
         """The digest of a tensor's row-major bytes, if they lie in files and were read."""
@@ -105,12 +103,16 @@ class Reading:
 
     def update(self, data: bytes) -> None:
         """The next bytes, from the first to the last without a gap."""
+        self.check(data)
+        if self.sha256 is not None:
+            self.sha256.update(data)
+
+    def check(self, data: bytes) -> None:
+        """The same without SHA-256, which costs ten times as much: who shows the bytes may have it done elsewhere."""
         for checksum in self.checksums:
             checksum.update(data)
         if self.values is not None:
             self.values.update(data)
-        if self.sha256 is not None:
-            self.sha256.update(data)
 
 
 class Examination:
@@ -158,38 +160,18 @@ class Examination:
         for reading in self._looked_at:
             _look(reading, stop)
 
-    def result(self, *, allow_nonfinite: bool = False) -> TensorDigests:
-        """What was found, once every byte was seen.
+    def judge(self, *, allow_nonfinite: bool = False) -> tuple[str, ...]:
+        """Once every byte was seen: what the user should know about the values.
 
         Raises:
             InputError: checksums do not match, or values are not finite. All tensors are listed.
         """
-        notes = _judge([*self._all, *self._looked_at], allow_nonfinite)
+        return _judge([*self._all, *self._looked_at], allow_nonfinite)
+
+    def digests(self) -> TensorDigests:
+        """What was hashed, once every byte was."""
         digests = {r.place: r.sha256.hexdigest() for r in self._all if r.sha256}
-        return TensorDigests({(): hashlib.sha256().hexdigest()} | digests, notes)
-
-
-def digest_tensors(
-    checkpoint: Checkpoint,
-    tensors: Iterable[LazyTensor] = (),
-    *,
-    allow_nonfinite: bool = False,
-    stop: threading.Event | None = None,
-) -> TensorDigests:
-    """Read every source tensor in use once: compare checksums, look at values, hash ``tensors``.
-
-    Args:
-        checkpoint: what is exported; its dropped tensors are not read.
-        tensors: those whose bytes are to be hashed; ones that lie in no file are passed over.
-        allow_nonfinite: make NaN and infinities a note instead of an error.
-        stop: when set, reading ends with :class:`StoppedError`.
-
-    Raises:
-        InputError: checksums do not match, values are not finite, files cannot be read. All tensors are listed.
-    """
-    examination = Examination(checkpoint, tensors)
-    examination.read_rest(stop)
-    return examination.result(allow_nonfinite=allow_nonfinite)
+        return TensorDigests({(): hashlib.sha256().hexdigest()} | digests)
 
 
 def _reading(readings: dict[Place, Reading], place: Place) -> Reading:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from contextlib import suppress
 ALIGNMENT = 4096
 #: Bytes of one block that passes through this process where the kernel cannot copy by itself.
 BLOCK_BYTES = 8 << 20
+#: Pages that are looked at to tell whether a file lies in the page cache; of one just opened the first ones do.
+SAMPLES = 9
 #: Errors by which a file system or kernel says that it lacks a way of copying, not that copying failed.
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSOCK, errno.EPERM}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -89,6 +92,30 @@ def truncate(descriptor: int, nbytes: int) -> None:
 def read(descriptor: int, nbytes: int, offset: int) -> bytes:
     """At most ``nbytes`` at ``offset``; fewer where the file ends or the system likes."""
     return os.pread(descriptor, fault("read", nbytes), offset)
+
+
+def is_cached(descriptor: int) -> bool:
+    """Whether a file lies in the page cache, judged by some of its pages; True where that cannot be told."""
+    import ctypes
+
+    import numpy as np
+
+    in_core, size = getattr(ctypes.CDLL(None), "mincore", None), os.fstat(descriptor).st_size
+    if in_core is None or not size:
+        return True
+    mapped = np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)  # for its address
+    answer = (ctypes.c_ubyte * 1)()
+    for sample in range(SAMPLES):
+        offset = (size - 1) * sample // (SAMPLES - 1)
+        page = mapped.ctypes.data + offset - offset % mmap.PAGESIZE
+        if not in_core(ctypes.c_void_p(page), ctypes.c_size_t(1), answer) and not answer[0] & 1:
+            return False
+    return True
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill ``buffer`` from ``offset`` on, or less of it where the file ends or the system likes; returns how much."""
+    return os.preadv(descriptor, [buffer[: fault("read", len(buffer))]], offset)
 
 
 def copy(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:

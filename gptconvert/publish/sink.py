@@ -15,6 +15,9 @@ from gptconvert.publish.source_reader import SourceReader, truncated
 from gptconvert.targets.plan import PlannedFile
 from gptconvert.tensors import Segment
 
+#: Larger files go to the disk directly even if they will be read at once.
+MOST_CACHED = 1 << 30
+
 
 class Sink:
     """A file being written. Its methods are called in the writing thread, but for :meth:`abandon`.
@@ -23,15 +26,16 @@ class Sink:
         directory: of the output.
         file: the plan.
         reader: for copies.
-        cached: whether the file will be read at once, and so is to be in the page cache: then the kernel copies what
-            it can. Else blocks go straight to the disk where they can.
+        cached: whether the file will be read at once, and so is to be in the page cache if it is not large: then the
+            kernel copies what it can. Else blocks go straight to the disk where they can.
 
     Attributes:
         sha: of the file's bytes; others fill it.
     """
 
     def __init__(self, directory: str, file: PlannedFile, reader: SourceReader, *, cached: bool) -> None:
-        self.directory, self.file, self.reader, self.cached = directory, file, reader, cached
+        self.directory, self.file, self.reader = directory, file, reader
+        self.cached = file.nbytes <= MOST_CACHED if cached else file.nbytes < BLOCK_BYTES
         self.sha = hashlib.sha256()
         self.descriptor, self.position, self.direct = -1, 0, False
 
@@ -41,7 +45,7 @@ class Sink:
             _make_parents(self.directory, self.file.path)
             self.descriptor = fileops.create(os.path.join(self.directory, self.file.path))
             fileops.allocate(self.descriptor, self.file.nbytes)
-            if not self.cached and self.file.nbytes >= BLOCK_BYTES:
+            if not self.cached:
                 self.direct = fileops.bypass_cache(self.descriptor, True)
 
     def write(self, block: Block) -> None:

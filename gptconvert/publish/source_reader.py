@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import google_crc32c
 
@@ -71,13 +74,14 @@ class SourceReader:
 
         Raises:
             InputError: the file cannot be opened.
+            StoppedError: asked to stop.
         """
+        if self._stop.is_set():
+            raise StoppedError
         if self._path != path:
             self.close()
-            try:
+            with _readable(path):
                 self._descriptor, self._path = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
-            except OSError as error:
-                raise InputError(f"cannot be read ({error.strerror})", path=path) from error
         return self._descriptor
 
     def read(self, path: str, nbytes: int, offset: int) -> bytes:
@@ -87,12 +91,8 @@ class SourceReader:
             InputError: the file cannot be read.
             StoppedError: asked to stop.
         """
-        if self._stop.is_set():
-            raise StoppedError
-        try:
+        with _readable(path):
             return fileops.read(self.open(path), nbytes, offset)
-        except OSError as error:
-            raise InputError(f"cannot be read ({error.strerror})", path=path) from error
 
     def blocks(self, segments: Iterable[Segment], nbytes: int | None = None) -> Iterator[bytes]:
         """The bytes of ``segments``, one after the other, at most ``nbytes`` (default :data:`BLOCK_BYTES`) at once.
@@ -100,14 +100,84 @@ class SourceReader:
         Raises:
             InputError: a file cannot be read or has become too short.
         """
-        for segment in segments:
-            offset = segment.offset
-            while offset < segment.end:
-                data = self.read(segment.path, min(nbytes or BLOCK_BYTES, segment.end - offset), offset)
-                if not data:
-                    raise truncated(segment.path, segment.end, offset)
-                yield data
-                offset += len(data)
+        return _in_blocks(self.read, segments, nbytes or BLOCK_BYTES)
+
+
+class ReadBack:
+    """Reads what was written, from the disk unless it is in the page cache anyway: what nobody reads next shall not
+    take the place of what somebody does.
+
+    Args:
+        stop: when set, reading raises :class:`StoppedError`.
+    """
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self._files = SourceReader(stop)
+        self._path, self._direct = "", False
+        self._room = memoryview(b"")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def blocks(self, segments: Iterable[Segment]) -> Iterator[memoryview]:
+        """The bytes of ``segments``, one after the other; each block is valid until the next is asked for.
+
+        Raises:
+            InputError: a file cannot be read or has become too short.
+        """
+        return _in_blocks(self._read, segments, BLOCK_BYTES)
+
+    def _read(self, path: str, nbytes: int, offset: int) -> memoryview:
+        descriptor = self._files.open(path)
+        with _readable(path):
+            if self._path != path:
+                self._direct = not fileops.is_cached(descriptor) and fileops.bypass_cache(descriptor, True)
+                self._path = path
+            try:
+                return self._filled(descriptor, nbytes, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._direct = fileops.bypass_cache(
+                    descriptor, False
+                )  # this file system finds out late that it cannot
+                return self._filled(descriptor, nbytes, offset)
+
+    def _filled(self, descriptor: int, nbytes: int, offset: int) -> memoryview:
+        before = offset % fileops.ALIGNMENT if self._direct else 0
+        room = before + nbytes
+        room += -room % fileops.ALIGNMENT if self._direct else 0
+        if len(self._room) < room:
+            self._room = memoryview(mmap.mmap(-1, room))  # begins at a page
+        found = fileops.read_into(descriptor, self._room[:room], offset - before)
+        return self._room[before : min(found, before + nbytes)]
+
+
+Data = TypeVar("Data", bytes, memoryview)
+
+
+def _in_blocks(read: Callable[[str, int, int], Data], segments: Iterable[Segment], nbytes: int) -> Iterator[Data]:
+    for segment in segments:
+        offset = segment.offset
+        while offset < segment.end:
+            data = read(segment.path, min(nbytes, segment.end - offset), offset)
+            if not data:
+                raise truncated(segment.path, segment.end, offset)
+            yield data
+            offset += len(data)
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
 
 
 def truncated(path: str, expected: int, found: int) -> InputError:

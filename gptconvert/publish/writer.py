@@ -1,12 +1,12 @@
 """Planned files to bytes on disk, at the speed of one copy and in the memory of a few blocks.
 
-Three threads hand blocks on (:mod:`gptconvert.publish.blocks`). The caller's reads the source or computes, and shows
-every byte to those who want to know something of it (:mod:`gptconvert.publish.digest`); the second hashes the files
-to be; the third writes them.
+Four threads hand blocks on (:mod:`gptconvert.publish.blocks`). The caller's reads the source or computes, and shows
+every byte to those who want to know something of it (:mod:`gptconvert.publish.digest`); the second hashes tensors,
+the third the files to be; the fourth writes them.
 
-Files are forced to the disk before they are published, so the way through the page cache buys nothing unless
-somebody reads them next. Where nobody will, blocks go to the disk directly: that costs a third of the processor
-time of a copy by the kernel (docs/performance.md). Where verification will, the kernel copies.
+Files are forced to the disk before they are published, so the way through the page cache buys nothing, and the memory
+for it costs more processor time than all else (docs/performance.md): blocks of large files go to the disk directly.
+Small ones, where somebody reads them next, are copied by the kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ import google_crc32c
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.publish.blocks import BLOCK_BYTES, Block, Blocks, Follower
-from gptconvert.publish.digest import Examination, Reading, TensorDigests
+from gptconvert.publish.digest import Examination, Reading
 from gptconvert.publish.finishing import Finishing
 from gptconvert.publish.sink import Sink
 from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files
@@ -80,8 +80,7 @@ def write_and_digest(
     progress: Progress | None = None,
     *,
     allow_nonfinite: bool = False,
-    each_tensor: bool = True,
-    cached: bool = True,
+    verified: bool = True,
 ) -> Written:
     """Write ``files`` into ``directory`` and, at the same time, check and hash what they are made of.
 
@@ -91,9 +90,9 @@ def write_and_digest(
         checkpoint: where the tensors come from.
         progress: called in this thread with the bytes on their way to the disk.
         allow_nonfinite: convert NaN and infinities.
-        each_tensor: hash every tensor by itself too, and large inputs with SHA-256; each costs as much again as
+        verified: whether the files will be verified next. Then small ones are to be in the page cache; and every
+            tensor is hashed by itself too, and large inputs with SHA-256, each of which costs as much again as
             hashing the files.
-        cached: whether the files will be read at once, and so are to be in the page cache.
 
     Raises:
         OutputError: a file could not be written.
@@ -102,21 +101,21 @@ def write_and_digest(
     """
     copies = {file.path: source for file in files if (source := copy_of(file)) is not None}
     others = [path for path in dict.fromkeys(checkpoint.source.files) if path not in copies.values()]
-    placed = [(file.path, tensor) for file in files for tensor in file.tensors if each_tensor]
+    placed = [(file.path, tensor) for file in files for tensor in file.tensors if verified]
     examination = Examination(checkpoint, [p.tensor for _, p in placed])
     stop = threading.Event()
-    writer = _Writer(directory, files, progress, stop, examination, each_tensor=each_tensor, cached=cached)
+    writer = _Writer(directory, files, progress, stop, examination, each_tensor=verified, cached=verified)
     with ThreadPoolExecutor(2) as pool:
         rest = pool.submit(_watched, stop, lambda: examination.read_rest(stop))
-        sources = pool.submit(_watched, stop, lambda: digest_files(others, stop, thorough=each_tensor))
+        sources = pool.submit(_watched, stop, lambda: digest_files(others, stop, thorough=verified))
 
-        def examined() -> TensorDigests:
+        def examine() -> tuple[str, ...]:
             rest.result()
-            return examination.result(allow_nonfinite=allow_nonfinite)
+            return examination.judge(allow_nonfinite=allow_nonfinite)
 
         try:
-            written = writer.write(examined)
-            digests, found = examined(), sources.result()
+            written = writer.write(examine)
+            notes, digests, found = examine(), examination.digests(), sources.result()
         except StoppedError:
             raise _cause((rest, sources)) from None
         finally:
@@ -126,7 +125,7 @@ def write_and_digest(
         tuple(written),
         {(path, p.name): digests.of(p.tensor) or by_path[path].computed[p.name] for path, p in placed},
         found | {source: FileDigest(by_path[path].nbytes, by_path[path].sha256) for path, source in copies.items()},
-        digests.notes,
+        notes,
     )
 
 
@@ -145,7 +144,7 @@ def write_files(
         files: their plans; head and tensors do not overlap.
         progress: called with the bytes on their way to the disk.
         stop: when set by another thread, writing ends with :class:`StoppedError`.
-        cached: see :func:`write_and_digest`.
+        cached: whether the files will be read at once, and so small ones are to be in the page cache.
 
     Raises:
         OutputError: a file could not be written.
@@ -171,7 +170,7 @@ def copy_of(file: PlannedFile) -> str | None:
 
 
 class _Writer:
-    """The thread that fills blocks, and the two that follow."""
+    """The thread that fills blocks, and the three that follow."""
 
     def __init__(
         self,
@@ -186,8 +185,10 @@ class _Writer:
     ) -> None:
         self.directory, self.files, self.progress, self.stop = directory, files, progress, stop
         self.each_tensor, self.cached = each_tensor, cached
-        self.blocks, self.hashing, self.writing = Blocks(stop), Follower(stop), Follower(stop)
+        self.blocks = Blocks(stop)
+        self.tensor_hashing, self.hashing, self.writing = (Follower(stop) for _ in range(3))
         self.sinks: list[Sink] = []
+        self.computed: dict[str, dict[str, hashlib._Hash]] = {}
         self.shown = {id(p): _readings(p, examination) for file in files for p in file.tensors}
         self.finishing = Finishing(files, stop)
 
@@ -217,34 +218,37 @@ class _Writer:
         self._close()
         if (error := self._error()) is not None:
             raise error
-        digests = {sink.file.path: sink.sha.hexdigest() for sink in self.sinks}
-        return [dataclasses.replace(made[file.path], sha256=digests[file.path]) for file in self.files]
+        return [self._hashed(made[file.path]) for file in self.files]
+
+    def _hashed(self, file: WrittenFile) -> WrittenFile:
+        sha = next(sink.sha for sink in self.sinks if sink.file.path == file.path)
+        computed = {name: sha.hexdigest() for name, sha in self.computed[file.path].items()}
+        return dataclasses.replace(file, sha256=sha.hexdigest(), computed=computed)
 
     def _close(self) -> None:
-        for thread in (self.hashing, self.writing, self.finishing):
+        for thread in (self.tensor_hashing, self.hashing, self.writing, self.finishing):
             thread.close()
         for sink in self.sinks:
             sink.abandon()
 
     def _error(self) -> BaseException | None:
         """What made everything stop."""
-        errors = (self.writing.error, self.hashing.error, self.finishing.error())
+        errors = (self.writing.error, self.hashing.error, self.tensor_hashing.error, self.finishing.error())
         return next((error for error in errors if error is not None), None)
 
     def _write(self, file: PlannedFile) -> WrittenFile:
-        """Hand on one file's bytes, front to back; its digest is not known yet."""
+        """Hand on one file's bytes, front to back; digests are not known yet."""
         sink = Sink(self.directory, file, SourceReader(self.stop), cached=self.cached)
         self.sinks.append(sink)
         self.writing.hand(sink.open)
         stream = _Stream(self, sink)
         stream.put(file.head)
-        computed: dict[str, str] = {}
+        self.computed[file.path] = {}
         for placed in file.tensors:
             stream.pad(placed.offset)
             look = _Look(placed, self.shown.pop(id(placed)), crc32c=self.finishing.wanted)
             if placed.tensor.segments() is None:
-                sha = self._compute(stream, placed, look)
-                computed |= {placed.name: sha} if sha is not None else {}
+                self.computed[file.path] |= self._compute(stream, placed, look)
             else:
                 self._read(stream, placed, look)
             if self.finishing.wanted:
@@ -252,26 +256,24 @@ class _Writer:
         stream.pad(file.nbytes)
         stream.flush()
         self.writing.hand(sink.close)
-        return WrittenFile(file.path, file.nbytes, "", computed)
+        return WrittenFile(file.path, file.nbytes, "")
 
     def _read(self, stream: _Stream, placed: Placed, look: _Look) -> None:
         for segment in merge_segments(placed.tensor.segments() or ()):
             offset = segment.offset
             for data in self.reader.blocks((segment,), READ_BYTES):
-                look.at(segment, data)
-                stream.put(data, Segment(segment.path, offset, len(data)))
+                stream.put(data, Segment(segment.path, offset, len(data)), look.at(segment, data))
                 offset += len(data)
             look.readings.pop(segment, None)  # it may come again in this tensor, and was seen
 
-    def _compute(self, stream: _Stream, placed: Placed, look: _Look) -> str | None:
-        sha = hashlib.sha256() if self.each_tensor else None
+    def _compute(self, stream: _Stream, placed: Placed, look: _Look) -> dict[str, hashlib._Hash]:
+        """Hand on a computed tensor's bytes; returns what they are hashed with, by its name."""
+        hashed = {placed.name: hashlib.sha256()} if self.each_tensor else {}
         for chunk in checked_chunks(placed.name, placed.tensor):
             data = raw_bytes(chunk)
             look.crc(data)
-            if sha is not None:
-                sha.update(data)
-            stream.put(data)
-        return None if sha is None else sha.hexdigest()
+            stream.put(data, hashes=hashed.values())
+        return hashed
 
 
 def _readings(placed: Placed, examination: Examination | None) -> dict[Segment | None, Reading]:
@@ -295,12 +297,13 @@ class _Look:
         if isinstance(tensor, Stored) and tensor.dtype.isnative and tensor.crc32c is not None:
             self.crc32c, self.summing = tensor.crc32c, False  # compared with the bytes by the examination
 
-    def at(self, segment: Segment, data: bytes) -> None:
-        """The next bytes of a segment."""
-        for key in (None, segment):
-            if key in self.readings:
-                self.readings[key].update(data)
+    def at(self, segment: Segment, data: bytes) -> list[hashlib._Hash]:
+        """The next bytes of a segment; returns what is still to see them."""
+        wanted = [self.readings[key] for key in (None, segment) if key in self.readings]
+        for reading in wanted:
+            reading.check(data)
         self.crc(data)
+        return [reading.sha256 for reading in wanted if reading.sha256 is not None]
 
     def crc(self, data: bytes | memoryview) -> None:
         """The next bytes, for the checksum alone."""
@@ -316,8 +319,10 @@ class _Stream:
         self.block: Block | None = None
         self.position = 0
 
-    def put(self, data: bytes | memoryview, source: Segment | None = None) -> None:
-        """The next bytes; ``source`` is where a file has the same."""
+    def put(
+        self, data: bytes | memoryview, source: Segment | None = None, hashes: Collection[hashlib._Hash] = ()
+    ) -> None:
+        """The next bytes; ``source`` is where a file has the same, ``hashes`` are to see them."""
         done = 0
         while done < len(data):
             if self.block is None:
@@ -325,7 +330,8 @@ class _Stream:
             room = self.block.room
             n = min(len(room), len(data) - done)
             room[:n] = data[done : done + n]
-            self.block.filled(n, None if source is None else Segment(source.path, source.offset + done, n))
+            here = None if source is None else Segment(source.path, source.offset + done, n)
+            self.block.filled(n, here, hashes)
             done, self.position = done + n, self.position + n
             if n == len(room):
                 self.flush()
@@ -340,11 +346,17 @@ class _Stream:
         block, self.block = self.block, None
         if block is None:
             return
-        block.shared(2)
+        block.shared(3)
+        self.writer.tensor_hashing.hand(lambda: _hash_tensors(block), block)
         self.writer.hashing.hand(lambda: self.sink.sha.update(block.data), block)
         self.writer.writing.hand(lambda: self.sink.write(block), block)
         if self.writer.progress is not None:
             self.writer.progress(block.used)
+
+
+def _hash_tensors(block: Block) -> None:
+    for first, end, sha in block.hashed:
+        sha.update(block.data[first:end])
 
 
 def _watched(stop: threading.Event, work: Callable[[], Any]) -> Any:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError
 from gptconvert.publish import fileops, source_reader
-from gptconvert.publish.digest import digest_tensors, sha256_of
+from gptconvert.publish.digest import sha256_of
 from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files
 from gptconvert.publish.values import Values, finite, is_float
 from gptconvert.tensors import (
@@ -34,7 +34,7 @@ from gptconvert.tensors import (
     Transposed,
 )
 from gptconvert.transforms import concatenate, take_rows
-from tests.helpers import computed_tensors, source_of, stored_tensors
+from tests.helpers import computed_tensors, examine, source_of, stored_tensors
 from tests.helpers import openai_checkpoint as tiny
 
 
@@ -65,7 +65,7 @@ class TestDigests:
         wte, w = tensors["wte"], tensors["h0/w"]
         rows = take_rows(wte, [(6, 9), (0, 2)])
         stacked = concatenate([rows, wte])
-        digests = digest_tensors(checkpoint(tensors), [wte, w, rows, stacked, tensors["empty"]])
+        digests = examine(checkpoint(tensors), [wte, w, rows, stacked, tensors["empty"]])
         picked = np.concatenate([data["wte"][6:9], data["wte"][:2]])
         assert digests.of(wte) == sha(data["wte"])
         assert digests.of(w) == sha(data["h0/w"])
@@ -79,13 +79,13 @@ class TestDigests:
         tensors = stored_tensors(tmp_path / "s", data)
         (part,) = tensors["wte"].segments() or ()
         halves = (Segment(part.path, part.offset, 16), Segment(part.path, part.offset + 16, part.nbytes - 16))
-        digests = digest_tensors(checkpoint(tensors), [tensors["wte"]])
+        digests = examine(checkpoint(tensors), [tensors["wte"]])
         assert digests.of(Stored(halves, np.dtype("f4"), (36,))) == sha(data["wte"])
 
     def test_computed_tensors_have_none(self, tmp_path: Path) -> None:
         tensors = stored_tensors(tmp_path / "s", arrays())
         turned = Transposed(tensors["wte"])
-        assert digest_tensors(checkpoint(tensors), [turned]).of(turned) is None
+        assert examine(checkpoint(tensors), [turned]).of(turned) is None
 
     def test_each_byte_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data = arrays()
@@ -95,7 +95,7 @@ class TestDigests:
         monkeypatch.setattr(fileops, "read", lambda *args: (read.append(args[1]), real(*args))[1])
         (part,) = tensors["wte"].segments() or ()
         halves = (Segment(part.path, part.offset, 16), Segment(part.path, part.offset + 16, part.nbytes - 16))
-        digest_tensors(checkpoint(tensors), [*tensors.values(), Stored(halves, np.dtype("f4"), (36,))])
+        examine(checkpoint(tensors), [*tensors.values(), Stored(halves, np.dtype("f4"), (36,))])
         assert sum(read) == sum(array.nbytes for array in data.values())
 
     def test_sha256_of_any_tensor(self, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ class TestChecksums:
     def test_right_ones_pass(self, tmp_path: Path) -> None:
         data = arrays()
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data)
-        assert digest_tensors(checkpoint(tensors)).notes == ()
+        assert examine(checkpoint(tensors)).notes == ()
 
     @pytest.mark.parametrize("byte", [1, 100, 1 + 9 * 4 * 4, -1])
     def test_one_flipped_bit_names_tensor_and_file(self, tmp_path: Path, byte: int) -> None:
@@ -131,7 +131,7 @@ class TestChecksums:
         content[byte] ^= 1
         (tmp_path / "s").write_bytes(content)
         with pytest.raises(InputError, match="crc32c checksum does not match; expected 0x") as caught:
-            digest_tensors(checkpoint(tensors))
+            examine(checkpoint(tensors))
         assert caught.value.tensor == ("wte" if 0 < byte <= 9 * 4 * 4 else "h0/w")
         assert caught.value.path == str(tmp_path / "s")
         assert "mixed" in str(caught.value.hint)
@@ -142,13 +142,13 @@ class TestChecksums:
         data = arrays()
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data, wrong="wte")
         with pytest.raises(InputError, match="checksum"):
-            digest_tensors(checkpoint(tensors), [take_rows(tensors["wte"], [(0, 1)])])
+            examine(checkpoint(tensors), [take_rows(tensors["wte"], [(0, 1)])])
 
     def test_all_damaged_tensors_are_listed(self, tmp_path: Path) -> None:
         data = arrays(nan=np.full(3, np.nan, "f4"))
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data, wrong="wte")
         with pytest.raises(InputError, match="2 tensors are damaged") as caught:
-            digest_tensors(checkpoint(tensors))
+            examine(checkpoint(tensors))
         assert "wte: crc32c" in str(caught.value)
         assert "nan: 3 of 3 values" in str(caught.value)
 
@@ -156,8 +156,8 @@ class TestChecksums:
         data = arrays(adam=np.full(3, np.nan, "f4"))
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data, wrong="adam")
         with pytest.raises(InputError, match="adam"):
-            digest_tensors(checkpoint(tensors))
-        assert digest_tensors(checkpoint(tensors, dropped=("adam",))).notes == ()
+            examine(checkpoint(tensors))
+        assert examine(checkpoint(tensors, dropped=("adam",))).notes == ()
 
     @pytest.mark.parametrize("algorithm", ["crc32", "crc32c"])
     def test_of_a_run_of_bytes(self, tmp_path: Path, algorithm: str) -> None:
@@ -171,10 +171,10 @@ class TestChecksums:
             recorded = FileChecksum(whole, algorithm, value if right else value ^ 1, "archive/data/0")
             case = checkpoint(dataclasses.replace(tensors, checksums=(recorded,)))
             if right:
-                assert digest_tensors(case, [tensors["wte"]]).of(tensors["wte"]) == sha(data["wte"])
+                assert examine(case, [tensors["wte"]]).of(tensors["wte"]) == sha(data["wte"])
                 continue
             with pytest.raises(InputError, match=f"archive/data/0: {algorithm} checksum does not match"):
-                digest_tensors(case)
+                examine(case)
 
     def test_of_bytes_that_only_dropped_tensors_use_is_passed_over(self, tmp_path: Path) -> None:
         tensors = stored_tensors(tmp_path / "s", arrays())
@@ -184,7 +184,7 @@ class TestChecksums:
         def fails(segment: Segment) -> bool:
             wrong = FileChecksum(segment, "crc32", 0xBAD, "member")
             try:
-                digest_tensors(checkpoint(dataclasses.replace(tensors, checksums=(wrong,)), dropped=("h0/w",)))
+                examine(checkpoint(dataclasses.replace(tensors, checksums=(wrong,)), dropped=("h0/w",)))
             except InputError:
                 return True
             return False
@@ -207,29 +207,29 @@ class TestValues:
         with pytest.raises(
             InputError, match=r"w: 2 of 15 values are NaN or infinite, the first at \[1, 2\]"
         ) as caught:
-            digest_tensors(checkpoint(tensors))
+            examine(checkpoint(tensors))
         assert "--allow-nonfinite" in str(caught.value.hint)
-        notes = digest_tensors(checkpoint(tensors), allow_nonfinite=True).notes
+        notes = examine(checkpoint(tensors), allow_nonfinite=True).notes
         assert notes == ("w: 2 of 15 values are NaN or infinite, the first at [1, 2]",)
 
     def test_large_values_whose_sum_overflows_are_fine(self, tmp_path: Path) -> None:
         array = np.full(100, np.finfo(np.float32).max)
-        assert digest_tensors(checkpoint(stored_tensors(tmp_path / "s", {"w": array}))).notes == ()
+        assert examine(checkpoint(stored_tensors(tmp_path / "s", {"w": array}))).notes == ()
 
     def test_integers_have_no_nan(self, tmp_path: Path) -> None:
         array = np.array([0x7FC00000, -1], np.int32)
-        assert digest_tensors(checkpoint(stored_tensors(tmp_path / "s", {"w": array}))).notes == ()
+        assert examine(checkpoint(stored_tensors(tmp_path / "s", {"w": array}))).notes == ()
 
     def test_of_tensors_that_lie_in_no_file(self) -> None:
         tensors = computed_tensors({"w": np.array([[1, 2], [np.inf, 4]], np.float32), "step": np.array([7])})
         with pytest.raises(InputError, match=r"w: 1 of 4 values are NaN or infinite, the first at \[1, 0\]"):
-            digest_tensors(checkpoint(tensors))
+            examine(checkpoint(tensors))
 
     def test_all_zeros_are_noted_except_in_biases(self, tmp_path: Path) -> None:
         zeros = {name: np.zeros((2, 3), "f4") for name in ("h.0.w", "ln/g", "h/b", "h.0.bias", "ln.beta")}
         zeros["almost"] = np.array([0, 0, 0, 1e-45], np.float32)
         zeros["half"] = np.zeros(3, BFLOAT16)
-        notes = digest_tensors(checkpoint(stored_tensors(tmp_path / "s", zeros))).notes
+        notes = examine(checkpoint(stored_tensors(tmp_path / "s", zeros))).notes
         assert set(notes) == {"h.0.w is all zeros", "ln/g is all zeros", "half is all zeros"}
 
     def test_elements_that_straddle_files(self, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ class TestValues:
         parts = (Segment(str(tmp_path / "a"), 0, 6), Segment(str(tmp_path / "b"), 0, 6))
         tensors = TensorSet({"w": Stored(parts, np.dtype("f4"), (3,))}, ())
         with pytest.raises(InputError, match=r"1 of 3 values are NaN or infinite, the first at \[1\]"):
-            digest_tensors(checkpoint(tensors))
+            examine(checkpoint(tensors))
 
 
 @settings(max_examples=50, deadline=None)
@@ -297,18 +297,18 @@ class TestReading:
         tensors = stored_tensors(tmp_path / "s", arrays())
         (tmp_path / "s").write_bytes(b"short")
         with pytest.raises(InputError, match="truncated; expected 145 bytes, found 5 bytes"):
-            digest_tensors(checkpoint(tensors))
+            examine(checkpoint(tensors))
 
     def test_stops_when_told(self, tmp_path: Path) -> None:
         stop = threading.Event()
         stop.set()
         tensors = stored_tensors(tmp_path / "s", arrays())
         with pytest.raises(StoppedError):
-            digest_tensors(checkpoint(tensors), stop=stop)
+            examine(checkpoint(tensors), stop=stop)
         with pytest.raises(StoppedError):
             digest_files(tensors.files, stop)
         with pytest.raises(StoppedError):
-            digest_tensors(checkpoint(computed_tensors(arrays())), stop=stop)
+            examine(checkpoint(computed_tensors(arrays())), stop=stop)
 
     def test_keeps_one_file_open(self, tmp_path: Path) -> None:
         for name in "ab":
@@ -322,7 +322,7 @@ class TestReading:
 
 def test_a_real_checkpoint_is_clean(tmp_path: Path) -> None:
     case = tiny(tmp_path)
-    digests = digest_tensors(case, case.weights.values())
+    digests = examine(case, case.weights.values())
     stored = [weight for weight in case.weights.values() if weight.segments() is not None]
     assert len(stored) > 10
     assert all(digests.of(weight) == sha(weight.read()) for weight in stored)

@@ -198,6 +198,14 @@ class TestStraightToTheDisk:
         write_files(str(tmp_path), [large])
         assert bypassing == []
 
+    def test_large_files_even_if_they_are_read_next(
+        self, tmp_path: Path, large: PlannedFile, bypassing: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sink, "MOST_CACHED", large.nbytes - 1)
+        (written,) = write_files(str(tmp_path), [large])
+        check(tmp_path, large, written)
+        assert bypassing == [(True, True)]
+
     def test_a_file_system_that_cannot(
         self, tmp_path: Path, large: PlannedFile, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -17,6 +17,7 @@ from fixtures.make_originals import JAX_CONFIG, jax_config, jax_model, write_gol
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.sources import mesh_jax
 from gptconvert.tensors import BFLOAT16, total
+from tests.helpers import examine
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
 
 FOLDER = ORIGINALS / "mesh-jax"
@@ -222,16 +223,14 @@ def test_without_a_configuration_the_released_sizes_are_told_by_the_shapes() -> 
 
 def test_checksums_are_compared(tmp_path: Path) -> None:
     """A flipped byte anywhere in a shard's arrays is found when the weights are read."""
-    from gptconvert.publish.digest import digest_tensors
-
     folder = copied(tmp_path, "mesh-jax")
-    digest_tensors(understood(folder))
+    examine(understood(folder))
     path = shard(folder, 2) / "4.npz"
     data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(data)
     with pytest.raises(InputError, match="crc32 checksum does not match"):
-        digest_tensors(understood(folder))
+        examine(understood(folder))
 
 
 @pytest.mark.parametrize(

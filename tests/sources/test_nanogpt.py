@@ -14,10 +14,9 @@ import pytest
 from fixtures import foreign
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.families import Request
-from gptconvert.publish.digest import digest_tensors
 from gptconvert.sources import nanogpt
 from gptconvert.sources.source import OpenOptions
-from tests.helpers import checkpoint_of
+from tests.helpers import checkpoint_of, examine
 from tests.sources.foreign import ORIGINALS, PLAIN, gap, gpt2_arrays, opened, same_weights
 
 ARGUMENTS: dict[str, Any] = {
@@ -126,9 +125,9 @@ def test_optimizer_is_never_read(tmp_path: Path) -> None:
         (tmp_path / "ckpt.pt").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         if harmful:
             with pytest.raises(InputError, match="crc32 checksum"):
-                digest_tensors(checkpoint)
+                examine(checkpoint)
         else:
-            digest_tensors(checkpoint)
+            examine(checkpoint)
 
 
 def test_untied_by_a_copy_of_the_same_bytes_stays_right(tmp_path: Path) -> None:
