@@ -22,7 +22,7 @@ from benchmarks.speed import report
 GPTCONVERT = [sys.executable, "-m", "gptconvert"]
 
 
-def conversions(size: str, data: Path, rounds: int) -> str:
+def conversions(size: str, data: Path, rounds: int, *, memory_at_hand: bool = False) -> str:
     """Wall time and memory of conversions of one checkpoint, interleaved with ``cp`` of its bytes."""
     source, output, hf = openai_checkpoint(size, data), data / "out", data / f"{size}-hf"
     weights = source / "model.ckpt.data-00000-of-00001"
@@ -43,7 +43,7 @@ def conversions(size: str, data: Path, rounds: int) -> str:
         "openai-tf → onnx, verified": [*GPTCONVERT, "openai-tf", str(source), *to],
         "hf → onnx, verified": [*GPTCONVERT, "hf", str(hf), *to],
     }
-    runs = interleaved(commands, rounds, output, ballast=weights)
+    runs = interleaved(commands, rounds, output, ballast=weights if memory_at_hand else None)
     shutil.rmtree(hf)
     return _table(f"{size} ({weights.stat().st_size / 1e9:.2f} GB)", runs, base="cp")
 
@@ -91,12 +91,16 @@ def main() -> None:
     parser.add_argument("sizes", nargs="*", default=["124M", "1558M"], choices=SIZES)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="where checkpoints go")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--memory-at-hand", action="store_true", help="do not start from rest, but where cp finds free memory at once"
+    )
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=GRAPH", help="another export to time")
     given = parser.parse_args()
     peers = {name: Path(path) for name, path in (peer.split("=", 1) for peer in given.peer)}
     print(latencies(given.sizes[-1], given.data), end="\n\n", flush=True)
     for size in given.sizes:
-        print(conversions(size, given.data, given.rounds), end="\n\n", flush=True)
+        table = conversions(size, given.data, given.rounds, memory_at_hand=given.memory_at_hand)
+        print(table, end="\n\n", flush=True)
     print(f"124M, tokens per second (× = gptconvert / other)\n\n{speeds('124M', given.data, peers)}", flush=True)
 
 

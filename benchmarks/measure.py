@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 SAMPLE_SECONDS = 0.01
+REST_SECONDS = 6
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,17 @@ def interleaved(
 ) -> dict[str, list[Run]]:
     """Run every command ``rounds`` times, in turn, so that drift of the machine hits all alike.
 
-    Before each, ``output`` is made an empty directory and what earlier runs wrote is forced to disk. A file given as
-    ``ballast`` is copied to ``output`` and removed first: on a virtual machine memory that has lain free for seconds
-    must be had from the host again, which takes longer than a copy, and so depends on who ran before.
+    Before each, ``output`` is made an empty directory and what earlier runs wrote is forced to disk. Then all start
+    from the same state. What matters is free memory: a virtual machine gives back to its host what has lain free for
+    seconds, and getting it again takes longer than copying does.
+
+    Args:
+        commands: by name.
+        rounds: how many.
+        output: where they write.
+        ballast: None: each starts after :data:`REST_SECONDS` of rest, and has to get the memory it needs, as whoever
+            starts one command does. A file: it is copied to ``output`` and removed first, so that as much memory as
+            a copy needs is at hand.
     """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(rounds):
@@ -82,10 +91,13 @@ def interleaved(
             if output is not None:
                 shutil.rmtree(output, ignore_errors=True)
                 output.mkdir(parents=True)
-                if ballast is not None:
+                os.sync()
+                if ballast is None:
+                    time.sleep(REST_SECONDS)
+                else:
                     shutil.copy(ballast, output / "ballast")
                     (output / "ballast").unlink()
-                os.sync()
+                    os.sync()
             result = run(command)
             if result.code:
                 raise RuntimeError(f"{name} exited with {result.code}:\n{result.output}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Protocol
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import UnsupportedError, UsageError
+from gptconvert.publish.source_reader import StoppedError
 from gptconvert.verify.greedy import held_against_onnx
+from gptconvert.verify.meanwhile import meanwhile
 from gptconvert.verify.onnx_artifact import verify_onnx
 from gptconvert.verify.openai_artifact import is_openai_folder, verify_openai
 from gptconvert.verify.probes import Level
@@ -50,6 +53,8 @@ VERIFIERS: Mapping[str, Callable[[Checkpoint, str, str, Level, Stage], ArtifactR
     "tf": verify_saved_model,
     "openai-tf": verify_openai,
 }
+#: Kinds that nothing runs: they wait for the disk alone, and so are compared while others run.
+COMPARED_ONLY = frozenset({"safetensors", "openai-tf"})
 #: Files that announce safetensors weights.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -115,16 +120,33 @@ def verify(
     known: Mapping[str, Level] = {"default": "default", "full": "full"}
     if level not in known:
         raise UsageError("no such level of verification", expected=" or ".join(known), found=level)
-    report = Report(level)
-    for artifact in artifacts:
+    stage = _stages(progress)
+
+    def judge(artifact: Artifact, stage: Stage) -> ArtifactReport:
         started = time.monotonic()
-        found = VERIFIERS[artifact.kind](
-            checkpoint, artifact.path, artifact.shown_as, known[level], _stages(progress)
-        )
+        found = VERIFIERS[artifact.kind](checkpoint, artifact.path, artifact.shown_as, known[level], stage)
         found.seconds = time.monotonic() - started
-        report.artifacts.append(found)
-    _compare_texts(checkpoint, artifacts, report, _stages(progress))
+        return found
+
+    run = [artifact for artifact in artifacts if artifact.kind not in COMPARED_ONLY] or artifacts
+    rest = [artifact for artifact in artifacts if artifact not in run]
+    with meanwhile(lambda stop: {artifact: judge(artifact, _until(stop)) for artifact in rest}) as compared:
+        found = {artifact: judge(artifact, stage) for artifact in run}
+        stage("comparing weights", 0)
+        found |= compared.result()
+    report = Report(level, [found[artifact] for artifact in artifacts])
+    _compare_texts(checkpoint, artifacts, report, stage)
     return report
+
+
+def _until(stop: threading.Event) -> Stage:
+    """Stages that nobody is told of, and that end when ``stop`` is set."""
+
+    def go_on(count: int) -> None:
+        if stop.is_set():
+            raise StoppedError
+
+    return lambda name, total: go_on
 
 
 def _compare_texts(checkpoint: Checkpoint, artifacts: Sequence[Artifact], report: Report, stage: Stage) -> None:

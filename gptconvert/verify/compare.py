@@ -1,4 +1,4 @@
-"""Rule 2: a candidate runs every probe, and each of its outputs is held against the truth in units of noise.
+"""Rule 2: each of a candidate's answers is held against the truth in units of noise.
 
 What no figure can excuse comes first: a run that fails, a wrong shape or type, NaN, a past that is not passed
 through, an output that does not depend on its input or depends on what comes after it.
@@ -7,17 +7,18 @@ through, an output that does not depend on its input or depends on what comes af
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from gptconvert.tensors import Array
+from gptconvert.verify.asking import Answers
 from gptconvert.verify.metrics import EPSILON, Errors, Likeness, Measure
 from gptconvert.verify.packing import Row
 from gptconvert.verify.probes import Probe
-from gptconvert.verify.runners import Feeds, Outputs, RunError, Runner
+from gptconvert.verify.runners import Outputs, RunError
 from gptconvert.verify.tasks import SHAPES, is_pooled, pooled_tokens, shape_of
 from gptconvert.verify.truth import Truth, tensor_of
 from reference_model.config import GPTConfig
@@ -59,72 +60,52 @@ class Group:
 
 
 class Trial:
-    """One candidate against one truth.
+    """One candidate's answers against one truth.
 
     Args:
-        runner: the candidate.
-        truth: for the probes to run.
+        answers: what the candidate gave for the probes of ``truth``.
+        compute: its computing type.
+        truth: for the same probes.
         config: the architecture.
         groups: found so far, by name; added to.
-        answers: what the candidate already gave for some of the probes.
     """
 
     def __init__(
-        self,
-        runner: Runner,
-        truth: Truth,
-        config: GPTConfig,
-        groups: dict[str, Group],
-        answers: Mapping[Probe, Outputs] | None = None,
+        self, answers: Answers, compute: str, truth: Truth, config: GPTConfig, groups: dict[str, Group]
     ) -> None:
-        self.runner, self.truth, self.config, self.groups = runner, truth, config, groups
-        self.answers = answers or {}
+        self.answers, self.compute, self.truth, self.config, self.groups = answers, compute, truth, config, groups
         self.prompts: list[tuple[Row, Array]] = []
-        self.first: tuple[Probe, Outputs] | None = None
         self.over_all: dict[str, tuple[float, float, float]] = {}
 
-    def run(self, advance: Callable[[int], None] | None = None) -> None:
-        """Run every probe, in every way it asks for. ``advance`` is told that one more is done."""
-        for probe in dict.fromkeys(row.probe for row in self.truth.pack.rows):
-            self._try(probe, probe.groups)
-            if probe.chunks:
-                self._try(probe, (CHUNKED,) * len(probe.groups), chunked=True)
-            if advance is not None:
-                advance(1)
+    def judge(self) -> None:
+        """Count every answer in."""
+        for (probe, chunked), answer in self.answers.items():
+            self._judge(probe, answer, chunked)
         for (a, first), (b, second) in pairwise(self.prompts):
             self._check_causality(a, first, b, second)
 
-    def _try(self, probe: Probe, names: Sequence[str], *, chunked: bool = False) -> None:
-        """Run one probe in one way; row r of the batch counts for the group ``names[r]``."""
+    def _judge(self, probe: Probe, answer: Outputs | RunError, chunked: bool) -> None:
+        """Count one answer in; row r of the batch counts for the r-th of the probe's groups."""
+        names = (CHUNKED,) * len(probe.groups) if chunked else probe.groups
         groups = [self.groups.setdefault(name, Group(name)) for name in names]
         rows = [row for row in self.truth.pack.rows if row.probe is probe]
         if chunked:
             rows = [row.beginning(sum(probe.chunks)) for row in rows]
-        try:
-            outputs = self._outputs(probe, chunked)
-            problems = list(faults(outputs, rows[0].probe, self.config, self.runner))
-        except RunError as error:
-            problems = [f"the runtime refused to run it: {error}"]
+        if isinstance(answer, RunError):
+            problems = [f"the runtime refused to run it: {answer}"]
+        else:
+            problems = list(faults(answer, rows[0].probe, self.config, self.compute))
         for group in groups:
             group.problems += [p for p in problems if p not in group.problems]
             group.probes += [probe] if not chunked and probe not in group.probes else []
-        if problems:
+        if problems or isinstance(answer, RunError):
             return
-        for row in rows:
-            self._count(row, outputs, groups[row.row])
         output = next(iter(SHAPES[self.config.task]))
-        if not chunked and probe.is_prompt and not is_pooled(self.config, output):
-            self.prompts.append((rows[0], outputs.named[output].reshape(len(rows[0].new), -1)[:AT_ONCE].copy()))
-        if not chunked and probe.is_prompt and probe.tokens == 1:
-            self.first = probe, outputs
-
-    def _outputs(self, probe: Probe, chunked: bool) -> Outputs:
-        """What the candidate gives, unless it is known."""
-        if not chunked:
-            return self.answers.get(probe) or whole(self.runner, probe, self.config)
-        start = probe.beginning(1)
-        known = self.first is not None and np.array_equal(self.first[0].input_ids, start.input_ids)
-        return in_chunks(self.runner, probe, self.config, self.first[1] if self.first and known else None)
+        for row in rows:
+            self._count(row, answer, groups[row.row])
+            if not chunked and probe.is_prompt(row.row) and not is_pooled(self.config, output):
+                own = answer.named[output].reshape(*probe.input_ids.shape, -1)[row.row]  # (S, width)
+                self.prompts.append((row, own[:AT_ONCE]))
 
     def _count(self, row: Row, outputs: Outputs, group: Group) -> None:
         """Count one row's real tokens in."""
@@ -148,7 +129,7 @@ class Trial:
         truth, noise = self.truth.values[name][row.tokens][only], self.truth.noise[name]
         if not len(truth):
             return
-        epsilon = EPSILON[self.runner.compute]
+        epsilon = EPSILON[self.compute]
         measure = group.measures.setdefault(name, Measure(name, epsilon))
         typical, usual_rmse, usual_max = self._over_all(name)
         measure.typical = max(measure.typical, typical)
@@ -173,10 +154,10 @@ class Trial:
     def _check_causality(self, a: Row, first: Array, b: Row, second: Array) -> None:
         """Two prompts that begin alike: outputs must be alike up to where the ids differ, and not from there on."""
         n = min(len(first), len(second))
-        differ = np.flatnonzero(a.probe.input_ids[0, :n] != b.probe.input_ids[0, :n])
+        differ = np.flatnonzero(a.probe.input_ids[a.row, :n] != b.probe.input_ids[b.row, :n])
         start = int(differ[0]) if len(differ) else n
         name = next(iter(SHAPES[self.config.task]))
-        groups = [self.groups[row.probe.groups[0]] for row in (a, b)]
+        groups = [self.groups[row.probe.groups[row.row]] for row in (a, b)]
         noise = sum(group.measures[name].most for group in groups)
         changes = np.abs(np.subtract(first[:n], second[:n], dtype=np.float64)).max(1)  # (n)
         exact = [self.truth.values[name][row.tokens][:n] for row in (a, b)]
@@ -187,39 +168,7 @@ class Trial:
             groups[1].problems.append("the output does not depend on the input")
 
 
-def feeds_of(probe: Probe, config: GPTConfig) -> Feeds:
-    """The arrays of a probe."""
-    past = [probe.past(i, config) for i in range(config.n_layer)] if probe.past_length else []
-    chosen = pooled_tokens(config, probe) if config.task == "multiple-choice" else None
-    return Feeds(probe.input_ids, probe.attention_mask, probe.position_ids, past, chosen)
-
-
-def whole(runner: Runner, probe: Probe, config: GPTConfig) -> Outputs:
-    """Run a probe as it is."""
-    return runner.run(feeds_of(probe, config), runner.kv_cache and probe.compare_presents)
-
-
-def in_chunks(runner: Runner, probe: Probe, config: GPTConfig, first: Outputs | None = None) -> Outputs:
-    """Run a probe piece by piece, each with the keys and values the candidate itself returned before.
-
-    ``first`` is what it gave for the first token, if known.
-    """
-    feeds, start = feeds_of(probe, config), 0
-    pieces: list[Outputs] = []
-    if first is not None and first.presents and probe.chunks[0] == 1:
-        pieces, start = [first], 1
-    for size in probe.chunks[len(pieces) :]:
-        stop = start + size
-        now = slice(start, stop)
-        past = pieces[-1].presents if pieces else ()
-        mask = feeds.attention_mask[:, :stop]
-        pieces.append(runner.run(Feeds(feeds.input_ids[:, now], mask, feeds.position_ids[:, now], past), True))
-        start = stop
-    named = {name: np.concatenate([piece.named[name] for piece in pieces], 1) for name in pieces[0].named}
-    return Outputs(named, pieces[-1].presents if probe.compare_presents else ())
-
-
-def faults(outputs: Outputs, probe: Probe, config: GPTConfig, runner: Runner) -> Iterator[str]:
+def faults(outputs: Outputs, probe: Probe, config: GPTConfig, compute: str) -> Iterator[str]:
     """What is wrong with a run's outputs before any figure is taken."""
     batch, new_tokens = probe.input_ids.shape
     total = probe.past_length + new_tokens
@@ -232,8 +181,8 @@ def faults(outputs: Outputs, probe: Probe, config: GPTConfig, runner: Runner) ->
     for name, array in arrays.items():
         if array.shape != shapes[name]:
             yield f"{name} has shape {list(array.shape)}, expected {list(shapes[name])}"
-        elif array.dtype.name != runner.compute:
-            yield f"{name} has type {array.dtype}, expected {runner.compute}"
+        elif array.dtype.name != compute:
+            yield f"{name} has type {array.dtype}, expected {compute}"
         elif not np.isfinite(array).all():
             yield f"{name} has NaN or infinite values"
         elif name in outputs.named and array.size > 1 and np.ptp(array) == 0:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.tensors import Array
-from gptconvert.verify.compare import Group, Trial, whole
+from gptconvert.verify.asking import whole
+from gptconvert.verify.compare import Group, Trial
 from gptconvert.verify.metrics import EPSILON, Errors, Measure
 from gptconvert.verify.onnx_file import OnnxFile
 from gptconvert.verify.onnx_runner import Binding, OnnxRunner
@@ -38,7 +39,7 @@ def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, gr
     except RunError:
         return None
     found: dict[str, Group] = {}
-    Trial(runner, truth, config, found, {probe: outputs}).run()
+    Trial({(probe, False): outputs}, binding.compute, truth, config, found).judge()
     bad = [m.tensor for group in found.values() for m in group.measures.values() if not m.ok]
     presents = sorted((name for name in bad if name.startswith("present.")), key=_layer)
     tap = next((name for name in taps if not _tap_ok(name, outputs, probe, truth)), None)

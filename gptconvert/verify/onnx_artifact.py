@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import threading
+from collections.abc import Mapping, Sequence
 
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.verify.compare import Group, Trial, whole
+from gptconvert.publish.source_reader import StoppedError
+from gptconvert.tensors import LazyTensor
+from gptconvert.verify.asking import ask
+from gptconvert.verify.compare import Group, Trial
 from gptconvert.verify.contract import check_contract
 from gptconvert.verify.localise import first_bad_block
+from gptconvert.verify.meanwhile import half_the_cores, meanwhile, torch_threads
 from gptconvert.verify.onnx_file import OnnxFile, open_onnx
 from gptconvert.verify.onnx_runner import Binding, OnnxRunner, bind
 from gptconvert.verify.probes import Level, Probe, make_probes, waves
 from gptconvert.verify.report import ArtifactReport, RunReport, Stage
-from gptconvert.verify.runners import Outputs, RunError, available_memory, importing
-from gptconvert.verify.truth import TruthPass
-from gptconvert.verify.weights import as_stored, check_onnx
+from gptconvert.verify.runners import available_memory
+from gptconvert.verify.truth import Truth, TruthPass
+from gptconvert.verify.weights import (
+    as_stored,
+    compare,
+    in_one_piece,
+    match_by_content,
+    pair_up,
+)
 from reference_model.config import GPTConfig
 
 #: Up to this many bytes of weights the model is also run as a user's plain session would run it: that copies them.
 SMALL_MODEL = 600 << 20
 IN_PLACE, DEFAULT = "onnxruntime, weights in place", "onnxruntime, default options"
+LENT = "onnxruntime, the source's weights in place (equal to the file's)"
 
 
 def verify_onnx(checkpoint: Checkpoint, path: str, shown_as: str, level: Level, stage: Stage) -> ArtifactReport:
     """Verify one graph file and its external data.
+
+    The weights of our own files are compared while the graph runs. A small model runs with those in the file; a large
+    one with the source's, which must turn out to be the same bytes: they are in memory already, and to have a second
+    copy there takes longer than all runs together.
 
     Raises:
         InputError: the file cannot be read as a model.
@@ -32,78 +49,100 @@ def verify_onnx(checkpoint: Checkpoint, path: str, shown_as: str, level: Level, 
     """
     file = open_onnx(path)
     checkpoint = as_stored(checkpoint, file.initializers.values())
-    with importing("torch"):  # a second on one core; comparing leaves one half idle
-        weights = check_onnx(file, checkpoint.weights, stage("comparing weights", checkpoint.nbytes))
+    weights, pairs = pair_up(file, checkpoint.weights) if file.ours else match_by_content(file, checkpoint.weights)
     report = ArtifactReport("onnx", shown_as, weights)
     if file.ours:
         report.problems = check_contract(file, checkpoint.config)
-    if not report.weights.ok or report.problems:
-        return report  # what computes with the wrong weights computes the wrong thing
-    binding = bind(file, checkpoint.config)
-    probes = make_probes(
-        checkpoint.config,
-        kv_cache=bool(binding.past),
-        free_positions="position_ids" in binding.inputs,
-        level=level,
-    )
-    report.probes = [probe.as_dict() for probe in probes]
-    report.runs = _run(file, binding, checkpoint, probes, stage)
+    if weights.ok and not report.problems:
+        with meanwhile(lambda stop: compare(weights, pairs, stop=stop)) as compared:
+            trial = _Runs(file, checkpoint, {} if _is_small(file) else in_one_piece(pairs), level, stage)
+            report.probes = [probe.as_dict() for probe in trial.probes]
+            runs = trial.run()
+            stage("comparing weights", 0)
+            compared.result()
+        if weights.ok:  # what computes with the wrong weights computes the wrong thing
+            trial.locate_errors(runs)
+            report.runs = runs
+    else:
+        compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
     return report
 
 
-def _run(
-    file: OnnxFile, binding: Binding, checkpoint: Checkpoint, probes: tuple[Probe, ...], stage: Stage
-) -> list[RunReport]:
-    """Rule 2: wave by wave the truth, then one session after the other against it.
+def _is_small(file: OnnxFile) -> bool:
+    return file.weight_bytes <= min(SMALL_MODEL, available_memory() // 4)
 
-    Any model is run with its weights where they are; one whose copy fits easily also as a user's session runs it.
+
+class _Runs:
+    """Rule 2: wave by wave, one session after the other against the truth.
+
+    Any model is run with its weights where they are, side by side with the truth, each on half of the cores; one
+    whose copy fits easily also as a user's session runs it.
+
+    Args:
+        file: the checked file.
+        checkpoint: weights as stored in it.
+        lent: weights not to be taken from the file, by name.
+        level: how much is asked.
+        stage: told about progress.
     """
-    config = checkpoint.config
-    small = file.weight_bytes <= min(SMALL_MODEL, available_memory() // 4)
-    names = (IN_PLACE, DEFAULT) if small else (IN_PLACE,)
-    found: dict[str, dict[str, Group]] = {name: {} for name in names}
-    in_place = OnnxRunner(file, binding, config)
-    for wave in waves(probes):
-        _run_wave(file, binding, checkpoint, wave, in_place, found, stage)
-    reports = [RunReport(name, list(groups.values())) for name, groups in found.items()]
-    for run in reports:
-        if not run.ok:
-            stage("locating the error", 0)
-            run.first_bad = first_bad_block(file, binding, checkpoint, run.groups)
-    return reports
 
+    def __init__(
+        self, file: OnnxFile, checkpoint: Checkpoint, lent: Mapping[str, LazyTensor], level: Level, stage: Stage
+    ) -> None:
+        self.file, self.checkpoint, self.lent, self.stage = file, checkpoint, lent, stage
+        self.config: GPTConfig = checkpoint.config
+        self.binding: Binding = bind(file, self.config)
+        self.beside = LENT if lent else IN_PLACE
+        self.names = (self.beside, DEFAULT) if _is_small(file) else (self.beside,)
+        self.probes = make_probes(
+            self.config,
+            kv_cache=bool(self.binding.past),
+            free_positions="position_ids" in self.binding.inputs,
+            level=level,
+        )
 
-def _run_wave(
-    file: OnnxFile,
-    binding: Binding,
-    checkpoint: Checkpoint,
-    wave: Sequence[Probe],
-    in_place: OnnxRunner,
-    found: dict[str, dict[str, Group]],
-    stage: Stage,
-) -> None:
-    """One wave of probes; its truth, which may be large, is gone on return."""
-    config = checkpoint.config
-    stage(f"running {IN_PLACE}", 0)
-    early = _long_pasts(in_place, wave, config)
-    advance = stage("computing the truth", config.n_layer)
-    truth = TruthPass(checkpoint, wave, binding.compute, presents=bool(binding.past)).run(advance)
-    for name, groups in found.items():
-        advance = stage(f"running {name}", len(wave))
-        runner = in_place if name == IN_PLACE else OnnxRunner(file, binding, config, prepack=True)
-        Trial(runner, truth, config, groups, early if name == IN_PLACE else None).run(advance)
+    def run(self) -> list[RunReport]:
+        """All probes on all sessions."""
+        found: dict[str, dict[str, Group]] = {name: {} for name in self.names}
+        for wave in waves(self.probes):
+            self._run_wave(wave, found)
+        return [RunReport(name, list(groups.values())) for name, groups in found.items()]
 
+    def locate_errors(self, runs: Sequence[RunReport]) -> None:
+        """Say of runs that failed where the error begins."""
+        for run in runs:
+            if not run.ok:
+                self.stage("locating the error", 0)
+                run.first_bad = first_bad_block(self.file, self.binding, self.checkpoint, run.groups)
 
-def _long_pasts(runner: OnnxRunner, wave: Sequence[Probe], config: GPTConfig) -> dict[Probe, Outputs]:
-    """Answers to the probes with a long past, taken before the truth needs memory.
+    @functools.cached_property
+    def in_place(self) -> OnnxRunner:
+        """The session that runs beside the truth."""
+        return OnnxRunner(self.file, self.binding, self.config, lent=self.lent, threads=half_the_cores())
 
-    onnxruntime holds every layer's keys and values at once, asked for or not: 600 MB for GPT-2 1558M.
-    """
-    answers = {}
-    for probe in wave:
-        if probe.shared_past:
-            try:
-                answers[probe] = whole(runner, probe, config)
-            except RunError:
-                continue  # it will fail again, where failures are reported
-    return answers
+    def _run_wave(self, wave: Sequence[Probe], found: dict[str, dict[str, Group]]) -> None:
+        """One wave of probes; its truth, which may be large, is gone on return."""
+        advance = self.stage(f"running {self.beside}", len(wave))
+        alone = threading.Event()
+        with meanwhile(lambda stop: self._truth(wave, stop, alone)) as computed:
+            answers = ask(self.in_place, wave, self.config, advance)
+            alone.set()
+            self.stage("computing the truth", 0)
+            truth = computed.result()
+        for name, groups in found.items():
+            if name == DEFAULT:
+                runner = OnnxRunner(self.file, self.binding, self.config, prepack=True)
+                answers = ask(runner, wave, self.config, self.stage(f"running {name}", len(wave)))
+            Trial(answers, self.binding.compute, truth, self.config, groups).judge()
+
+    def _truth(self, wave: Sequence[Probe], stop: threading.Event, alone: threading.Event) -> Truth:
+        """The truth, on half of the cores until it is ``alone``."""
+        with torch_threads() as use:
+
+            def go_on(layers: int = 0) -> None:
+                if stop.is_set():
+                    raise StoppedError
+                use(half_the_cores() * (2 if alone.is_set() else 1))
+
+            go_on()
+            return TruthPass(self.checkpoint, wave, self.binding.compute, presents=bool(self.binding.past)).run(go_on)

@@ -74,9 +74,12 @@ def open_onnx(path: str) -> OnnxFile:
     if not model.graph.node:
         raise InputError("is not an ONNX model", path=path, found="no nodes")
     problems: list[GptConvertError] = []
-    for tensor in filter(_is_external, _tensors(model.graph)):
+    for tensor in _tensors(model.graph):
         try:
-            _locate(path, tensor)
+            if _is_external(tensor):
+                _locate(path, tensor)
+            elif tensor.HasField("raw_data"):
+                _require_filled(tensor)
         except GptConvertError as error:
             problems.append(error)
     if problems:
@@ -96,7 +99,7 @@ def _worst(problems: list[GptConvertError], path: str) -> GptConvertError:
     shown = (unsafe or problems)[:10]
     lines = "\n".join(f"{p.tensor}: {p.message}" for p in shown)
     more = f"\n… {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-    return type(shown[0])(f"external data is unusable\n{lines}{more}", path=path, tensor=shown[0].tensor)
+    return type(shown[0])(f"tensor data is unusable\n{lines}{more}", path=path, tensor=shown[0].tensor)
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
@@ -135,6 +138,13 @@ def _locate(model_path: str, tensor: Any) -> Segment:
             tensor=name,
         )
     return Segment(path, offset, length)
+
+
+def _require_filled(tensor: Any) -> None:
+    """Raises unless a tensor inside the graph has the bytes that its type and shape call for."""
+    expected, found = _nbytes(tensor), len(tensor.raw_data)
+    if expected != found:
+        raise InputError(f"data does not fill its shape: {found} bytes, {expected} are needed", tensor=tensor.name)
 
 
 def _inside(model_path: str, location: str, tensor: str) -> str:

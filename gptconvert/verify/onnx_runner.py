@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.tensors import Array
+from gptconvert.tensors import BFLOAT16, Array, LazyTensor
 from gptconvert.verify.onnx_file import OnnxFile
 from gptconvert.verify.runners import Feeds, Outputs, RunError, one_line
 from reference_model.config import INPUTS, OUTPUTS, GPTConfig
@@ -19,6 +19,8 @@ from reference_model.config import INPUTS, OUTPUTS, GPTConfig
 LAYER = re.compile(r"\D*(\d+)\D*?(key|value)s?")
 #: Bytes of keys and values that may be held though nobody asked for them, and of a graph that may be copied.
 MOST_CACHE, MOST_GRAPH = 64 << 20, 64 << 20
+#: Optimisers that would hold every 16-bit weight in float32 from loading on.
+HOLDING_FLOAT32 = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ class OnnxRunner:
             (the default of onnxruntime). Else they stay in the file, and are converted as they are used.
         optimise: whether graph optimisation runs (the default).
         taps: further values to return; only without optimisation, which may remove them.
+        lent: weights to be used, where they lie in other files, instead of the file's own, by name.
+        threads: how many; 0: as many as there are cores.
     """
 
     def __init__(
@@ -146,11 +150,14 @@ class OnnxRunner:
         prepack: bool = False,
         optimise: bool = True,
         taps: Sequence[str] = (),
+        lent: Mapping[str, LazyTensor] | None = None,
+        threads: int = 0,
     ) -> None:
         self.binding, self.config, self.taps = binding, config, tuple(taps)
         self.kv_cache, self.free_positions = bool(binding.past), "position_ids" in binding.inputs
         self.compute = binding.compute
-        self._file, self._prepack, self._optimise = file, prepack, optimise
+        self._file, self._prepack, self._optimise, self._threads = file, prepack, optimise, threads
+        self._lent = {name: _value(tensor) for name, tensor in (lent or {}).items()}
         self._session = self._open([*file.outputs(), *taps] if taps else None)
         self._without_cache: Any = None
 
@@ -161,13 +168,16 @@ class OnnxRunner:
         file, skipped = self._file, list[str]()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        options.intra_op_num_threads = self._threads
         if not self._prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False  # an arena keeps what its largest run needed
             if any(tensor.dtype.itemsize == 2 for tensor in file.initializers.values()):
-                skipped.append("ConstantFolding")  # it would hold every weight in float32 from loading on
+                skipped = HOLDING_FLOAT32
         if not self._optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        for name, value in self._lent.items():
+            options.add_initializer(name, value)
         source: str | bytes = file.path
         if outputs is not None:
             source = _returning(file, outputs)
@@ -219,6 +229,17 @@ class OnnxRunner:
                 for name, array in zip(names, arrays, strict=True):
                     named[name] = array.astype(self.binding.cache_type, copy=False)
         return named
+
+
+def _value(tensor: LazyTensor) -> Any:
+    """onnxruntime's view of a tensor in a file, mapped; nothing is copied."""
+    import onnx
+    import onnxruntime
+
+    array, kind = tensor.read(), onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+    if array.dtype == BFLOAT16:
+        array = array.view(np.uint16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
 
 
 def _returning(file: OnnxFile, names: Sequence[str]) -> bytes:

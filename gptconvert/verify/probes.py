@@ -22,14 +22,32 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Level = Literal["default", "full"]
 
-#: Prompt lengths that are always run; the longest is also run in chunks.
-LENGTHS = (1, 2, 7, 64)
-#: The same for models so large that every further token takes long: what 24 tokens do not show, 64 do not either.
-LENGTHS_OF_LARGE = (1, 2, 7, 24)
 #: Weights in the blocks of a large model.
 LARGE = 1_000_000_000
-#: The longest of these probes repeats the length-7 one but for the id at this index: only what follows may change.
-CHANGED = 3
+#: The longest prompt repeats the shorter ones but for the id at this index: only what follows may change.
+CHANGED = 6
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is asked at level ``default``.
+
+    Attributes:
+        lengths: of prompts that run alone; the longest is also run in chunks.
+        masks: tokens of a row in the batch of masks, whose first row is a prompt too.
+        chunk: tokens of the last chunk at most.
+    """
+
+    lengths: tuple[int, ...]
+    masks: int
+    chunk: int
+
+
+USUAL = Amount(lengths=(1, 2, 7, 64), masks=5, chunk=5)
+#: Of large models every token costs, and every run is a pass over all weights. So the prompt of 7 runs in the batch
+#: of masks; what 64 tokens show 17 show too (more rows than a matrix kernel takes at once, and an odd one left over);
+#: and several new tokens after a past are asked where the past is random.
+OF_LARGE = Amount(lengths=(1, 2, 17), masks=7, chunk=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +88,11 @@ class Probe:
         """Number of tokens that are not masked out: what the truth costs."""
         return int(self.attention_mask[:, self.past_length :].sum())
 
-    @property
-    def is_prompt(self) -> bool:
-        """Whether it is a single sequence from position 0 on, with nothing before it and nothing left out."""
+    def is_prompt(self, row: int = 0) -> bool:
+        """Whether a row is a sequence from position 0 on, with nothing before it and nothing left out."""
         plain = np.arange(self.input_ids.shape[1])
-        return (
-            not self.past_length
-            and bool(self.attention_mask.all())
-            and np.array_equal(self.position_ids, plain[None])
-        )
+        whole = not self.past_length and bool(self.attention_mask[row].all())
+        return whole and np.array_equal(self.position_ids[row], plain)
 
     def beginning(self, count: int) -> Probe:
         """The same with the first ``count`` of its new tokens alone."""
@@ -139,7 +153,8 @@ class _Maker:
     def prompt(self) -> Integers:
         """A prompt as long as the context, [1, n_ctx]. First and last id of the vocabulary come up front."""
         prompt, last = self.ids(1, self.config.n_ctx), self.config.vocab_size - 1
-        prompt[:, :CHANGED] = np.array([last, 0, last])[: prompt[:, :CHANGED].shape[1]]
+        borders = [last, 0, last][: prompt.shape[1]]
+        prompt[:, : len(borders)] = borders
         return prompt
 
     def probe(self, groups: Sequence[str], mask: Sequence[str], past: int = 0, **fields: Any) -> Probe:
@@ -182,40 +197,33 @@ def make_probes(
         seed: of everything random.
     """
     make = _Maker(config, seed)
-    probes = [*_prompts(make, kv_cache, level), *_masks(make, 5)]
+    amount = USUAL if level == "full" else usual_amount(config)
+    probes = [*_prompts(make, amount, kv_cache, level), *_masks(make, amount.masks)]
     if level == "full":
         probes += _masks(make, 64)
     probes += _pasts(make, level) if kv_cache else _far_positions(make, free_positions)
     return (*probes, *_beyond_windows(make, kv_cache))
 
 
-def _prompts(make: _Maker, kv_cache: bool, level: Level) -> Iterator[Probe]:
+def _prompts(make: _Maker, amount: Amount, kv_cache: bool, level: Level) -> Iterator[Probe]:
     """One prompt of each length, nothing before it."""
     n_ctx = make.config.n_ctx
     changed = make.prompt.copy()
     changed[:, CHANGED : CHANGED + 1] = (changed[:, CHANGED : CHANGED + 1] + 1) % make.config.vocab_size
-    usual = LENGTHS if level == "full" else usual_lengths(make.config)
-    lengths = (*usual, n_ctx - 1, n_ctx) if level == "full" else usual
-    longest = min(max(usual), n_ctx)
+    lengths = (*amount.lengths, n_ctx - 1, n_ctx) if level == "full" else amount.lengths
+    longest = min(max(amount.lengths), n_ctx)
     for length in sorted({min(max(length, 1), n_ctx) for length in lengths}):
         ids = (changed if length > 7 else make.prompt)[:, :length]
-        chunks = _chunks(length) if kv_cache and 2 < length == longest else ()
+        # A prompt of one token, a past of one, a past of two: what is right for these is right for more.
+        chunks = (1, 1, min(amount.chunk, length - 2)) if kv_cache and 2 < length == longest else ()
         presents = length <= 64  # a whole cache of a large model would be a second model in memory
         yield make.probe([f"length {length}"], ["1" * length], ids=ids, chunks=chunks, compare_presents=presents)
 
 
-def usual_lengths(config: GPTConfig) -> tuple[int, ...]:
-    """The prompt lengths of level ``default``."""
+def usual_amount(config: GPTConfig) -> Amount:
+    """What is asked of a model at level ``default``."""
     weights = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.n_inner)
-    return LENGTHS_OF_LARGE if weights > LARGE else LENGTHS
-
-
-def _chunks(length: int) -> tuple[int, ...]:
-    """Pieces of 1, 1 and up to 5: a prompt of one token, a past of one, a past of several. ``length`` is 3 or more.
-
-    What is right for 7 tokens is right for more; each piece costs a pass over all weights.
-    """
-    return 1, 1, min(5, length - 2)
+    return OF_LARGE if weights > LARGE else USUAL
 
 
 def _masks(make: _Maker, length: int) -> Iterator[Probe]:

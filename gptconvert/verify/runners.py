@@ -5,11 +5,7 @@ The SavedModel runner of ``--to tf`` belongs here too, beside :class:`OnnxRunner
 
 from __future__ import annotations
 
-import importlib
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -113,21 +109,3 @@ def available_memory() -> int:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
         return 4 << 30  # not Linux: assume a small machine
-
-
-@contextmanager
-def importing(module: str) -> Iterator[None]:
-    """Import a module meanwhile, in a thread of its own; whoever needs it will be told what is wrong with it."""
-
-    def run() -> None:
-        with suppress(Exception):
-            importlib.import_module(module)
-
-    interval, thread = sys.getswitchinterval(), threading.Thread(target=run)
-    sys.setswitchinterval(1e-4)  # an import lets go of the interpreter only when it must
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-        sys.setswitchinterval(interval)

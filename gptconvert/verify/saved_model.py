@@ -18,6 +18,7 @@ from gptconvert.targets.saved_model.contract import XLA, cache_names, inputs_of,
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from gptconvert.tensors import LazyTensor
 from gptconvert.transforms import transpose
+from gptconvert.verify.asking import ask
 from gptconvert.verify.compare import Group, Trial
 from gptconvert.verify.probes import Level, Probe, default_positions, make_probes, waves
 from gptconvert.verify.report import ArtifactReport, RunReport, Stage
@@ -149,7 +150,8 @@ def _run(
     for wave in waves(probes):
         advance = stage("computing the truth", config.n_layer)
         truth = TruthPass(checkpoint, wave, runner.compute, presents=runner.kv_cache).run(advance)
-        Trial(runner, truth, config, groups).run(stage("running TensorFlow", len(wave)))
+        answers = ask(runner, wave, config, stage("running TensorFlow", len(wave)))
+        Trial(answers, runner.compute, truth, config, groups).judge()
     run = RunReport("TensorFlow", list(groups.values()))
     report.runs.append(run)
     if not run.ok:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.checkpoint import Checkpoint
-from gptconvert.publish.source_reader import SourceReader
+from gptconvert.publish.source_reader import ReadBack
 from gptconvert.tensors import BFLOAT16, Array, LazyTensor
 from gptconvert.transforms import cast, transpose
 from gptconvert.verify.onnx_file import OnnxFile
@@ -25,6 +26,9 @@ from gptconvert.verify.onnx_file import OnnxFile
 MOST_CONSTANT_ELEMENTS = 4096
 #: Types that weights are stored in.
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+
+#: Name, the weight as it should be in the file, and as it is.
+Pair = tuple[str, LazyTensor, LazyTensor]
 
 
 @dataclass
@@ -63,19 +67,16 @@ class WeightReport:
         }
 
 
-def first_difference(a: LazyTensor, b: LazyTensor) -> int | None:
-    """Index, in the flattened tensor, of the first element whose bytes differ; both have one type and shape."""
-    with SourceReader() as left_file, SourceReader() as right_file:
-        return _first_difference(_stream(a, left_file), _stream(b, right_file), a.dtype.itemsize)
+def first_difference(expected: LazyTensor, found: LazyTensor, stop: threading.Event | None = None) -> int | None:
+    """Index, in the flattened tensor, of the first element whose bytes differ; both have one type and shape.
 
-
-def _stream(tensor: LazyTensor, reader: SourceReader) -> Iterator[Array]:
-    """A tensor's bytes, block by block; read, not mapped, for one pass over them is faster so."""
-    place = tensor.segments()
-    if place is None:
-        yield from tensor.chunks()
-    else:
-        yield from (np.frombuffer(block, np.uint8) for block in reader.blocks(place))
+    Raises:
+        StoppedError: ``stop`` was set.
+    """
+    with ReadBack(stop) as written:
+        place = found.segments()
+        blocks = found.chunks() if place is None else (np.frombuffer(b, np.uint8) for b in written.blocks(place))
+        return _first_difference(expected.chunks(), blocks, expected.dtype.itemsize)
 
 
 def _first_difference(a: Iterator[Array], b: Iterator[Array], itemsize: int) -> int | None:
@@ -116,28 +117,52 @@ def _same_bytes(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
     )
 
 
-def difference(name: str, expected: LazyTensor, found: LazyTensor) -> str | None:
+def difference(name: str, expected: LazyTensor, found: LazyTensor, stop: threading.Event | None = None) -> str | None:
     """In what two tensors differ, in words; None: in nothing."""
     if expected.shape != found.shape:
         return f"{name}: expected shape {list(expected.shape)}, found {list(found.shape)}"
     if expected.dtype != found.dtype:
         return f"{name}: expected {expected.dtype}, found {found.dtype}"
-    index = first_difference(expected, found)
+    turned = _lies_turned(expected) and _lies_turned(found)
+    if turned:
+        expected, found = transpose(expected), transpose(found)
+    index = first_difference(expected, found, stop)
     if index is None:
         return None
     where = [int(i) for i in np.unravel_index(index, expected.shape)] if expected.shape else []
+    where = where[::-1] if turned else where
     return f"{name}: differs from its source, first at element {where}"
+
+
+def _lies_turned(tensor: LazyTensor) -> bool:
+    """Whether a tensor's bytes lie in a file in the order of its transpose."""
+    return tensor.segments() is None and len(tensor.shape) == 2 and transpose(tensor).segments() is not None
 
 
 def compare(
     report: WeightReport,
-    pairs: Iterable[tuple[str, LazyTensor, LazyTensor]],
+    pairs: Iterable[Pair],
     advance: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> WeightReport:
-    """Compare (name, expected, found) and count them in, two tensors at a time. ``advance`` is told bytes done."""
+    """Compare pairs and count them in, some tensors at a time.
+
+    Args:
+        report: added to, and returned.
+        pairs: what to compare.
+        advance: told bytes done.
+        stop: when set by another thread, comparing ends with :class:`StoppedError`.
+    """
     largest_first = sorted(pairs, key=lambda pair: -pair[1].nbytes)
+
+    def judge(pair: Pair) -> str | None:
+        verdict = difference(*pair, stop)
+        if advance is not None:
+            advance(pair[1].nbytes)
+        return verdict
+
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        verdicts = list(pool.map(lambda pair: _timed(difference, pair, advance), largest_first))
+        verdicts = list(pool.map(judge, largest_first))
     for (_, expected, _), verdict in zip(largest_first, verdicts, strict=True):
         if verdict is None:
             report.equal, report.nbytes = report.equal + 1, report.nbytes + expected.nbytes
@@ -145,24 +170,11 @@ def compare(
     return report
 
 
-def _timed(
-    judge: Callable[[str, LazyTensor, LazyTensor], str | None],
-    pair: tuple[str, LazyTensor, LazyTensor],
-    advance: Callable[[int], None] | None,
-) -> str | None:
-    verdict = judge(*pair)
-    if advance is not None:
-        advance(pair[1].nbytes)
-    return verdict
-
-
-def check_onnx(
-    file: OnnxFile, weights: Mapping[str, LazyTensor], advance: Callable[[int], None] | None = None
-) -> WeightReport:
-    """Rule 1 for an ONNX file: by name in our own, by content in anyone else's."""
-    if not file.ours:
-        return _match_by_content(file, weights)
-    report, pairs = WeightReport(len(weights)), []
+def pair_up(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightReport, list[Pair]]:
+    """What is to be compared in one of our own ONNX files, by name; the report says what there is nothing to compare
+    with.
+    """
+    report, pairs = WeightReport(len(weights)), list[Pair]()
     flips = orientations(file.model.graph)
     for name, weight in weights.items():
         found, uses = file.initializers.get(name), flips.get(name, {False})
@@ -175,7 +187,7 @@ def check_onnx(
     for name, tensor in file.initializers.items():
         if name not in weights and tensor.size > MOST_CONSTANT_ELEMENTS:
             report.problems.append(f"{name}: not a weight of this model")
-    return compare(report, pairs, advance)
+    return report, pairs
 
 
 def orientations(graph: Any) -> dict[str, set[bool]]:
@@ -199,8 +211,21 @@ def orientations(graph: Any) -> dict[str, set[bool]]:
     return uses
 
 
-def _match_by_content(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> WeightReport:
-    """How many weights stand somewhere in the file, in either orientation. Most comparisons end at once."""
+def in_one_piece(pairs: Iterable[Pair]) -> dict[str, LazyTensor]:
+    """The weights, by name, that lie in one run of a source's bytes, fit to be used from there as the file's own."""
+    return {
+        name: expected
+        for name, expected, found in pairs
+        if len(place := expected.segments() or ()) == 1
+        and place[0].offset % expected.dtype.itemsize == 0
+        and (expected.shape, expected.dtype) == (found.shape, found.dtype)
+    }
+
+
+def match_by_content(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightReport, list[Pair]]:
+    """How many weights stand somewhere in the file, in either orientation. Most comparisons end at once, and so
+    nothing is left to be compared.
+    """
     report = WeightReport(len(weights), strict=False)
     free = dict(file.initializers)
     for weight in weights.values():
@@ -210,7 +235,7 @@ def _match_by_content(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> Weig
                 report.equal, report.nbytes = report.equal + 1, report.nbytes + weight.nbytes
                 del free[name]
                 break
-    return report
+    return report, []
 
 
 def as_stored(checkpoint: Checkpoint, tensors: Iterable[LazyTensor]) -> Checkpoint:

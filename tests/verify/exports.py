@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from gptconvert.checkpoint import Checkpoint
@@ -16,8 +17,11 @@ from gptconvert.verify import Report, find_artifacts, verify
 from tests.helpers import checkpoint_of, tiny_gpt2, write_planned
 
 
-def tiny(directory: Path, seed: int = 0, **config: object) -> Checkpoint:
-    return checkpoint_of(*tiny_gpt2(seed, **config), directory)
+def tiny(directory: Path, seed: int = 0, *, dtype: Any = np.float32, start: int = 0, **config: object) -> Checkpoint:
+    """In a file, aligned as in most checkpoints unless it ``start``s at an odd byte."""
+    raw, arrays = tiny_gpt2(seed, **config)
+    directory.mkdir(exist_ok=True)
+    return checkpoint_of(raw, {n: array.astype(dtype) for n, array in arrays.items()}, directory, start=start)
 
 
 def export(directory: Path, checkpoint: Checkpoint, **options: Any) -> Path:

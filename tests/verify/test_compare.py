@@ -12,6 +12,7 @@ import torch
 
 from gptconvert.checkpoint import Checkpoint
 from gptconvert.families import Request
+from gptconvert.verify.asking import ask
 from gptconvert.verify.compare import CHUNKED, Group, Trial
 from gptconvert.verify.probes import make_probes
 from gptconvert.verify.runners import Feeds, Outputs, RunError, TorchRunner
@@ -37,7 +38,8 @@ def judge(checkpoint: Checkpoint, runner: Any, kv_cache: bool = True) -> dict[st
     probes = make_probes(checkpoint.config, kv_cache=kv_cache)
     truth = TruthPass(checkpoint, probes, "float32", presents=kv_cache).run()
     groups: dict[str, Group] = {}
-    Trial(runner, truth, checkpoint.config, groups).run()
+    answers = ask(runner, probes, checkpoint.config)
+    Trial(answers, runner.compute, truth, checkpoint.config, groups).judge()
     return groups
 
 

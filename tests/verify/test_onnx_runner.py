@@ -15,7 +15,7 @@ import pytest
 from gptconvert.tensors import BFLOAT16
 from gptconvert.transforms import cast
 from gptconvert.verify import onnx_runner
-from gptconvert.verify.compare import feeds_of
+from gptconvert.verify.asking import feeds_of
 from gptconvert.verify.onnx_file import open_onnx
 from gptconvert.verify.onnx_runner import OnnxRunner, bind
 from gptconvert.verify.probes import make_probes
@@ -49,10 +49,11 @@ def sampled() -> Iterator[list[int]]:
         thread.join()
 
 
-def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
+def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype: np.dtype[np.generic]) -> None:
     """Twelve layers of 3 MiB in float32: neither loading nor running may hold half of that."""
     wide = tiny(tmp_path, n_embd=240, n_head=3, n_inner=960, n_layer=12)
-    narrow = dataclasses.replace(wide, weights={name: cast(w, BFLOAT16) for name, w in wide.weights.items()})
+    narrow = dataclasses.replace(wide, weights={name: cast(w, dtype) for name, w in wide.weights.items()})
     file = open_onnx(str(export(tmp_path, narrow)))
     binding, probe = bind(file, narrow.config), make_probes(narrow.config, kv_cache=True)[0]
     feeds = feeds_of(probe, narrow.config)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptconvert.verify.probes import LENGTHS, Probe, default_positions, make_probes, waves
+from gptconvert.verify.packing import Pack
+from gptconvert.verify.probes import Probe, default_positions, make_probes, waves
 from reference_model.config import GPTConfig
 from reference_model.model import default_positions as torch_positions
 
@@ -86,8 +87,15 @@ def test_the_default_level_is_cheap_whatever_the_model(kv_cache: bool) -> None:
 
 def test_prompts_of_different_lengths_differ_in_one_id() -> None:
     """What the causality check lives on."""
-    short, long = (p.input_ids[0] for p in make_probes(config_of(), kv_cache=True) if p.is_prompt and p.tokens >= 7)
-    assert np.flatnonzero(short != long[: len(short)]).tolist() == [3]
+    for config in (SMALLER, LARGE):
+        prompts = [
+            ids
+            for probe in make_probes(config, kv_cache=True)
+            for row, ids in enumerate(probe.input_ids)
+            if probe.is_prompt(row) and len(ids) >= 7
+        ]
+        short, long = sorted(prompts, key=len)
+        assert np.flatnonzero(short != long[: len(short)]).tolist() == [6]
 
 
 def test_neighbours_in_the_batch_of_masks_differ() -> None:
@@ -129,17 +137,28 @@ def test_beginning() -> None:
     assert dataclasses.asdict(cut)["past_seed"] == probe.past_seed
 
 
+def sized(n_layer: int, n_embd: int) -> GPTConfig:
+    layers = {"attn_scale": (0.5,) * n_layer, "attn_window": (None,) * n_layer}
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_inner": 4 * n_embd, "n_head": n_embd // 64}
+    return dataclasses.replace(config_of(1024), **sizes, **layers)
+
+
+LARGE, SMALLER = sized(48, 1600), sized(36, 1280)
+
+
 def test_lengths_are_those_promised() -> None:
-    assert LENGTHS == (1, 2, 7, 64)
-
-    def sized(n_layer: int, n_embd: int) -> GPTConfig:
-        layers = {"attn_scale": (0.5,) * n_layer, "attn_window": (None,) * n_layer}
-        sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_inner": 4 * n_embd, "n_head": n_embd // 64}
-        return dataclasses.replace(config_of(1024), **sizes, **layers)
-
-    large, small = sized(48, 1600), sized(36, 1280)
-    for config, longest in ((large, 24), (small, 64)):
+    everywhere = {"length 1", "length 2", "no padding", "left padding", "right padding", "holes", "one token"}
+    for config, longest, chunks in ((LARGE, 17, (1, 1, 1)), (SMALLER, 64, (1, 1, 5))):
         probes = make_probes(config, kv_cache=True)
-        assert {"length 1", "length 2", "length 7", f"length {longest}"} <= all_groups(probes)
-        assert [p.input_ids.shape[1] for p in probes if p.chunks] == [longest]
-    assert {"length 64", "length 1024"} <= all_groups(make_probes(large, kv_cache=True, level="full"))
+        assert everywhere | {f"length {longest}", "past 5, holes", "past 1023"} <= all_groups(probes)
+        assert 7 in {probe.input_ids.shape[1] for probe in probes}
+        assert [(p.input_ids.shape[1], p.chunks) for p in probes if p.chunks] == [(longest, chunks)]
+    asked_for = all_groups(make_probes(LARGE, kv_cache=True, level="full"))
+    assert {"length 7", "length 64", "length 1024"} <= asked_for
+
+
+def test_a_large_model_is_asked_in_few_passes() -> None:
+    """Each run is a pass over all weights, but for the first chunk, which is the prompt of one token."""
+    probes = make_probes(LARGE, kv_cache=True)
+    assert len(probes) + sum(len(probe.chunks) - 1 for probe in probes if probe.chunks) == 8
+    assert Pack(probes).length <= 36

@@ -50,6 +50,18 @@ def test_stored_in_files_against_computed(tmp_path: Path) -> None:
     assert difference("w", stored, wrong) == "w: differs from its source, first at element [650, 7]"
 
 
+def test_tensors_that_lie_turned_are_compared_as_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
+    other = array.copy()
+    other[5, 2] += 1
+    expected, wrong = (
+        transpose(stored_tensors(tmp_path / str(i), {"w": a})["w"]) for i, a in enumerate((array, other))
+    )
+    monkeypatch.setattr(type(expected), "read", lambda *_: pytest.fail("turned over, which takes longer"))
+    assert difference("w", expected, expected) is None
+    assert difference("w", expected, wrong) == "w: differs from its source, first at element [2, 5]"
+
+
 def test_zeros_of_either_sign_and_nans_are_told_apart() -> None:
     """Bytes are compared, not numbers."""
     assert first_difference(lazy(np.array([0.0])), lazy(np.array([-0.0]))) == 0
