@@ -256,7 +256,7 @@ def test_an_unforeseen_fault_is_reported_without_a_traceback(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("gptconvert.pipeline.inspect", broken)
+    monkeypatch.setattr("gptconvert.inspection.inspect", broken)
     outcome = command(capsys, "inspect", TINY / "openai-tf")
     assert outcome.code == 1
     assert "boom" in outcome.err
