@@ -55,7 +55,8 @@ def verify_onnx(checkpoint: Checkpoint, path: str, shown_as: str, level: Level, 
         report.problems = check_contract(file, checkpoint.config)
     if weights.ok and not report.problems:
         with meanwhile(lambda stop: compare(weights, pairs, stop=stop)) as compared:
-            trial = _Runs(file, checkpoint, {} if _is_small(file) else in_one_piece(pairs), level, stage)
+            small = file.weight_bytes <= min(SMALL_MODEL, available_memory() // 4)
+            trial = _Runs(file, checkpoint, None if small else in_one_piece(pairs), level, stage)
             report.probes = [probe.as_dict() for probe in trial.probes]
             runs = trial.run()
             stage("comparing weights", 0)
@@ -68,10 +69,6 @@ def verify_onnx(checkpoint: Checkpoint, path: str, shown_as: str, level: Level, 
     return report
 
 
-def _is_small(file: OnnxFile) -> bool:
-    return file.weight_bytes <= min(SMALL_MODEL, available_memory() // 4)
-
-
 class _Runs:
     """Rule 2: wave by wave, one session after the other against the truth.
 
@@ -81,19 +78,24 @@ class _Runs:
     Args:
         file: the checked file.
         checkpoint: weights as stored in it.
-        lent: weights not to be taken from the file, by name.
+        lent: of a large model, weights not to be taken from the file, by name; None: the model is small.
         level: how much is asked.
         stage: told about progress.
     """
 
     def __init__(
-        self, file: OnnxFile, checkpoint: Checkpoint, lent: Mapping[str, LazyTensor], level: Level, stage: Stage
+        self,
+        file: OnnxFile,
+        checkpoint: Checkpoint,
+        lent: Mapping[str, LazyTensor] | None,
+        level: Level,
+        stage: Stage,
     ) -> None:
         self.file, self.checkpoint, self.lent, self.stage = file, checkpoint, lent, stage
         self.config: GPTConfig = checkpoint.config
         self.binding: Binding = bind(file, self.config)
         self.beside = LENT if lent else IN_PLACE
-        self.names = (self.beside, DEFAULT) if _is_small(file) else (self.beside,)
+        self.names = (self.beside, DEFAULT) if lent is None else (self.beside,)
         self.probes = make_probes(
             self.config,
             kv_cache=bool(self.binding.past),

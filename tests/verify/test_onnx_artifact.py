@@ -136,6 +136,16 @@ def test_runs_with_wrong_weights_are_no_runs(tmp_path: Path, most: int, monkeypa
     assert "differs from its source" in report.table() and "outputs: not run" in report.table()
 
 
+def test_a_comparison_that_cannot_be_made_is_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(report: Any, pairs: Any, stop: Any) -> None:
+        raise InputError("cannot be read (Input/output error)")
+
+    monkeypatch.setattr(onnx_artifact, "compare", unreadable)
+    checkpoint = tiny(tmp_path)
+    with pytest.raises(InputError, match="Input/output error"):
+        report_on(checkpoint, export(tmp_path, checkpoint))
+
+
 class Halt(Exception):
     pass
 
