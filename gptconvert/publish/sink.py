@@ -31,12 +31,14 @@ class Sink:
 
     Attributes:
         sha: of the file's bytes; others fill it.
+        computed: of each tensor that is not copied but computed, by name; others fill these too.
     """
 
     def __init__(self, directory: str, file: PlannedFile, reader: SourceReader, *, cached: bool) -> None:
         self.directory, self.file, self.reader = directory, file, reader
         self.cached = file.nbytes <= MOST_CACHED if cached else file.nbytes < BLOCK_BYTES
         self.sha = hashlib.sha256()
+        self.computed: dict[str, hashlib._Hash] = {}
         self.descriptor, self.position, self.direct = -1, 0, False
 
     def open(self) -> None:

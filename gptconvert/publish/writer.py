@@ -11,7 +11,6 @@ Small ones, where somebody reads them next, are copied by the kernel.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import threading
@@ -188,7 +187,6 @@ class _Writer:
         self.blocks = Blocks(stop)
         self.tensor_hashing, self.hashing, self.writing = (Follower(stop) for _ in range(3))
         self.sinks: list[Sink] = []
-        self.computed: dict[str, dict[str, hashlib._Hash]] = {}
         self.shown = {id(p): _readings(p, examination) for file in files for p in file.tensors}
         self.finishing = Finishing(files, stop)
 
@@ -199,15 +197,13 @@ class _Writer:
             examine: called when all bytes of the source were seen; raises if they are no good. Files that take long
                 to finish are not waited for then.
         """
-        made: dict[str, WrittenFile] = {}
         try:
             with SourceReader(self.stop) as self.reader:
                 for file in (file for file in self.files if file.finish is None):
-                    made[file.path] = self._write(file)
+                    self._write(file)
                 examine()
                 for file, content in self.finishing.contents():
-                    whole = PlannedFile.of_bytes(file.path, content)
-                    made[file.path] = self._write(whole)
+                    self._write(PlannedFile.of_bytes(file.path, content))
         except StoppedError:
             self._close()
             raise self._error() or StoppedError from None
@@ -218,12 +214,8 @@ class _Writer:
         self._close()
         if (error := self._error()) is not None:
             raise error
-        return [self._hashed(made[file.path]) for file in self.files]
-
-    def _hashed(self, file: WrittenFile) -> WrittenFile:
-        sha = next(sink.sha for sink in self.sinks if sink.file.path == file.path)
-        computed = {name: sha.hexdigest() for name, sha in self.computed[file.path].items()}
-        return dataclasses.replace(file, sha256=sha.hexdigest(), computed=computed)
+        written = {sink.file.path: _written(sink) for sink in self.sinks}
+        return [written[file.path] for file in self.files]
 
     def _close(self) -> None:
         for thread in (self.tensor_hashing, self.hashing, self.writing, self.finishing):
@@ -236,19 +228,18 @@ class _Writer:
         errors = (self.writing.error, self.hashing.error, self.tensor_hashing.error, self.finishing.error())
         return next((error for error in errors if error is not None), None)
 
-    def _write(self, file: PlannedFile) -> WrittenFile:
+    def _write(self, file: PlannedFile) -> None:
         """Hand on one file's bytes, front to back; digests are not known yet."""
         sink = Sink(self.directory, file, SourceReader(self.stop), cached=self.cached)
         self.sinks.append(sink)
         self.writing.hand(sink.open)
         stream = _Stream(self, sink)
         stream.put(file.head)
-        self.computed[file.path] = {}
         for placed in file.tensors:
             stream.pad(placed.offset)
             look = _Look(placed, self.shown.pop(id(placed)), crc32c=self.finishing.wanted)
             if placed.tensor.segments() is None:
-                self.computed[file.path] |= self._compute(stream, placed, look)
+                sink.computed |= self._compute(stream, placed, look)
             else:
                 self._read(stream, placed, look)
             if self.finishing.wanted:
@@ -256,7 +247,6 @@ class _Writer:
         stream.pad(file.nbytes)
         stream.flush()
         self.writing.hand(sink.close)
-        return WrittenFile(file.path, file.nbytes, "")
 
     def _read(self, stream: _Stream, placed: Placed, look: _Look) -> None:
         for segment in merge_segments(placed.tensor.segments() or ()):
@@ -352,6 +342,12 @@ class _Stream:
         self.writer.writing.hand(lambda: self.sink.write(block), block)
         if self.writer.progress is not None:
             self.writer.progress(block.used)
+
+
+def _written(sink: Sink) -> WrittenFile:
+    """A file that is on the disk, all its bytes hashed."""
+    computed = {name: sha.hexdigest() for name, sha in sink.computed.items()}
+    return WrittenFile(sink.file.path, sink.file.nbytes, sink.sha.hexdigest(), computed)
 
 
 def _hash_tensors(block: Block) -> None:
