@@ -18,13 +18,13 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.families import family_named
-from gptconvert.families.base import Request
+from gptconvert.containers.tf_index_writer import Entry, bundle_index
 from gptconvert.families.gpt2 import OPENAI_TF, _openai_config
-from gptconvert.mapping import expand
+from gptconvert.families.registry import family_named
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import expand
+from gptconvert.model.tensors import BFLOAT16, Shape
 from gptconvert.sources.mesh_jax import PIECES, Leaf, leaf_names
-from gptconvert.targets.tf_index import Entry, bundle_index
-from gptconvert.tensors import BFLOAT16, Shape
 from reference_model.config import GPTConfig
 
 #: size → hparams, as OpenAI's downloads state them.
@@ -57,8 +57,8 @@ def openai_checkpoint(size: str, root: Path) -> Path:
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     hparams = SIZES[size]
-    config, _, _ = _openai_config(dict(hparams), None, {}, Request())
-    shapes = {bound.theirs[0]: bound.shape for bound in expand(OPENAI_TF.rows, config)}
+    config, _, _ = _openai_config(dict(hparams), None, {}, Options())
+    shapes = {bound.stored[0]: bound.shape for bound in expand(OPENAI_TF.rows, config)}
     random, entries, offset = np.random.default_rng(0), [], 0
     with open(directory / "model.ckpt.data-00000-of-00001", "wb") as file:
         for name in sorted(shapes):
@@ -96,7 +96,7 @@ class Large:
         """Name in Hugging Face's files → shape."""
         config, scheme = self._config(), family_named(self.family).scheme("hf")
         bounds = expand(scheme.rows, config, scheme.write_prefix)
-        return {name: bound.shape for bound in bounds for name in bound.theirs}
+        return {name: bound.shape for bound in bounds for name in bound.stored}
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +109,7 @@ class Large:
         (self._write_hf if self.source == "hf" else self._write_mesh_jax)(folder)
 
     def _config(self) -> GPTConfig:
-        config, _, _ = family_named(self.family).read_config["hf"](self._raw(), None, {}, Request())
+        config, _, _ = family_named(self.family).read_config["hf"](self._raw(), None, {}, Options())
         return config
 
     def _raw(self) -> dict[str, object]:

@@ -7,40 +7,30 @@ from typing import TYPE_CHECKING, Any
 from gptconvert import errors
 
 if TYPE_CHECKING:
-    from gptconvert.families import Request
     from gptconvert.inspection import inspect, open_checkpoint
-    from gptconvert.pipeline import Options, convert, verify_export
-    from gptconvert.sources.source import OpenOptions
-    from gptconvert.targets.plan import TargetOptions
+    from gptconvert.model.options import Options
+    from gptconvert.pipeline import convert, plan, verify_export
 
-__all__ = [
-    "OpenOptions",
-    "Options",
-    "Request",
-    "TargetOptions",
-    "convert",
-    "errors",
-    "inspect",
-    "open_checkpoint",
-    "verify_export",
-]
+__all__ = ["Options", "convert", "errors", "inspect", "open_checkpoint", "plan", "verify_export"]
 
-_HOMES = {
-    "OpenOptions": "gptconvert.sources.source",
-    "Options": "gptconvert.pipeline",
-    "Request": "gptconvert.families",
-    "TargetOptions": "gptconvert.targets.plan",
+_MODULES = {
+    "Options": "gptconvert.model.options",
     "convert": "gptconvert.pipeline",
     "inspect": "gptconvert.inspection",
     "open_checkpoint": "gptconvert.inspection",
+    "plan": "gptconvert.pipeline",
     "verify_export": "gptconvert.pipeline",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first used: ``import gptconvert`` costs nothing."""
-    if name not in _HOMES:
+    """The public names, imported on first use, so that ``import gptconvert`` costs nothing."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -21,7 +21,7 @@ class GptConvertError(Exception):
     Args:
         message: what is wrong, in one sentence without the file name.
         path: the file or directory at fault.
-        tensor: the tensor (or config key) at fault.
+        item: the tensor, configuration key or option at fault.
         expected: what should have been there.
         found: what was there.
         hint: what to do next.
@@ -35,7 +35,7 @@ class GptConvertError(Exception):
         message: str,
         *,
         path: str | os.PathLike[str] | None = None,
-        tensor: str | None = None,
+        item: str | None = None,
         expected: object = None,
         found: object = None,
         hint: str | None = None,
@@ -43,13 +43,13 @@ class GptConvertError(Exception):
         super().__init__(message)
         self.message = message
         self.path = None if path is None else os.fspath(path)
-        self.tensor = tensor
+        self.item = item
         self.expected = None if expected is None else str(expected)
         self.found = None if found is None else str(found)
         self.hint = hint
 
     def __str__(self) -> str:
-        where = "".join(f"{printable(part)}: " for part in (self.path, self.tensor) if part is not None)
+        where = "".join(f"{printable(part)}: " for part in (self.path, self.item) if part is not None)
         lines = where + "\n".join(printable(line) for line in self.message.splitlines())
         if self.expected is not None:
             lines += f"; expected {printable(self.expected)}"
@@ -64,7 +64,7 @@ class GptConvertError(Exception):
             "exit_code": self.exit_code,
             "message": self.message,
             "file": self.path,
-            "tensor": self.tensor,
+            "item": self.item,
             "expected": self.expected,
             "found": self.found,
             "hint": self.hint,

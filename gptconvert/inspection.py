@@ -1,6 +1,6 @@
-"""A checkpoint opened and described: what can be known of it from headers alone.
+"""A checkpoint opened and described from its headers alone.
 
-Apart from the rest of the flow (:mod:`gptconvert.pipeline`), whose imports would take longer than the look.
+Separate from :mod:`gptconvert.pipeline`, whose imports take longer than the description.
 """
 
 from __future__ import annotations
@@ -9,32 +9,34 @@ import dataclasses
 import os
 from typing import Any
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.families import Request, family_named, understand
+from gptconvert.families.registry import family_named, understand
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
 from gptconvert.sources.detect import open_source
-from gptconvert.sources.source import OpenOptions
 
 
 def open_checkpoint(
-    source: str,
-    *,
-    format: str | None = None,
-    opening: OpenOptions | None = None,
-    request: Request | None = None,
+    source: str | os.PathLike[str], options: Options | None = None, *, format: str | None = None
 ) -> Checkpoint:
-    """The checkpoint at a path or hub name: configuration checked, every tensor accounted for, nothing read.
+    """The checkpoint at a path or hub name: configuration checked, every tensor accounted for, no weight read.
+
+    Args:
+        source: a local path or a hub repository.
+        options: how to open it; the output options among them become the default of ``convert``.
+        format: name of a source format (``openai-tf``); None: detected.
 
     Raises:
-        GptConvertError: it is damaged, incomplete, unsupported or unsafe.
+        GptConvertError: it is damaged, incomplete, unsupported or unsafe, or an option does not apply to it.
     """
-    opened = open_source(source, opening or OpenOptions(), format=format)
+    options, source = options or Options(), os.fspath(source)
+    opened = open_source(source, options, format=format)
     directory = source if os.path.isdir(source) else None
-    return understand(dataclasses.replace(opened, directory=directory), request or Request())
+    return understand(dataclasses.replace(opened, directory=directory), options)
 
 
-def inspect(source: str, *, opening: OpenOptions | None = None, request: Request | None = None) -> dict[str, Any]:
+def inspect(source: str | os.PathLike[str], options: Options | None = None) -> dict[str, Any]:
     """What a checkpoint is, as plain values. Only headers are read."""
-    checkpoint = open_checkpoint(source, opening=opening, request=request)
+    checkpoint = open_checkpoint(source, options)
     weights = checkpoint.weights
     stored = {name: t for name, t in checkpoint.source.tensors.items() if name not in checkpoint.dropped}
     return {

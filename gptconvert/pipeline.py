@@ -1,4 +1,4 @@
-"""The flow, top to bottom: open, understand, plan, write, verify, publish. The only module that knows all rooms.
+"""The flow, top to bottom: open, plan, write, verify, describe, publish. The only module that knows every room.
 
 Nothing is visible at the output before everything is written, checked and on disk; a failure at any point leaves
 the output as it was.
@@ -6,95 +6,62 @@ the output as it was.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from gptconvert.card import card
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.errors import InputError, UnsupportedError, UsageError, VerificationError
-from gptconvert.families import FAMILIES, Request, family_named
+from gptconvert.errors import InputError, VerificationError
+from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.inspection import open_checkpoint
-from gptconvert.mapping import tied_pairs
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import Export, PlannedFile
+from gptconvert.model.options import Options
+from gptconvert.model.progress import Progress, Silent
+from gptconvert.model.schemes import tied_pairs
+from gptconvert.model.transforms import take_rows
 from gptconvert.publish import signals
-from gptconvert.publish.digest import sha256_of
 from gptconvert.publish.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
+from gptconvert.publish.source_scan import sha256_of
 from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
 from gptconvert.sources.detect import FORMATS
-from gptconvert.sources.source import OpenOptions
-from gptconvert.targets import TARGETS
-from gptconvert.targets.plan import PlannedFile, Target, TargetOptions
-from gptconvert.targets.sidecars import sidecar_files
-from gptconvert.tensors import BFLOAT16
-from gptconvert.tokenizer import tokenizer_files
-from gptconvert.transforms import cast, take_rows
+from gptconvert.targets.package.model_card import model_card
+from gptconvert.targets.package.sidecars import sidecar_files
+from gptconvert.targets.package.tokenizer import tokenizer_files
+from gptconvert.targets.registry import TARGETS, target_named, targets_for
+from gptconvert.targets.target import CardFacts
 
 if TYPE_CHECKING:
-    from gptconvert.verify import Report
-    from gptconvert.verify.probes import Level
-
-DTYPES: Mapping[str, np.dtype[np.generic]] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": BFLOAT16,
-}
-
-
-class Progress(Protocol):
-    """Told what is going on; see ``gptconvert.cli.output.Progress``."""
-
-    def stage(self, name: str, total: int = 0) -> None: ...
-    def advance(self, count: int) -> None: ...
-
-
-class Silent:
-    """No progress."""
-
-    def stage(self, name: str, total: int = 0) -> None:
-        """Nothing."""
-
-    def advance(self, count: int) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to convert to, and how.
-
-    Attributes:
-        targets: names as in ``--to``.
-        target: choices that change what is written.
-        verify: ``default`` or ``full``; None: not at all.
-        force: replace an existing output.
-        allow_nonfinite: convert weights that hold NaN or infinities.
-        strict: refuse what would otherwise be worth a note.
-    """
-
-    targets: tuple[str, ...] = ("onnx",)
-    target: TargetOptions = field(default_factory=TargetOptions)
-    verify: Level | None = "default"
-    force: bool = False
-    allow_nonfinite: bool = False
-    strict: bool = False
+    from gptconvert.verify.report import Report
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will write, before any weight is read."""
+    """What a conversion will write, before any weight is read.
+
+    Attributes:
+        checkpoint: as opened.
+        options: the user's choices.
+        exports: the artifacts.
+        package: configuration and tokenizer files beside them.
+        notes: what the user should know (one sentence each).
+    """
 
     checkpoint: Checkpoint
-    files: tuple[PlannedFile, ...]
+    options: Options
+    exports: tuple[Export, ...]
+    package: tuple[PlannedFile, ...]
     notes: tuple[str, ...]
 
     @property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """All files but the model card, the manifest and the checksums, which come last."""
+        return (*(file for export in self.exports for file in export.files), *self.package)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all files but the manifest and the card, which come last."""
+        """Bytes of :attr:`files`."""
         return sum(file.nbytes for file in self.files)
 
     def as_dict(self) -> dict[str, object]:
@@ -112,6 +79,10 @@ class Result:
     report: Report | None
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        verdict = "not verified" if self.report is None else "verified"
+        return f"<Result {self.output!r}: {self.checkpoint.config.family}, {len(self.files)} files, {verdict}>"
+
     def as_dict(self) -> dict[str, object]:
         """For ``--json``."""
         return {
@@ -124,54 +95,62 @@ class Result:
         }
 
 
-def plan(checkpoint: Checkpoint, options: Options) -> Plan:
+def plan(checkpoint: Checkpoint, options: Options | None = None) -> Plan:
     """Every file of the output but the ones that describe the others.
 
+    Args:
+        checkpoint: from :func:`open_checkpoint`.
+        options: what to write; None: the options that the checkpoint was opened with.
+
     Raises:
+        UsageError: an option has no effect with these targets, or contradicts what the checkpoint was opened with.
         UnsupportedError: a target cannot be written: a package is missing, or the model has no place in the format.
         InputError: there are notes, and ``options.strict``.
     """
-    targets = [target_named(name) for name in dict.fromkeys(options.targets)]
-    for target in targets:
-        _require(target, checkpoint)
-    checkpoint = stored_as(checkpoint, options.target.dtype)
+    options = checkpoint.options if options is None else options.opened_with(checkpoint.options)
+    targets = targets_for(options.targets, checkpoint)
+    options.check_targets()
+    exports = tuple(export for target in targets for export in target.plan(checkpoint, options))
     tokenizer, notes = tokenizer_files(checkpoint)
-    files = [file for target in targets for file in target.plan(checkpoint, options.target)]
-    paths = [file.path for file in files]
-    files += sidecar_files(checkpoint, options.target, options.targets, paths, tokenizer)
     notes = (*checkpoint.notes, *notes)
-    _strict(notes, options)
-    return Plan(checkpoint, tuple(files), notes)
+    _refuse_notes(notes, options)
+    return Plan(checkpoint, options, exports, sidecar_files(exports, options, tokenizer), notes)
 
 
-def _strict(notes: Sequence[str], options: Options) -> None:
-    """Refuse what people asked to be refused."""
+def _refuse_notes(notes: Sequence[str], options: Options) -> None:
+    """Treat notes as errors where the user asked for that."""
     if notes and options.strict:
         raise InputError(
-            "\n  ".join(("there is something to note about this checkpoint, and --strict was given", *notes)),
-            hint="convert without --strict if that is as it should be",
+            "\n  ".join(("there are notes about this checkpoint, and --strict was given", *notes)),
+            hint="convert without --strict if the notes are as expected",
         )
 
 
 def convert(
-    checkpoint: Checkpoint, output: str, options: Options | None = None, *, progress: Progress | None = None
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Result:
     """Write, verify and publish; all of it or nothing.
 
     Args:
-        checkpoint: from :func:`open_checkpoint`.
+        checkpoint: from :func:`open_checkpoint`, or what that would open.
         output: directory to publish.
-        options: what to write.
-        progress: told about stages and bytes.
+        options: what to write; None: the options that the checkpoint was opened with.
+        progress: receives stages and bytes.
 
     Raises:
         VerificationError: an artifact does not compute what the checkpoint computes. Its ``report`` says where.
         GptConvertError: anything else that went wrong. In every case the output is as it was before.
     """
-    options, progress = options or Options(), progress or Silent()
-    source = checkpoint.source
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint, options)
+    progress, source, output = progress or Silent(), checkpoint.source, os.fspath(output)
     before = snapshot(source.files)
     planned = plan(checkpoint, options)
+    options = planned.options
     check_tied(checkpoint)
     inputs = [*source.files, *([source.directory] if source.directory else [])]
     with signals.raising(), Staging(output, inputs=inputs, force=options.force) as staging:
@@ -180,53 +159,60 @@ def convert(
         written = write_and_digest(
             staging.path,
             planned.files,
-            planned.checkpoint,
+            checkpoint,
             progress.advance,
             allow_nonfinite=options.allow_nonfinite,
             verified=options.verify is not None,
         )
-        _strict(written.notes, options)
-        report = _verified(planned, staging.path, options, progress)
+        _refuse_notes(written.notes, options)
+        report = _verified(planned, staging.path, progress)
         progress.stage("publishing")
-        described = _describe(planned, written, staging.path, options, report)
+        described = _describe(planned, written, staging.path, report)
         check_inputs_unchanged(before)
         staging.publish()
     notes = (*planned.notes, *written.notes, *(report.notes if report else ()), *staging.notes)
-    return Result(output, planned.checkpoint, (*written.files, *described), report, notes)
+    return Result(output, planned.exports[0].checkpoint, (*written.files, *described), report, notes)
 
 
 def verify_export(
-    source: str,
-    artifact: str,
+    source: str | os.PathLike[str],
+    artifact: str | os.PathLike[str],
+    options: Options | None = None,
     *,
-    level: Level = "default",
-    opening: OpenOptions | None = None,
-    request: Request | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check an existing export, anyone's, against its checkpoint.
+
+    Args:
+        source: the checkpoint: a local path or a hub repository.
+        artifact: a directory or graph file.
+        options: how to open the source, and how thoroughly to verify.
+        progress: receives stages.
 
     Raises:
         InputError: the source, or a file of the artifact, is damaged.
         UnsupportedError: the artifact holds nothing that can be checked.
     """
-    from gptconvert.verify import find_artifacts
-    from gptconvert.verify import verify as run
+    from gptconvert.targets.foreign import find_candidates
+    from gptconvert.targets.verification import verify
 
-    checkpoint = open_checkpoint(source, opening=opening, request=request)
+    options = options or Options()
+    checkpoint = open_checkpoint(source, options)
     check_tied(checkpoint)
-    artifacts = find_artifacts(artifact)
-    return run(checkpoint, artifacts, level, progress)
+    return verify(find_candidates(checkpoint, os.fspath(artifact)), options.verify or "default", progress)
 
 
-def _verified(planned: Plan, directory: str, options: Options, progress: Progress) -> Report | None:
-    """The report on the staged files, or None if none was asked for."""
-    if options.verify is None:
+def _verified(planned: Plan, directory: str, progress: Progress) -> Report | None:
+    """The report on the staged files, or None if verification is skipped.
+
+    Raises:
+        VerificationError: an export has not passed.
+    """
+    if planned.options.verify is None:
         return None
-    from gptconvert.verify import find_artifacts
-    from gptconvert.verify import verify as run
+    from gptconvert.targets.verification import verify_exports
 
-    report = run(planned.checkpoint, find_artifacts(directory), options.verify, progress)
+    report = verify_exports(planned.exports, directory, planned.options.verify, progress)
     if not report.passed:
         error = VerificationError(
             f"the export does not compute what the checkpoint computes\n{report.table()}",
@@ -237,21 +223,21 @@ def _verified(planned: Plan, directory: str, options: Options, progress: Progres
     return report
 
 
-def _describe(
-    planned: Plan, written: Written, directory: str, options: Options, report: Report | None
-) -> list[WrittenFile]:
+def _describe(planned: Plan, written: Written, directory: str, report: Report | None) -> list[WrittenFile]:
     """Write the files that describe the others: card, manifest, checksums."""
     # Measured figures differ in their last digits between processors, and the output must not.
     verification = report.as_dict(figures=False) if report else {}
-    about = card(planned.checkpoint, options.targets, options.target, verification, written.files)
-    readme = write_files(directory, [PlannedFile.of_bytes("README.md", about)])
-    recipe = Recipe(
-        options.targets,
-        {**dataclasses.asdict(options.target), "allow_nonfinite": options.allow_nonfinite, "verify": options.verify},
-        [library for name in options.targets for library in target_named(name).libraries],
-    )
+    checkpoint, options = planned.exports[0].checkpoint, planned.options
+    facts = CardFacts(checkpoint, planned.exports, options, {file.path: file.nbytes for file in written.files})
+    readme = write_files(directory, [PlannedFile.of_bytes("README.md", model_card(facts, verification))])
+    libraries = [library for name in options.targets for library in target_named(name).libraries]
     manifest = manifest_files(
-        planned.checkpoint, planned.files, written, recipe, also=readme, verification=verification or None
+        checkpoint,
+        planned.files,
+        written,
+        Recipe(options.targets, options.recorded(), libraries),
+        also=readme,
+        verification=verification or None,
     )
     return [*readme, *write_files(directory, manifest)]
 
@@ -264,52 +250,16 @@ def check_tied(checkpoint: Checkpoint) -> None:
     """
     source, config = checkpoint.source, checkpoint.config
     scheme = family_named(config.family).scheme(source.scheme)
-    for name, ours in tied_pairs(scheme, config, source.tensors, checkpoint.prefix):
-        weight = checkpoint.weights[ours]
+    for name, canonical in tied_pairs(scheme, config, source.tensors, checkpoint.prefix):
+        weight = checkpoint.weights[canonical]
         copy = take_rows(source.tensors[name], [(0, weight.shape[0])])  # rows may have been cut off the embedding
-        if copy.segments() == weight.segments() is not None or sha256_of(name, copy) == sha256_of(ours, weight):
+        if copy.segments() == weight.segments() is not None or sha256_of(name, copy) == sha256_of(canonical, weight):
             continue
         raise InputError(
             "the configuration ties this tensor to the embedding, but the weights differ",
             path=source.path,
-            tensor=name,
+            item=name,
             hint='set "tie_word_embeddings": false in config.json if the model was trained with a head of its own',
-        )
-
-
-def stored_as(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
-    """The checkpoint with its weights in the storage type asked for; None keeps each as it is."""
-    if dtype is None:
-        return checkpoint
-    weights = {name: cast(weight, DTYPES[dtype]) for name, weight in checkpoint.weights.items()}
-    return dataclasses.replace(checkpoint, weights=weights)
-
-
-def target_named(name: str) -> Target:
-    """A target by its ``--to`` name.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    if name not in TARGETS:
-        raise UsageError(f"no target {name!r}", expected=f"one of {', '.join(TARGETS)}", found=name)
-    target: Target = importlib.import_module(TARGETS[name]).TARGET
-    return target
-
-
-def _require(target: Target, checkpoint: Checkpoint) -> None:
-    """Refuse, before any work, a target that cannot be written."""
-    for module, extra in target.requires:
-        if importlib.util.find_spec(module) is None:
-            raise UnsupportedError(
-                f"--to {target.name} needs the package {module}",
-                hint=f"pip install 'gptconvert[{extra}]'",
-            )
-    if target.families and checkpoint.config.family not in target.families:
-        raise UnsupportedError(
-            f"{checkpoint.config.family} cannot be written as {target.title}",
-            expected=f"one of {', '.join(sorted(target.families))}",
-            found=checkpoint.config.family,
         )
 
 

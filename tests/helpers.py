@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.families import understand
-from gptconvert.families.base import Request
-from gptconvert.publish.digest import Examination, TensorDigests
-from gptconvert.sources.source import Source
-from gptconvert.targets.plan import PlannedFile
-from gptconvert.tensors import Box, Computed, LazyTensor, Segment, Stored, TensorSet
+from gptconvert.families.registry import understand
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import PlannedFile
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.model.tensors import Box, Computed, LazyTensor, Segment, Stored, TensorSet
+from gptconvert.publish.source_scan import SourceScan, TensorDigests
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -155,7 +155,7 @@ def checkpoint_of(
     directory: Path | None = None,
     *,
     scheme: str = "hf",
-    request: Request | None = None,
+    request: Options | None = None,
     tokenizer: Mapping[str, str] | None = None,
     start: int = 1,
     **fields: Any,
@@ -175,7 +175,7 @@ def checkpoint_of(
     stored = directory and stored_tensors(directory / "weights.raw", arrays, start=start)
     tensors = computed_tensors(arrays) if stored is None else stored
     source = source_of(raw, tensors, scheme=scheme, tokenizer=tokenizer, **fields)
-    return understand(source, request or Request())
+    return understand(source, request or Options())
 
 
 def openai_checkpoint(
@@ -237,6 +237,6 @@ def examine(
     stop: threading.Event | None = None,
 ) -> Examined:
     """Read every source tensor in use once: compare checksums, look at values, hash ``tensors``."""
-    examination = Examination(checkpoint, tensors)
-    examination.read_rest(stop)
-    return Examined(examination.digests(), examination.judge(allow_nonfinite=allow_nonfinite))
+    scan = SourceScan(checkpoint, tensors)
+    scan.read_rest(stop)
+    return Examined(scan.digests(), scan.judge(allow_nonfinite=allow_nonfinite))

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gptconvert.checkpoint import Checkpoint
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import PlannedFile, place
+from gptconvert.model.tensors import Cast, Transposed
 from gptconvert.publish import fileops
 from gptconvert.publish.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
 from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import write_and_digest, write_files
-from gptconvert.targets.plan import PlannedFile, place
-from gptconvert.tensors import Cast, Transposed
 from tests.helpers import openai_checkpoint
 
 #: scenario → the output's place below the root, and whether something is there to be replaced.

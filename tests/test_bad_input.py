@@ -423,7 +423,7 @@ def test_55_input_changed_while_reading(tmp_path: Path, capsys: Any, monkeypatch
 
 def test_57_single_file_ends_at_two_gibibytes() -> None:
     from gptconvert.errors import UnsupportedError
-    from gptconvert.targets.onnx.model import PROTOBUF_LIMIT, check_single_file_size
+    from gptconvert.targets.onnx.plan import PROTOBUF_LIMIT, check_single_file_size
 
     check_single_file_size(PROTOBUF_LIMIT)
     with pytest.raises(UnsupportedError, match="2 GiB"):

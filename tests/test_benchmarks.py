@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import checkpoints, scale
 from benchmarks.checkpoints import Large
+from gptconvert.model.tensors import BFLOAT16
 from gptconvert.pipeline import open_checkpoint
-from gptconvert.tensors import BFLOAT16
 
 SMALL = {
     "gptj": {"vocab_size": 96, "n_positions": 40, "n_embd": 64, "n_head": 4, "rotary_dim": 8},

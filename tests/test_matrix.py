@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptconvert.pipeline import target_named
-from gptconvert.targets import TARGETS
+from gptconvert.targets.registry import TARGETS
 from tests.commands import command
 from tests.helpers import FIXTURES
 

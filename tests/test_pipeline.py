@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptconvert import errors, pipeline
-from gptconvert.targets.plan import TargetOptions
+from gptconvert.model.options import Options
 from tests.commands import SHARED, TINY, TRAINED, command, tree
 
 #: Distance of float32 logits of size ~10 from float64 truth; the gate itself is tighter.
@@ -74,7 +74,7 @@ def test_exports_of_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [None, "fp16", "bf16"])
 def test_a_second_run_elsewhere_gives_the_same_bytes(dtype: str | None, tmp_path: Path) -> None:
     shutil.copytree(TRAINED, tmp_path / "elsewhere" / "source")
-    options = pipeline.Options(targets=("onnx", "safetensors"), target=TargetOptions(dtype=dtype))
+    options = pipeline.Options(targets=("onnx", "safetensors"), dtype=dtype)
     for number, source in enumerate((TRAINED, tmp_path / "elsewhere" / "source")):
         checkpoint = pipeline.open_checkpoint(str(source))
         pipeline.convert(checkpoint, str(tmp_path / f"out{number}"), options)
@@ -149,9 +149,7 @@ def test_manifest_records_source_options_and_every_digest(tmp_path: Path) -> Non
 def test_options_work_together(opset: int, kv_cache: bool, tmp_path: Path) -> None:
     import onnx
 
-    target = TargetOptions(
-        opset=opset, kv_cache=kv_cache, single_file=not kv_cache, dtype="fp16" if opset > 18 else None
-    )
+    target = Options(opset=opset, kv_cache=kv_cache, single_file=not kv_cache, dtype="fp16" if opset > 18 else None)
     checkpoint = pipeline.open_checkpoint(str(TINY / "hf-variant"))
     pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(target=target))
     (graph,) = (tmp_path / "out/onnx").glob("*.onnx")

@@ -10,20 +10,16 @@ import click
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, human_bytes, note, print_json, table
 from gptconvert.errors import printable
-from gptconvert.targets import TARGETS
+from gptconvert.model.options import OPSETS
 
 if TYPE_CHECKING:
-    from gptconvert.families import Request
-    from gptconvert.pipeline import Options, Plan, Result
-    from gptconvert.sources.source import OpenOptions
-
-OPENSETS = (17, 21)
+    from gptconvert.pipeline import Plan, Result
 
 CONVERTING = options.stack(
     click.option(
         "--to",
         "targets",
-        type=click.Choice(list(TARGETS)),
+        type=click.Choice(options.TARGETS),
         multiple=True,
         default=("onnx",),
         show_default=False,
@@ -36,7 +32,13 @@ CONVERTING = options.stack(
         type=click.Choice(["fp32", "fp16", "bf16"]),
         help="Storage type of the weights. [default: as stored]",
     ),
-    click.option("--opset", type=click.IntRange(*OPENSETS), default=21, show_default=True, help="ONNX operator set."),
+    click.option(
+        "--opset",
+        type=click.IntRange(OPSETS[0], OPSETS[-1]),
+        default=OPSETS[-1],
+        show_default=True,
+        help="ONNX operator set.",
+    ),
     click.option(
         "--kv-cache/--no-kv-cache", default=True, help="ONNX graph with keys and values as inputs and outputs."
     ),
@@ -177,11 +179,11 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     from gptconvert.inspection import open_checkpoint
 
     quiet, as_json = given["quiet"], given["as_json"]
-    chosen = options_of(given)
+    chosen = options.chosen(given)
     output = given["output"] or default_output(source)
-    checkpoint = open_checkpoint(source, format=format, opening=opening_of(given), request=request_of(given))
+    checkpoint = open_checkpoint(source, chosen, format=format)
     if given["dry_run"]:
-        planned = pipeline.plan(checkpoint, chosen)
+        planned = pipeline.plan(checkpoint)
         for text in planned.notes:
             note(text, quiet)
         if as_json:
@@ -191,7 +193,7 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
         return
     progress = Progress(quiet or as_json)
     try:
-        result = pipeline.convert(checkpoint, output, chosen, progress=progress)
+        result = pipeline.convert(checkpoint, output, progress=progress)
     finally:
         progress.close()
     for text in result.notes:
@@ -200,45 +202,6 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
         print_json({"ok": True, **result.as_dict()})
     else:
         click.echo(describe_result(result))
-
-
-def opening_of(given: dict[str, Any]) -> OpenOptions:
-    """How to open the source."""
-    from gptconvert.sources.source import OpenOptions
-
-    names = ("step", "hparams", "weights_file", "revision", "cache_dir")
-    return OpenOptions(**{name: given.get(name) for name in names}, offline=bool(given.get("offline")))
-
-
-def request_of(given: dict[str, Any]) -> Request:
-    """What is asked of the checkpoint."""
-    from gptconvert.families import Request
-
-    names = ("task", "n_head", "pad_token_id", "activation", "trim_vocab")
-    return Request(**{name: given.get(name) for name in names})
-
-
-def options_of(given: dict[str, Any]) -> Options:
-    """What to write, and how."""
-    from gptconvert.pipeline import Options
-    from gptconvert.targets.plan import TargetOptions
-
-    target = TargetOptions(
-        dtype=given["dtype"],
-        opset=given["opset"],
-        kv_cache=given["kv_cache"],
-        single_file=given["single_file"],
-        max_shard_size=given["max_shard_size"],
-        xla=given["xla"],
-    )
-    return Options(
-        targets=tuple(dict.fromkeys(given["targets"])),
-        target=target,
-        verify=None if given["no_verify"] else given["verify"],
-        force=given["force"],
-        allow_nonfinite=given["allow_nonfinite"],
-        strict=given["strict"],
-    )
 
 
 def default_output(source: str) -> str:
@@ -273,7 +236,7 @@ def describe_plan(planned: Plan, output: str) -> str:
 
 def describe_result(result: Result) -> str:
     """What was done, for people: the proof, then the files."""
-    from gptconvert.families import family_named
+    from gptconvert.families.registry import family_named
 
     config = result.checkpoint.config
     parameters = sum(weight.size for weight in result.checkpoint.weights.values())

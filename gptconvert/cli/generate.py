@@ -43,8 +43,8 @@ def generate(
 ) -> None:
     """Continue PROMPT with the model exported to DIRECTORY, with its KV cache."""
     quieten()
-    from gptconvert.generate import Sampling
-    from gptconvert.generate import generate as run
+    from gptconvert.generate.sampling import Sampling
+    from gptconvert.generate.text import generate as run
 
     sampled = (temperature, top_k, top_p, seed) != (None, None, None, None)
     heat = temperature if temperature is not None else float(sampled)

@@ -25,10 +25,9 @@ def inspect(source: str, tensors: bool, as_json: bool, quiet: bool, **given: Any
     Only headers are read, so a checkpoint of any size is inspected at once.
     """
     options.quieten()
-    from gptconvert.cli.convert import opening_of, request_of
     from gptconvert.inspection import inspect as run
 
-    found = run(source, opening=opening_of(given), request=request_of(given))
+    found = run(source, options.chosen(given))
     if as_json:
         print_json({"ok": True, **found})
         return

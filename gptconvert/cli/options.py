@@ -8,9 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from gptconvert.model.options import Options
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -48,6 +51,12 @@ HUB = stack(
     click.option("--offline", is_flag=True, help="Use the hub cache only; never the network."),
 )
 
+#: Equal to the names in ``gptconvert.targets.registry``, which a test checks; importing it would slow ``--help``.
+TARGETS = ("onnx", "safetensors", "tf", "openai-tf")
+RUNTIMES = ("onnx", "tf", "torch")
+#: Parameters that say what the command line prints, or where to.
+COMMAND_LINE_ONLY = frozenset({"output", "no_verify", "dry_run", "as_json", "quiet", "tensors", "full"})
+
 #: Equal to ``reference_model.config.TASKS``, which a test checks; importing it would cost every ``--help``.
 TASKS = (
     "text-generation",
@@ -81,6 +90,20 @@ VERIFY_LEVEL = click.option(
     type=click.Choice(["default", "full"]),
     help="How thoroughly to verify: default, or full (all lengths up to the context).",
 )
+
+
+def chosen(given: dict[str, Any], **more: object) -> Options:
+    """What a command was given, as one value. Parameters of the command line alone are left out."""
+    from gptconvert.model.options import FIELDS, Options
+
+    unknown = {*given} - {*FIELDS} - COMMAND_LINE_ONLY
+    if unknown:
+        raise TypeError(f"command-line parameters without an option: {', '.join(sorted(unknown))}")
+    values = {name: given[name] for name in FIELDS if name in given} | more
+    values["targets"] = tuple(dict.fromkeys(values.get("targets", ("onnx",))))
+    if given.get("no_verify"):
+        values["verify"] = None
+    return Options(**values)
 
 
 def size_in_bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:

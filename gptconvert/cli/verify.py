@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -25,15 +25,12 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, *
     Exit code 0: every weight is the checkpoint's and every output is within rounding noise. 5: not so.
     """
     options.quieten()
-    from gptconvert.cli.convert import opening_of, request_of
     from gptconvert.pipeline import verify_export
 
     progress = Progress(quiet or as_json)
-    level: Literal["default", "full"] = "full" if full else "default"
     try:
-        report = verify_export(
-            source, artifact, level=level, opening=opening_of(given), request=request_of(given), progress=progress
-        )
+        chosen = options.chosen(given, verify="full" if full else "default")
+        report = verify_export(source, artifact, chosen, progress=progress)
     finally:
         progress.close()
     for text in report.notes:

@@ -13,14 +13,7 @@ import re
 from collections.abc import Mapping
 
 from gptconvert.errors import InputError
-from gptconvert.families.base import (
-    ConfigKeys,
-    Family,
-    Request,
-    heads_of_width,
-    per_layer,
-    usual_scale,
-)
+from gptconvert.families.family import ConfigKeys, Family, heads_of_width, per_layer, usual_scale
 from gptconvert.families.heads import (
     HEAD_DROPS,
     HEAD_ROWS,
@@ -31,9 +24,10 @@ from gptconvert.families.heads import (
     own_lm_head,
     tied_lm_head,
 )
-from gptconvert.mapping import Drop, Row, Scheme, Tied
-from gptconvert.tensors import LazyTensor
-from gptconvert.transforms import DropLeadingAxis, Transpose
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import DropLeadingAxis, Transpose
 from reference_model.config import GPTConfig
 
 CONV1D = (Transpose(),)
@@ -142,7 +136,7 @@ def _config(keys: ConfigKeys, sizes: Mapping[str, int], activation: str, **field
 
 
 def _hf_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     keys = ConfigKeys(raw, path)
     # n_ctx says how long the training texts were: with n_positions 513 beside it, the table has 513 rows.
@@ -168,7 +162,7 @@ def _hf_config(
 
 
 def _openai_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     tables = [tensors[name].shape for name in ("tokens_embed", "positions_embed") if name in tensors]
     if [len(shape) for shape in tables] != [2, 2]:

@@ -11,13 +11,11 @@ import re
 from collections.abc import Mapping
 
 from gptconvert.errors import InputError, UsageError
-from gptconvert.families import gpt2_trainers
-from gptconvert.families.base import (
+from gptconvert.families.family import (
     HF_ACTIVATION_NAME,
     HF_ACTIVATIONS,
     ConfigKeys,
     Family,
-    Request,
     heads_of_width,
     per_layer,
     usual_scale,
@@ -32,9 +30,11 @@ from gptconvert.families.heads import (
     own_lm_head,
     tied_lm_head,
 )
-from gptconvert.mapping import Drop, Row, Scheme, Tied, find_prefix
-from gptconvert.tensors import LazyTensor
-from gptconvert.transforms import DropLeadingAxis, Transpose
+from gptconvert.families.trainers import gpt2 as gpt2_trainers
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied, find_prefix
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import DropLeadingAxis, Transpose
 from reference_model.config import GPTConfig
 
 CONV1D = (Transpose(),)
@@ -126,7 +126,7 @@ OPENAI_TF = Scheme(
 
 
 def _hf_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     keys = ConfigKeys(raw, path)
     layers, width = (
@@ -160,7 +160,7 @@ def _hf_config(
 
 
 def _openai_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     notes: list[str] = []
     if not raw:
@@ -197,7 +197,7 @@ def _openai_config(
     return config, {}, notes
 
 
-def _infer_hparams(tensors: Mapping[str, LazyTensor], request: Request) -> tuple[dict[str, object], list[str]]:
+def _infer_hparams(tensors: Mapping[str, LazyTensor], request: Options) -> tuple[dict[str, object], list[str]]:
     """hparams.json from the shapes. The number of heads is in none of them."""
     prefix = find_prefix(OPENAI_TF, tensors)
     shapes = {name.removeprefix(prefix or ""): tensor.shape for name, tensor in tensors.items()}

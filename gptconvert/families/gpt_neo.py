@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.families.base import HF_ACTIVATION_NAME, HF_ACTIVATIONS, ConfigKeys, Family, Request, per_layer
+from gptconvert.families.family import HF_ACTIVATION_NAME, HF_ACTIVATIONS, ConfigKeys, Family, per_layer
 from gptconvert.families.heads import (
     HEAD_DROPS,
     HEAD_ROWS,
@@ -21,9 +21,10 @@ from gptconvert.families.heads import (
     own_lm_head,
     tied_lm_head,
 )
-from gptconvert.mapping import Drop, Row, Scheme, Tied, find_prefix
-from gptconvert.tensors import LazyTensor
-from gptconvert.transforms import Transpose
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied, find_prefix
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import Transpose
 from reference_model.config import GPTConfig
 
 HEADS = {
@@ -86,7 +87,7 @@ def _attention_layers(keys: ConfigKeys, layers: int) -> list[str]:
         raise InputError(
             "wrong attention pattern",
             path=keys.path,
-            tensor="attention_types" if types is not None else "attention_layers",
+            item="attention_types" if types is not None else "attention_layers",
             expected=f"{layers} layers of 'global' or 'local'",
             found=repr(types if types is not None else listed)[:80],
         )
@@ -109,12 +110,12 @@ def _expanded(types: object, layers: int) -> list[str] | None:
 def _positive(keys: ConfigKeys, key: str, default: int) -> int:
     value = keys.integer(key, default)
     if value < 1:
-        raise InputError("wrong value", path=keys.path, tensor=key, expected="at least 1", found=value)
+        raise InputError("wrong value", path=keys.path, item=key, expected="at least 1", found=value)
     return value
 
 
 def _hf_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     keys = ConfigKeys(raw, path)
     layers, width = keys.integer("num_layers", 24, "num_hidden_layers"), keys.integer("hidden_size", 2048)
@@ -239,7 +240,7 @@ MESH_UNUSED: Mapping[str, object] = {
 
 
 def _mesh_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     if "model_type" in raw:  # transformers' own conversion wanted its own config.json beside the checkpoint
         return _hf_config(raw, path, tensors, request)
@@ -277,14 +278,14 @@ def _require_released_attention(keys: ConfigKeys, layers: int) -> None:
         UnsupportedError: there are others than global and local.
     """
     if "attention_types" not in keys.raw:
-        raise InputError("required key is missing", path=keys.path, tensor="attention_types")
+        raise InputError("required key is missing", path=keys.path, item="attention_types")
     kinds = _expanded(keys.raw["attention_types"], layers) or []
     strange = sorted({str(kind) for kind in kinds} - {"global", "local"})
     if strange:
         raise UnsupportedError(
             f"attention of kind {', '.join(strange)} is not implemented",
             path=keys.path,
-            tensor="attention_types",
+            item="attention_types",
             expected="global and local",
         )
 

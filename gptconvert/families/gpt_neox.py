@@ -11,20 +11,13 @@ import math
 from collections.abc import Mapping
 
 from gptconvert.errors import InputError
-from gptconvert.families.base import (
-    HF_ACTIVATION_NAME,
-    HF_ACTIVATIONS,
-    ConfigKeys,
-    Family,
-    Request,
-    per_layer,
-    usual_scale,
-)
+from gptconvert.families.family import HF_ACTIVATION_NAME, HF_ACTIVATIONS, ConfigKeys, Family, per_layer, usual_scale
 from gptconvert.families.heads import HEAD_DROPS, HEAD_ROWS, head_config, head_fields, own_lm_head, tied_lm_head
-from gptconvert.families.neox_trainer import NEOX, neox_config
-from gptconvert.mapping import Drop, Row, Scheme, Tied
-from gptconvert.tensors import LazyTensor
-from gptconvert.transforms import DeinterleaveHeads
+from gptconvert.families.trainers.neox import NEOX, neox_config
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import DeinterleaveHeads
 from reference_model.config import GPTConfig, Rotary
 
 BY_HEAD = (DeinterleaveHeads(),)
@@ -97,7 +90,7 @@ def _rotary(keys: ConfigKeys, head_dim: int) -> Rotary:
     nested = keys.raw.get("rope_parameters")
     if nested is not None and not isinstance(nested, Mapping):
         raise InputError(
-            "wrong value", path=keys.path, tensor="rope_parameters", expected="an object", found=repr(nested)[:80]
+            "wrong value", path=keys.path, item="rope_parameters", expected="an object", found=repr(nested)[:80]
         )
     flat = {name: keys.raw[name] for pair in ROPE_NAMES for name in pair if name in keys.raw}
     inner = ConfigKeys({**flat, **{f"rope_parameters.{k}": v for k, v in (nested or {}).items()}}, keys.path)
@@ -111,7 +104,7 @@ def _rotary(keys: ConfigKeys, head_dim: int) -> Rotary:
 
 
 def _hf_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     keys = ConfigKeys(raw, path)
     width, heads = keys.integer("hidden_size", 6144), keys.integer("num_attention_heads", 64)

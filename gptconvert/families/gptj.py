@@ -9,15 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gptconvert.errors import UsageError
-from gptconvert.families.base import (
-    HF_ACTIVATION_NAME,
-    HF_ACTIVATIONS,
-    ConfigKeys,
-    Family,
-    Request,
-    per_layer,
-    usual_scale,
-)
+from gptconvert.families.family import HF_ACTIVATION_NAME, HF_ACTIVATIONS, ConfigKeys, Family, per_layer, usual_scale
 from gptconvert.families.heads import (
     HEAD_DROPS,
     HEAD_ROWS,
@@ -29,9 +21,10 @@ from gptconvert.families.heads import (
     own_lm_head,
     tied_lm_head,
 )
-from gptconvert.mapping import Drop, Row, Scheme, Tied
-from gptconvert.tensors import LazyTensor
-from gptconvert.transforms import Transpose
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import Transpose
 from reference_model.config import GPTConfig, Rotary
 
 HEADS = {
@@ -75,7 +68,7 @@ HF = Scheme(
 
 
 def _hf_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     keys = ConfigKeys(raw, path)
     width, heads = keys.integer("n_embd", 4096, "hidden_size"), keys.integer("n_head", 16, "num_attention_heads")
@@ -185,7 +178,7 @@ MESH_HARMLESS = frozenset(
 
 
 def _mesh_config(
-    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Request
+    raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     raw, notes = (raw, []) if raw else _released(tensors)
     keys = ConfigKeys(raw, path)

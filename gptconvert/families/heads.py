@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.families.base import ConfigKeys, Request
-from gptconvert.mapping import Drop, Row
-from gptconvert.tensors import LazyTensor
+from gptconvert.families.family import ConfigKeys
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Drop, Row
+from gptconvert.model.tensors import LazyTensor
 from reference_model.config import LABELLED_TASKS, GPTConfig
 
 #: The tensor that tells that a task's head is there, the most particular task first.
@@ -82,7 +83,7 @@ def choose_task(
     raw: Mapping[str, object],
     path: str | None,
     tensors: Mapping[str, LazyTensor],
-    request: Request,
+    request: Options,
     *,
     tied: bool,
 ) -> str:
@@ -152,7 +153,7 @@ def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors
     for key in ("num_labels", "_num_labels"):
         value = raw.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InputError("wrong value", path=path, tensor=key, expected="at least 1", found=repr(value)[:80])
+            raise InputError("wrong value", path=path, item=key, expected="at least 1", found=repr(value)[:80])
         if isinstance(value, int):
             return value
     shapes = [t.shape for n, t in tensors.items() if any(_ends_with(n, end) for end in HEAD_TENSORS[task])]
@@ -163,7 +164,7 @@ def head_fields(
     heads: Mapping[str, str],
     keys: ConfigKeys,
     tensors: Mapping[str, LazyTensor],
-    request: Request,
+    request: Options,
     *,
     tied: bool,
 ) -> tuple[dict[str, object], list[str]]:

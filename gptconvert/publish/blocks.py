@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 
+from gptconvert.model.tensors import Segment
 from gptconvert.publish.source_reader import StoppedError
-from gptconvert.tensors import Segment
 
 #: Bytes of one block: large enough for the disk, small enough that Ctrl-C and the progress bar keep up.
 BLOCK_BYTES = 4 << 20
@@ -105,7 +105,7 @@ class Blocks:
         raise StoppedError
 
 
-class Follower:
+class Worker:
     """A thread that does what it is handed, in order; after a failure, its own or another's, nothing more.
 
     Args:

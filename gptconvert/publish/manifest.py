@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from gptconvert import __version__
-from gptconvert.checkpoint import Checkpoint
+from gptconvert.containers.json_text import dump_json
 from gptconvert.errors import InputError
-from gptconvert.json_text import dump_json
-from gptconvert.mapping import collapse
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import PlannedFile
+from gptconvert.model.schemes import collapse
 from gptconvert.publish.source_reader import FileDigest
 from gptconvert.publish.writer import Written, WrittenFile
-from gptconvert.targets.plan import PlannedFile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE, SUMS_FILE = "manifest.json", "SHA256SUMS"
@@ -30,7 +30,7 @@ class Recipe:
 
     Attributes:
         targets: as in ``--to``.
-        options: every option that changes what is written.
+        options: every option that shapes what is written, those given to the source too.
         libraries: installed distributions that had a hand in the bytes (``onnx``, ``tokenizers`` …).
     """
 
@@ -139,7 +139,7 @@ def snapshot(paths: Iterable[str]) -> dict[str, FileState | None]:
 def check_inputs_unchanged(
     before: Mapping[str, FileState | None], after: Mapping[str, FileState | None] | None = None
 ) -> None:
-    """Refuse a result whose input was written to meanwhile.
+    """Refuse a result whose input was written to in_background.
 
     Args:
         before: :func:`snapshot` from before the first byte was read.

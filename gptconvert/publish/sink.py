@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptconvert.errors import OutputError
+from gptconvert.model.export import PlannedFile
+from gptconvert.model.tensors import Segment
 from gptconvert.publish import fileops
 from gptconvert.publish.blocks import BLOCK_BYTES, Block
 from gptconvert.publish.source_reader import SourceReader, truncated
-from gptconvert.targets.plan import PlannedFile
-from gptconvert.tensors import Segment
 
 #: Larger files go to the disk directly even if they will be read at once.
 MOST_CACHED = 1 << 30

@@ -16,8 +16,8 @@ from typing import Self, TypeVar
 import google_crc32c
 
 from gptconvert.errors import InputError
+from gptconvert.model.tensors import Segment
 from gptconvert.publish import fileops
-from gptconvert.tensors import Segment
 
 #: Small enough to stay in a core's cache while every consumer looks at it, large enough to hide Python.
 BLOCK_BYTES = 1 << 20

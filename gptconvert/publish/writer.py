@@ -1,7 +1,7 @@
 """Planned files to bytes on disk, at the speed of one copy and in the memory of a few blocks.
 
 Four threads hand blocks on (:mod:`gptconvert.publish.blocks`). The caller's reads the source or computes, and shows
-every byte to those who want to know something of it (:mod:`gptconvert.publish.digest`); the second hashes tensors,
+every byte to those who want to know something of it (``source_scan``); the second hashes tensors,
 the third the files to be; the fourth writes them.
 
 Files are forced to the disk before they are published, so the way through the page cache buys nothing, and the memory
@@ -22,15 +22,15 @@ from typing import Any
 
 import google_crc32c
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.publish.blocks import BLOCK_BYTES, Block, Blocks, Follower
-from gptconvert.publish.digest import Examination, Reading
-from gptconvert.publish.finishing import Finishing
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import Placed, PlannedFile
+from gptconvert.model.tensors import Segment, Stored, merge_segments
+from gptconvert.publish.blocks import BLOCK_BYTES, Block, Blocks, Worker
+from gptconvert.publish.deferred import DeferredFiles
+from gptconvert.publish.finite import checked_chunks, raw_bytes
 from gptconvert.publish.sink import Sink
 from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files
-from gptconvert.publish.values import checked_chunks, raw_bytes
-from gptconvert.targets.plan import Placed, PlannedFile
-from gptconvert.tensors import Segment, Stored, merge_segments
+from gptconvert.publish.source_scan import Reading, SourceScan
 
 #: Bytes read at once: they stay in a core's own cache while everybody looks at them.
 READ_BYTES = 512 << 10
@@ -101,20 +101,20 @@ def write_and_digest(
     copies = {file.path: source for file in files if (source := copy_of(file)) is not None}
     others = [path for path in dict.fromkeys(checkpoint.source.files) if path not in copies.values()]
     placed = [(file.path, tensor) for file in files for tensor in file.tensors if verified]
-    examination = Examination(checkpoint, [p.tensor for _, p in placed])
+    scan = SourceScan(checkpoint, [p.tensor for _, p in placed])
     stop = threading.Event()
-    writer = _Writer(directory, files, progress, stop, examination, each_tensor=verified, cached=verified)
+    writer = _Writer(directory, files, progress, stop, scan, each_tensor=verified, cached=verified)
     with ThreadPoolExecutor(2) as pool:
-        rest = pool.submit(_watched, stop, lambda: examination.read_rest(stop))
+        rest = pool.submit(_watched, stop, lambda: scan.read_rest(stop))
         sources = pool.submit(_watched, stop, lambda: digest_files(others, stop, thorough=verified))
 
         def examine() -> tuple[str, ...]:
             rest.result()
-            return examination.judge(allow_nonfinite=allow_nonfinite)
+            return scan.judge(allow_nonfinite=allow_nonfinite)
 
         try:
             written = writer.write(examine)
-            notes, digests, found = examine(), examination.digests(), sources.result()
+            notes, digests, found = examine(), scan.digests(), sources.result()
         except StoppedError:
             raise _cause((rest, sources)) from None
         finally:
@@ -177,7 +177,7 @@ class _Writer:
         files: Sequence[PlannedFile],
         progress: Progress | None,
         stop: threading.Event,
-        examination: Examination | None = None,
+        scan: SourceScan | None = None,
         *,
         each_tensor: bool = True,
         cached: bool = True,
@@ -185,10 +185,10 @@ class _Writer:
         self.directory, self.files, self.progress, self.stop = directory, files, progress, stop
         self.each_tensor, self.cached = each_tensor, cached
         self.blocks = Blocks(stop)
-        self.tensor_hashing, self.hashing, self.writing = (Follower(stop) for _ in range(3))
+        self.tensor_hashing, self.hashing, self.writing = (Worker(stop) for _ in range(3))
         self.sinks: list[Sink] = []
-        self.shown = {id(p): _readings(p, examination) for file in files for p in file.tensors}
-        self.finishing = Finishing(files, stop)
+        self.shown = {id(p): _readings(p, scan) for file in files for p in file.tensors}
+        self.finishing = DeferredFiles(files, stop)
 
     def write(self, examine: Callable[[], object] = lambda: None) -> list[WrittenFile]:
         """All files, in the order planned.
@@ -266,14 +266,14 @@ class _Writer:
         return hashed
 
 
-def _readings(placed: Placed, examination: Examination | None) -> dict[Segment | None, Reading]:
+def _readings(placed: Placed, scan: SourceScan | None) -> dict[Segment | None, Reading]:
     """What is wanted of a placed tensor's bytes: of all (None), and of single segments."""
     place = merge_segments(placed.tensor.segments() or ())
-    if examination is None or not place:
+    if scan is None or not place:
         return {}
-    wanted: dict[Segment | None, Reading | None] = {None: examination.take(place)}
+    wanted: dict[Segment | None, Reading | None] = {None: scan.take(place)}
     if len(place) > 1:
-        wanted |= {segment: examination.take((segment,)) for segment in dict.fromkeys(place)}
+        wanted |= {segment: scan.take((segment,)) for segment in dict.fromkeys(place)}
     return {segment: reading for segment, reading in wanted.items() if reading is not None}
 
 
@@ -285,7 +285,7 @@ class _Look:
         self.summing = crc32c
         tensor = placed.tensor
         if isinstance(tensor, Stored) and tensor.dtype.isnative and tensor.crc32c is not None:
-            self.crc32c, self.summing = tensor.crc32c, False  # compared with the bytes by the examination
+            self.crc32c, self.summing = tensor.crc32c, False  # compared with the bytes by the scan
 
     def at(self, segment: Segment, data: bytes) -> list[hashlib._Hash]:
         """The next bytes of a segment; returns what is still to see them."""

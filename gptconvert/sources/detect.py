@@ -10,12 +10,16 @@ import os
 import re
 from dataclasses import dataclass
 
+from gptconvert.containers.missing import no_such_path
+from gptconvert.containers.untrusted import explain_file, file_size
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
-from gptconvert.sources import gpt1_npy, hf, hub, llmc, megatron, mesh_jax, mesh_tf, nanogpt, neox, openai_tf
-from gptconvert.sources.hf_files import weights_named
-from gptconvert.sources.near import no_such_path
-from gptconvert.sources.sniff import explain_file, file_size
-from gptconvert.sources.source import Format, OpenOptions, Source
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.sources import hub, llmc, megatron, mesh_jax, mesh_tf, nanogpt, neox, openai_tf
+from gptconvert.sources import openai_gpt1 as gpt1_npy
+from gptconvert.sources.format import Format
+from gptconvert.sources.hf import format as hf
+from gptconvert.sources.hf.files import weights_named
 
 #: In the order they are tried: Hugging Face's file names are the least mistakable, and GPT-Neo's variables are told
 #: from OpenAI's by their names alone.
@@ -32,7 +36,7 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
-def open_source(path: str | os.PathLike[str], options: OpenOptions, format: str | None = None) -> Source:
+def open_source(path: str | os.PathLike[str], options: Options, format: str | None = None) -> Source:
     """The checkpoint at ``path``, a local file or directory or a repository on the hub. Headers only.
 
     Args:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptconvert.errors import GptConvertError, InputError, OutputError
-from gptconvert.sources.hf_files import CONFIG, TOKENIZER_FILES, Weights, choose_weights
-from gptconvert.sources.shards import read_weight_map
-from gptconvert.sources.source import OpenOptions
+from gptconvert.model.options import Options
+from gptconvert.sources.hf.files import CONFIG, TOKENIZER_FILES, Weights, choose_weights
+from gptconvert.sources.hf.shards import read_weight_map
 
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?)?", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index", ".json", ".npy", ".h5", ".onnx", ".gguf")
@@ -55,7 +55,7 @@ def is_repo_id(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None and ".." not in text and not text.endswith(_FILE_ENDINGS)
 
 
-def fetch(repo: str, options: OpenOptions) -> Fetched:
+def fetch(repo: str, options: Options) -> Fetched:
     """The repository's configuration, weights and tokenizer in the local cache, downloaded where not there yet.
 
     Raises:
@@ -71,7 +71,7 @@ def fetch(repo: str, options: OpenOptions) -> Fetched:
         return _from_hub(repo, options)
 
 
-def _from_hub(repo: str, options: OpenOptions) -> Fetched:
+def _from_hub(repo: str, options: Options) -> Fetched:
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(repo, revision=options.revision, files_metadata=True)
@@ -95,7 +95,7 @@ def _from_hub(repo: str, options: OpenOptions) -> Fetched:
 
 
 def _weights_files(
-    repo: str, weights: Weights, commit: str, digests: Mapping[str, _Digest | None], options: OpenOptions
+    repo: str, weights: Weights, commit: str, digests: Mapping[str, _Digest | None], options: Options
 ) -> list[str]:
     """The weights file, or all shards its index names."""
     if not weights.sharded:
@@ -111,7 +111,7 @@ def _weights_files(
     return shards
 
 
-def _from_cache(repo: str, options: OpenOptions) -> Fetched:
+def _from_cache(repo: str, options: Options) -> Fetched:
     from huggingface_hub import hf_hub_download
 
     config = hf_hub_download(
@@ -126,7 +126,7 @@ def _from_cache(repo: str, options: OpenOptions) -> Fetched:
     return Fetched(directory, os.path.basename(directory), weights.name, tuple(notes))
 
 
-def _download(repo: str, name: str, revision: str | None, digest: _Digest | None, options: OpenOptions) -> str:
+def _download(repo: str, name: str, revision: str | None, digest: _Digest | None, options: Options) -> str:
     """The file's path in the cache. What was fetched just now is checked, and does not stay if it is wrong."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -169,7 +169,7 @@ def _check(path: str, expected: _Digest, where: str) -> None:
 
 
 @contextmanager
-def _translated(repo: str, options: OpenOptions) -> Iterator[None]:
+def _translated(repo: str, options: Options) -> Iterator[None]:
     """The hub library's errors in this program's words."""
     from huggingface_hub import errors
 
@@ -197,7 +197,7 @@ def _translated(repo: str, options: OpenOptions) -> Iterator[None]:
         raise _unreachable(repo, error) from error
 
 
-def _http_error(repo: str, options: OpenOptions, error: Any) -> InputError:
+def _http_error(repo: str, options: Options, error: Any) -> InputError:
     from huggingface_hub import constants, errors
 
     status = getattr(error.response, "status_code", None)

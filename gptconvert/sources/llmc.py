@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.sources.near import no_such_path
-from gptconvert.sources.sniff import explain_file, file_size
-from gptconvert.sources.source import Format, OpenOptions, Source, refuse_options
-from gptconvert.tensors import BFLOAT16, LazyTensor, Segment, Shape, Stored, TensorSet
+from gptconvert.containers.missing import no_such_path
+from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.errors import InputError, UnsupportedError, UsageError
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.model.tensors import BFLOAT16, LazyTensor, Segment, Shape, Stored, TensorSet
+from gptconvert.sources.format import Format
 
 TITLE = "llm.c (.bin)"
 HEADER_WORDS = 256
@@ -75,7 +77,7 @@ class Header:
         return {"P": self.padded_vocab_size, "T": self.max_seq_len, "C": self.channels}
 
 
-def open_llmc(path: str, options: OpenOptions) -> Source:
+def open_llmc(path: str, options: Options) -> Source:
     """Open a model file, or the one in a directory.
 
     Raises:
@@ -83,7 +85,6 @@ def open_llmc(path: str, options: OpenOptions) -> Source:
         UnsupportedError: a version whose layout is not known here.
         UsageError: an option that has no meaning here.
     """
-    refuse_options(options, TITLE, "hparams", "step")
     path = _model_file(path, options)
     size = file_size(path)
     header = read_header(path, size)
@@ -112,12 +113,13 @@ def open_llmc(path: str, options: OpenOptions) -> Source:
     )
 
 
-def _model_file(path: str, options: OpenOptions) -> str:
+def _model_file(path: str, options: Options) -> str:
     """The file meant by a path; in a directory the one of its name, or the only one."""
     if not os.path.lexists(path):
         raise no_such_path(path)
     if not os.path.isdir(path):
-        refuse_options(options, "single llm.c", "weights_file")
+        if options.weights_file is not None:
+            raise UsageError("--weights-file needs a directory", path=path)
         return path
     if options.weights_file is not None:
         return _model_file(os.path.join(path, options.weights_file), replace(options, weights_file=None))
@@ -237,4 +239,4 @@ def _begins_with_magic(path: str) -> bool:
         return False
 
 
-FORMAT = Format(name="llmc", title=TITLE, recognises=recognises, open=open_llmc)
+FORMAT = Format(name="llmc", title=TITLE, recognises=recognises, read=open_llmc, accepts=frozenset({"weights_file"}))

@@ -12,11 +12,13 @@ import os
 import re
 from collections.abc import Mapping
 
+from gptconvert.containers.missing import no_such_path
+from gptconvert.containers.torch import TorchFile, read_torch_pickle, tensors_of
+from gptconvert.containers.untrusted import read_small
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
-from gptconvert.sources.near import no_such_path
-from gptconvert.sources.sniff import read_small
-from gptconvert.sources.source import Format, OpenOptions, Source, refuse_options
-from gptconvert.sources.torch_zip import TorchFile, read_torch_pickle, tensors_of
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.sources.format import Format
 
 NAME, TITLE = "megatron", "Megatron-LM GPT-2 (model_optim_rng.pt)"
 FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -33,7 +35,7 @@ MAX_DEPTH, MAX_ENTRIES = 8, 100_000
 TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 
 
-def open_megatron(path: str, options: OpenOptions) -> Source:
+def open_megatron(path: str, options: Options) -> Source:
     """Open a checkpoint file, its ``mp_rank_00``, its iteration's directory or the directory of a run.
 
     Raises:
@@ -42,7 +44,6 @@ def open_megatron(path: str, options: OpenOptions) -> Source:
         UnsafeInputError: the pickle names anything but tensors and plain data.
         UsageError: an option that has no meaning here.
     """
-    refuse_options(options, TITLE, "hparams", "weights_file")
     if not os.path.lexists(path):
         raise no_such_path(path)
     path = locate(path, options.step)
@@ -145,7 +146,7 @@ def _version(tree: Mapping[str, object], path: str) -> int:
         raise UnsupportedError(
             "unknown checkpoint version of Megatron-LM: the order of q, k and v is not established",
             path=path,
-            tensor="checkpoint_version",
+            item="checkpoint_version",
             expected=f"one of {', '.join(map(str, SCHEMES))}",
             found=repr(version)[:40],
         )
@@ -216,4 +217,10 @@ def _holds_language_model(path: str) -> bool:
     return isinstance(model, dict) and any(str(key).split(".")[0] == "language_model" for key in model)
 
 
-FORMAT = Format(name=NAME, title=TITLE, recognises=recognises, open=open_megatron)
+FORMAT = Format(
+    name=NAME,
+    title=TITLE,
+    recognises=recognises,
+    read=open_megatron,
+    accepts=frozenset({"step", "n_head", "activation"}),
+)

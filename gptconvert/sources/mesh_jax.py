@@ -18,13 +18,15 @@ from typing import Literal
 
 import numpy as np
 
+from gptconvert.containers.json import read_json_object
+from gptconvert.containers.npz import read_npz
+from gptconvert.containers.untrusted import entries, explain_file, file_size, read_small
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
-from gptconvert.sources.npz import read_npz
-from gptconvert.sources.sniff import entries, explain_file, file_size, read_small
-from gptconvert.sources.source import Format, OpenOptions, Source
-from gptconvert.sources.strict_json import read_json_object
-from gptconvert.tensors import BFLOAT16, Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
-from gptconvert.transforms import concatenate
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.model.tensors import BFLOAT16, Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
+from gptconvert.model.transforms import concatenate
+from gptconvert.sources.format import Format
 
 TITLE = "GPT-J original (mesh-transformer-jax shards)"
 #: Files that the program splits each shard into.
@@ -55,7 +57,7 @@ _OUTSIDE = len(EMBEDDING) + len(PROJECTION)
 _SHARD, _STEP = re.compile(r"shard_(\d{1,4})"), re.compile(r"step_(\d{1,18})")
 
 
-def open_mesh_jax(path: str, options: OpenOptions) -> Source:
+def open_mesh_jax(path: str, options: Options) -> Source:
     """Open the checkpoint in the directory ``path``: one step's, or the one that holds the steps.
 
     Raises:
@@ -212,14 +214,14 @@ def _check_parts(folder: str, parts: Mapping[str, Sequence[LazyTensor]]) -> None
     for name, cut in parts.items():
         if len({(part.shape, part.dtype) for part in cut}) > 1:
             listed = ", ".join(f"{list(part.shape)} {part.dtype}" for part in cut)
-            raise InputError("the shards' parts differ in shape or type", path=folder, tensor=name, found=listed)
+            raise InputError("the shards' parts differ in shape or type", path=folder, item=name, found=listed)
     name = f"{SCOPE}layer_0/~/linear/w"
     q, count = parts[name][0], len(parts[name])
     if len(q.shape) != 2 or q.shape[1] * count != q.shape[0]:
         raise InputError(
             "not all shards are here, or shards of different models were mixed",
             path=folder,
-            tensor=name,
+            item=name,
             expected=f"a square matrix from {count} shards",
             found=f"parts of shape {list(q.shape)}",
         )
@@ -302,4 +304,6 @@ def _is_second_layout(folder: str) -> bool:
     )
 
 
-FORMAT = Format(name="mesh-jax", title=TITLE, recognises=recognises, open=open_mesh_jax)
+FORMAT = Format(
+    name="mesh-jax", title=TITLE, recognises=recognises, read=open_mesh_jax, accepts=frozenset({"step", "hparams"})
+)

@@ -10,12 +10,14 @@ import os
 import re
 from collections.abc import Iterable
 
+from gptconvert.containers.json import read_json_object
+from gptconvert.containers.tf_bundle import bundle_tensors
+from gptconvert.containers.tf_index import read_index
+from gptconvert.containers.untrusted import file_size
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError
-from gptconvert.sources.sniff import file_size
-from gptconvert.sources.source import Format, OpenOptions, Source
-from gptconvert.sources.strict_json import read_json_object
-from gptconvert.sources.tf_bundle import bundle_tensors
-from gptconvert.sources.tf_index import read_index
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.sources.format import Format
 from gptconvert.sources.tf_locate import locate, looks_like_checkpoint
 
 TITLE = "GPT-Neo original (Mesh-TensorFlow checkpoint and config.json)"
@@ -36,7 +38,7 @@ _VARIANTS = (
 )
 
 
-def open_mesh_tf(path: str, options: OpenOptions) -> Source:
+def open_mesh_tf(path: str, options: Options) -> Source:
     """Open the GPT-Neo checkpoint that ``path`` means: prefix, directory, ``checkpoint``, index or data file.
 
     Raises:
@@ -103,4 +105,6 @@ def _tokenizer(folder: str) -> dict[str, str]:
     return present
 
 
-FORMAT = Format(name="mesh-tf", title=TITLE, recognises=recognises, open=open_mesh_tf)
+FORMAT = Format(
+    name="mesh-tf", title=TITLE, recognises=recognises, read=open_mesh_tf, accepts=frozenset({"step", "hparams"})
+)

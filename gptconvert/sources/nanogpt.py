@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from gptconvert.containers.missing import no_such_path
+from gptconvert.containers.torch import TorchFile, read_torch_pickle, tensors_of
+from gptconvert.containers.untrusted import file_size
 from gptconvert.errors import GptConvertError, InputError
-from gptconvert.sources.near import no_such_path
-from gptconvert.sources.sniff import file_size
-from gptconvert.sources.source import Format, OpenOptions, Source, refuse_options
-from gptconvert.sources.torch_zip import TorchFile, read_torch_pickle, tensors_of
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.sources.format import Format
 
 TITLE = "nanoGPT (ckpt.pt)"
 CHECKPOINT = "ckpt.pt"
@@ -26,7 +28,7 @@ MODEL, ARGUMENTS = "model", "model_args"
 GPT2_SIZES = (50257, 50304)
 
 
-def open_nanogpt(path: str, options: OpenOptions) -> Source:
+def open_nanogpt(path: str, options: Options) -> Source:
     """Open a checkpoint file, or the output directory of a run.
 
     Raises:
@@ -34,7 +36,6 @@ def open_nanogpt(path: str, options: OpenOptions) -> Source:
         UnsafeInputError: its pickle names anything but tensors and plain data.
         UsageError: an option that has no meaning here.
     """
-    refuse_options(options, TITLE, "hparams", "step")
     path = _checkpoint_file(path, options)
     file = read_torch_pickle(path)
     state, arguments = _parts(file, path)
@@ -55,7 +56,7 @@ def open_nanogpt(path: str, options: OpenOptions) -> Source:
     )
 
 
-def _checkpoint_file(path: str, options: OpenOptions) -> str:
+def _checkpoint_file(path: str, options: Options) -> str:
     if not os.path.lexists(path):
         raise no_such_path(path)
     return os.path.join(path, options.weights_file or CHECKPOINT) if os.path.isdir(path) else path
@@ -106,4 +107,10 @@ def _holds_arguments(path: str) -> bool:
     return isinstance(tree, dict) and {MODEL, ARGUMENTS} <= tree.keys()
 
 
-FORMAT = Format(name="nanogpt", title=TITLE, recognises=recognises, open=open_nanogpt)
+FORMAT = Format(
+    name="nanogpt",
+    title=TITLE,
+    recognises=recognises,
+    read=open_nanogpt,
+    accepts=frozenset({"weights_file", "n_head", "activation"}),
+)

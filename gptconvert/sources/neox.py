@@ -16,13 +16,15 @@ from typing import Literal
 
 import numpy as np
 
+from gptconvert.containers.torch import TorchFile, read_torch_pickle, tensors_of
+from gptconvert.containers.yaml import read_yaml_configs
 from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.model.tensors import Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
+from gptconvert.model.transforms import concatenate
+from gptconvert.sources.format import Format
 from gptconvert.sources.neox_files import Located, locate, looks_like_neox
-from gptconvert.sources.source import Format, OpenOptions, Source
-from gptconvert.sources.torch_zip import TorchFile, read_torch_pickle, tensors_of
-from gptconvert.sources.yaml_config import read_yaml_configs
-from gptconvert.tensors import Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
-from gptconvert.transforms import concatenate
 
 TITLE = "GPT-NeoX original (DeepSpeed layers or ranks, YAML configuration)"
 
@@ -57,7 +59,7 @@ _BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
 _SEQUENTIAL = re.compile(r"sequential\.(\d{1,5})\.(.+)", re.DOTALL)
 
 
-def open_neox(path: str, options: OpenOptions) -> Source:
+def open_neox(path: str, options: Options) -> Source:
     """Open the checkpoint at ``path``: the directory with ``latest``, one step's directory, or a file in it.
 
     Raises:
@@ -198,7 +200,7 @@ def _count_ranks(located: Located, config: Mapping[str, object]) -> int:
         raise InputError(
             "the configuration names another number of tensor-parallel ranks than there are files of",
             path=located.folder,
-            tensor="model_parallel_size",
+            item="model_parallel_size",
             expected=told,
             found=f"{found} ranks",
             hint="copy the files of all ranks; if the checkpoint was resharded, correct the configuration",
@@ -248,11 +250,11 @@ def _parts(name: str, by_rank: Mapping[int, LazyTensor], ranks: int, folder: str
     """What each rank holds of one tensor: all of them something, alike in shape and type."""
     missing = [str(rank) for rank in range(ranks) if rank not in by_rank]
     if missing:
-        raise InputError("some ranks do not hold this tensor", path=folder, tensor=name, found=", ".join(missing))
+        raise InputError("some ranks do not hold this tensor", path=folder, item=name, found=", ".join(missing))
     parts = [by_rank[rank] for rank in range(ranks)]
     if len({(part.shape, part.dtype) for part in parts}) > 1:
         listed = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
-        raise InputError("the ranks' parts differ in shape or type", path=folder, tensor=name, found=listed)
+        raise InputError("the ranks' parts differ in shape or type", path=folder, item=name, found=listed)
     return parts
 
 
@@ -272,4 +274,6 @@ def _rule(key: str) -> Rule | None:
     return next((rule for pattern, rule in RULES if re.fullmatch(pattern, key)), None)
 
 
-FORMAT = Format(name="neox", title=TITLE, recognises=looks_like_neox, open=open_neox)
+FORMAT = Format(
+    name="neox", title=TITLE, recognises=looks_like_neox, read=open_neox, accepts=frozenset({"step", "hparams"})
+)

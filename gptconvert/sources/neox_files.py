@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gptconvert.containers.untrusted import entries, file_size, read_small
 from gptconvert.errors import InputError, UnsupportedError, UsageError
-from gptconvert.sources.sniff import entries, file_size, read_small
 
 LATEST = "latest"
 MAX_LATEST = 4096

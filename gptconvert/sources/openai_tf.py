@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 
+from gptconvert.containers.json import read_json_object
+from gptconvert.containers.tf_bundle import bundle_tensors
+from gptconvert.containers.tf_index import Index, read_index
+from gptconvert.containers.untrusted import file_size
 from gptconvert.errors import InputError, UnsupportedError, UsageError
-from gptconvert.sources import gpt1_npy, mesh_tf
-from gptconvert.sources.sniff import file_size
-from gptconvert.sources.source import Format, OpenOptions, Source
-from gptconvert.sources.strict_json import read_json_object
-from gptconvert.sources.tf_bundle import bundle_tensors
-from gptconvert.sources.tf_index import Index, read_index
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.sources import mesh_tf, openai_gpt1
+from gptconvert.sources.format import Format
 from gptconvert.sources.tf_locate import locate, looks_like_checkpoint
 
 TITLE = "TensorFlow checkpoint V2"
@@ -25,10 +27,10 @@ TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tok
 _OBJECT_GRAPH, _OBJECT_SUFFIX = "_CHECKPOINTABLE_OBJECT_GRAPH", "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
-def open_openai_tf(path: str, options: OpenOptions) -> Source:
+def open_openai_tf(path: str, options: Options) -> Source:
     """Open the GPT-2 checkpoint that ``path`` means: prefix, directory, ``checkpoint``, index or data file.
 
-    The same command reads OpenAI's GPT-1, whose files :mod:`gptconvert.sources.gpt1_npy` knows.
+    The same command reads OpenAI's GPT-1, whose files :mod:`gptconvert.sources.openai_gpt1` knows.
     Every numeric tensor is handed on; which of them are weights is the family's business.
 
     Raises:
@@ -37,8 +39,8 @@ def open_openai_tf(path: str, options: OpenOptions) -> Source:
         UnsafeInputError: a file of it is no regular file.
         UsageError: the path and ``options.step`` name different steps, or it is GPT-Neo's.
     """
-    if gpt1_npy.recognises(path):
-        return gpt1_npy.open_gpt1(path, options)
+    if openai_gpt1.recognises(path):
+        return openai_gpt1.FORMAT.open(path, options)
     found = locate(path, options.step)
     index = read_index(found.prefix)
     _refuse_object_checkpoint(index)
@@ -92,4 +94,10 @@ def _refuse_object_checkpoint(index: Index) -> None:
         )
 
 
-FORMAT = Format(name="openai-tf", title=TITLE, recognises=looks_like_checkpoint, open=open_openai_tf)
+FORMAT = Format(
+    name="openai-tf",
+    title=TITLE,
+    recognises=looks_like_checkpoint,
+    read=open_openai_tf,
+    accepts=frozenset({"step", "hparams", "n_head"}),
+)

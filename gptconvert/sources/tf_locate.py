@@ -14,9 +14,9 @@ import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from gptconvert.containers.leveldb import MAGIC
+from gptconvert.containers.untrusted import entries, explain_bytes, explain_file, file_size, read_small
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
-from gptconvert.sources.sniff import entries, explain_bytes, explain_file, file_size, read_small
-from gptconvert.sources.table import MAGIC
 
 STATE_FILE = "checkpoint"
 MAX_STATE_BYTES = 16 << 20

@@ -6,17 +6,13 @@ ties: where two tokens score alike to within what rounding may do, either is rig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from gptconvert.tensors import Array
-from gptconvert.verify.compare import Group
-from gptconvert.verify.onnx_file import open_onnx
-from gptconvert.verify.onnx_runner import OnnxRunner, bind
-from gptconvert.verify.probes import Integers, default_positions
-from gptconvert.verify.runners import Feeds, RunError
+from gptconvert.model.tensors import Array
+from gptconvert.verify.probes import Integers
 from reference_model.config import GPTConfig
 
 
@@ -57,24 +53,3 @@ class Continuation:
             behind = scores.max(1) - scores[rows, token]  # (B)
             wrong = np.where(ended[:, i], token != filler, ~(behind <= allowed))
             yield from (f"token {i} of row {row} is {token[row]}" for row in np.flatnonzero(wrong))
-
-
-def held_against_onnx(
-    continuation: Continuation, config: GPTConfig, path: str, shown_as: str, groups: Iterable[Group]
-) -> Group:
-    """A group without figures: what of ``continuation`` the ONNX graph at ``path`` would not have generated.
-
-    ``groups`` are those in which the graph has passed: they say how exact it is.
-    """
-    group = Group(f"greedy as {shown_as}", tokens=continuation.new * len(continuation.input_ids))
-    own = max(group.measures["logits"].most for group in groups if "logits" in group.measures)
-    file = open_onnx(path)
-    positions = default_positions(continuation.attention_mask, continuation.input_ids.shape[1])
-    try:
-        runner = OnnxRunner(file, bind(file, config), config)
-        outputs = runner.run(Feeds(continuation.input_ids, continuation.attention_mask, positions), False)
-    except RunError as error:
-        group.problems.append(f"the runtime refused to run it: {error}")
-        return group
-    group.problems += continuation.unlikely(outputs.named["logits"], config, continuation.allowed + 2 * own)
-    return group

@@ -138,7 +138,7 @@ class Measure:
         return self.rmse <= self.most_rmse and self.error_max <= self.most
 
     @property
-    def badness(self) -> float:
+    def error_ratio(self) -> float:
         """Error over what is allowed; over 1 fails."""
         parts = ((self.rmse, self.most_rmse), (self.error_max, self.most))
         return max((a / b if b else math.inf if a else 0.0) for a, b in parts)
@@ -158,7 +158,7 @@ class Measure:
 
 
 @dataclass
-class Likeness:
+class LogitSimilarity:
     """What people ask about logits; reported, never judged.
 
     Attributes:

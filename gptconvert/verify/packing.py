@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptconvert.tensors import Array
+from gptconvert.model.tensors import Array
 from gptconvert.verify.probes import Integers, Probe
 from reference_model.config import GPTConfig
 

@@ -11,16 +11,16 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gptconvert.model.options import Level
 from reference_model.config import GPTConfig
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
-Level = Literal["default", "full"]
 
 #: Weights in the blocks of a large model.
 LARGE = 1_000_000_000

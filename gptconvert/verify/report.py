@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gptconvert.errors import printable
-from gptconvert.verify.compare import Group
 from gptconvert.verify.metrics import FLOOR_ROUNDINGS, MAX_ABS_RATIO, MAX_RMSE_RATIO, Measure
+from gptconvert.verify.outputs import Group
 from gptconvert.verify.weights import WeightReport
 
 if TYPE_CHECKING:
     from gptconvert.verify.greedy import Continuation
 
-#: A stage of so many steps begins: what it returns is to be told of steps done.
-Stage = Callable[[str, int], Callable[[int], None]]
 #: Of a long list of problems, people are shown this many.
 MOST_SHOWN = 8
 
@@ -141,8 +138,8 @@ def _group_dict(group: Group, figures: bool) -> dict[str, object]:
         return fields
     shown = [group.worst(presents=False), group.worst(presents=True), *group.measures.values()]
     measures = {m.tensor: m.as_dict() for i, m in enumerate(shown) if m is not None and (i < 2 or not m.ok)}
-    likeness = {"likeness": group.likeness.as_dict()} if group.likeness.tokens else {}
-    return {**fields, "problems": list(group.problems), "measures": list(measures.values()), **likeness}
+    similarity = {"similarity": group.similarity.as_dict()} if group.similarity.tokens else {}
+    return {**fields, "problems": list(group.problems), "measures": list(measures.values()), **similarity}
 
 
 def _artifact_lines(artifact: ArtifactReport) -> list[str]:
@@ -179,7 +176,7 @@ def _run_lines(run: RunReport) -> list[str]:
 
 def _group_row(group: Group) -> tuple[str, ...]:
     main, cache = group.worst(presents=False), group.worst(presents=True)
-    top = f"{group.likeness.top1:.1%}" if group.likeness.tokens else "-"
+    top = f"{group.similarity.top1:.1%}" if group.similarity.tokens else "-"
     largest = "-" if main is None else f"{main.error_max:.1e}"
     verdict = "ok" if group.ok else "FAIL"
     return group.name, str(group.tokens), _ratio(main), largest, _ratio(cache), top, verdict

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gptconvert.tensors import Array
+from gptconvert.model.tensors import Array
 from gptconvert.verify.probes import Integers
 from reference_model.config import GPTConfig
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError
-from gptconvert.tensors import BFLOAT16, Array, LazyTensor
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.tensors import BFLOAT16, Array, LazyTensor
 from gptconvert.verify.metrics import Errors
 from gptconvert.verify.packing import Pack, Part
 from gptconvert.verify.probes import Integers, Probe
@@ -68,7 +68,7 @@ class Truth:
         if not bool(exact.isfinite().all() & noise.square.isfinite().all()):
             raise InputError(
                 "the checkpoint itself computes NaN or infinity",
-                tensor=name,
+                item=name,
                 hint="a weight is damaged, or a half-precision type has overflowed: try --dtype fp32",
             )
         self.values[name], self.noise[name] = exact, noise

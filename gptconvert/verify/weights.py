@@ -5,30 +5,29 @@ Bytes are compared, which says all that equal digests say and also where they di
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.checkpoint import Checkpoint
+from gptconvert.model.export import Export
+from gptconvert.model.tensors import Array, LazyTensor
+from gptconvert.model.transforms import transpose
 from gptconvert.publish.source_reader import ReadBack
-from gptconvert.tensors import BFLOAT16, Array, LazyTensor
-from gptconvert.transforms import cast, transpose
-from gptconvert.verify.onnx_file import OnnxFile
 
-#: An initializer that is no weight may be a constant of this many elements; anything larger has no business there.
-MOST_CONSTANT_ELEMENTS = 4096
-#: Types that weights are stored in.
-FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
-#: Name, the weight as it should be in the file, and as it is.
-Pair = tuple[str, LazyTensor, LazyTensor]
+class Pair(NamedTuple):
+    """A stored tensor: the weight it belongs to, its name in the file, what it should be, and what it is."""
+
+    weight: str
+    name: str
+    expected: LazyTensor
+    found: LazyTensor
 
 
 @dataclass
@@ -153,109 +152,50 @@ def compare(
         advance: told bytes done.
         stop: when set by another thread, comparing ends with :class:`StoppedError`.
     """
-    largest_first = sorted(pairs, key=lambda pair: -pair[1].nbytes)
+    largest_first = sorted(pairs, key=lambda pair: -pair.expected.nbytes)
 
     def judge(pair: Pair) -> str | None:
-        verdict = difference(*pair, stop)
+        verdict = difference(pair.name, pair.expected, pair.found, stop)
         if advance is not None:
-            advance(pair[1].nbytes)
+            advance(pair.expected.nbytes)
         return verdict
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         verdicts = list(pool.map(judge, largest_first))
-    for (_, expected, _), verdict in zip(largest_first, verdicts, strict=True):
-        if verdict is None:
-            report.equal, report.nbytes = report.equal + 1, report.nbytes + expected.nbytes
+    different = {pair.weight for pair, verdict in zip(largest_first, verdicts, strict=True) if verdict is not None}
+    report.equal += len({pair.weight for pair in largest_first} - different)
+    report.nbytes += sum(
+        p.expected.nbytes for p, verdict in zip(largest_first, verdicts, strict=True) if verdict is None
+    )
     report.problems += sorted(verdict for verdict in verdicts if verdict is not None)
     return report
-
-
-def pair_up(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightReport, list[Pair]]:
-    """What is to be compared in one of our own ONNX files, by name; the report says what there is nothing to compare
-    with.
-    """
-    report, pairs = WeightReport(len(weights)), list[Pair]()
-    flips = orientations(file.model.graph)
-    for name, weight in weights.items():
-        found, uses = file.initializers.get(name), flips.get(name, {False})
-        if found is None:
-            report.problems.append(f"{name}: not in the graph")
-        elif len(uses) > 1:
-            report.problems.append(f"{name}: used both as it is and transposed")
-        else:
-            pairs.append((name, transpose(weight) if uses == {True} else weight, found))
-    for name, tensor in file.initializers.items():
-        if name not in weights and tensor.size > MOST_CONSTANT_ELEMENTS:
-            report.problems.append(f"{name}: not a weight of this model")
-    return report, pairs
-
-
-def orientations(graph: Any) -> dict[str, set[bool]]:
-    """Initializer → whether its matrix products take it as [in, out], the transpose of the canonical weight.
-
-    A ``Gemm`` says so in ``transB``; a ``MatMul`` always does. Casts and transposes on the way are followed.
-    """
-    uses: dict[str, set[bool]] = {}
-    origin: dict[str, tuple[str, bool]] = {tensor.name: (tensor.name, False) for tensor in graph.initializer}
-    for node in graph.node:  # topological order, as ONNX demands
-        if node.op_type in ("Cast", "Identity", "Transpose") and node.input[0] in origin:
-            name, flipped = origin[node.input[0]]
-            origin[node.output[0]] = name, flipped ^ (node.op_type == "Transpose")
-        elif node.op_type in ("Gemm", "MatMul") and node.input[1] in origin:
-            name, flipped = origin[node.input[1]]
-            as_is = any(a.name == "transB" and a.i for a in node.attribute)
-            uses.setdefault(name, set()).add(as_is == flipped)
-        elif node.op_type == "Gather" and node.input[0] in origin:
-            name, flipped = origin[node.input[0]]
-            uses.setdefault(name, set()).add(flipped)
-    return uses
 
 
 def in_one_piece(pairs: Iterable[Pair]) -> dict[str, LazyTensor]:
     """The weights, by name, that lie in one run of a source's bytes, fit to be used from there as the file's own."""
     return {
         name: expected
-        for name, expected, found in pairs
+        for _, name, expected, found in pairs
         if len(place := expected.segments() or ()) == 1
         and place[0].offset % expected.dtype.itemsize == 0
         and (expected.shape, expected.dtype) == (found.shape, found.dtype)
     }
 
 
-def match_by_content(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightReport, list[Pair]]:
-    """How many weights stand somewhere in the file, in either orientation. Most comparisons end at once, and so
-    nothing is left to be compared.
+def pairs_of(export: Export, found: Mapping[str, LazyTensor], report: WeightReport) -> list[Pair]:
+    """What an export should have stored beside what is there under the same names.
+
+    What should be stored is derived from the checkpoint's weights, not from the tensors that were planned. Missing names
+    are counted as problems.
     """
-    report = WeightReport(len(weights), strict=False)
-    free = dict(file.initializers)
-    for weight in weights.values():
-        ways = [weight, transpose(weight)] if len(weight.shape) == 2 else [weight]
-        for name, tensor in free.items():
-            if any(difference(name, way, tensor) is None for way in ways):
-                report.equal, report.nbytes = report.equal + 1, report.nbytes + weight.nbytes
-                del free[name]
-                break
-    return report, []
-
-
-def as_stored(checkpoint: Checkpoint, tensors: Iterable[LazyTensor]) -> Checkpoint:
-    """The checkpoint in the type in which ``tensors`` are, most of them: rounding on storage is no error.
-
-    A checkpoint of several types stays as it is where there is as much of each among ``tensors``.
-    """
-    sizes, own = _bytes_by_type(tensors), _bytes_by_type(checkpoint.weights.values())
-    dtype = max(FLOATS, key=lambda d: sizes[d])
-    if not sizes[dtype] or all(sizes[d] >= nbytes for d, nbytes in own.items()):
-        return checkpoint
-    weights = {name: cast(weight, dtype) for name, weight in checkpoint.weights.items()}
-    return dataclasses.replace(checkpoint, weights=weights)
-
-
-def _bytes_by_type(tensors: Iterable[LazyTensor]) -> dict[np.dtype[np.generic], int]:
-    """Type that weights are stored in → bytes."""
-    sizes = dict.fromkeys(FLOATS, 0)
-    for tensor in tensors:
-        dtype = tensor.dtype.newbyteorder("=")
-        if dtype in sizes:
-            sizes[dtype] += tensor.nbytes
-    return sizes
+    pairs = []
+    stored = {placed.weight for placed in export.placed}
+    report.problems += [f"{name}: not stored" for name in export.checkpoint.weights if name not in stored]
+    for placed in export.placed:
+        if placed.name not in found:
+            report.problems.append(f"{placed.name}: not in the file")
+            continue
+        weight = export.checkpoint.weights[str(placed.weight)]
+        expected = transpose(weight) if placed.transposed else weight
+        pairs.append(Pair(str(placed.weight), placed.name, expected, found[placed.name]))
+    return pairs

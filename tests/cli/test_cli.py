@@ -187,7 +187,7 @@ def test_steps(capsys: Capture, tmp_path: Path) -> None:
 
 
 def test_formats_is_generated_from_the_registries(capsys: Capture) -> None:
-    from gptconvert.families import FAMILIES
+    from gptconvert.families.registry import FAMILIES
 
     found = command(capsys, "formats", "--json").json
     assert [f["name"] for f in found["families"]] == [f.name for f in FAMILIES]
@@ -203,7 +203,7 @@ def test_commands_cover_the_formats() -> None:
 
 def test_target_choices_are_the_registry() -> None:
     from gptconvert.cli.convert import convert
-    from gptconvert.targets import TARGETS
+    from gptconvert.targets.registry import TARGETS
 
     (to,) = (p for p in convert.params if p.name == "targets")
     assert list(to.type.choices) == list(TARGETS)  # type: ignore[attr-defined]

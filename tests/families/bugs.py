@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.tensors import Box, Computed, LazyTensor
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.tensors import Box, Computed, LazyTensor
 from reference_model.config import GPTConfig
 from tests.families.witness import Case
 

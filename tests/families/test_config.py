@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
-from gptconvert.families import FAMILIES, family_named
-from gptconvert.families.base import Request
-from gptconvert.tensors import LazyTensor
+from gptconvert.families.registry import FAMILIES, family_named
+from gptconvert.model.options import Options
+from gptconvert.model.tensors import LazyTensor
 from reference_model.config import GPTConfig, Rotary
 from tests.families import witness
 from tests.helpers import computed_tensors
@@ -28,12 +28,12 @@ def tensors(**shapes: tuple[int, ...]) -> dict[str, LazyTensor]:
 
 
 def read(
-    family: str, request: Request | None = None, found: dict[str, LazyTensor] | None = None, **keys: object
+    family: str, request: Options | None = None, found: dict[str, LazyTensor] | None = None, **keys: object
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
     """The configuration of a tiny model with ``keys`` on top; a key that is ... is left out."""
     raw = {"model_type": TYPES[family], **witness.TINY[family], **keys}
     raw = {key: value for key, value in raw.items() if value is not ...}
-    return family_named(family).read_config["hf"](raw, "config.json", found or {}, request or Request())
+    return family_named(family).read_config["hf"](raw, "config.json", found or {}, request or Options())
 
 
 def config(family: str, **keys: object) -> GPTConfig:
@@ -75,7 +75,7 @@ def test_features_that_are_off_may_be_mentioned(family: str, key: str) -> None:
 def test_impossible_sizes_are_refused_with_their_key(family: str, value: object) -> None:
     with pytest.raises(InputError) as error:
         read(family, vocab_size=value)
-    assert error.value.tensor == "vocab_size"
+    assert error.value.item == "vocab_size"
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -98,7 +98,7 @@ def test_missing_sizes_are_the_released_models(family: str) -> None:
     import transformers
 
     kind = getattr(transformers, family_named(family).heads["text-generation"]).config_class()
-    made = family_named(family).read_config["hf"]({"model_type": TYPES[family]}, None, {}, Request())[0]
+    made = family_named(family).read_config["hf"]({"model_type": TYPES[family]}, None, {}, Options())[0]
     assert made.vocab_size == kind.vocab_size
     assert made.n_ctx == kind.max_position_embeddings
     assert (made.n_embd, made.n_layer, made.n_head) == (
@@ -116,7 +116,7 @@ def test_a_damaged_number_is_named(family: str) -> None:
     for wrong in ("1e-5", math.nan, math.inf, None, True):
         with pytest.raises(InputError) as error:
             read(family, **{key: wrong})
-        assert error.value.tensor == key
+        assert error.value.item == key
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_neo_patterns_that_do_not_fit(types: object) -> None:
     """Three layers: any other length, word or form is refused; None is the released pattern, which has 24."""
     with pytest.raises(InputError) as error:
         read("gpt_neo", attention_types=types)
-    assert error.value.tensor == "attention_types" or types is None
+    assert error.value.item == "attention_types" or types is None
 
 
 def test_neo_layers_may_be_listed() -> None:
@@ -220,7 +220,7 @@ def test_neo_layers_may_be_listed() -> None:
 def test_neo_windows_that_are_none(window: object) -> None:
     with pytest.raises(InputError) as error:
         read("gpt_neo", window_size=window)
-    assert error.value.tensor == "window_size"
+    assert error.value.item == "window_size"
 
 
 # --- GPT-J ---------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_neox_residuals_and_biases() -> None:
     assert (bare.qkv_bias, bare.attn_out_bias) == (False, False)
     with pytest.raises(InputError) as error:
         read("gpt_neox", use_parallel_residual="yes")
-    assert error.value.tensor == "use_parallel_residual"
+    assert error.value.item == "use_parallel_residual"
 
 
 # --- OpenAI's arrays -----------------------------------------------------------------------------------------------
@@ -337,15 +337,15 @@ def arrays(width: int = 64, **extra: tuple[int, ...]) -> dict[str, LazyTensor]:
     return tensors(**{**shapes, **extra})
 
 
-def gpt1_sizes(found: dict[str, LazyTensor], request: Request | None = None, **raw: object) -> Any:
-    return family_named("gpt1").read_config["openai-gpt1"](raw, None, found, request or Request())
+def gpt1_sizes(found: dict[str, LazyTensor], request: Options | None = None, **raw: object) -> Any:
+    return family_named("gpt1").read_config["openai-gpt1"](raw, None, found, request or Options())
 
 
 def test_gpt1_sizes_come_from_the_shapes() -> None:
     made, _, notes = gpt1_sizes(arrays(128))
     assert (made.vocab_size, made.n_ctx, made.n_embd, made.n_layer, made.n_head) == (9, 8, 128, 12, 2)
     assert any("n_head = 2" in note for note in notes)
-    made, _, notes = gpt1_sizes(arrays(128), Request(n_head=4))
+    made, _, notes = gpt1_sizes(arrays(128), Options(n_head=4))
     assert made.n_head == 4
     assert any("n_head = 4 (as asked)" in note for note in notes)
     assert gpt1_sizes(arrays(24), n_head=3)[0].n_head == 3
@@ -357,7 +357,7 @@ def test_gpt1_heads_must_be_asked_for_where_they_cannot_be_told() -> None:
     assert "--n-head" in (error.value.hint or "")
     for wrong in (0, -1, 5):
         with pytest.raises(UsageError, match="--n-head"):
-            gpt1_sizes(arrays(24), Request(n_head=wrong))
+            gpt1_sizes(arrays(24), Options(n_head=wrong))
 
 
 def test_gpt1_without_its_tables() -> None:
@@ -370,9 +370,9 @@ def test_gpt1_without_its_tables() -> None:
 
 
 def test_gpt1_arrays_hold_no_other_head() -> None:
-    assert gpt1_sizes(arrays(), Request(task="feature-extraction"))[0].task == "feature-extraction"
+    assert gpt1_sizes(arrays(), Options(task="feature-extraction"))[0].task == "feature-extraction"
     with pytest.raises(UnsupportedError, match="no head for text-classification"):
-        gpt1_sizes(arrays(), Request(task="text-classification"))
+        gpt1_sizes(arrays(), Options(task="text-classification"))
 
 
 def test_configurations_are_read_without_any_framework(tmp_path: Path) -> None:

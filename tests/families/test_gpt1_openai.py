@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.families import family_named, understand
-from gptconvert.families.base import Request
-from gptconvert.mapping import expand, write_names
-from gptconvert.targets.onnx.model import plan
-from gptconvert.targets.plan import TargetOptions
+from gptconvert.families.registry import family_named, understand
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import expand, write_names
+from gptconvert.targets.onnx.plan import plan
 from tests.families import witness
 from tests.families.witness import Case
 from tests.helpers import ROOT, Arrays, checkpoint_of, computed_tensors, source_of, write_planned
@@ -55,7 +54,7 @@ def openai_layout(arrays: Arrays) -> Arrays:
 def test_the_arrays_are_the_same_model_as_transformers(tmp_path: Path) -> None:
     raw, arrays = witness.saved(Case("gpt1"), tmp_path)
     theirs = checkpoint_of(raw, arrays)
-    ours = checkpoint_of({}, openai_layout(arrays), scheme="openai-gpt1", request=Request(n_head=3))
+    ours = checkpoint_of({}, openai_layout(arrays), scheme="openai-gpt1", request=Options(n_head=3))
     assert ours.config == theirs.config.__class__(**{**vars_of(theirs.config), **ids_of(ours.config)})
     assert all(np.array_equal(ours.weights[n].read(), w.read()) for n, w in theirs.weights.items())
     written = write_names(family_named("gpt1").scheme("openai-gpt1"), ours.config, theirs.weights)
@@ -80,12 +79,12 @@ def test_the_rows_are_in_the_order_of_the_files(tmp_path: Path) -> None:
     raw, arrays = witness.saved(Case("gpt1"), tmp_path)
     config = checkpoint_of(raw, arrays).config
     rows = family_named("gpt1").scheme("openai-gpt1").rows
-    tables = [row for row in rows if "{i}" not in row.ours]
-    layer = [row for row in rows if "{i}" in row.ours]
+    tables = [row for row in rows if "{i}" not in row.canonical]
+    layer = [row for row in rows if "{i}" in row.canonical]
     in_order = [row.names[0] for row in tables]
     in_order += [row.names[0].replace("{i}", str(i)) for i in range(config.n_layer) for row in layer]
     assert in_order == names(config.n_layer)
-    assert sorted(in_order) == sorted(b.theirs[0] for b in expand(rows, config))
+    assert sorted(in_order) == sorted(b.stored[0] for b in expand(rows, config))
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no released data beside the repository")
@@ -98,11 +97,11 @@ def test_openais_own_numbers(tmp_path: Path) -> None:
     inputs = {"input_ids": oracle["ids"].astype(np.int64), "attention_mask": np.ones_like(oracle["ids"], np.int64)}
     inputs["position_ids"] = inputs["attention_mask"].cumsum(1) - 1
     for task, output in (("text-generation", "logits"), ("feature-extraction", "last_hidden_state")):
-        checkpoint = understand(source, Request(n_head=4, task=task))
+        checkpoint = understand(source, Options(n_head=4, task=task))
         expected = oracle["logits_last"] if output == "logits" else oracle["hidden"]
         ours = witness.our_outputs(witness.reference(checkpoint), inputs)[output]
         assert np.abs(ours[:, -expected.shape[1] :] - expected).max() < 2e-6 * np.abs(expected).max()
-        files = plan(checkpoint, TargetOptions(kv_cache=False))
+        files = plan(checkpoint, Options(kv_cache=False))[0].files
         write_planned(tmp_path / task, files)
         session = onnxruntime.InferenceSession(tmp_path / task / files[0].path, providers=["CPUExecutionProvider"])
         (found,) = session.run([output], inputs)
@@ -114,6 +113,6 @@ def test_a_wrong_number_of_heads_shows() -> None:
     source = source_of({}, computed_tensors(released(REAL)), scheme="openai-gpt1")
     oracle = np.load(REAL / "oracle.npz")
     inputs = {"input_ids": oracle["ids"].astype(np.int64)}
-    checkpoint = understand(source, Request(n_head=2))
+    checkpoint = understand(source, Options(n_head=2))
     ours = witness.our_outputs(witness.reference(checkpoint), inputs)["logits"][:, -4:]
     assert np.abs(ours - oracle["logits_last"]).max() > 1e-4 * np.abs(oracle["logits_last"]).max()

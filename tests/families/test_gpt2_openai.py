@@ -10,38 +10,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import GptConvertError, InputError, UsageError
-from gptconvert.families import Request, understand
+from gptconvert.families.registry import understand
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.model.transforms import drop_leading_axis
 from gptconvert.sources.openai_tf import FORMAT
-from gptconvert.sources.source import OpenOptions, Source
-from gptconvert.transforms import drop_leading_axis
-from tests.helpers import (
-    FIXTURES,
-    Arrays,
-    computed_tensors,
-    openai_hparams,
-    openai_layout,
-    source_of,
-    tiny_gpt2,
-)
+from tests.helpers import FIXTURES, Arrays, computed_tensors, openai_hparams, openai_layout, source_of, tiny_gpt2
 
 TINY = FIXTURES / "tiny-gpt2"
 FOLDERS = ["openai-tf", "openai-tf-adam", "openai-tf-sharded", "openai-tf-partitioned"]
 
 
 def opened(folder: Path, **options: Any) -> Source:
-    return FORMAT.open(str(folder), OpenOptions(**options))
+    return FORMAT.open(str(folder), Options(**options))
 
 
 def variables(**config: Any) -> Arrays:
     return openai_layout(tiny_gpt2(n_inner=None, **config)[1])
 
 
-def understood(arrays: Arrays, request: Request | None = None, **config: Any) -> Checkpoint:
+def understood(arrays: Arrays, request: Options | None = None, **config: Any) -> Checkpoint:
     """``config`` {} → a checkpoint without hparams.json."""
     raw = openai_hparams(tiny_gpt2(n_inner=None, **config)[0]) if config.pop("hparams", True) else {}
-    return understand(source_of(raw, computed_tensors(arrays), scheme="openai-tf"), request or Request())
+    return understand(source_of(raw, computed_tensors(arrays), scheme="openai-tf"), request or Options())
 
 
 def with_names(names: Iterable[str], prefix: str = "") -> Arrays:
@@ -55,14 +48,14 @@ def with_names(names: Iterable[str], prefix: str = "") -> Arrays:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_all_layouts_hold_the_same_weights(folder: str) -> None:
     """Sharded, partitioned or among slots: one model."""
-    weights = understand(opened(TINY / folder), Request()).weights
-    first = understand(opened(TINY / "openai-tf"), Request()).weights
+    weights = understand(opened(TINY / folder), Options()).weights
+    first = understand(opened(TINY / "openai-tf"), Options()).weights
     assert list(weights) == list(first)
     assert all(weights[name].read().tobytes() == first[name].read().tobytes() for name in first)
 
 
 def test_what_adam_left_behind_is_dropped_by_name() -> None:
-    checkpoint = understand(opened(TINY / "openai-tf-adam"), Request())
+    checkpoint = understand(opened(TINY / "openai-tf-adam"), Options())
     counters = dict.fromkeys(("beta1_power", "beta2_power", "global_step"), "training counter")
     slots = {name for name in checkpoint.source.tensors if name.endswith(("/Adam", "/Adam_1"))}
     assert len(slots) == 8
@@ -71,7 +64,7 @@ def test_what_adam_left_behind_is_dropped_by_name() -> None:
 
 
 def test_step_10_and_20_differ() -> None:
-    early, late = (understand(opened(TINY / "openai-tf-adam", step=step), Request()).weights for step in (10, 20))
+    early, late = (understand(opened(TINY / "openai-tf-adam", step=step), Options()).weights for step in (10, 20))
     assert any(early[name].read().tobytes() != late[name].read().tobytes() for name in early)
 
 
@@ -176,7 +169,7 @@ def test_sizes_from_the_shapes_and_heads_of_64() -> None:
 
 
 def test_heads_as_asked() -> None:
-    checkpoint = understood(variables(), Request(n_head=3), hparams=False)
+    checkpoint = understood(variables(), Options(n_head=3), hparams=False)
     assert checkpoint.config.n_head == 3
     assert "n_head = 3 (as asked)" in checkpoint.notes[0]
 
@@ -190,7 +183,7 @@ def test_heads_are_asked_for_where_64_does_not_divide() -> None:
 @pytest.mark.parametrize("heads", [0, -3, 5, 48])
 def test_heads_that_cannot_be(heads: int) -> None:
     with pytest.raises(UsageError, match=f"--n-head {heads} does not divide"):
-        understood(variables(), Request(n_head=heads), hparams=False)
+        understood(variables(), Options(n_head=heads), hparams=False)
 
 
 def test_run_directory_without_hparams(tmp_path: Path) -> None:
@@ -198,9 +191,9 @@ def test_run_directory_without_hparams(tmp_path: Path) -> None:
     for path in (TINY / "openai-tf-adam").iterdir():
         if path.name != "hparams.json":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = understand(opened(tmp_path), Request(n_head=3)).config
-    assert config == understand(opened(TINY / "openai-tf-adam"), Request()).config
-    given = understand(opened(tmp_path, hparams=str(TINY / "openai-tf/hparams.json")), Request()).config
+    config = understand(opened(tmp_path), Options(n_head=3)).config
+    assert config == understand(opened(TINY / "openai-tf-adam"), Options()).config
+    given = understand(opened(tmp_path, hparams=str(TINY / "openai-tf/hparams.json")), Options()).config
     assert given == config
 
 
@@ -218,14 +211,14 @@ def test_run_directory_without_hparams(tmp_path: Path) -> None:
 )
 def test_shapes_no_model_has(change: Arrays) -> None:
     with pytest.raises(GptConvertError):
-        understood({**variables(), **change}, Request(n_head=3), hparams=False)
+        understood({**variables(), **change}, Options(n_head=3), hparams=False)
 
 
 def test_no_wpe() -> None:
     arrays = variables()
     del arrays["model/wpe"]
     with pytest.raises(InputError, match=r"no hparams\.json"):
-        understood(arrays, Request(n_head=3), hparams=False)
+        understood(arrays, Options(n_head=3), hparams=False)
 
 
 # --- hparams.json against the weights -----------------------------------------------------------------------------
@@ -254,9 +247,9 @@ def test_hparams_that_do_not_fit(tmp_path: Path, change: dict[str, object], said
     hparams = json.loads((tmp_path / "hparams.json").read_text()) | change
     (tmp_path / "hparams.json").write_text(json.dumps(hparams))
     with pytest.raises(GptConvertError, match=said):
-        understand(opened(tmp_path), Request())
+        understand(opened(tmp_path), Options())
 
 
 def test_heads_asked_against_hparams() -> None:
     with pytest.raises(UsageError, match="contradicts"):
-        understand(opened(TINY / "openai-tf"), Request(n_head=4))
+        understand(opened(TINY / "openai-tf"), Options(n_head=4))

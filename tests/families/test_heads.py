@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.families import FAMILIES, family_named
-from gptconvert.families.base import Request
+from gptconvert.families.registry import FAMILIES, family_named
+from gptconvert.model.options import Options
 from reference_model.config import LABELLED_TASKS, TASKS
 from tests.families import witness
 from tests.families.witness import BY_TASK, LABELS, PAD, Case
@@ -58,7 +58,7 @@ def test_a_body_is_a_language_model_if_its_head_is_its_embedding(family: Any, di
 def test_the_body_can_be_taken_alone(case: Case, directory: Path) -> None:
     """The head is then dropped by name, not lost."""
     raw, arrays = saved(case, directory)
-    checkpoint = checkpoint_of(raw, arrays, request=Request(task=BODY))
+    checkpoint = checkpoint_of(raw, arrays, request=Options(task=BODY))
     body = {n: w.read().tobytes() for n, w in checkpoint.weights.items()}
     heads = {name for name in arrays if "embed" not in name and (name.count(".") < 2 or "multiple" in name)}
     heads |= {name for name in arrays if name.startswith("embed_out")}
@@ -72,7 +72,7 @@ def test_the_body_can_be_taken_alone(case: Case, directory: Path) -> None:
 @pytest.mark.parametrize("case", HEADED, ids=str)
 def test_a_language_model_is_there_where_its_head_is(case: Case, directory: Path) -> None:
     raw, arrays = saved(case, directory)
-    request = Request(task="text-generation")
+    request = Options(task="text-generation")
     if case.family in ("gptj", "gpt_neox") and case.task != "text-generation":
         with pytest.raises(UnsupportedError, match="no head for text-generation") as error:
             checkpoint_of(raw, arrays, request=request)
@@ -86,7 +86,7 @@ def test_a_language_model_is_there_where_its_head_is(case: Case, directory: Path
 def test_a_head_that_is_not_there(family: Any, task: str, directory: Path) -> None:
     """Exit 4, and what is there."""
     raw, arrays = saved(Case(family.name), directory)
-    request = Request(task=task)
+    request = Options(task=task)
     if task in ("text-generation", BODY):
         assert checkpoint_of(raw, arrays, request=request).config.task == task
         return
@@ -126,7 +126,7 @@ def test_the_number_of_labels(case: Case, directory: Path) -> None:
     for extra in ({"num_labels": 0}, {"num_labels": "5"}, {"num_labels": True}):
         with pytest.raises(InputError) as error:
             checkpoint_of({**raw, **extra}, arrays)
-        assert error.value.tensor == "num_labels"
+        assert error.value.item == "num_labels"
 
 
 def test_two_labels_need_no_names(directory: Path) -> None:
@@ -143,12 +143,12 @@ def test_the_padding_token(directory: Path) -> None:
     raw, arrays = saved(Case("gpt_neox", "text-classification"), directory)
     assert checkpoint_of(raw, arrays).config.pad_token_id == PAD
     assert not checkpoint_of(raw, arrays).notes
-    assert checkpoint_of(raw, arrays, request=Request(pad_token_id=3)).config.pad_token_id == 3
+    assert checkpoint_of(raw, arrays, request=Options(pad_token_id=3)).config.pad_token_id == 3
     raw["pad_token_id"] = None
     silent = checkpoint_of(raw, arrays)
     assert silent.config.pad_token_id is None
     assert any("--pad-token-id" in note for note in silent.notes)
-    assert not checkpoint_of(raw, arrays, request=Request(pad_token_id=0)).notes
+    assert not checkpoint_of(raw, arrays, request=Options(pad_token_id=0)).notes
 
 
 @pytest.mark.parametrize("family", ["gpt1", "gpt2"])
@@ -158,7 +158,7 @@ def test_double_heads_of_another_make_are_refused(family: str, directory: Path) 
     for key, value in {**unusual, "summary_proj_to_labels": False}.items():
         with pytest.raises(UnsupportedError, match=key):
             checkpoint_of({**raw, key: value}, arrays)
-        as_language_model = Request(task="text-generation")
+        as_language_model = Options(task="text-generation")
         assert checkpoint_of({**raw, key: value}, arrays, request=as_language_model).carried[key] == value
     checkpoint_of({**raw, "summary_first_dropout": 0.5}, arrays)
 
@@ -178,7 +178,7 @@ def test_several_heads_in_one_file(directory: Path) -> None:
     }
     heads = {name for name in arrays if not name.startswith("transformer.")}
     for task in family_named("gpt2").heads:
-        checkpoint = checkpoint_of(raw, arrays, request=Request(task=task))
+        checkpoint = checkpoint_of(raw, arrays, request=Options(task=task))
         prefixes = {
             "text-classification": ("score",),
             "token-classification": ("classifier",),
@@ -194,7 +194,7 @@ def test_several_heads_in_one_file(directory: Path) -> None:
 def test_config_json_names_the_architecture_of_the_task(directory: Path) -> None:
     for case in BY_TASK:
         raw, arrays = saved(case, directory)
-        checkpoint = checkpoint_of(raw, arrays, request=Request(task=case.task))
+        checkpoint = checkpoint_of(raw, arrays, request=Options(task=case.task))
         family = family_named(case.family)
         assert family.write_config(checkpoint.config, {})["architectures"] == raw["architectures"]
         other = dataclasses.replace(checkpoint.config, task=BODY)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.families import FAMILIES, family_named, understand
-from gptconvert.families.base import Family, Request
-from gptconvert.mapping import canonical_shapes, expand, tied_pairs, write_names
-from gptconvert.targets.plan import TargetOptions
-from gptconvert.targets.safetensors import plan
+from gptconvert.families.family import Family
+from gptconvert.families.registry import FAMILIES, family_named, understand
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import canonical_shapes, expand, tied_pairs, write_names
+from gptconvert.targets.safetensors.plan import plan
 from reference_model.config import TASKS
 from tests.families import witness
 from tests.families.witness import BY_TASK, CASES, Case, hf_outputs, inputs_of
@@ -33,7 +33,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(case: Case, directory: Path) -> Any:
-    return witness.checkpoint(case, directory, Request(task=case.task))
+    return witness.checkpoint(case, directory, Options(task=case.task))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -75,7 +75,7 @@ def test_config_json_means_what_transformers_wrote(case: Case, directory: Path) 
         theirs.pop(key, None)
     assert ours == theirs
     again, _, _ = family_named(case.family).read_config["hf"](
-        written, None, checkpoint.source.tensors, Request(task=case.task)
+        written, None, checkpoint.source.tensors, Options(task=case.task)
     )
     assert again == checkpoint.config
 
@@ -87,7 +87,7 @@ def test_transformers_loads_what_is_written(case: Case, directory: Path, tmp_pat
 
     checkpoint = read(case, directory)
     family = family_named(case.family)
-    write_planned(tmp_path, plan(checkpoint, TargetOptions()))
+    write_planned(tmp_path, plan(checkpoint, Options())[0].files)
     config = family.write_config(checkpoint.config, checkpoint.carried)
     (tmp_path / "config.json").write_text(json.dumps(config))
     kind = getattr(transformers, family.heads[case.task])
@@ -194,16 +194,16 @@ def test_the_family_is_told_by_the_tensors_too(family: str, directory: Path) -> 
     raw, arrays = witness.saved(Case(family), directory)
     nameless = {key: value for key, value in raw.items() if key != "model_type"}
     with pytest.raises(InputError) as error:
-        understand(source_of(nameless, computed_tensors(arrays)), Request())
+        understand(source_of(nameless, computed_tensors(arrays)), Options())
     assert f"look like {family}" in (error.value.hint or "")
     other = "gpt_neox" if family != "gpt_neox" else "gpt2"
     with pytest.raises((InputError, UnsupportedError)):
-        understand(source_of({**nameless, "model_type": other}, computed_tensors(arrays)), Request())
+        understand(source_of({**nameless, "model_type": other}, computed_tensors(arrays)), Options())
 
 
 def test_unknown_model_types_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match="llama") as error:
-        understand(source_of({"model_type": "llama"}, computed_tensors({})), Request())
+        understand(source_of({"model_type": "llama"}, computed_tensors({})), Options())
     assert all(kind in (error.value.expected or "") for family in FAMILIES for kind in family.model_types)
 
 
@@ -236,5 +236,5 @@ def test_rows_of_one_name_are_exclusive(case: Case, directory: Path) -> None:
     """Two rows may hold one canonical tensor under different conditions, never at once."""
     config = read(case, directory).config
     for scheme in family_named(case.family).schemes:
-        bound = [b.ours for b in expand(scheme.rows, config)]
+        bound = [b.canonical for b in expand(scheme.rows, config)]
         assert len(bound) == len(set(bound))

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.families import FAMILIES, family_named
-from gptconvert.families.base import Request
+from gptconvert.families.registry import FAMILIES, family_named
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
 from tests.helpers import Arrays, checkpoint_of, torch_weights
 
 #: Sizes in config.json's words: no two axes of any weight agree, heads are odd in number, n_inner is not 4 D.
@@ -178,7 +178,7 @@ def saved(case: Case, directory: Path) -> tuple[dict[str, object], Arrays]:
     return raw, load_file(path / "model.safetensors")
 
 
-def checkpoint(case: Case, directory: Path, request: Request | None = None) -> Checkpoint:
+def checkpoint(case: Case, directory: Path, request: Options | None = None) -> Checkpoint:
     """A case as this project understands it, from what transformers saved."""
     raw, arrays = saved(case, directory)
     where = directory / f"{case}.read"

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptconvert.errors import InputError
+from gptconvert.model.tensors import Segment
 from gptconvert.publish import fileops, source_reader
 from gptconvert.publish.source_reader import ReadBack, StoppedError
-from gptconvert.tensors import Segment
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 50_001, np.uint8).tobytes()
 

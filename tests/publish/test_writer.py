@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptconvert.errors import InputError, OutputError, UnsupportedError
+from gptconvert.model.export import Placed, PlannedFile, place
+from gptconvert.model.tensors import BFLOAT16, Cast, LazyTensor, Segment, Stored, TensorSet, Transposed, filled
+from gptconvert.model.transforms import concatenate, take_rows
 from gptconvert.publish import blocks, fileops, sink, writer
-from gptconvert.publish.digest import Examination
 from gptconvert.publish.source_reader import FileDigest, StoppedError
+from gptconvert.publish.source_scan import SourceScan
 from gptconvert.publish.writer import WrittenFile, copy_of, write_and_digest, write_files
-from gptconvert.targets.plan import Placed, PlannedFile, place
-from gptconvert.tensors import BFLOAT16, Cast, LazyTensor, Segment, Stored, TensorSet, Transposed, filled
-from gptconvert.transforms import concatenate, take_rows
 from tests.helpers import ROOT, content, openai_checkpoint, stored_tensors
 
 F32 = np.dtype(np.float32)
@@ -514,7 +514,7 @@ class TestWriteAndDigest:
 
             return work
 
-        monkeypatch.setattr(Examination, "read_rest", act("read_rest"))
+        monkeypatch.setattr(SourceScan, "read_rest", act("read_rest"))
         monkeypatch.setattr(writer, "digest_files", act("digest_files"))
         (tmp_path / "out").mkdir()
         start = time.monotonic()
@@ -562,7 +562,7 @@ class TestWriteAndDigest:
         def fail(_: int) -> None:
             raise error
 
-        monkeypatch.setattr(Examination, "read_rest", endless)
+        monkeypatch.setattr(SourceScan, "read_rest", endless)
         (tmp_path / "out").mkdir()
         start = time.monotonic()
         with pytest.raises(type(error)):
@@ -576,7 +576,7 @@ class TestWriteAndDigest:
             assert stop.wait(20), "nobody said stop"
             raise StoppedError
 
-        monkeypatch.setattr(Examination, "read_rest", endless)
+        monkeypatch.setattr(SourceScan, "read_rest", endless)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "raw").mkdir()
         with pytest.raises(OutputError, match="raw"):
@@ -598,8 +598,8 @@ class TestWriteAndDigest:
 MEMORY = """
 import resource, sys
 import numpy as np
-from gptconvert.targets.plan import PlannedFile, place
-from gptconvert.tensors import Cast, Segment, Stored, Transposed
+from gptconvert.model.export import PlannedFile, place
+from gptconvert.model.tensors import Cast, Segment, Stored, Transposed
 from gptconvert.publish.writer import write_files
 path, rows, columns = sys.argv[1] + "/s", 6144, 8192
 with open(path, "wb") as file:

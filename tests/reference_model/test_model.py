@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.families.base import Request
+from gptconvert.model.options import Options
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, TASKS, ConfigError, GPTConfig, Rotary
 from tests.families import witness
 from tests.families.bugs import BUGS, Bug
@@ -28,7 +28,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def understood(case: Case, directory: Path) -> Any:
-    return witness.checkpoint(case, directory, Request(task=case.task))
+    return witness.checkpoint(case, directory, Options(task=case.task))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

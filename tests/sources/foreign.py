@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.families import Request, understand
+from gptconvert.families.registry import understand
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
 from gptconvert.sources.detect import open_source
-from gptconvert.sources.source import OpenOptions
 from tests.helpers import FIXTURES, Arrays, tiny_gpt2, torch_weights
 
 ORIGINALS = FIXTURES / "originals"
-PLAIN = OpenOptions()
+PLAIN = Options()
 
 
-def opened(path: Path | str, request: Request | None = None, **options: Any) -> Checkpoint:
+def opened(path: Path | str, request: Options | None = None, **options: Any) -> Checkpoint:
     """The checkpoint at a path, its format found out."""
-    return understand(open_source(path, OpenOptions(**options)), request or Request())
+    return understand(open_source(path, Options(**options)), request or Options())
 
 
 def golden(name: str) -> Any:

@@ -61,7 +61,7 @@ def sibling(name: str, content: bytes) -> dict[str, object]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers from ``self.server.hub``."""
+    """ProbeResults from ``self.server.hub``."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub

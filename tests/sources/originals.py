@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.families import Request, understand
+from gptconvert.families.registry import understand
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
 from gptconvert.sources.detect import open_source
-from gptconvert.sources.source import OpenOptions, Source
 from tests.families import witness
 from tests.helpers import FIXTURES
 
@@ -28,11 +29,11 @@ def copied(tmp_path: Path, name: str) -> Path:
 
 def opened(path: str | Path, **options: Any) -> Source:
     """The source at ``path``, its format found out."""
-    return open_source(path, OpenOptions(**options))
+    return open_source(path, Options(**options))
 
 
-def understood(path: str | Path, options: OpenOptions | None = None, **request: Any) -> Checkpoint:
-    return understand(open_source(path, options or OpenOptions()), Request(**request))
+def understood(path: str | Path, options: Options | None = None, **request: Any) -> Checkpoint:
+    return understand(open_source(path, options or Options()), Options(**request))
 
 
 def difference(checkpoint: Checkpoint, golden: Path) -> float:

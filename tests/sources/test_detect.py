@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
-from gptconvert.sources import hf
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
 from gptconvert.sources.detect import FORMATS, LOOKALIKES, open_source
-from gptconvert.sources.source import OpenOptions, Source
+from gptconvert.sources.hf import format as hf
 from tests.helpers import FIXTURES, REAL_GPT2
 
-PLAIN = OpenOptions()
+PLAIN = Options()
 TINY = FIXTURES / "tiny-gpt2"
 CHECKPOINTS = {
     **dict.fromkeys(("hf-bare", "hf-bin", "hf-bin-legacy", "hf-bin-sharded", "hf-safetensors-sharded"), "hf"),
@@ -59,7 +60,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names that would be asked for on the hub."""
     names: list[str] = []
 
-    def fetch(repo: str, options: OpenOptions) -> Source:
+    def fetch(repo: str, options: Options) -> Source:
         names.append(repo)
         raise InputError("asked", path=repo)
 

@@ -27,9 +27,9 @@ CLIENT = """
 import json, sys
 from gptconvert.errors import GptConvertError
 from gptconvert.sources.detect import open_source
-from gptconvert.sources.source import OpenOptions
+from gptconvert.model.source import Options
 try:
-    source = open_source(sys.argv[1], OpenOptions(**json.loads(sys.argv[2])), sys.argv[3] or None)
+    source = open_source(sys.argv[1], Options(**json.loads(sys.argv[2])), sys.argv[3] or None)
     first = next(iter(source.tensors.values()))
     print(json.dumps({
         "revision": source.revision, "repo": source.repo, "format": source.format, "notes": source.notes,

@@ -12,10 +12,10 @@ import pytest
 
 from fixtures import foreign
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.model.options import Options
+from gptconvert.model.tensors import BFLOAT16
 from gptconvert.sources import llmc
 from gptconvert.sources.detect import open_source
-from gptconvert.sources.source import OpenOptions
-from gptconvert.tensors import BFLOAT16
 from tests.helpers import checkpoint_of
 from tests.sources.foreign import ORIGINALS, PLAIN, gap, gpt2_arrays, opened, same_weights
 
@@ -76,10 +76,11 @@ def header(path: Path, **words: int) -> bytes:
 )
 def test_headers(tmp_path: Path, words: dict[str, int], error: type[Exception], message: str) -> None:
     (tmp_path / "m.bin").write_bytes(header(FP32, **words))
-    from gptconvert.families import Request, understand
+    from gptconvert.families.registry import understand
+    from gptconvert.model.options import Options
 
     with pytest.raises(error, match=message):
-        understand(llmc.FORMAT.open(str(tmp_path / "m.bin"), PLAIN), Request())
+        understand(llmc.FORMAT.open(str(tmp_path / "m.bin"), PLAIN), Options())
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 100, 1023, 1024, 5000, -1])
@@ -99,7 +100,7 @@ def test_what_it_is_not(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         llmc.FORMAT.open(str(tmp_path / "n.bin"), PLAIN)
     with pytest.raises(UsageError, match="--step"):
-        llmc.FORMAT.open(str(FP32), OpenOptions(step=3))
+        llmc.FORMAT.open(str(FP32), Options(step=3))
 
 
 def test_a_directory_with_one_model(tmp_path: Path) -> None:
@@ -122,11 +123,11 @@ def test_a_directory_with_several_models_or_none(tmp_path: Path) -> None:
             open_it(str(FP32.parent), PLAIN)
         assert "gpt2_bf16.bin, gpt2_fp32.bin" in str(caught.value)
     for source in (FP32.parent, FP32.parent / "."):
-        assert open_source(source, OpenOptions(weights_file=FP32.name)).path.endswith(FP32.name)
+        assert open_source(source, Options(weights_file=FP32.name)).path.endswith(FP32.name)
     with pytest.raises(InputError, match="no such file"):
-        llmc.FORMAT.open(str(FP32.parent), OpenOptions(weights_file="x.bin"))
+        llmc.FORMAT.open(str(FP32.parent), Options(weights_file="x.bin"))
     with pytest.raises(UsageError, match="--weights-file"):
-        llmc.FORMAT.open(str(FP32), OpenOptions(weights_file="x.bin"))
+        llmc.FORMAT.open(str(FP32), Options(weights_file="x.bin"))
     assert not llmc.recognises(str(tmp_path))
     with pytest.raises(InputError, match="no model file"):
         llmc.FORMAT.open(str(tmp_path), PLAIN)

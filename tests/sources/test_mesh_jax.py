@@ -15,8 +15,8 @@ import pytest
 from fixtures import originals as writers
 from fixtures.make_originals import JAX_CONFIG, jax_config, jax_model, write_golden
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.model.tensors import BFLOAT16, total
 from gptconvert.sources import mesh_jax
-from gptconvert.tensors import BFLOAT16, total
 from tests.helpers import examine
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
 
@@ -176,7 +176,7 @@ def test_one_shard_or_a_file_is_not_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one shard of several"):
         opened(FOLDER / STEP / "shard_0")
     with pytest.raises(InputError, match="zip archive"):
-        mesh_jax.FORMAT.open(str(FOLDER / STEP / "shard_0" / "0.npz"), mesh_jax.OpenOptions())
+        mesh_jax.FORMAT.open(str(FOLDER / STEP / "shard_0" / "0.npz"), mesh_jax.Options())
 
 
 def test_the_wrong_number_of_arrays(tmp_path: Path) -> None:
@@ -209,14 +209,14 @@ def test_configurations_that_are_refused(
 
 
 def test_without_a_configuration_the_released_sizes_are_told_by_the_shapes() -> None:
-    from gptconvert.families import family_named
-    from gptconvert.families.base import Request
-    from gptconvert.tensors import filled
+    from gptconvert.families.registry import family_named
+    from gptconvert.model.options import Options
+    from gptconvert.model.tensors import filled
 
     table = filled(0.0, np.dtype(np.float32), (50400, 4096))
     layers = {f"{mesh_jax.SCOPE}layer_{i}/~/linear_3/w": table for i in range(28)}
     read = family_named("gptj").read_config["mesh-jax"]
-    config, _, notes = read({}, None, {EMBEDDING: table, **layers}, Request())
+    config, _, notes = read({}, None, {EMBEDDING: table, **layers}, Options())
     assert (config.n_head, config.n_ctx, config.rotary.dim, config.head_dim) == (16, 2048, 64, 256)  # type: ignore[union-attr]
     assert "GPT-J 6B" in notes[0]
 

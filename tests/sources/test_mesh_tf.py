@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
-from gptconvert.families import Request, family_named, gpt_neo, understand
-from gptconvert.mapping import Row, write_names
+from gptconvert.families import gpt_neo
+from gptconvert.families.registry import family_named, understand
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Row, write_names
+from gptconvert.model.tensors import BFLOAT16
 from gptconvert.sources import mesh_tf, openai_tf
-from gptconvert.sources.source import OpenOptions
-from gptconvert.tensors import BFLOAT16
+from tests.containers import bundle_bytes as made
 from tests.helpers import REAL_GPT2
-from tests.sources import bundle_bytes as made
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
 
 FOLDER = ORIGINALS / "mesh-tf"
@@ -63,7 +64,7 @@ def test_what_is_not_ours() -> None:
     if REAL_GPT2.exists():
         assert opened(REAL_GPT2).scheme == "openai-tf"
     with pytest.raises(UsageError, match="GPT-Neo"):
-        openai_tf.FORMAT.open(str(FOLDER), OpenOptions())
+        openai_tf.FORMAT.open(str(FOLDER), Options())
 
 
 def with_config(tmp_path: Path, **changes: Any) -> Path:
@@ -110,7 +111,7 @@ def test_configurations_that_say_the_same(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json is missing"):
         opened(folder)
-    assert difference(understood(folder, OpenOptions(hparams=str(FOLDER / "config.json"))), FOLDER) < NOISE
+    assert difference(understood(folder, Options(hparams=str(FOLDER / "config.json"))), FOLDER) < NOISE
     transformers = {
         "model_type": "gpt_neo",
         "vocab_size": 97,
@@ -122,8 +123,8 @@ def test_configurations_that_say_the_same(tmp_path: Path) -> None:
         "window_size": 5,
     }
     (folder / "config.json").write_text(json.dumps(transformers))
-    source = mesh_tf.FORMAT.open(str(folder), OpenOptions())
-    assert difference(understand(source, Request()), FOLDER) < NOISE
+    source = mesh_tf.FORMAT.open(str(folder), Options())
+    assert difference(understand(source, Options()), FOLDER) < NOISE
 
 
 @pytest.mark.parametrize(
@@ -174,11 +175,11 @@ def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planted(lambda row: row) < NOISE
 
     def exchanged(row: Row) -> Row:
-        names = row.theirs if isinstance(row.theirs, str) else (row.theirs[0], *row.theirs[:0:-1])
+        names = row.stored if isinstance(row.stored, str) else (row.stored[0], *row.stored[:0:-1])
         return Row(**{**vars(row), "theirs": names})
 
     def untransposed(row: Row) -> Row:
-        return Row(**{**vars(row), "steps": ()}) if row.ours.endswith("attn.c_proj.weight") else row
+        return Row(**{**vars(row), "steps": ()}) if row.canonical.endswith("attn.c_proj.weight") else row
 
     for bug in (exchanged, untransposed):
         assert planted(bug) > BUG, bug

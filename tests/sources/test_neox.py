@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.model.tensors import total
 from gptconvert.sources import neox
-from gptconvert.tensors import total
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
 
 NAMES = ("neox-pipeline", "neox-sequential")
@@ -149,7 +149,7 @@ def test_configurations_that_say_the_same(tmp_path: Path) -> None:
 
 def test_every_key_of_the_trainer_is_known() -> None:
     """No key is in two lists, and none of those that decide something is called harmless."""
-    from gptconvert.families.neox_trainer import HARMLESS, UNUSED
+    from gptconvert.families.trainers.neox import HARMLESS, UNUSED
 
     assert not HARMLESS & set(UNUSED)
     decisive = {"rotary_pct", "gpt_j_residual", "no_weight_tying", "norm", "pos_emb", "activation", "num_layers"}

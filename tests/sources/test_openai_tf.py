@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
 from gptconvert.sources.openai_tf import FORMAT
-from gptconvert.sources.source import OpenOptions, Source
+from tests.containers import bundle_bytes as made
 from tests.helpers import FIXTURES
-from tests.sources import bundle_bytes as made
 
 TINY = FIXTURES / "tiny-gpt2"
 
@@ -34,7 +35,7 @@ def tf() -> Any:
 
 
 def opened(path: str | Path, **options: Any) -> Source:
-    return FORMAT.open(str(path), OpenOptions(**options))
+    return FORMAT.open(str(path), Options(**options))
 
 
 def copied(tmp_path: Path, name: str = "openai-tf") -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptconvert.families import Request
+from gptconvert.model.options import Options
 from gptconvert.pipeline import open_checkpoint
 from gptconvert.sources.detect import FORMATS
 from tests.commands import command
@@ -43,8 +43,8 @@ def test_transformers_computes_the_same_from_the_export(
     done = command(capsys, first, *arguments)
     assert done.code == 0, done.err
     assert "verified" in done.out
-    request = Request(n_head=3) if name == "gpt1" else Request()
-    there = (open_checkpoint(str(path), request=request) for path in (ORIGINALS / name, tmp_path / "out"))
+    request = Options(n_head=3) if name == "gpt1" else Options()
+    there = (open_checkpoint(str(path), request) for path in (ORIGINALS / name, tmp_path / "out"))
     assert same_weights(*there)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     golden = np.load(ORIGINALS / name / "golden.npz", allow_pickle=False)

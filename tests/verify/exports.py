@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.targets.onnx.model import plan
-from gptconvert.targets.plan import TargetOptions
-from gptconvert.verify import Report, find_artifacts, verify
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.targets.onnx.plan import plan
+from gptconvert.targets.verification import find_artifacts, verify
+from gptconvert.verify.report import Report
 from tests.helpers import checkpoint_of, tiny_gpt2, write_planned
 
 
@@ -26,7 +27,7 @@ def tiny(directory: Path, seed: int = 0, *, dtype: Any = np.float32, start: int 
 
 def export(directory: Path, checkpoint: Checkpoint, **options: Any) -> Path:
     """The ONNX files of a checkpoint; returns the graph's path."""
-    planned = plan(checkpoint, TargetOptions(**options))
+    planned = plan(checkpoint, Options(**options))[0].files
     write_planned(directory, planned)
     return directory / planned[0].path
 

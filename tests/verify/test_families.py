@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.tensors import LazyTensor
-from gptconvert.verify import onnx_artifact
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.targets.onnx import verify as onnx_artifact
 from reference_model.config import CACHED_TASKS
 from tests.families import witness
 from tests.families.bugs import BUGS, Bug

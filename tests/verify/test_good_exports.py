@@ -13,10 +13,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from gptconvert.errors import UnsupportedError, UsageError
-from gptconvert.families import Request
-from gptconvert.tensors import BFLOAT16
-from gptconvert.transforms import cast
-from gptconvert.verify import find_artifacts, verify
+from gptconvert.model.options import Options
+from gptconvert.model.tensors import BFLOAT16
+from gptconvert.model.transforms import cast
+from gptconvert.targets.verification import find_artifacts, verify
 from tests.helpers import checkpoint_of, tiny_gpt2
 from tests.verify.exports import edit, export, insert_after, node, report_on, tiny
 from tests.verify.test_planted_bugs import erf_gelu, positions_ignore_padding
@@ -56,7 +56,7 @@ def test_smallest_sizes(tmp_path: Path, sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("kv_cache", [True, False])
 def test_bare_model(tmp_path: Path, kv_cache: bool) -> None:
     raw, arrays = tiny_gpt2(4)
-    checkpoint = checkpoint_of(raw, arrays, tmp_path, request=Request(task="feature-extraction"))
+    checkpoint = checkpoint_of(raw, arrays, tmp_path, request=Options(task="feature-extraction"))
     path = export(tmp_path, checkpoint, kv_cache=kv_cache)
     report = report_on(checkpoint, path)
     assert report.passed, report.table()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptconvert.verify.metrics import EPSILON, Errors, Likeness, Measure, significant
+from gptconvert.verify.metrics import EPSILON, Errors, LogitSimilarity, Measure, significant
 
 
 def measure(error: np.ndarray, noise: np.ndarray, truth: np.ndarray) -> Measure:
@@ -88,7 +88,7 @@ def test_likeness_against_torch() -> None:
     random = np.random.default_rng(0)
     truth = random.normal(0, 3, (5, 40))
     values = (truth + random.normal(0, 0.1, truth.shape)).astype(np.float32)
-    found = Likeness()
+    found = LogitSimilarity()
     found.add(torch.from_numpy(values), torch.from_numpy(truth), 0.0)
     c, t = torch.from_numpy(values).double(), torch.from_numpy(truth)
     divergence = torch.nn.functional.kl_div(c.log_softmax(1), t.log_softmax(1), reduction="none", log_target=True)
@@ -100,7 +100,7 @@ def test_likeness_against_torch() -> None:
 def test_ties_within_the_noise_are_no_disagreement() -> None:
     truth = torch.tensor([[1.0, 1.0 + 1e-7, 0.0]], dtype=torch.float64)
     values = torch.tensor([[1.0 + 1e-6, 1.0, 0.0]], dtype=torch.float64)
-    strict, aware = Likeness(), Likeness()
+    strict, aware = LogitSimilarity(), LogitSimilarity()
     strict.add(values, truth, 0.0)
     aware.add(values, truth, 1e-6)
     assert (strict.top1, aware.top1) == (0.0, 1.0)

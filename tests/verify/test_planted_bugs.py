@@ -16,7 +16,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from gptconvert.errors import InputError
-from gptconvert.verify import Report, onnx_artifact
+from gptconvert.targets.onnx import verify as onnx_artifact
+from gptconvert.verify.report import Report
 from tests.verify.exports import altered, attribute, edit, export, insert_after, node, report_on, tiny
 
 
@@ -235,7 +236,7 @@ def test_truncated_data_file(tmp_path: Path) -> None:
 
 
 def test_optimiser_gets_the_blame_where_it_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptconvert.verify import onnx_runner
+    from gptconvert.targets.onnx import runner as onnx_runner
 
     honest = onnx_runner.OnnxRunner.run
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError
-from gptconvert.tensors import BFLOAT16
-from gptconvert.transforms import cast
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.tensors import BFLOAT16
+from gptconvert.model.transforms import cast
 from gptconvert.verify import truth as truth_module
 from gptconvert.verify.probes import Probe, make_probes
 from gptconvert.verify.truth import Truth, TruthPass
@@ -167,15 +167,15 @@ def test_a_checkpoint_of_nan_is_an_input_error(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(raw, arrays, tmp_path)
     with pytest.raises(InputError, match="NaN") as caught:
         TruthPass(checkpoint, make_probes(checkpoint.config, kv_cache=False), "float32", presents=False).run()
-    assert caught.value.tensor == "logits"
+    assert caught.value.item == "logits"
 
 
 MEMORY = """
 import sys
 import numpy as np
 import torch
-from gptconvert.families import Request, understand
-from gptconvert.tensors import TensorSet, filled
+from gptconvert.families import Options, understand
+from gptconvert.model.tensors import TensorSet, filled
 from gptconvert.verify.probes import make_probes
 from gptconvert.verify.truth import TruthPass
 from tests.helpers import source_of
@@ -189,7 +189,7 @@ for i in range(L):
     shapes |= {f"h.{i}.ln_{n}.{part}": (D,) for n in (1, 2) for part in ("weight", "bias")}
 raw = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 40, "n_embd": D, "n_layer": L, "n_head": 3}
 tensors = {name: filled(0.01, np.dtype(np.float32), shape) for name, shape in shapes.items()}
-checkpoint = understand(source_of(raw, TensorSet(tensors, ())), Request())
+checkpoint = understand(source_of(raw, TensorSet(tensors, ())), Options())
 
 def anonymous():
     with open("/proc/self/status") as lines:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from gptconvert.tensors import LazyTensor
-from gptconvert.transforms import cast, transpose
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import cast, transpose
 from gptconvert.verify.weights import WeightReport, as_stored, compare, difference, first_difference, orientations
 from tests.helpers import computed_tensors, stored_tensors
 from tests.verify.exports import tiny

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from gptconvert.tensors import LazyTensor, Transposed
+from gptconvert.model.tensors import LazyTensor, Transposed
 
 Dim = int | str
 FLOAT32 = np.dtype(np.float32)

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from gptconvert.model.tensors import LazyTensor
 from gptconvert.targets.onnx.activations import ACTIVATION
 from gptconvert.targets.onnx.builder import Builder, Dim, as_output, graph_input
-from gptconvert.tensors import LazyTensor
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, GPTConfig, Rotary
 
 BATCH, CHOICES, NEW, PAST = "batch_size", "num_choices", "sequence_length", "past_sequence_length"

@@ -12,12 +12,13 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
-from gptconvert.targets.plan import Placed, PlannedFile, place
-from gptconvert.targets.tf_index import DATA_TYPES, DT_STRING, Entry, bundle_index, masked
-from gptconvert.targets.varint import varint
-from gptconvert.tensors import LazyTensor
+from gptconvert.containers.tf_index_writer import DATA_TYPES, DT_STRING, Entry, bundle_index, masked
+from gptconvert.containers.varint import varint
+from gptconvert.model.export import Placed, PlannedFile, place
+from gptconvert.model.tensors import LazyTensor
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 WEIGHTS, OBJECTS, INDEX = "variables.data-00000-of-00002", "variables.data-00001-of-00002", "variables.index"
@@ -40,7 +41,10 @@ class Named(Protocol):
 
 
 def plan_bundle(
-    directory: str, weights: Mapping[str, LazyTensor], graph: Callable[[threading.Event], Named]
+    directory: str,
+    weights: Mapping[str, LazyTensor],
+    graph: Callable[[threading.Event], Named],
+    transposed: frozenset[str] = frozenset(),
 ) -> tuple[PlannedFile, PlannedFile, PlannedFile]:
     """Both data files and the index, in ``directory``.
 
@@ -49,8 +53,10 @@ def plan_bundle(
         weights: canonical name → tensor as stored.
         graph: asked when the bytes of the second data file are wanted, and again for the index; given an event that
             says when nobody wants them any more.
+        transposed: names of the weights that are stored transposed.
     """
     placed, size = place((name, weights[name], name) for name in sorted(weights))
+    placed = tuple(replace(p, transposed=p.name in transposed) for p in placed)
 
     def objects(crc32c: Callable[[Placed], int], stop: threading.Event) -> bytes:
         return string_scalar(graph(stop).object_graph)[0]

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from gptconvert.errors import UnsupportedError
-from gptconvert.tensors import Array
+from gptconvert.model.tensors import Array
 
 WORKER = "gptconvert.targets.saved_model.worker"
 #: How often a thread that waits for an answer looks whether it should stop.

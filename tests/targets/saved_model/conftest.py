@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gptconvert.targets.saved_model import model
+from gptconvert.targets.saved_model import plan as model
+from gptconvert.targets.saved_model import verify as verifier
 from gptconvert.targets.saved_model.process import TensorFlowProcess
-from gptconvert.verify import saved_model as verifier
 from tests.targets.saved_model.support import Shared
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.families.base import Request
-from gptconvert.targets.plan import Placed, PlannedFile
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import Placed, PlannedFile
+from gptconvert.model.options import Options
+from gptconvert.model.tensors import Transposed
+from gptconvert.model.transforms import cast
 from gptconvert.targets.saved_model.process import TensorFlowProcess
-from gptconvert.tensors import Transposed
-from gptconvert.transforms import cast
 from tests.families import witness
 from tests.families.witness import Case
 from tests.helpers import content
@@ -62,7 +62,7 @@ def write(directory: Path, files: Iterable[PlannedFile]) -> Path:
 
 def understood(case: Case, directory: Path, dtype: Any = None) -> Checkpoint:
     """A case's checkpoint, stored as ``dtype`` if one is given."""
-    checkpoint = witness.checkpoint(case, directory, Request(task=case.task))
+    checkpoint = witness.checkpoint(case, directory, Options(task=case.task))
     if dtype is None:
         return checkpoint
     weights = {name: cast(weight, np.dtype(dtype)) for name, weight in checkpoint.weights.items()}

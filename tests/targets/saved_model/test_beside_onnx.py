@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from gptconvert import errors, pipeline
-from gptconvert.targets.plan import TargetOptions
+from gptconvert.targets.onnx.runner import OnnxRunner
 from gptconvert.targets.saved_model.process import TensorFlowProcess
 from gptconvert.verify import greedy
-from gptconvert.verify.onnx_runner import OnnxRunner
 from gptconvert.verify.runners import Feeds, Outputs, RunError
 from tests.helpers import FIXTURES
 
@@ -21,9 +20,7 @@ NAME = "greedy as onnx/model.onnx"
 
 def convert(output: Path, source: str = "tiny-gpt2/openai-tf", **options: Any) -> pipeline.Result:
     checkpoint = pipeline.open_checkpoint(str(FIXTURES / source))
-    return pipeline.convert(
-        checkpoint, str(output), pipeline.Options(targets=("tf", "onnx"), target=TargetOptions(**options))
-    )
+    return pipeline.convert(checkpoint, str(output), pipeline.Options(targets=("tf", "onnx"), **options))
 
 
 def groups(report: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,12 +8,12 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from gptconvert.sources.tf_bundle import read_bundle
-from gptconvert.sources.tf_index import read_index
+from gptconvert.containers.tf_bundle import read_bundle
+from gptconvert.containers.tf_index import read_index
+from gptconvert.containers.tf_index_writer import Entry, bundle_index
+from gptconvert.model.tensors import BFLOAT16
 from gptconvert.targets.saved_model.bundle import OBJECT_GRAPH_KEY, plan_bundle, string_scalar
-from gptconvert.targets.saved_model.model import BuiltGraph
-from gptconvert.targets.tf_index import Entry, bundle_index
-from gptconvert.tensors import BFLOAT16
+from gptconvert.targets.saved_model.plan import BuiltGraph
 from tests.helpers import FIXTURES, computed_tensors
 from tests.targets.saved_model.support import file_bytes
 

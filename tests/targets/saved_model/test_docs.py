@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptconvert.model.options import Options
 from gptconvert.pipeline import open_checkpoint
-from gptconvert.targets.plan import TargetOptions
 from gptconvert.targets.saved_model.contract import inputs_of
-from gptconvert.targets.saved_model.model import plan
+from gptconvert.targets.saved_model.plan import plan
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from reference_model.config import GPTConfig
 from tests.helpers import FIXTURES, ROOT
@@ -27,7 +27,7 @@ GENERATE, REPLY, LAST = (json.loads(block) for block in re.findall(r"```json\n(.
 def config(shared: TensorFlowProcess, tmp_path: Path) -> GPTConfig:
     """The model of the page, loaded."""
     checkpoint = open_checkpoint(str(FIXTURES / "tiny-gpt2/openai-tf"))
-    shared.ask("load", path=str(write(tmp_path, plan(checkpoint, TargetOptions()))))
+    shared.ask("load", path=str(write(tmp_path, plan(checkpoint, Options())[0].files)))
     return checkpoint.config
 
 

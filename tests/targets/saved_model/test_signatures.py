@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.checkpoint import Checkpoint
-from gptconvert.targets.plan import TargetOptions
-from gptconvert.targets.saved_model.model import plan
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.targets.saved_model.plan import plan
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from tests.families.witness import Case, reference
 from tests.targets.saved_model.support import understood, write
@@ -33,12 +33,12 @@ def path(checkpoint: Checkpoint, tensorflow: TensorFlowProcess, tmp_path_factory
 
 
 def build(checkpoint: Checkpoint, tensorflow: TensorFlowProcess, directory: Path) -> Path:
-    from gptconvert.targets.saved_model import model
+    from gptconvert.targets.saved_model import plan as model
     from tests.targets.saved_model.support import Shared
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "TensorFlowProcess", Shared(tensorflow))
-        return write(directory, plan(checkpoint, TargetOptions()))
+        return write(directory, plan(checkpoint, Options())[0].files)
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.checkpoint import Checkpoint
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.targets.plan import TargetOptions
-from gptconvert.targets.saved_model import model
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.targets.saved_model import plan as model
+from gptconvert.targets.saved_model import verify as verifier
 from gptconvert.targets.saved_model.process import TensorFlowProcess
-from gptconvert.verify import saved_model as verifier
+from gptconvert.targets.saved_model.verify import contract_problems, verify_saved_model
 from gptconvert.verify.report import ArtifactReport
-from gptconvert.verify.saved_model import contract_problems, verify_saved_model
 from tests.families.witness import Case
 from tests.targets.saved_model.support import Shared, understood, write
 
@@ -33,7 +33,7 @@ def checkpoint(saved: Path) -> Checkpoint:
 def path(checkpoint: Checkpoint, tensorflow: TensorFlowProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "TensorFlowProcess", Shared(tensorflow))
-        return write(tmp_path_factory.mktemp("verify"), model.plan(checkpoint, TargetOptions()))
+        return write(tmp_path_factory.mktemp("verify"), model.plan(checkpoint, Options())[0].files)
 
 
 class Bent:
@@ -135,7 +135,7 @@ def test_a_broken_contract(checkpoint: Checkpoint, path: Path, tensorflow: Tenso
 
 def test_somebody_elses(checkpoint: Checkpoint, path: Path, tmp_path: Path) -> None:
     from gptconvert.targets.saved_model.bundle import plan_bundle
-    from gptconvert.targets.saved_model.model import BuiltGraph
+    from gptconvert.targets.saved_model.plan import BuiltGraph
     from tests.helpers import computed_tensors
 
     tensors = computed_tensors({"a": np.zeros(3, np.float32)}).tensors

@@ -1,0 +1,135 @@
+"""JSON from files nobody vouched for: one reading of every document, or an error that says where.
+
+Python's own parser takes the last of two equal keys, NaN, infinities and half surrogate pairs. Two programs that
+read such a file differently disagree about the model, so all of these are refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+from gptconvert.containers.untrusted import explain_bytes, read_small
+from gptconvert.errors import InputError
+
+#: Deepest nesting accepted: the limit of the parser inside the safetensors library.
+MAX_DEPTH = 127
+
+
+class _BadJsonError(ValueError):
+    """What the hooks found wrong, in words."""
+
+
+def parse_json(data: bytes, path: str | os.PathLike[str], what: str) -> object:
+    """The value of the JSON document ``data``.
+
+    Args:
+        data: the document, UTF-8 without a byte order mark.
+        path: the file it lies in, for messages.
+        what: the document is, for messages (``safetensors header``).
+
+    Raises:
+        InputError: not UTF-8, not JSON, a key twice in one object, a number no double can hold, nested too deep.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_float=_number,
+            parse_int=_integer,
+        )
+        _check_values(value)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} is not UTF-8 (byte {error.start})", path=path) from error
+    except RecursionError as error:
+        raise InputError(f"{what} is nested more than {MAX_DEPTH} deep", path=path) from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{what} is not JSON: {error.msg.lower()} ({where})", path=path) from error
+    except _BadJsonError as error:
+        raise InputError(f"{what} is not valid: {error}", path=path) from error
+    return value
+
+
+def read_json_object(path: str | os.PathLike[str], limit: int, what: str) -> dict[str, object]:
+    """The JSON object that is the whole of the file ``path``, at most ``limit`` bytes.
+
+    Raises:
+        UnsafeInputError: not a regular file.
+        InputError: missing, unreadable, too large, not JSON, or not an object.
+    """
+    data = read_small(path, limit, what)
+    explained = None if data.lstrip()[:1] == b"{" else explain_bytes(data[:512], allow={"text"})
+    if explained is not None:
+        raise InputError(f"{what} {explained}", path=path)
+    value = parse_json(data, path, what)
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{what} holds the wrong kind of value", path=path, expected="a JSON object", found=kind(value)
+        )
+    return value
+
+
+def kind(value: object) -> str:
+    """What ``value`` is in JSON's own words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise _BadJsonError(f"duplicate key {', '.join(f'`{name}`' for name in twice[:5])}")
+    return found
+
+
+def _constant(name: str) -> float:
+    raise _BadJsonError(f"{name} is no JSON number")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _BadJsonError(f"number {text[:40]} is out of range")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    """A whole number; ``-0`` stays a float, as it is no unsigned number for other parsers either."""
+    if len(text) > 300:
+        _number(text)
+    return -0.0 if text == "-0" else int(text)
+
+
+def _check_values(value: object) -> None:
+    """Nesting depth and half surrogate pairs, level by level (a recursion would be the attack's target)."""
+    level, depth = [value], 0
+    while level:
+        for text in level:
+            if isinstance(text, str) and not text.isascii():
+                _check_text(text)
+        nested = [item for item in level if isinstance(item, (dict, list))]
+        depth += bool(nested)
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        level = [child for item in nested for child in _children(item)]
+
+
+def _children(item: dict[str, object] | list[object]) -> Iterator[object]:
+    if isinstance(item, dict):
+        yield from item
+        yield from item.values()
+    else:
+        yield from item
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadJsonError("a string holds half a surrogate pair") from error

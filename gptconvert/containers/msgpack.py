@@ -1,0 +1,215 @@
+"""A walk over a MessagePack file as Flax writes it: maps, text and numbers are decoded, arrays only located.
+
+Sources: the MessagePack specification; flax ``serialization.py``, where an array is an extension of type 1 whose
+payload is again MessagePack: shape, name of the dtype, bytes in C order. Depth and number of entries are bounded, so
+that a hostile file costs no more than its size.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
+from gptconvert.model.tensors import BFLOAT16, LazyTensor, Segment, Stored
+
+MAX_DEPTH = 64
+MAX_ITEMS = 1_000_000
+MAX_KEY = 1024
+MAX_RANK = 32
+#: Extension types of flax.
+ARRAY, COMPLEX, SCALAR = 1, 2, 3
+DTYPES: Mapping[str, np.dtype[np.generic]] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": BFLOAT16,
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "int16": np.dtype("<i2"),
+    "int8": np.dtype("i1"),
+    "uint32": np.dtype("<u4"),
+    "uint8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+
+#: A decoded value: maps, lists, text, numbers, and tensors for arrays. Byte strings become their length.
+Value = object
+
+
+@dataclass
+class Walker:
+    """Decodes one MessagePack value after the other; ``at`` is the position of the next."""
+
+    data: mmap.mmap
+    path: str
+    at: int = 0
+    items: int = 0
+
+    def value(self, depth: int) -> Value:
+        """The value that begins here."""
+        self.items += 1
+        if depth > MAX_DEPTH:
+            raise UnsafeInputError("nested too deep", path=self.path, expected=f"at most {MAX_DEPTH} levels")
+        if self.items > MAX_ITEMS:
+            raise UnsafeInputError("too many entries", path=self.path, expected=f"at most {MAX_ITEMS}")
+        code = self.take(1)[0]
+        if code < 0x80 or code >= 0xE0:
+            return code if code < 0x80 else code - 0x100
+        if code < 0x90:
+            return self.map(code & 0x0F, depth)
+        if code < 0xA0:
+            return self.list(code & 0x0F, depth)
+        if code < 0xC0:
+            return self.text(code & 0x1F)
+        return self.coded(code, depth)
+
+    def coded(self, code: int, depth: int) -> Value:
+        """A value whose first byte is a code of the table, not a small value itself."""
+        if code in _CONSTANTS:
+            return _CONSTANTS[code]
+        if code in _NUMBERS:
+            return self.number(_NUMBERS[code])
+        if code in _FIXED_EXTENSIONS:
+            return self.extension(_FIXED_EXTENSIONS[code])
+        if code not in _SIZED:
+            raise self.wrong(f"byte 0x{code:02x} begins no value")
+        kind, width = _SIZED[code]
+        length = self.number(width)
+        handlers: Mapping[str, Callable[[int], Value]] = {
+            "text": self.text,
+            "bytes": self.skip,
+            "extension": self.extension,
+            "list": lambda n: self.list(n, depth),
+            "map": lambda n: self.map(n, depth),
+        }
+        return handlers[kind](int(length))
+
+    def map(self, count: int, depth: int) -> dict[str, Value]:
+        found: dict[str, Value] = {}
+        for _ in range(count):
+            key = self.value(depth + 1)
+            if not isinstance(key, str):
+                raise self.wrong("a key that is no text")
+            if key in found:
+                raise self.wrong(f"the key {key!r} twice in one map")
+            found[key] = self.value(depth + 1)
+        return found
+
+    def list(self, count: int, depth: int) -> list[Value]:
+        return [self.value(depth + 1) for _ in range(count)]
+
+    def text(self, length: int) -> str:
+        if length > MAX_KEY:
+            raise self.wrong(f"a name of {length} bytes")
+        try:
+            return self.take(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.wrong("a name that is not UTF-8") from error
+
+    def skip(self, length: int) -> int:
+        """Bytes that nobody reads; their length stands for them."""
+        self.need(length)
+        self.at += length
+        return length
+
+    def number(self, layout: str) -> int | float:
+        (value,) = struct.unpack(layout, self.take(struct.calcsize(layout)))
+        found: int | float = value
+        return found
+
+    def extension(self, length: int) -> LazyTensor:
+        """A type byte and ``length`` bytes: an array."""
+        kind = self.take(1)[0]
+        self.need(length)
+        end = self.at + length
+        if kind == COMPLEX:
+            raise UnsupportedError("complex numbers have no place in a GPT", path=self.path)
+        if kind not in (ARRAY, SCALAR):
+            raise self.wrong(f"extension type {kind}, which Flax does not write")
+        array = self.array(end)
+        if self.at != end:
+            raise self.wrong("an array whose length does not match its content")
+        return array
+
+    def array(self, end: int) -> LazyTensor:
+        """(shape, dtype name, bytes): the bytes are located, not read."""
+        if self.take(1) != b"\x93":
+            raise self.wrong("an array that is not (shape, dtype, bytes)")
+        shape = self.value(MAX_DEPTH - 1)
+        if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(n) for n in shape):
+            raise self.wrong(f"an array of shape {shape!r:.60}")
+        dtype = self.dtype()
+        code = self.take(1)[0]
+        if code not in _BYTES:
+            raise self.wrong("an array without its bytes")
+        length, wanted = int(self.number(_BYTES[code])), math.prod(shape) * dtype.itemsize
+        if length != wanted or self.at + length > end:
+            raise self.wrong(f"an array of shape {shape!r:.60} and type {dtype} with {length} bytes, not {wanted}")
+        part = Segment(self.path, self.at, length)
+        self.at += length
+        return Stored((part,) if length else (), dtype, tuple(shape))
+
+    def dtype(self) -> np.dtype[np.generic]:
+        """The dtype's name: text, or bytes in what older versions wrote."""
+        code = self.take(1)[0]
+        if 0xA0 <= code < 0xC0:
+            length = code & 0x1F
+        elif code in (0xC4, 0xD9):
+            length = self.take(1)[0]
+        else:
+            raise self.wrong("an array without the name of its type")
+        name = self.take(length).decode("ascii", "replace")
+        if name in ("O", "object"):
+            raise UnsafeInputError("refused an array of Python objects", path=self.path)
+        if name not in DTYPES:
+            raise UnsupportedError(
+                "element type not supported", path=self.path, expected=f"one of {', '.join(DTYPES)}", found=name
+            )
+        return DTYPES[name]
+
+    def take(self, count: int) -> bytes:
+        self.need(count)
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def need(self, count: int) -> None:
+        if self.at + count > len(self.data):
+            raise InputError(
+                "file is truncated",
+                path=self.path,
+                expected=f"{self.at + count} bytes at least",
+                found=f"{len(self.data)} bytes",
+                hint="the download or copy did not finish: fetch the file again",
+            )
+
+    def wrong(self, what: str) -> GptConvertError:
+        return InputError(f"msgpack is damaged at byte {self.at}: {what}", path=self.path)
+
+
+def _is_size(value: Value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
+
+
+_CONSTANTS: Mapping[int, Value] = {0xC0: None, 0xC2: False, 0xC3: True}
+#: Code → struct layout of a number.
+_NUMBERS: Mapping[int, str] = {
+    0xCA: ">f", 0xCB: ">d",
+    0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
+    0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
+}  # fmt: skip
+#: Code → layout of the length of a byte string.
+_BYTES: Mapping[int, str] = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
+_FIXED_EXTENSIONS: Mapping[int, int] = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+#: Code → kind of value and layout of its length.
+_SIZED: Mapping[int, tuple[str, str]] = {
+    **{code: ("bytes", layout) for code, layout in _BYTES.items()},
+    0xC7: ("extension", ">B"), 0xC8: ("extension", ">H"), 0xC9: ("extension", ">I"),
+    0xD9: ("text", ">B"), 0xDA: ("text", ">H"), 0xDB: ("text", ">I"),
+    0xDC: ("list", ">H"), 0xDD: ("list", ">I"), 0xDE: ("map", ">H"), 0xDF: ("map", ">I"),
+}  # fmt: skip

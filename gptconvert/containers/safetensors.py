@@ -1,0 +1,225 @@
+"""The safetensors container: 8 bytes of header length, a JSON header, then the tensors packed without gaps.
+
+Only the header is read. The checks are those of the official library and three more
+(:func:`read_safetensors` names them), with messages that say which tensor and which byte.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptconvert.containers.json import kind, parse_json
+from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.tensors import BFLOAT16, Segment, Shape, Stored, TensorSet
+
+#: Largest header the format allows, in bytes.
+MAX_HEADER = 100_000_000
+_PREFIX = 8
+_U64 = 1 << 64
+
+DTYPES: Mapping[str, np.dtype[np.generic]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+#: Bits per element of the format's other types: recognised, so that a file is judged whole, and then refused.
+UNSUPPORTED_BITS: Mapping[str, int] = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "C64": 64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor of the header; ``start`` and ``stop`` count from the end of the header."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    start: int
+    stop: int
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> TensorSet:
+    """The tensors of one safetensors file, in the order of their bytes; only its header is read.
+
+    Accepts what the official library accepts, except a header that does not begin with ``{`` (the format demands
+    it), a key that stands twice in one object (the library takes the last), and a tensor described by a JSON list.
+
+    Raises:
+        InputError: the file is no safetensors file, or is damaged.
+        UnsupportedError: it holds element types that numpy cannot express.
+        UnsafeInputError: ``path`` is no regular file.
+    """
+    path = os.fspath(path)
+    size = file_size(path)
+    header, data_start = _read_header(path, size)
+    entries = _entries(header, path)
+    _check_layout(entries, size - data_start, data_start, path)
+    _check_supported(entries, path)
+    tensors = {}
+    for entry in entries:
+        part = Segment(path, data_start + entry.start, entry.stop - entry.start)
+        tensors[entry.name] = Stored((part,) if part.nbytes else (), DTYPES[entry.dtype], entry.shape)
+    return TensorSet(tensors, (path,))
+
+
+def _read_header(path: str, size: int) -> tuple[dict[str, object], int]:
+    """The parsed header and the offset of the first data byte."""
+    try:
+        with open(path, "rb") as file:
+            prefix = file.read(_PREFIX)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == _PREFIX else 0
+            fits = 2 <= length <= min(MAX_HEADER, size - _PREFIX)
+            data = file.read(length) if fits else b""
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+    if not fits or data[:1] != b"{":
+        raise _not_safetensors(path, size, prefix, length, data)
+    header = parse_json(data, path, "safetensors header")
+    if not isinstance(header, dict):
+        raise InputError("safetensors header holds the wrong kind of value", path=path, expected="an object")
+    return header, _PREFIX + length
+
+
+def _not_safetensors(path: str, size: int, prefix: bytes, length: int, data: bytes) -> InputError:
+    """Why the first bytes cannot begin a safetensors file."""
+    explained = explain_file(path)
+    if explained is not None:
+        return InputError(f"this file {explained}", path=path, expected="a safetensors file")
+    if len(prefix) < _PREFIX:
+        return InputError("file is truncated", path=path, expected=f"at least {_PREFIX} bytes", found=f"{size} bytes")
+    if length > MAX_HEADER:
+        return InputError(
+            "safetensors header is too long, so this is probably no safetensors file",
+            path=path,
+            expected=f"at most {MAX_HEADER} bytes",
+            found=f"{length} bytes",
+        )
+    if length > size - _PREFIX:
+        need = f"{_PREFIX + length} bytes for the header alone"
+        return InputError("file is truncated", path=path, expected=need, found=f"{size} bytes")
+    return InputError(
+        "safetensors header does not begin with `{`", path=path, expected="a JSON object", found=repr(data[:16])
+    )
+
+
+def _entries(header: Mapping[str, object], path: str) -> list[_Entry]:
+    """The header's tensors, sorted by their bytes."""
+    metadata = header.get("__metadata__")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise InputError("wrong value", path=path, item="__metadata__", expected="an object", found=kind(metadata))
+    wrong = [key for key, value in (metadata or {}).items() if not isinstance(value, str)]
+    if wrong:
+        raise InputError(
+            "metadata values must be strings", path=path, item="__metadata__", found=", ".join(map(str, wrong[:5]))
+        )
+    entries = [_entry(name, info, path) for name, info in header.items() if name != "__metadata__"]
+    return sorted(entries, key=lambda e: (e.start, e.stop))
+
+
+def _entry(name: str, info: object, path: str) -> _Entry:
+    if not isinstance(info, dict):
+        raise InputError("wrong header entry", path=path, item=name, expected="an object", found=kind(info))
+    absent = [key for key in ("dtype", "shape", "data_offsets") if key not in info]
+    if absent:
+        raise InputError(f"header entry lacks {', '.join(absent)}", path=path, item=name)
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in UNSUPPORTED_BITS):
+        known = " ".join((*DTYPES, *UNSUPPORTED_BITS))
+        raise InputError("unknown dtype", path=path, item=name, expected=f"one of {known}", found=repr(dtype)[:80])
+    if not _whole_numbers(shape):
+        raise InputError("wrong shape", path=path, item=name, expected="whole numbers ≥ 0", found=repr(shape)[:80])
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        expected = "two whole numbers ≥ 0"
+        raise InputError("wrong data_offsets", path=path, item=name, expected=expected, found=repr(offsets)[:80])
+    return _Entry(name, dtype, tuple(shape), *offsets)
+
+
+def _whole_numbers(value: object) -> bool:
+    """Whether ``value`` is a list of numbers that fit 64 unsigned bits."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _U64 for n in value)
+
+
+def _check_layout(entries: Sequence[_Entry], available: int, data_start: int, path: str) -> None:
+    """Every tensor's bytes fit its shape, and all tensors together cover the data, each byte once."""
+    position, before = 0, None
+    for entry in entries:
+        _check_size(entry, path)
+        if entry.start != position:
+            other = "the header" if before is None else f"`{before}`"
+            word = "overlaps" if entry.start < position else "leaves a hole after"
+            raise InputError(
+                f"tensor {word} {other}",
+                path=path,
+                item=entry.name,
+                expected=f"data offset {position}",
+                found=f"{entry.start} (byte {data_start + entry.start} of the file)",
+            )
+        position, before = entry.stop, entry.name
+    if position > available:
+        need, have = f"{data_start + position} bytes", f"{data_start + available} bytes"
+        hint = "the download or copy did not finish: fetch the file again"
+        raise InputError("file is truncated", path=path, expected=need, found=have, hint=hint)
+    if position < available:
+        raise InputError(
+            f"{available - position} bytes follow the last tensor",
+            path=path,
+            expected=f"{data_start + position} bytes",
+            found=f"{data_start + available} bytes",
+        )
+
+
+def _check_size(entry: _Entry, path: str) -> None:
+    bits = DTYPES[entry.dtype].itemsize * 8 if entry.dtype in DTYPES else UNSUPPORTED_BITS[entry.dtype]
+    count = 1
+    for factor in (*entry.shape, bits):  # in order: a zero behind an overflow does not heal it
+        count *= factor
+        if count >= _U64:
+            found = f"{entry.dtype} {list(entry.shape)}"[:80]
+            raise InputError("size overflows 64 bits", path=path, item=entry.name, found=found)
+    if count != 8 * (entry.stop - entry.start):
+        raise InputError(
+            f"shape {list(entry.shape)} of {entry.dtype} does not fit its bytes",
+            path=path,
+            item=entry.name,
+            expected=f"{count // 8} bytes",
+            found=f"{entry.stop - entry.start} bytes",
+        )
+
+
+def _check_supported(entries: Sequence[_Entry], path: str) -> None:
+    strange = [entry for entry in entries if entry.dtype not in DTYPES]
+    if strange:
+        listed = ", ".join(f"`{entry.name}` ({entry.dtype})" for entry in strange[:5])
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        raise UnsupportedError(
+            f"element types not supported: {listed}{more}",
+            path=path,
+            expected=f"one of {' '.join(DTYPES)}",
+            hint="save the checkpoint in float32, float16 or bfloat16 first",
+        )

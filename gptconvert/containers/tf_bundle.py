@@ -1,0 +1,211 @@
+"""TensorFlow checkpoints of version 2 ("tensor bundles"), read without TensorFlow.
+
+``PREFIX.index`` says what there is (:mod:`gptconvert.containers.tf_index`); ``PREFIX.data-00000-of-00001`` … hold the
+tensors' bytes, row-major, back to back. Opening reads the index and the data files' sizes; tensors stay where they
+are until somebody asks for them.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from gptconvert.containers.tf_index import WHOLE, Entry, Extent, Extents, Index, piece_key, read_index
+from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.tensors import BFLOAT16, FileChecksum, LazyTensor, Segment, Shape, Stored, TensorSet
+from gptconvert.model.transforms import concatenate
+
+#: tensorflow.DataType → numpy type.
+DTYPES: Mapping[int, np.dtype[np.generic]] = {
+    1: np.dtype(np.float32),
+    2: np.dtype(np.float64),
+    3: np.dtype(np.int32),
+    4: np.dtype(np.uint8),
+    5: np.dtype(np.int16),
+    6: np.dtype(np.int8),
+    8: np.dtype(np.complex64),
+    9: np.dtype(np.int64),
+    10: np.dtype(np.bool_),
+    14: BFLOAT16,
+    17: np.dtype(np.uint16),
+    18: np.dtype(np.complex128),
+    19: np.dtype(np.float16),
+    22: np.dtype(np.uint32),
+    23: np.dtype(np.uint64),
+    24: np.dtype(ml_dtypes.float8_e5m2),
+    25: np.dtype(ml_dtypes.float8_e4m3fn),
+}
+#: tensorflow.DataType of what is no array of numbers, in words.
+NOT_NUMERIC: Mapping[int, str] = {7: "strings", 20: "a resource handle", 21: "a variant"}
+
+_AGAIN = "copy or download the checkpoint again"
+
+
+def read_bundle(prefix: str) -> TensorSet:
+    """Every numeric tensor of the checkpoint ``prefix``, lazily. What else it holds is said in the notes.
+
+    Raises:
+        InputError: the index is missing or corrupt, data files are missing or truncated.
+        UnsupportedError: a later bundle version, or a data type that numpy has not.
+        UnsafeInputError: a file of the checkpoint is no regular file.
+    """
+    return bundle_tensors(read_index(prefix))
+
+
+def bundle_tensors(index: Index) -> TensorSet:
+    """The lazy tensors of an index already read. Raises as :func:`read_bundle`."""
+    reader, tensors, skipped = _Tensors(index), {}, []
+    for name, entry in index.tensors.items():
+        if entry.dtype in NOT_NUMERIC:
+            skipped.append(f"{name} holds {NOT_NUMERIC[entry.dtype]}, no numbers: skipped")
+        else:
+            tensors[name] = reader.tensor(name, entry)
+    stray = index.pieces.keys() - reader.claimed
+    if stray:
+        raise InputError(
+            "the index holds pieces that belong to no variable", path=index.path, found=repr(min(stray))[2:-1]
+        )
+    shards = _check_data_files(index)
+    return TensorSet(tensors, (index.path, *shards), tuple(skipped), tuple(reader.checksums))
+
+
+class _Tensors:
+    """Turns entries into lazy tensors; ``checksums`` and ``claimed`` collect what is known of pieces."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.claimed: set[bytes] = set()
+        self.checksums: list[FileChecksum] = []
+
+    def tensor(self, name: str, entry: Entry) -> LazyTensor:
+        """The tensor of ``entry``, its pieces joined."""
+        return self._joined(name, entry) if entry.slices else self._stored(name, entry)
+
+    def _stored(self, name: str, entry: Entry) -> Stored:
+        dtype = self._dtype(name, entry)
+        expected = math.prod(entry.shape) * dtype.itemsize
+        if entry.nbytes != expected:
+            raise InputError(
+                f"the index contradicts itself: {dtype} of shape {list(entry.shape)}",
+                path=self.index.path,
+                item=name,
+                expected=f"{expected} bytes",
+                found=f"{entry.nbytes} bytes",
+            )
+        segment = Segment(self.index.shard_path(entry.shard), entry.offset, entry.nbytes)
+        return Stored((segment,), dtype, entry.shape, entry.crc32c)
+
+    def _dtype(self, name: str, entry: Entry) -> np.dtype[np.generic]:
+        dtype, swapped = DTYPES.get(entry.dtype), self.index.big_endian
+        if dtype is None or (swapped and dtype.kind == "V"):  # ml_dtypes knows no byte order but the machine's
+            raise UnsupportedError(
+                f"{'big-endian ' if swapped else ''}values of TensorFlow's data type {entry.dtype} are not supported",
+                path=self.index.path,
+                item=name,
+            )
+        return dtype.newbyteorder(">") if swapped else dtype
+
+    def _joined(self, name: str, entry: Entry) -> LazyTensor:
+        """The pieces of a partitioned variable, one after the other along the axis it was split on."""
+        pieces = [(extents, self._ranges(name, extents, entry.shape)) for extents in entry.slices]
+        axis = self._split_axis(name, entry.shape, [ranges for _, ranges in pieces])
+        parts, position = [], 0
+        for extents, ranges in sorted(pieces, key=lambda piece: piece[1][axis]):
+            start, length = ranges[axis]
+            if start != position:
+                raise self._wrong(name, f"its pieces leave a gap or overlap at {position} of axis {axis}")
+            parts.append(self._piece(name, entry, extents, ranges))
+            position += length
+        if position != entry.shape[axis]:
+            raise self._wrong(name, f"its pieces end at {position} of {entry.shape[axis]} on axis {axis}")
+        return concatenate(parts, axis)
+
+    def _ranges(self, name: str, extents: Extents, shape: Shape) -> Extents:
+        """(start, length) per axis, every length a number."""
+        if len(extents) != len(shape):
+            raise self._wrong(name, f"a piece of rank {len(extents)} in a variable of shape {list(shape)}")
+        sized = zip(extents, shape, strict=True)
+        ranges = tuple((start, size if length == WHOLE else length) for (start, length), size in sized)
+        if any(start < 0 or length < 1 for start, length in ranges):
+            raise self._wrong(name, f"a piece {_words(ranges)} in a variable of shape {list(shape)}")
+        return ranges
+
+    def _split_axis(self, name: str, shape: Shape, pieces: list[Extents]) -> int:
+        """The only axis along which the pieces differ from the whole."""
+        axes = {axis for ranges in pieces for axis, extent in enumerate(ranges) if extent != (0, shape[axis])}
+        if len(axes) > 1:
+            raise UnsupportedError(
+                f"a variable partitioned along several axes ({', '.join(map(str, sorted(axes)))}) is not supported",
+                path=self.index.path,
+                item=name,
+                hint="save it again from a graph without that partitioner",
+            )
+        if not shape:
+            raise self._wrong(name, "a scalar in pieces")
+        return min(axes, default=0)
+
+    def _piece(self, name: str, whole: Entry, extents: Extents, ranges: Extents) -> Stored:
+        key, title = piece_key(name, extents), f"{name} {_words(ranges)}"
+        piece = self.index.pieces.get(key)
+        if piece is None:
+            raise self._wrong(title, "this piece is missing")
+        if piece.shape != tuple(length for _, length in ranges) or piece.dtype != whole.dtype or piece.slices:
+            raise self._wrong(title, "this piece has another shape or type than the variable says")
+        self.claimed.add(key)
+        stored = self._stored(title, piece)
+        self.checksums += [FileChecksum(part, "crc32c", piece.crc32c, title) for part in stored.parts]
+        return stored
+
+    def _wrong(self, name: str, what: str) -> InputError:
+        return InputError(f"the index contradicts itself: {what}", path=self.index.path, item=name)
+
+
+def _words(ranges: Iterable[Extent]) -> str:
+    """``[0:49, 0:24]``."""
+    return "[" + ", ".join(f"{start}:{start + length}" for start, length in ranges) + "]"
+
+
+def _check_data_files(index: Index) -> list[str]:
+    """The data files that hold something: all there, regular files, long enough. All missing ones are named."""
+    ends: dict[int, tuple[int, str]] = {}
+    for name, entry in _owners(index):
+        ends[entry.shard] = max(ends.get(entry.shard, (0, "")), (entry.offset + entry.nbytes, name))
+    paths = {number: index.shard_path(number) for number in sorted(ends)}
+    missing = [path for path in paths.values() if not os.path.lexists(path)]
+    if missing:
+        raise _missing(index, missing, len(paths))
+    for number, path in paths.items():
+        size, (end, name) = file_size(path), ends[number]
+        if size < end:
+            explained = explain_file(path, allow={"zeros"})
+            raise InputError(
+                f"this file {explained}" if explained else f"file is truncated: {name} ends beyond it",
+                path=path,
+                expected=f"{end} bytes",
+                found=f"{size} bytes",
+                hint=_AGAIN,
+            )
+    return list(paths.values())
+
+
+def _missing(index: Index, missing: list[str], wanted: int) -> InputError:
+    beside = sorted(os.path.basename(path) for path in glob.glob(glob.escape(index.prefix) + ".data-*"))
+    names = ", ".join(os.path.basename(path) for path in missing[:20])
+    return InputError(
+        f"{len(missing)} of {wanted} data files are missing: {names}{' …' if len(missing) > 20 else ''}",
+        path=index.prefix,
+        found=", ".join(beside[:20]) or "no data file of this checkpoint",
+        hint="copy all files of the checkpoint into one directory",
+    )
+
+
+def _owners(index: Index) -> Iterable[tuple[str, Entry]]:
+    """Entries that own bytes, with a name for messages."""
+    yield from ((name, entry) for name, entry in index.tensors.items() if not entry.slices)
+    yield from ((repr(key)[2:-1], entry) for key, entry in index.pieces.items())

@@ -1,0 +1,253 @@
+"""What a ``torch.save`` pickle may name, and the lazy tensors that stand in for PyTorch's.
+
+A storage is a run of bytes in the file; a tensor is a storage, an offset, a shape and strides, in elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeGuard, cast
+
+import numpy as np
+
+from gptconvert.containers.pickle import RESAVE, Attributes, Global, Opaque, RefusedError, Rules, ordered_dict
+from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
+from gptconvert.model.tensors import (
+    BFLOAT16,
+    Array,
+    Box,
+    Computed,
+    LazyTensor,
+    Segment,
+    Shape,
+    Stored,
+    Transposed,
+    map_segment,
+)
+
+#: torch dtype name → numpy dtype.
+DTYPES: Mapping[str, np.dtype[np.generic]] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": BFLOAT16,
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "int16": np.dtype("<i2"),
+    "int8": np.dtype("i1"),
+    "uint64": np.dtype("<u8"),
+    "uint32": np.dtype("<u4"),
+    "uint16": np.dtype("<u2"),
+    "uint8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+#: Storage class → torch dtype name. Classes of other types are refused when a tensor uses them.
+STORAGES: Mapping[str, str] = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+#: Types that a file may name, and that no tensor here can have.
+_STRANGE_STORAGES = ("ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage")
+_STRANGE_DTYPES = (
+    "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu "
+    "float4_e2m1fn_x2 qint8 quint8 qint32"
+).split()
+#: Enumerations among Megatron-LM's arguments: which kind of model a run was for.
+_MEGATRON_CONSTANTS = tuple(
+    Global(module, name)
+    for module in ("megatron.enums", "megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums")
+    for name in ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
+)
+_UNTYPED = (Global("torch.storage", "UntypedStorage"), Global("torch", "UntypedStorage"))
+#: PyTorch's own limit on the number of axes.
+_MAX_RANK = 64
+_MAX_ELEMENTS = 1 << 63
+
+#: What DeepSpeed, and GPT-NeoX on top of it, save beside the weights: sets of names, buffers, arguments.
+_DEEPSPEED_STATE = (
+    Global("__builtin__", "set"),
+    Global("builtins", "set"),
+    Global("_io", "BytesIO"),
+    Global("megatron.neox_arguments.arguments", "NeoXArgs"),
+)
+
+#: (storage key, its elements, bytes per element) → where they lie.
+Locate = Callable[[str, int, int], Segment]
+ByteOrder = Literal["<", ">"]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of elements in the file; ``dtype`` is None for an untyped one, whose elements are bytes."""
+
+    key: str
+    data: Segment
+    dtype: np.dtype[np.generic] | None
+
+
+def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules:
+    """What may be named in the pickles of the file ``path``.
+
+    Args:
+        path: the file, for messages.
+        locate: finds a storage's bytes.
+        byte_order: of the storages' elements, as numpy writes it: ``<`` or ``>``.
+    """
+    calls: dict[Global, Callable[[tuple[object, ...]], object]] = {
+        Global("collections", "OrderedDict"): ordered_dict,
+        Global("torch._utils", "_rebuild_tensor"): partial(_rebuild, byte_order, None),
+        Global("torch._utils", "_rebuild_tensor_v2"): partial(_rebuild, byte_order, None),
+        Global("torch._utils", "_rebuild_tensor_v3"): partial(_rebuild, byte_order, 6),
+        Global("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        Global("torch", "Size"): _size,
+        Global("torch", "device"): lambda _: Opaque("device"),
+        Global("_codecs", "encode"): lambda _: Opaque("bytes"),
+        Global("numpy", "dtype"): lambda _: Opaque("numpy dtype"),
+        Global("numpy.core.multiarray", "scalar"): lambda _: Opaque("numpy scalar"),
+        Global("numpy._core.multiarray", "scalar"): lambda _: Opaque("numpy scalar"),
+        # What training scripts save beside the weights: their arguments, and states of random generators.
+        Global("argparse", "Namespace"): lambda _: Attributes(),
+        Global("numpy.core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
+        Global("numpy._core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
+        **{name: lambda _: Opaque("constant of Megatron-LM") for name in _MEGATRON_CONSTANTS},
+        **{name: lambda _: Opaque("state of DeepSpeed or GPT-NeoX") for name in _DEEPSPEED_STATE},
+    }
+    storages = (Global(m, s) for m in ("torch", "torch.cuda") for s in (*STORAGES, *_STRANGE_STORAGES))
+    dtypes = (Global("torch", name) for name in (*DTYPES, *_STRANGE_DTYPES))
+    return Rules(
+        calls, frozenset((*storages, *dtypes, *_UNTYPED, Global("numpy", "ndarray"))), partial(_storage, path, locate)
+    )
+
+
+def _storage(path: str, locate: Locate, identity: object) -> Storage:
+    """A persistent id ``("storage", class, key, device, elements[, view])`` → the storage."""
+    if not isinstance(identity, tuple) or not identity:
+        raise RefusedError("a persistent id that is no tuple")
+    if identity[0] == "module":
+        raise UnsafeInputError(
+            "file holds a whole pickled model object", path=path, hint=f"save the weights, {RESAVE}"
+        )
+    if identity[0] != "storage" or len(identity) not in (5, 6):
+        raise RefusedError("a persistent id that is no storage")
+    kind, key, elements = identity[1], identity[2], identity[4]
+    if not isinstance(kind, Global) or not isinstance(key, str):
+        raise RefusedError("a storage without a type or a key")
+    if len(identity) == 6 and identity[5] is not None:
+        raise UnsupportedError(
+            "storages that are views of others are not supported", path=path, hint=f"save it {RESAVE}"
+        )
+    if not _is_count(elements):
+        raise RefusedError(f"storage {key} has {elements!r:.40} elements")
+    dtype = None if kind in _UNTYPED else _dtype(kind.name, STORAGES.get(kind.name, ""), path)
+    return Storage(key, locate(key, elements, 1 if dtype is None else dtype.itemsize), dtype)
+
+
+def _dtype(name: str, torch_name: str, path: str | None) -> np.dtype[np.generic]:
+    if torch_name not in DTYPES:
+        expected = f"one of {' '.join(DTYPES)}"
+        raise UnsupportedError("element type not supported", path=path, expected=expected, found=name)
+    return DTYPES[torch_name]
+
+
+def _rebuild(byte_order: ByteOrder, dtype_at: int | None, arguments: tuple[object, ...]) -> LazyTensor:
+    """``(storage, offset, size, stride, ...)`` → the tensor; its dtype is argument ``dtype_at`` if given."""
+    if len(arguments) < 4 or (dtype_at is not None and len(arguments) <= dtype_at):
+        raise RefusedError("a tensor without storage, offset, size and stride")
+    storage, offset, size, stride = arguments[:4]
+    named = None if dtype_at is None else arguments[dtype_at]
+    if not isinstance(storage, Storage):
+        raise RefusedError("a tensor without a storage")
+    dtype = _dtype(str(named), named.name, None) if isinstance(named, Global) else storage.dtype
+    if dtype is None:
+        raise RefusedError("a tensor without an element type")
+    if (
+        not isinstance(size, tuple)
+        or not isinstance(stride, tuple)
+        or len(size) != len(stride)
+        or len(size) > _MAX_RANK
+    ):
+        raise RefusedError("a tensor whose size and stride do not match")
+    if not all(_is_count(n) for n in (offset, *size, *stride)) or math.prod(size) >= _MAX_ELEMENTS:
+        raise RefusedError(
+            f"a tensor of offset {offset!r:.40}, size {_short(size)}, stride {_short(stride)}: negative or too large"
+        )
+    return _view(storage, dtype.newbyteorder(byte_order), cast("int", offset), size, stride)
+
+
+def _view(
+    storage: Storage, dtype: np.dtype[np.generic], offset: int, size: Shape, stride: Sequence[int]
+) -> LazyTensor:
+    """Elements ``offset + i·stride`` of a storage, as cheap to read as their order allows."""
+    item, data = dtype.itemsize, storage.data
+    if 0 in size:
+        return Stored((), dtype, size)
+    span = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if (offset + span) * item > data.nbytes:
+        raise InputError(
+            f"storage {storage.key} is smaller than a tensor of size {_short(size)} and stride {_short(stride)}",
+            path=data.path,
+            expected=f"{(offset + span) * item} bytes",
+            found=f"{data.nbytes} bytes",
+        )
+    part = Segment(data.path, data.offset + offset * item, span * item)
+    if _is_packed(size, stride):
+        return Stored((part,), dtype, size)
+    if len(size) == 2 and _is_packed(size[::-1], stride[::-1]):
+        return Transposed(Stored((part,), dtype, size[::-1]))
+    return Computed(partial(_gather, part, dtype, tuple(stride)), dtype.newbyteorder("="), size)
+
+
+def _is_packed(size: Shape, stride: Sequence[int]) -> bool:
+    """Whether the strides are those of a row-major array; an axis of length 1 may have any."""
+    expected = 1
+    for n, s in zip(reversed(size), reversed(stride), strict=True):
+        if n != 1 and s != expected:
+            return False
+        expected *= n
+    return True
+
+
+def _gather(part: Segment, dtype: np.dtype[np.generic], stride: Shape, box: Box) -> Array:
+    """The elements inside ``box`` of a strided tensor that begins at ``part``."""
+    shape = tuple(s.stop - s.start for s in box)
+    native = dtype.newbyteorder("=")
+    if 0 in shape:
+        return np.empty(shape, native)
+    first = sum(s.start * step for s, step in zip(box, stride, strict=True))
+    span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    raw = map_segment(Segment(part.path, part.offset + first * dtype.itemsize, span * dtype.itemsize))
+    steps = [step * dtype.itemsize for step in stride]
+    seen = np.lib.stride_tricks.as_strided(raw.view(dtype), shape, steps, writeable=False)
+    return np.array(seen, native, order="C")
+
+
+def _rebuild_parameter(arguments: tuple[object, ...]) -> LazyTensor:
+    if not arguments or not isinstance(arguments[0], LazyTensor):
+        raise RefusedError("a parameter that is no tensor")
+    return arguments[0]
+
+
+def _size(arguments: tuple[object, ...]) -> object:
+    """``torch.Size((2, 3))`` → (2, 3), the very object: copying it each time it is named would cost without bound."""
+    if len(arguments) != 1 or not isinstance(arguments[0], (tuple, list)):
+        raise RefusedError("a size that is no tuple")
+    return arguments[0]
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _MAX_ELEMENTS
+
+
+def _short(values: Sequence[object]) -> str:
+    return repr(tuple(values))[:80]

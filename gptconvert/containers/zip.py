@@ -1,0 +1,221 @@
+"""Where the members of an uncompressed zip archive lie: the container of ``torch.save`` and ``numpy.savez``.
+
+Only the central directory and the members' local headers are read. Compressed members are refused: the writers of
+weights never compress, their bytes could not be copied raw, and a small file could claim to hold terabytes.
+Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3 (zip64).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO
+
+from gptconvert.containers.untrusted import file_size
+from gptconvert.errors import InputError, UnsafeInputError
+from gptconvert.model.tensors import Segment
+
+#: Most bytes a central directory may have; a member costs about 100.
+MAX_DIRECTORY = 64 << 20
+
+_END = struct.Struct("<4s4H2LH")  # disks ×2, entries ×2, directory size and offset, comment length
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_MAX_COMMENT = 0xFFFF
+_ENCRYPTED, _UTF8 = 1 << 0, 1 << 11
+_IN_ZIP64 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One uncompressed member: its name, where its bytes lie, and their CRC-32."""
+
+    name: str
+    data: Segment
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One central directory entry."""
+
+    name: str
+    flags: int
+    method: int
+    crc32: int
+    packed: int
+    nbytes: int
+    header: int
+
+
+def read_members(path: str | os.PathLike[str]) -> dict[str, Member]:
+    """The archive's members by name, in the order of its central directory.
+
+    Raises:
+        InputError: the central directory is missing (the file is cut off) or damaged.
+        UnsafeInputError: compressed or encrypted members, a name twice, names that leave the archive, members
+            that overlap.
+    """
+    path = os.fspath(path)
+    size = file_size(path)
+    try:
+        with open(path, "rb") as file:
+            entries = _read_directory(file, size, path)
+            _check_entries(entries, path)
+            members = [_locate(file, entry, size, path) for entry in entries]
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+    _check_overlap(members, path)
+    return {member.name: member for member in members}
+
+
+def _read_directory(file: BinaryIO, size: int, path: str) -> list[_Entry]:
+    count, nbytes, offset = _find_directory(file, size, path)
+    if offset + nbytes > size:
+        raise _damaged(path, f"central directory lies at bytes {offset}–{offset + nbytes} of {size}")
+    if nbytes > MAX_DIRECTORY:
+        expected, found = f"at most {MAX_DIRECTORY} bytes", f"{nbytes} bytes"
+        raise UnsafeInputError("zip central directory is too long", path=path, expected=expected, found=found)
+    file.seek(offset)
+    data = file.read(nbytes)
+    entries, position = [], 0
+    while position < len(data):
+        entry, position = _parse_entry(data, position, path)
+        entries.append(entry)
+    if len(entries) != count:
+        raise _damaged(path, f"central directory announces {count} members and lists {len(entries)}")
+    return entries
+
+
+def _find_directory(file: BinaryIO, size: int, path: str) -> tuple[int, int, int]:
+    """Number of entries, size and offset of the central directory."""
+    start = max(0, size - _END.size - _MAX_COMMENT)
+    file.seek(start)
+    tail = file.read(size - start)
+    at = tail.rfind(b"PK\5\6")
+    while at >= 0:
+        # A comment may contain the signature: the real record's comment ends with the file.
+        if at + _END.size <= len(tail) and at + _END.size + _END.unpack_from(tail, at)[7] == len(tail):
+            break
+        at = tail.rfind(b"PK\5\6", 0, at)
+    if at < 0:
+        raise InputError(
+            "file is truncated: the zip central directory that ends it is missing",
+            path=path,
+            found=f"{size} bytes",
+            hint="the download or copy did not finish: fetch the file again",
+        )
+    _, _, _, _, count, nbytes, offset, _ = _END.unpack_from(tail, at)
+    locator = start + at - _END64_LOCATOR.size
+    if count == 0xFFFF or _IN_ZIP64 in (nbytes, offset):
+        return _find_directory64(file, locator, size, path)
+    return count, nbytes, offset
+
+
+def _find_directory64(file: BinaryIO, locator: int, size: int, path: str) -> tuple[int, int, int]:
+    file.seek(max(0, locator))
+    data = file.read(_END64_LOCATOR.size)
+    if locator < 0 or data[:4] != b"PK\6\7":
+        raise _damaged(path, "zip64 end record is missing")
+    offset = _END64_LOCATOR.unpack(data)[2]
+    if offset + _END64.size > size:
+        raise _damaged(path, f"zip64 end record lies at byte {offset} of {size}")
+    file.seek(offset)
+    fields = _END64.unpack(file.read(_END64.size))
+    if fields[0] != b"PK\6\6":
+        raise _damaged(path, "zip64 end record is missing")
+    return fields[7], fields[8], fields[9]
+
+
+def _parse_entry(data: bytes, position: int, path: str) -> tuple[_Entry, int]:
+    """The entry at ``position`` of the central directory, and the position of the next."""
+    if position + _ENTRY.size > len(data) or data[position : position + 4] != b"PK\1\2":
+        raise _damaged(path, f"no central directory entry at byte {position} of the directory")
+    fields = _ENTRY.unpack_from(data, position)
+    flags, method, crc32, packed, nbytes = fields[3], fields[4], *fields[7:10]
+    name_bytes, extra_bytes, comment_bytes, header = fields[10], fields[11], fields[12], fields[16]
+    name_at = position + _ENTRY.size
+    extra_at = name_at + name_bytes
+    end = extra_at + extra_bytes + comment_bytes
+    if end > len(data):
+        raise _damaged(path, "central directory is cut off")
+    wide = _zip64_fields(data[extra_at : extra_at + extra_bytes])
+    nbytes, packed, header = (
+        (wide.pop(0) if value == _IN_ZIP64 and wide else value) for value in (nbytes, packed, header)
+    )
+    name = data[name_at:extra_at].decode("utf-8" if flags & _UTF8 else "cp437", "replace")
+    return _Entry(name, flags, method, crc32, packed, nbytes, header), end
+
+
+def _zip64_fields(extra: bytes) -> list[int]:
+    """The 64-bit sizes and offset that did not fit an entry, in the order of its fields."""
+    position = 0
+    while position + 4 <= len(extra):
+        tag, nbytes = struct.unpack_from("<2H", extra, position)
+        if tag == 1:
+            whole = extra[position + 4 : position + 4 + nbytes // 8 * 8]
+            return list(struct.unpack(f"<{len(whole) // 8}Q", whole[: len(whole) // 8 * 8]))
+        position += 4 + nbytes
+    return []
+
+
+def _check_entries(entries: Sequence[_Entry], path: str) -> None:
+    rules: Mapping[str, list[str]] = {
+        "compressed members": [e.name for e in entries if e.method != 0],
+        "encrypted members": [e.name for e in entries if e.flags & _ENCRYPTED],
+        "member names that stand twice": [n for n, c in Counter(e.name for e in entries).items() if c > 1],
+        "member names that leave the archive": [e.name for e in entries if _leaves(e.name)],
+        "members whose packed and plain size differ": [
+            e.name for e in entries if e.method == 0 and e.packed != e.nbytes
+        ],
+    }
+    broken = [f"{what}: {', '.join(names[:5])}" for what, names in rules.items() if names]
+    if broken:
+        raise UnsafeInputError(
+            f"zip archive refused: {'; '.join(broken)}",
+            path=path,
+            expected="plain stored members, as torch.save and numpy.savez write them",
+        )
+
+
+def _leaves(name: str) -> bool:
+    """Whether extracting ``name`` could write outside the directory."""
+    parts = name.replace("\\", "/").split("/")
+    return ".." in parts or parts[0] == "" or parts[0].endswith(":") or "\0" in name
+
+
+def _locate(file: BinaryIO, entry: _Entry, size: int, path: str) -> Member:
+    """The member's bytes: they begin behind a local header whose length only itself tells."""
+    file.seek(entry.header)
+    header = file.read(_LOCAL.size)
+    if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
+        raise _damaged(path, f"no local header of {entry.name} at byte {entry.header}")
+    name_bytes, extra_bytes = _LOCAL.unpack(header)[9:]
+    start = entry.header + _LOCAL.size + name_bytes + extra_bytes
+    if file.read(name_bytes) != entry.name.encode("utf-8" if entry.flags & _UTF8 else "cp437", "replace"):
+        raise _damaged(path, f"the local header at byte {entry.header} names another member than {entry.name}")
+    if start + entry.nbytes > size:
+        raise InputError(
+            f"file is truncated: member {entry.name} is cut off",
+            path=path,
+            expected=f"{start + entry.nbytes} bytes",
+            found=f"{size} bytes",
+        )
+    return Member(entry.name, Segment(path, start, entry.nbytes), entry.crc32)
+
+
+def _check_overlap(members: Sequence[Member], path: str) -> None:
+    filled = sorted((m for m in members if m.data.nbytes), key=lambda m: m.data.offset)
+    for before, after in pairwise(filled):
+        if before.data.end > after.data.offset:
+            raise UnsafeInputError(f"zip members {before.name} and {after.name} share bytes", path=path)
+
+
+def _damaged(path: str, found: str) -> InputError:
+    return InputError("zip archive is damaged", path=path, found=found)

@@ -1,0 +1,1 @@
+"""Families as their original trainers name and configure them."""

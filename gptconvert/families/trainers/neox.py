@@ -1,0 +1,232 @@
+"""GPT-NeoX as its trainer saves and configures it: tensor names on one rank, and the YAML keys.
+
+Source: EleutherAI/gpt-neox ``megatron/neox_arguments/`` (keys, their defaults), ``megatron/model/transformer.py``
+and ``activations.py`` (what they do). Keys come with ``_`` for ``-``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.families.family import ConfigKeys, ReadConfig, per_layer, usual_scale
+from gptconvert.families.heads import choose_task, own_lm_head, tied_lm_head
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import DeinterleaveHeads
+from reference_model.config import GPTConfig, Rotary
+
+BY_HEAD = (DeinterleaveHeads(),)
+UP, DOWN = "layers.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.dense_4h_to_h"
+#: What newer versions of the trainer call these two.
+NEW_UP, NEW_DOWN = "layers.{i}.mlp.linear1", "layers.{i}.mlp.linear2"
+
+NEOX = Scheme(
+    name="neox",
+    anchor="word_embeddings.weight",
+    rows=(
+        Row("wte.weight", "word_embeddings.weight", "V D"),
+        Row("h.{i}.ln_1.weight", "layers.{i}.input_layernorm.weight", "D"),
+        Row("h.{i}.ln_1.bias", "layers.{i}.input_layernorm.bias", "D"),
+        Row("h.{i}.ln_2.weight", "layers.{i}.post_attention_layernorm.weight", "D"),
+        Row("h.{i}.ln_2.bias", "layers.{i}.post_attention_layernorm.bias", "D"),
+        Row("h.{i}.attn.c_attn.weight", "layers.{i}.attention.query_key_value.weight", "3D D", BY_HEAD),
+        Row(
+            "h.{i}.attn.c_attn.bias",
+            "layers.{i}.attention.query_key_value.bias",
+            "3D",
+            BY_HEAD,
+            when=lambda c: c.qkv_bias,
+        ),
+        Row("h.{i}.attn.c_proj.weight", "layers.{i}.attention.dense.weight", "D D"),
+        Row("h.{i}.attn.c_proj.bias", "layers.{i}.attention.dense.bias", "D", when=lambda c: c.attn_out_bias),
+        Row("h.{i}.mlp.c_fc.weight", f"{UP}.weight", "F D", aliases=(f"{NEW_UP}.weight",)),
+        Row("h.{i}.mlp.c_fc.bias", f"{UP}.bias", "F", aliases=(f"{NEW_UP}.bias",)),
+        Row("h.{i}.mlp.c_proj.weight", f"{DOWN}.weight", "D F", aliases=(f"{NEW_DOWN}.weight",)),
+        Row("h.{i}.mlp.c_proj.bias", f"{DOWN}.bias", "D", aliases=(f"{NEW_DOWN}.bias",)),
+        Row("ln_f.weight", "norm.weight", "D"),
+        Row("ln_f.bias", "norm.bias", "D"),
+        Row("lm_head.weight", "final_linear.weight", "V D", when=own_lm_head),
+    ),
+    drops=(
+        Drop(r"layers\.\d+\.attention\.(bias|masked_bias)", "causal mask buffer"),
+        Drop(r"layers\.\d+\.attention\.rotary_emb\.inv_freq", "table of rotary angles"),
+        Drop(r"final_linear\.weight", "language-model head", when=lambda c: not c.has_lm_head),
+    ),
+    tied=(Tied("final_linear.weight", "wte.weight", "V D", when=tied_lm_head),),
+)
+
+#: ``activation``, but for ``gelu``, whose formula ``bias_gelu_fusion`` decides.
+ACTIVATIONS = {"gelu": "gelu_erf", "relu": "relu", "silu": "silu", "swish": "silu"}
+#: Where ``<|endoftext|>`` stands in the vocabulary that comes with a kind of tokenizer.
+END_OF_TEXT = {"HFTokenizer": 0, "GPT2BPETokenizer": 50256, "HFGPT2Tokenizer": 50256}
+#: Options that make another model → the value that means "not used".
+UNUSED: Mapping[str, object] = {
+    "gpt_j_tied": False,
+    "use_bias_in_norms": True,
+    "use_bias_in_mlp": True,
+    "use_qk_layernorm": False,
+    "use_mup": False,
+    "mup_attn_temp": 1.0,
+    "mup_output_temp": 1.0,
+    "mup_embedding_mult": 1.0,
+    "sliding_window_width": None,
+    "sparsity_config": None,
+    "sparse_attention": None,
+    "num_unique_layers": None,
+    "soft_prompt_tuning": None,
+    "adapter": None,
+    "lora": None,
+    "compression_training": None,
+    "moe_num_experts": 1,
+    "mlp_type": "regular",
+    "model_arch": "gpt2",
+    "opt_pos_emb_offset": 0,
+    "te_columnparallel": False,
+    "te_rowparallel": False,
+    "te_layernorm_mlp": False,
+    "te_mha": False,
+    "te_fp8_format": None,
+}
+#: Everything else that a training run is configured by: it changes how the weights came about, or how fast.
+HARMLESS = frozenset(
+    """pipe_parallel_size model_parallel_size pipe_partition_method world_size is_pipe_parallel sequence_parallel
+    expert_interval precision intermediate_size feedforward_size expansion_factor mlp_multiple_of seq_length
+    layernorm_fusion rmsnorm_fusion rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance
+    param_sharing_style make_vocab_size_divisible_by padded_vocab_size use_flashattn_swiglu
+    scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion rope_fusion
+    fp16_lm_cross_entropy init_method_std apply_query_key_layer_scaling use_cpu_initialization
+    attention_softmax_in_fp32 rotary_save_freqs_buffer init_method output_layer_init_method gmlp_attn_dim
+    mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion mamba_selective_fp32_params
+    mamba_use_bias_in_conv mamba_use_bias_in_linears output_layer_parallelism dim_att head_size ffn_dim
+    optimizer_type use_bnb_optimizer zero_stage zero_reduce_scatter zero_contiguous_gradients zero_reduce_bucket_size
+    zero_allgather_bucket_size lr lr_decay_style lr_decay_iters lr_decay_fraction min_lr warmup override_lr_scheduler
+    use_checkpoint_lr_scheduler use_wandb wandb_group wandb_team wandb_project wandb_host wandb_init_all_ranks wandb
+    git_hash log_dir tensorboard_writer tensorboard_dir tensorboard use_comet comet_workspace comet_project
+    comet_experiment_name comet_tags comet_others comet_experiment log_interval log_grad_pct_zeros log_param_norm
+    log_grad_norm log_optimizer_states log_gradient_noise_scale gradient_noise_scale_n_batches
+    gradient_noise_scale_cpu_offload memory_profiling memory_profiling_path profile profile_step_start
+    profile_step_stop distributed_backend local_rank rank lazy_mpu_init short_seq_prob eod_mask_loss adlr_autoresume
+    adlr_autoresume_object adlr_autoresume_interval seed onnx_safe deepscale deepscale_config deepspeed_mpi
+    deepspeed_slurm user_script iteration do_train do_valid do_test global_num_gpus tokenizer data_path use_shared_fs
+    train_data_paths train_label_data_paths train_reward_data_paths test_data_paths test_label_data_paths
+    test_reward_data_paths valid_data_paths valid_label_data_paths valid_reward_data_paths pos_train_data_paths
+    neg_train_data_paths pos_train_label_data_paths neg_train_label_data_paths pos_valid_data_paths
+    neg_valid_data_paths pos_valid_label_data_paths neg_valid_label_data_paths pos_test_data_paths
+    neg_test_data_paths pos_test_label_data_paths neg_test_label_data_paths train_data_weights valid_data_weights
+    test_data_weights weight_by_num_documents weighted_sampler_alpha data_impl pack_impl dataset_impl train_impl
+    dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight z_loss kto_beta
+    allow_chopped mmap_warmup save s3_path s3_chunk_size config_files load checkpoint_validation_with_forward_pass
+    checkpoint_scale checkpoint_factor save_interval extra_save_iters no_save_optim no_save_rng no_load_optim
+    no_load_rng finetune batch_size train_iters train_epochs eval_iters keep_last_n_checkpoints eval_interval split
+    vocab_file merge_file num_workers exit_interval attention_dropout hidden_dropout weight_decay
+    checkpoint_activations checkpoint_num_layers deepspeed_activation_checkpointing contiguous_checkpointing
+    checkpoint_in_cpu synchronize_each_layer profile_backward partition_activations clip_grad hysteresis
+    dynamic_loss_scale loss_scale loss_scale_window min_scale char_level_ppl coord_check save_base_shapes
+    base_shapes_file mup_init_scale mup_rp_embedding_mult mup_width_scale text_gen_type precompute_model_name
+    temperature top_p top_k return_logits maximum_tokens prompt_end sample_input_file sample_output_file num_samples
+    recompute eval_results_prefix eval_tasks moe_top_k use_tutel moe_loss_coeff moe_train_capacity_factor
+    moe_eval_capacity_factor moe_min_capacity moe_token_dropping create_moe_param_group moe_use_residual
+    moe_expert_parallel_size moe_type moe_glu moe_lbl_in_fp32 moe_jitter_eps enable_expert_tensor_parallelism
+    deepspeed train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler
+    fp32_allreduce prescale_gradients gradient_predivide_factor sparse_gradients fp16 bf16 amp gradient_clipping
+    zero_optimization zero_allow_untested_optimizer curriculum_learning curriculum_seqlen steps_per_print
+    wall_clock_breakdown dump_state flops_profiler communication_data_type autotuning activation_checkpointing
+    data_efficiency csv_monitor elasticity comms_logger checkpoint data_types deepspeed_extra_args load_universal
+    hostfile include exclude num_nodes num_gpus master_port master_addr launcher force_multi detect_nvlink_pairs
+    autotuning_run no_ssh_check comment account is_preemptible""".split()
+)
+
+
+def neox_config(heads: Mapping[str, str]) -> ReadConfig:
+    """The reader of the trainer's configuration, for a family with these tasks."""
+
+    def read(
+        raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
+    ) -> tuple[GPTConfig, dict[str, object], list[str]]:
+        keys = ConfigKeys(raw, path)
+        task = choose_task(heads, {}, path, tensors, request, tied=True)
+        config, notes = _config(keys, tensors, task)
+        keys.finish(harmless=HARMLESS, unused=UNUSED)
+        return config, {}, notes
+
+    return read
+
+
+def _config(keys: ConfigKeys, tensors: Mapping[str, LazyTensor], task: str) -> tuple[GPTConfig, list[str]]:
+    width, layers = keys.integer("hidden_size"), keys.integer("num_layers")
+    heads = keys.integer("num_attention_heads")
+    _require_plain_attention(keys, heads)
+    for key, default, only in (("pos_emb", "learned", "rotary"), ("norm", "layernorm", "layernorm")):
+        keys.choice(key, default, {only: None})
+    activation, notes = _activation(keys)
+    bias = keys.boolean("use_bias_in_attn_linear", True)
+    vocabulary = _rows(tensors, "word_embeddings.weight")
+    end = END_OF_TEXT.get(keys.text("tokenizer_type", "GPT2BPETokenizer"))
+    end = end if end is not None and vocabulary is not None and end < vocabulary else None
+    share, base = keys.number("rotary_pct", 1.0), keys.number("rotary_emb_base", 10000.0)
+    config = keys.build(
+        family="gpt_neox",
+        vocab_size=vocabulary or 0,
+        n_ctx=keys.integer("max_position_embeddings"),
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        n_inner=_rows(tensors, *(f"{name}.weight".replace("{i}", "0") for name in (UP, NEW_UP))) or 4 * width,
+        activation=activation,
+        norm_eps=keys.number("layernorm_epsilon", 1e-5),
+        attn_scale=per_layer(usual_scale(width, heads), layers),
+        attn_window=per_layer(None, layers),
+        residual="parallel" if keys.boolean("gpt_j_residual", False) else "serial",
+        rotary=Rotary(dim=int(width // heads * share) if heads > 0 else 0, base=base),
+        qkv_bias=bias,
+        attn_out_bias=bias,
+        tied_head=not keys.boolean("no_weight_tying", False),
+        task=task,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    return config, notes
+
+
+def _activation(keys: ConfigKeys) -> tuple[str, list[str]]:
+    """The formula, and a note where published conversions have another."""
+    activation = keys.choice("activation", "gelu", ACTIVATIONS)
+    if not keys.boolean("bias_gelu_fusion", False) or activation != "gelu_erf":
+        return activation, []
+    note = "bias_gelu_fusion means the tanh GELU, which is used here; Pythia's files on the hub say the one with erf"
+    return "gelu_tanh", [note]
+
+
+def _require_plain_attention(keys: ConfigKeys, heads: int) -> None:
+    """Refuse other attention than that of every query to every key before it, by as many heads of each.
+
+    Raises:
+        InputError: ``attention_config`` is malformed.
+        UnsupportedError: another kind.
+    """
+    groups = keys.optional_integer("num_kv_heads")
+    if groups not in (None, heads):
+        raise UnsupportedError(
+            "grouped-query attention is not implemented", path=keys.path, item="num_kv_heads", found=groups
+        )
+    keys.seen.add("attention_config")
+    pattern = keys.raw.get("attention_config")
+    items = [] if pattern is None else pattern if isinstance(pattern, list) else [pattern]
+    kinds = [item[0] if isinstance(item, list) and item else None for item in items]
+    if not all(isinstance(kind, list) for kind in kinds):
+        raise InputError("wrong attention pattern", path=keys.path, item="attention_config", found=f"{pattern!r:.80}")
+    strange = sorted({str(name) for kind in kinds for name in kind or ()} - {"global", "flash"})
+    if strange:
+        raise UnsupportedError(
+            f"attention of kind {', '.join(strange)} is not implemented",
+            path=keys.path,
+            item="attention_config",
+            expected="global or flash",
+        )
+
+
+def _rows(tensors: Mapping[str, LazyTensor], *names: str) -> int | None:
+    """Rows of the first of these tensors that is here."""
+    return next((tensors[name].shape[0] for name in names if name in tensors and tensors[name].shape), None)

@@ -1,0 +1,43 @@
+"""How the next token is chosen: greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: upper bound of tokens to add.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep this many best tokens; None: all.
+        top_p: keep the smallest set of best tokens whose probabilities reach this; None: all.
+        seed: of the generator.
+    """
+
+    max_new_tokens: int = 50
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> int:
+    """The next token from logits [V]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sampling.temperature  # [V]
+    order = np.argsort(-scaled, kind="stable")[: sampling.top_k]  # best first
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    weights /= weights.sum()
+    if sampling.top_p is not None:
+        keep = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+        order, weights = order[:keep], weights[:keep] / weights[:keep].sum()
+    return int(random.choice(order, p=weights))

@@ -1,0 +1,119 @@
+"""Continue a text with an exported model: the smallest honest use of an artifact.
+
+Greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020) from a seeded generator, in that order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptconvert.errors import InputError, UsageError
+from gptconvert.generate.sampling import Sampling, choose
+from gptconvert.targets.context import context_length
+from gptconvert.targets.registry import RUNTIMES, target_named
+from gptconvert.targets.target import Runtime
+
+
+def continuation(
+    runtime: Runtime, prompt: Sequence[int], sampling: Sampling, stop: int | None = None
+) -> Iterator[int]:
+    """New token ids, one by one, until ``stop``, the limit asked for, or the end of the context."""
+    random = np.random.default_rng(sampling.seed)
+    ids: Sequence[int] = prompt
+    for _ in range(min(sampling.max_new_tokens, runtime.n_ctx - len(prompt))):
+        token = choose(runtime.step(ids), sampling, random)
+        if token == stop:
+            return
+        yield token
+        ids = [token]
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A running continuation.
+
+    Attributes:
+        prompt: the prompt's token ids.
+        pieces: text as it comes; concatenated it is the continuation.
+        ids: new token ids, filled while ``pieces`` is consumed.
+    """
+
+    prompt: tuple[int, ...]
+    pieces: Iterator[str]
+    ids: list[int]
+
+
+def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "onnx") -> Continued:
+    """Continue ``prompt`` with the model exported to ``directory``, run by ``runtime``: a key of ``RUNTIMES``.
+
+    Raises:
+        InputError: the directory lacks the artifact, config.json or tokenizer.json, or one of them is broken.
+        UnsupportedError: the runtime is not installed, or the model cannot generate.
+        UsageError: the prompt is empty or fills the context.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer_path = os.path.join(directory, "tokenizer.json")
+    config = _read_json(os.path.join(directory, "config.json"))
+    if not os.path.isfile(tokenizer_path):
+        hint = "the checkpoint had no tokenizer files; put the model's tokenizer.json there"
+        raise InputError("no tokenizer.json, so text cannot be turned into tokens", path=directory, hint=hint)
+    try:
+        tokenizer = Tokenizer.from_file(tokenizer_path)
+    except Exception as error:
+        raise InputError(f"not a tokenizer: {error}", path=tokenizer_path) from error
+    ids = tokenizer.encode(prompt).ids
+    eos = config.get("eos_token_id")
+    stop = eos if isinstance(eos, int) else None
+    if not ids and stop is not None:
+        ids = [stop]  # GPT-2 starts a text after the end of another
+    if not ids:
+        raise UsageError("the prompt is empty, and the model has no token to start with")
+    n_ctx = context_length(config)
+    if len(ids) >= n_ctx:
+        raise UsageError("the prompt fills the context", expected=f"fewer than {n_ctx} tokens", found=len(ids))
+    loaded = _load(directory, config, runtime)
+    new: list[int] = []
+
+    def pieces() -> Iterator[str]:
+        shown = text = tokenizer.decode(ids, skip_special_tokens=False)
+        with closing(loaded):
+            for token in continuation(loaded, ids, sampling, stop):
+                new.append(token)
+                # With the prompt before it: GPT-1's words have a space before them unless they begin a text.
+                text = tokenizer.decode([*ids, *new], skip_special_tokens=False)
+                if not text.endswith("\ufffd"):  # a character may need several tokens
+                    yield text[len(shown) :]
+                    shown = text
+        yield text[len(shown) :]
+
+    return Continued(tuple(ids), pieces(), new)
+
+
+def _load(directory: str, config: Mapping[str, object], runtime: str) -> Runtime:
+    """The export in ``directory``, run by ``runtime``: a key of ``RUNTIMES``."""
+    if runtime not in RUNTIMES:
+        raise UsageError("no such runtime", item="--runtime", expected=f"one of {', '.join(RUNTIMES)}", found=runtime)
+    load = target_named(RUNTIMES[runtime]).load
+    if load is None:
+        raise UsageError(f"nothing runs {RUNTIMES[runtime]} exports", item="--runtime")
+    return load(directory, config)
+
+
+def _read_json(path: str) -> Mapping[str, object]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise InputError("no such file", path=path, hint="DIR is a directory written by gptconvert") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as JSON: {error}", path=path) from error
+    if not isinstance(value, dict):
+        raise InputError("not a JSON object", path=path)
+    return value

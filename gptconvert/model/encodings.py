@@ -1,0 +1,63 @@
+"""Encodings: the lossy twin of a transform. A weight becomes parts, and the parts decode to what they stand for.
+
+Verification compares the parts byte for byte with what the encoding makes of the source weight, and runs the truth
+on the decoded weights. A new storage type is one encoding here and one name in :data:`ENCODINGS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.tensors import BFLOAT16, LazyTensor
+from gptconvert.model.transforms import cast
+
+#: Suffix of a part's name → the part. A weight stored as one tensor has the single suffix "".
+Parts = Mapping[str, LazyTensor]
+
+
+class Encoding(Protocol):
+    """How a weight is stored."""
+
+    def encode(self, weight: LazyTensor) -> Parts:
+        """The tensors to store, lazily."""
+        ...
+
+    def decode(self, parts: Parts) -> LazyTensor:
+        """The weight that the stored tensors stand for, lazily."""
+        ...
+
+
+@dataclass(frozen=True)
+class CastTo:
+    """Storage in another float type, rounded to nearest even."""
+
+    dtype: np.dtype[np.generic]
+
+    def encode(self, weight: LazyTensor) -> Parts:
+        return {"": cast(weight, self.dtype)}
+
+    def decode(self, parts: Parts) -> LazyTensor:
+        return parts[""]
+
+
+#: ``--dtype`` → encoding of every weight.
+ENCODINGS: Mapping[str, Encoding] = {
+    "fp32": CastTo(np.dtype(np.float32)),
+    "fp16": CastTo(np.dtype(np.float16)),
+    "bf16": CastTo(BFLOAT16),
+}
+
+
+def encoded(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
+    """The checkpoint with its weights as the encoding ``name`` stores them; None keeps each as it is."""
+    if name is None:
+        return checkpoint
+    encoding = ENCODINGS[name]
+    weights = {key: encoding.decode(encoding.encode(weight)) for key, weight in checkpoint.weights.items()}
+    return dataclasses.replace(checkpoint, weights=weights)

@@ -1,0 +1,329 @@
+"""Name tables: one row per tensor, written once, used for reading, writing, inspecting and testing.
+
+A table (:class:`Scheme`) belongs to one naming scheme of one family. Rows are templates over the layer index
+``{i}``; :func:`expand` turns them into concrete names and shapes from the configuration, so that everything
+missing, unexpected or mis-shaped is plain set arithmetic on file headers, found before any weight is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from gptconvert.errors import InputError
+from gptconvert.model.tensors import LazyTensor, Shape, filled
+from gptconvert.model.transforms import Sizes, Transform, concatenate, split
+from reference_model.config import GPTConfig
+
+Condition = Callable[[GPTConfig], bool]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One canonical tensor and the tensor, or tensors, that hold it in a file.
+
+    Attributes:
+        canonical: canonical name template (``h.{i}.attn.c_attn.weight``).
+        stored: the file's name template, or several whose canonical forms are stacked along axis 0 (q, k, v).
+        shape: shape of each of ``stored``, in symbols: ``"1 D 3D"``.
+        steps: transforms from the file's layout to the canonical one, in order.
+        when: whether a model of this configuration has the tensor at all.
+        absent: value that stands for the tensor where the file may leave it out (nanoGPT's ``bias=False``).
+        head: True for tensors outside the transformer body, which carry no body prefix.
+        aliases: other names a file may use for ``stored`` (one name), inside or outside the body; never written.
+    """
+
+    canonical: str
+    stored: str | tuple[str, ...]
+    shape: str
+    steps: tuple[Transform, ...] = ()
+    when: Condition = lambda config: True
+    absent: float | None = None
+    head: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.stored,) if isinstance(self.stored, str) else self.stored
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Tensors that are known and carry nothing: a regular expression for the whole name, and why."""
+
+    pattern: str
+    why: str
+    when: Condition = lambda config: True
+
+
+@dataclass(frozen=True)
+class Tied:
+    """``stored`` repeats the canonical tensor ``to``: equal bytes are dropped, different bytes are an error."""
+
+    stored: str
+    to: str
+    shape: str
+    when: Condition = lambda config: config.tied_head
+    head: bool = True
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one kind of file names and lays out one family's tensors.
+
+    Attributes:
+        name: of the naming scheme (``hf``, ``openai-tf`` …), the same word a source announces.
+        rows: one per canonical tensor.
+        anchor: the name of a tensor every such file has, from which the prefix is found.
+        prefixes: what may stand before body names; None: anything, or nothing, that ends in ``/``.
+        body: the part of a prefix that head tensors do not carry.
+        write_prefix: prefix used when writing.
+        drops: known tensors that carry nothing. Patterns are matched without the prefix.
+        tied: repeated tensors.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    anchor: str
+    prefixes: tuple[str, ...] | None = ("",)
+    body: str = ""
+    write_prefix: str = ""
+    drops: tuple[Drop, ...] = ()
+    tied: tuple[Tied, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A row made concrete: one canonical name, its file names, the shape of each of these, and other names."""
+
+    row: Row
+    canonical: str
+    stored: tuple[str, ...]
+    shape: Shape
+    aliases: tuple[str, ...] = ()
+
+    def named_as_in(self, tensors: Container[str]) -> Bound:
+        """The same tensor under the name that this file has for it."""
+        alias = next((name for name in self.aliases if name in tensors), None)
+        return self if alias is None or self.stored[0] in tensors else replace(self, stored=(alias,))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A file's tensors under their canonical names, and what was left out and why."""
+
+    weights: Mapping[str, LazyTensor]
+    prefix: str
+    dropped: Mapping[str, str] = field(default_factory=dict)
+
+
+def sizes_of(config: GPTConfig) -> dict[str, int]:
+    """The symbols shapes are written in."""
+    return {
+        "V": config.vocab_size,
+        "C": config.n_ctx,
+        "D": config.n_embd,
+        "H": config.n_head,
+        "F": config.n_inner,
+        "K": config.n_labels,
+    }
+
+
+def concrete(shape: str, sizes: Sizes) -> Shape:
+    """``"1 D 3D"`` with D = 24 → (1, 24, 72)."""
+    found = (re.fullmatch(r"(\d*)([A-Z]?)", word) for word in shape.split())
+    return tuple(int(m[1] or 1) * (sizes[m[2]] if m[2] else 1) for m in found if m is not None)
+
+
+def expand(rows: Iterable[Row], config: GPTConfig, prefix: str = "", head_prefix: str = "") -> list[Bound]:
+    """Rows for every layer of ``config``, in canonical-name order (bytewise, as TensorFlow's bundles sort)."""
+    sizes, bound = sizes_of(config), []
+    for row in rows:
+        if not row.when(config):
+            continue
+        before = head_prefix if row.head else prefix
+        for i in range(config.n_layer) if "{i}" in row.canonical else (0,):
+            names = tuple(before + name.replace("{i}", str(i)) for name in row.names)
+            aliases = tuple(p + name.replace("{i}", str(i)) for name in row.aliases for p in (prefix, head_prefix))
+            bound.append(Bound(row, row.canonical.replace("{i}", str(i)), names, concrete(row.shape, sizes), aliases))
+    return sorted(bound, key=lambda b: b.canonical)
+
+
+def canonical_shapes(rows: Iterable[Row], config: GPTConfig) -> dict[str, Shape]:
+    """Canonical name → shape of every tensor a model of ``config`` has."""
+    sizes, shapes = sizes_of(config), {}
+    for bound in expand(rows, config):
+        shape = bound.shape
+        for step in bound.row.steps:
+            shape = step.shape(shape, sizes)
+        shapes[bound.canonical] = (shape[0] * len(bound.stored), *shape[1:])
+    return shapes
+
+
+def to_canonical(bound: Bound, tensors: Mapping[str, LazyTensor], sizes: Sizes) -> LazyTensor:
+    """The canonical tensor of ``bound`` from the file's tensors."""
+    parts = []
+    for name in bound.stored:
+        tensor = tensors[name]
+        for step in bound.row.steps:
+            tensor = step.forward(tensor, sizes)
+        parts.append(tensor)
+    return concatenate(parts)
+
+
+def from_canonical(bound: Bound, weight: LazyTensor, sizes: Sizes) -> dict[str, LazyTensor]:
+    """The file's tensors of ``bound`` from the canonical one: the inverse of :func:`to_canonical`."""
+    written = {}
+    for name, part in zip(bound.stored, split(weight, len(bound.stored)), strict=True):
+        for step in reversed(bound.row.steps):
+            part = step.inverse(part, sizes)
+        written[name] = part
+    return written
+
+
+def write_names(
+    scheme: Scheme, config: GPTConfig, weights: Mapping[str, LazyTensor], *, bare: bool = False
+) -> dict[str, LazyTensor]:
+    """All tensors under the names and in the layout of ``scheme``, sorted by name."""
+    sizes, written = sizes_of(config), {}
+    for bound in expand(scheme.rows, config, "" if bare else scheme.write_prefix):
+        weight = weights.get(bound.canonical)
+        if weight is None:  # a tensor this layout must have and our model does without
+            raise KeyError(bound.canonical)
+        written.update(from_canonical(bound, weight, sizes))
+    return dict(sorted(written.items()))
+
+
+def find_prefix(scheme: Scheme, names: Iterable[str]) -> str | None:
+    """What stands before the body names of this file, from the anchor tensor; None: the anchor is not there."""
+    found = [name[: -len(scheme.anchor)] for name in names if name.endswith(scheme.anchor)]
+    if scheme.prefixes is None:
+        fitting = [p for p in found if p == "" or p.endswith("/")]
+    else:
+        fitting = [p for p in found if p in scheme.prefixes]
+    return min(fitting, key=len, default=None)
+
+
+def head_prefix(scheme: Scheme, prefix: str) -> str:
+    """The prefix of head tensors: the body's part taken off."""
+    return prefix.removesuffix(scheme.body) if scheme.body else prefix
+
+
+def resolve(
+    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], *, path: str | None = None
+) -> Resolved:
+    """Canonical weights from a file's tensors, by headers alone.
+
+    Raises:
+        InputError: tensors are missing, unexpected or mis-shaped; all of them are listed.
+    """
+    prefix = find_prefix(scheme, tensors)
+    if prefix is None:
+        raise InputError(
+            f"no tensor named {scheme.anchor!r} under a known prefix",
+            path=path,
+            expected=f"names as in {scheme.anchor!r}",
+            found=_some(sorted(tensors)),
+            hint="this is not the variable scheme of any supported model; `gptconvert inspect` lists the names",
+        )
+    outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
+    bound = [b.named_as_in(tensors) for b in expand(scheme.rows, config, prefix, outer)]
+    weights: dict[str, LazyTensor] = {}
+    missing: list[str] = []
+    misshaped: list[tuple[str, Shape, Shape]] = []
+    used: set[str] = set()
+    for b in bound:
+        used.update(b.stored)
+        absent = [name for name in b.stored if name not in tensors]
+        wrong = [name for name in b.stored if name in tensors and tensors[name].shape != b.shape]
+        if absent and b.row.absent is not None:
+            dtype = next(iter(tensors.values())).dtype
+            weights[b.canonical] = filled(b.row.absent, dtype, canonical_shapes([b.row], config)[b.canonical])
+            continue
+        missing += absent
+        misshaped += [(name, b.shape, tensors[name].shape) for name in wrong]
+        if not absent and not wrong:
+            weights[b.canonical] = to_canonical(b, tensors, sizes)
+    for tied in scheme.tied:
+        name = (outer if tied.head else prefix) + tied.stored
+        if name in tensors and tied.when(config):
+            used.add(name)
+            if tensors[name].shape != concrete(tied.shape, sizes):
+                misshaped.append((name, concrete(tied.shape, sizes), tensors[name].shape))
+    drops = [drop for drop in scheme.drops if drop.when(config)]
+    dropped, unexpected = _sort_out(drops, (prefix, outer), [n for n in tensors if n not in used])
+    if missing or unexpected or misshaped:
+        raise _mismatch(missing, unexpected, misshaped, path)
+    return Resolved(weights, prefix, dropped)
+
+
+def tied_pairs(
+    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str
+) -> list[tuple[str, str]]:
+    """(file name, canonical name) of every stored tensor that must repeat another."""
+    outer = head_prefix(scheme, prefix)
+    names = [((outer if t.head else prefix) + t.stored, t) for t in scheme.tied if t.when(config)]
+    return [(name, t.to) for name, t in names if name in tensors]
+
+
+def _sort_out(
+    drops: Iterable[Drop], prefixes: Iterable[str], names: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Leftover names → (dropped with the reason, unexpected)."""
+    dropped, unexpected = {}, []
+    for name in names:
+        bare = {name.removeprefix(prefix) for prefix in prefixes}
+        why = next((d.why for d in drops if any(re.fullmatch(d.pattern, b) for b in bare)), None)
+        if why is None:
+            unexpected.append(name)
+        else:
+            dropped[name] = why
+    return dropped, unexpected
+
+
+def collapse(names: Iterable[str]) -> list[str]:
+    """Names with layer numbers folded: ``h.{0-3}.ln_1.weight``."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        match = re.search(r"(?<=[./h])[0-9]{1,9}(?=[./])", name)
+        template = name if match is None else f"{name[: match.start()]}{{}}{name[match.end() :]}"
+        layers.setdefault(template, []).extend([] if match is None else [int(match[0])])
+    return [t if "{}" not in t else t.replace("{}", _runs(sorted(n))) for t, n in layers.items()]
+
+
+def _runs(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] → ``{0-2,5}``; a single number stays bare."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    shown = ", ".join(collapse(names)[:most])
+    return f"{shown}, … ({len(names)} in all)" if len(collapse(names)) > most else shown or "no tensors"
+
+
+def _mismatch(
+    missing: list[str], unexpected: list[str], misshaped: list[tuple[str, Shape, Shape]], path: str | None
+) -> InputError:
+    lines = ["the tensors do not fit the configuration"]
+    for name in collapse(missing):
+        near = difflib.get_close_matches(name, collapse(unexpected), 1, 0.75)
+        lines.append(f"  missing     {name}" + (f"   (is it {near[0]}?)" if near else ""))
+    lines += [f"  unexpected  {name}" for name in collapse(unexpected)]
+    lines += [
+        f"  wrong shape {name}: expected {list(expected)}, found {list(found)}" for name, expected, found in misshaped
+    ]
+    return InputError(
+        "\n".join(lines),
+        path=path,
+        hint="the configuration and the weights belong to different models, or the file is incomplete",
+    )

@@ -1,0 +1,132 @@
+"""What tensors hold: NaN and infinities, nothing but zeros, values too large for the dtype asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptconvert.errors import UnsupportedError
+from gptconvert.model.tensors import (
+    BFLOAT16,
+    CHUNK_BYTES,
+    Array,
+    Cast,
+    Joined,
+    LazyTensor,
+    LeadingAxis,
+    Rows,
+    Shape,
+    Transposed,
+)
+
+#: Exponent bits of the 16-bit floats; all are set in NaN and infinities alone. Ten times as fast as numpy.isfinite.
+_EXPONENT = {np.dtype(np.float16): np.uint16(0x7C00), BFLOAT16: np.uint16(0x7F80)}
+
+
+def is_float(dtype: np.dtype[np.generic]) -> bool:
+    """Whether the type has a NaN; ml_dtypes' types count, whose ``kind`` does not tell."""
+    return "float" in dtype.name
+
+
+def finite(array: Array) -> NDArray[np.bool_]:
+    """Element by element: neither NaN nor infinite."""
+    mask = _EXPONENT.get(array.dtype)
+    if mask is not None:
+        return np.asarray((array.view(np.uint16) & mask) != mask)
+    return np.asarray(np.isfinite(array.astype(np.float32) if array.dtype.kind == "V" else array))
+
+
+def raw_bytes(array: Array) -> memoryview:
+    """A contiguous array's bytes; not all dtypes have a buffer of their own."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+class Values:
+    """Looks at a tensor's values as its bytes pass by.
+
+    Attributes:
+        nonfinite: how many elements are NaN or infinite.
+        first: index of the first of them in the flattened tensor.
+        nonzero: whether any element is not zero.
+    """
+
+    def __init__(self, dtype: np.dtype[np.generic]) -> None:
+        self.nonfinite, self.first, self.nonzero = 0, -1, False
+        self._dtype, self._seen, self._rest = dtype, 0, b""
+
+    def update(self, data: bytes) -> None:
+        """The next bytes; they may end inside an element."""
+        if self._rest or len(data) % self._dtype.itemsize:
+            data = self._rest + data
+            whole = len(data) - len(data) % self._dtype.itemsize
+            data, self._rest = data[:whole], data[whole:]
+        self.look(np.frombuffer(data, self._dtype))
+
+    def look(self, array: Array) -> None:
+        """The next elements."""
+        good = finite(array)
+        if not good.all():
+            if not self.nonfinite:
+                self.first = self._seen + int(np.argmin(good))
+            self.nonfinite += int(good.size - np.count_nonzero(good))
+        self._seen += array.size
+        self.nonzero = self.nonzero or bool(array.any())
+
+    def complaint(self, shape: Shape) -> str | None:
+        """What is wrong with the values seen, in words; None: nothing."""
+        if not self.nonfinite:
+            return None
+        where = [int(i) for i in np.unravel_index(self.first, shape)] if shape else []
+        return f"{self.nonfinite} of {math.prod(shape)} values are NaN or infinite, the first at {where}"
+
+
+def checked_chunks(name: str, tensor: LazyTensor, max_bytes: int = CHUNK_BYTES) -> Iterator[Array]:
+    """``tensor.chunks()``, refusing values that a cast inside makes infinite.
+
+    Raises:
+        UnsupportedError: the dtype asked for cannot hold a value of ``name``.
+    """
+    casts, chunks = _casts(tensor), tensor.chunks(max_bytes)
+    while True:
+        with np.errstate(over="ignore", invalid="ignore"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        if casts and not finite(chunk).all():
+            for cast in casts:
+                _refuse_overflow(name, cast)
+        yield chunk
+
+
+def _casts(tensor: LazyTensor) -> list[Cast]:
+    """Every narrowing float cast that ``tensor`` is made with."""
+    if isinstance(tensor, Cast):
+        inner = _casts(tensor.base)
+        return [tensor, *inner] if is_float(tensor.dtype) else inner
+    if isinstance(tensor, Transposed | LeadingAxis | Rows):
+        return _casts(tensor.base)
+    if isinstance(tensor, Joined):
+        return [cast for part in tensor.parts for cast in _casts(part)]
+    return []
+
+
+def _refuse_overflow(name: str, cast: Cast) -> None:
+    """Raise if a finite value became infinite; values infinite before are none of our business here."""
+    largest: Any = 0.0
+    for chunk in cast.base.chunks():
+        magnitudes = np.abs(chunk[finite(chunk)])
+        largest = max(largest, magnitudes.max(initial=0))
+    with np.errstate(over="ignore"):
+        fits = bool(finite(np.asarray(largest, cast.base.dtype).reshape(1).astype(cast.dtype)).all())
+    if not fits:
+        raise UnsupportedError(
+            f"a value is too large for {cast.dtype.name}",
+            item=name,
+            expected=f"at most {float(np.finfo(np.float16).max) if cast.dtype == np.float16 else cast.dtype.name}",
+            found=f"{float(largest):g}",
+            hint="use --dtype bf16, or keep the stored dtype",
+        )

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: file names, shards, and the containers that transformers has used."""

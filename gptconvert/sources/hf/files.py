@@ -1,0 +1,154 @@
+"""Which files make up a Hugging Face checkpoint, in a directory as on the hub: by their names alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from gptconvert.containers.safetensors import read_safetensors
+from gptconvert.containers.torch import read_torch
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.tensors import TensorSet
+from gptconvert.sources.hf import flax as flax_msgpack
+from gptconvert.sources.hf import keras as keras_h5
+
+CONFIG = "config.json"
+#: Carried along when present.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class WeightsKind:
+    """One container that transformers saves models in.
+
+    Attributes:
+        title: for people.
+        default: file name of an unsharded checkpoint; the index of a sharded one is called ``DEFAULT.index.json``.
+        suffixes: of files that are read as this kind.
+        read: reads one file.
+        index_name: the name that ``read`` gives to what a shard index calls so.
+    """
+
+    title: str
+    default: str
+    suffixes: tuple[str, ...]
+    read: Callable[[str], TensorSet]
+    index_name: Callable[[str], str] = str
+
+    @property
+    def index(self) -> str:
+        return f"{self.default}.index.json"
+
+
+#: In order of preference. A new container is one row here and one reader.
+KINDS: tuple[WeightsKind, ...] = (
+    WeightsKind("safetensors", "model.safetensors", (".safetensors",), read_safetensors),
+    WeightsKind("PyTorch", "pytorch_model.bin", (".bin", ".pt", ".pth"), read_torch),
+    WeightsKind(
+        "TensorFlow (Keras HDF5)", "tf_model.h5", (".h5", ".hdf5"), keras_h5.read_keras_h5, keras_h5.index_name
+    ),
+    WeightsKind(
+        "Flax (msgpack)", "flax_model.msgpack", (".msgpack",), flax_msgpack.read_flax, flax_msgpack.index_name
+    ),
+)
+#: Containers without a reader: file name pattern → what it is.
+UNSUPPORTED: Mapping[str, str] = {
+    "rust_model.ot": "rust-bert weights",
+    "*.gguf": "llama.cpp weights",
+    "*.onnx": "an ONNX graph",
+    "adapter_model.*": "a LoRA adapter, not a model",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights file chosen; ``sharded`` if it is an index."""
+
+    kind: WeightsKind
+    name: str
+    sharded: bool
+
+
+def weights_named(name: str) -> Weights | None:
+    """What a file of this name would be read as; None: nothing known."""
+    stem = name.removesuffix(".index.json")
+    kinds = (kind for kind in KINDS if stem.endswith(kind.suffixes))
+    return next((Weights(kind, name, stem != name) for kind in kinds), None)
+
+
+def choose_weights(names: Collection[str], wanted: str | None, where: str) -> tuple[Weights, list[str]]:
+    """The weights to read among the files ``names``, and notes on those passed over.
+
+    Args:
+        names: files present, relative to the checkpoint's directory.
+        wanted: the file the user asked for; None: by preference.
+        where: directory or repository, for messages.
+
+    Raises:
+        InputError: no weights, or not the ones asked for.
+        UnsupportedError: only weights of a kind that is not read.
+    """
+    if wanted is not None:
+        return _asked_for(names, wanted, where), []
+    present = [
+        Weights(kind, name, sharded)
+        for kind in KINDS
+        for name, sharded in ((kind.default, False), (kind.index, True))
+        if name in names
+    ]
+    if not present:
+        raise _no_weights(names, where)
+    if len(present) == 1:
+        return present[0], []
+    others = ", ".join(other.name for other in present[1:])
+    return present[0], [f"{present[0].name} is read; also there, and not read: {others} (--weights-file chooses)"]
+
+
+def _asked_for(names: Collection[str], wanted: str, where: str) -> Weights:
+    if wanted not in names:
+        found = ", ".join(name for name in sorted(names) if weights_named(name)) or "no weights"
+        raise InputError("the weights file asked for is not there", path=where, expected=wanted, found=found)
+    weights = weights_named(wanted)
+    if weights is None:
+        known = ", ".join(suffix for kind in KINDS for suffix in kind.suffixes)
+        what = unsupported_kind(wanted) or wanted
+        raise UnsupportedError(
+            "weights of this kind are not read", path=where, expected=f"one of {known}", found=what
+        )
+    return weights
+
+
+def unsupported_kind(name: str) -> str | None:
+    """What a weights file without a reader is, in words; None: no such file."""
+    name = os.path.basename(name)
+    return next((what for pattern, what in UNSUPPORTED.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _no_weights(names: Collection[str], where: str) -> Exception:
+    expected = " or ".join(name for kind in KINDS for name in (kind.default, kind.index))
+    shards = sorted(name for name in names if fnmatch.fnmatchcase(name, "*-?????-of-?????.*") and weights_named(name))
+    if shards:
+        hint = f"fetch {shards[0].split('-')[0]}{os.path.splitext(shards[0])[1]}.index.json as well"
+        found = f"{len(shards)} shards"
+        return InputError("shards without their index", path=where, expected="an index file", found=found, hint=hint)
+    named = sorted(name for name in names if weights_named(name) and not unsupported_kind(name))
+    if named:
+        hint = f"--weights-file {named[0]}, if that is the model"
+        return InputError(
+            "no weights under a standard name", path=where, expected=expected, found=", ".join(named[:5]), hint=hint
+        )
+    strange = {name: what for name in sorted(names) if (what := unsupported_kind(name))}
+    if strange:
+        listed = ", ".join(f"{name} ({what})" for name, what in strange.items())
+        return UnsupportedError("no weights of a supported kind", path=where, expected=expected, found=listed)
+    return InputError("no weights", path=where, expected=expected, found=", ".join(sorted(names)[:8]) or "nothing")

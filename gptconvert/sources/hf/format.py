@@ -1,0 +1,168 @@
+"""Hugging Face checkpoints: a directory, one weights file with its config.json beside it, or a repository's name."""
+
+from __future__ import annotations
+
+import os
+
+from gptconvert.containers.json import read_json_object
+from gptconvert.containers.missing import no_such_path
+from gptconvert.containers.untrusted import file_size, read_small
+from gptconvert.errors import InputError, UsageError
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.model.tensors import TensorSet
+from gptconvert.sources import hub
+from gptconvert.sources.format import Format
+from gptconvert.sources.hf.files import (
+    CONFIG,
+    KINDS,
+    TOKENIZER_FILES,
+    Weights,
+    choose_weights,
+    unsupported_kind,
+    weights_named,
+)
+from gptconvert.sources.hf.shards import read_sharded
+
+#: Most bytes of a config.json.
+MAX_CONFIG = 16 << 20
+
+
+def open_hf(path: str, options: Options) -> Source:
+    """A checkpoint in Hugging Face's layout, headers read.
+
+    Args:
+        path: directory, weights file, index file or config.json; else a repository on the hub (``org/name``).
+        options: ``hparams`` replaces config.json; ``weights_file`` chooses among several; ``revision``,
+            ``cache_dir`` and ``offline`` are for the hub.
+
+    Raises:
+        InputError: files missing, damaged or inconsistent; the repository cannot be had.
+        UnsupportedError: weights of a kind that is not read.
+        UnsafeInputError: files that run code, leave the directory or are no regular files.
+    """
+    if os.path.lexists(path):
+        if options.revision is not None:
+            raise UsageError("--revision is for hub repositories, and this is a local path", path=path)
+        return _open_local(path, options)
+    if not hub.is_repo_id(path):
+        raise no_such_path(path)
+    fetched = hub.fetch(path, options)
+    source = _open_local(fetched.directory, Options(hparams=options.hparams, weights_file=fetched.weights_file))
+    notes = (f"{path} at commit {fetched.revision}", *fetched.notes, *source.notes)
+    return Source(
+        scheme=source.scheme,
+        format=f"{source.format} (hub)",
+        path=source.path,
+        tensors=source.tensors,
+        config=source.config,
+        config_path=source.config_path,
+        tokenizer=source.tokenizer,
+        revision=fetched.revision,
+        repo=path,
+        notes=notes,
+    )
+
+
+def _open_local(path: str, options: Options) -> Source:
+    directory, wanted = _split(path, options.weights_file)
+    names = list_files(directory)
+    config_path = options.hparams or os.path.join(directory, CONFIG)
+    if options.hparams is None and CONFIG not in names:
+        raise _no_config(directory, names)
+    config = read_json_object(config_path, MAX_CONFIG, CONFIG)
+    weights, notes = choose_weights(names, wanted, directory)
+    return Source(
+        scheme="hf",
+        format=f"Hugging Face, {weights.kind.title}{', sharded' if weights.sharded else ''}",
+        path=path,
+        tensors=_read(os.path.join(directory, weights.name), weights),
+        config=config,
+        config_path=config_path,
+        tokenizer=_tokenizer(directory, names),
+        notes=tuple(notes),
+    )
+
+
+def _tokenizer(directory: str, names: list[str]) -> dict[str, str]:
+    paths = {name: os.path.join(directory, name) for name in TOKENIZER_FILES if name in names}
+    for path in paths.values():
+        file_size(path)  # a named pipe must not reach those who read it later
+    return paths
+
+
+def _split(path: str, weights_file: str | None) -> tuple[str, str | None]:
+    """Directory and weights file (inside it) that ``path`` and the option mean."""
+    if os.path.isdir(path):
+        return path, weights_file
+    file_size(path)
+    directory, name = os.path.split(path)
+    if name == CONFIG:
+        return directory or ".", weights_file
+    if weights_file is not None and weights_file != name:
+        raise InputError(
+            "two weights files asked for",
+            path=path,
+            found=f"--weights-file {weights_file}",
+            hint="name the directory",
+        )
+    return directory or ".", name
+
+
+def list_files(directory: str) -> list[str]:
+    """Names in ``directory`` that are not directories, sorted.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(entry.name for entry in entries if not entry.is_dir())
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=directory) from error
+
+
+def _read(path: str, weights: Weights) -> TensorSet:
+    kind = weights.kind
+    return read_sharded(path, kind.read, kind.index_name) if weights.sharded else kind.read(path)
+
+
+def _no_config(directory: str, names: list[str]) -> InputError:
+    hint = "copy it from where the weights came from, or pass --hparams FILE"
+    if "adapter_config.json" in names:
+        hint = "this is a LoRA adapter: merge it into its base model first (peft: model.merge_and_unload())"
+    return InputError("config.json is missing", path=directory, found=", ".join(names[:8]) or "nothing", hint=hint)
+
+
+def recognises(path: str) -> bool:
+    """Whether a local path looks like a Hugging Face checkpoint."""
+    if os.path.isdir(path):
+        try:
+            names = list_files(path)
+        except InputError:
+            return False
+        standard = {name for kind in KINDS for name in (kind.default, kind.index)}
+        return bool(standard.intersection(names)) or (
+            CONFIG in names and (_names_model_type(os.path.join(path, CONFIG)) or any(map(unsupported_kind, names)))
+        )
+    directory, name = os.path.split(path)
+    if name == CONFIG or name.endswith((".safetensors", ".h5", ".msgpack")):
+        return True
+    return weights_named(name) is not None and os.path.lexists(os.path.join(directory, CONFIG))
+
+
+def _names_model_type(path: str) -> bool:
+    """Whether a config.json is one of transformers'; other programs' files have that name too."""
+    try:
+        return b'"model_type"' in read_small(path, MAX_CONFIG, CONFIG)
+    except InputError:
+        return False
+
+
+FORMAT = Format(
+    name="hf",
+    title="Hugging Face transformers (safetensors, .bin, tf_model.h5, flax_model.msgpack; directory or hub)",
+    recognises=recognises,
+    read=open_hf,
+    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id"}),
+)

@@ -1,0 +1,191 @@
+"""OpenAI's release of GPT-1: ten array files that, one behind the other, are all weights as one run of numbers.
+
+``params_0.npy`` … ``params_9.npy`` are cut without regard to tensors, ``params_shapes.json`` says how to cut them
+again, and nothing says what the tensors are called: the order is that in which the original program created its
+variables (openai/finetune-transformer-lm ``train.py``). Tensors that straddle two files become two segments.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Collection
+
+from gptconvert.containers.json import kind, parse_json, read_json_object
+from gptconvert.containers.npy import read_npy
+from gptconvert.containers.untrusted import entries, file_size, read_small
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.options import Options
+from gptconvert.model.source import Source
+from gptconvert.model.tensors import LazyTensor, Shape, Stored, TensorSet, merge_segments
+from gptconvert.sources.format import Format
+
+TITLE = "OpenAI's GPT-1 arrays (params_0..9.npy)"
+SHAPES, HPARAMS = "params_shapes.json", "hparams.json"
+FILES = tuple(f"params_{i}.npy" for i in range(10))
+TOKENIZER_FILES = ("encoder_bpe_40000.json", "vocab_40000.bpe")
+#: The tables, positions first; then, for every layer, its tensors.
+TABLES = ("positions_embed", "tokens_embed")
+LAYER = (
+    *("attn/c_attn/w", "attn/c_attn/b", "attn/c_proj/w", "attn/c_proj/b", "ln_1/g", "ln_1/b"),
+    *("mlp/c_fc/w", "mlp/c_fc/b", "mlp/c_proj/w", "mlp/c_proj/b", "ln_2/g", "ln_2/b"),
+)
+MAX_SHAPES_BYTES = 1 << 20
+MAX_HPARAMS_BYTES = 1 << 20
+_MAX_SIDE = 1 << 31
+#: What the fine-tuning script saves: a joblib pickle of a list of arrays.
+_FINE_TUNED = re.compile(r".*_params\.jl")
+_PARAMS = re.compile(r"params_\d+\.npy")
+
+
+def open_gpt1(path: str, options: Options) -> Source:
+    """Open the GPT-1 release that ``path`` means: its directory or any file of it.
+
+    Raises:
+        InputError: array files are missing, too many, damaged, or together not as long as the shapes say.
+        UnsupportedError: a fine-tuned checkpoint (joblib), or arrays of another type.
+        UnsafeInputError: arrays of Python objects, or files that are no regular files.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    names = entries(folder)
+    _refuse_fine_tuned(path, folder, names)
+    _check_files(folder, names)
+    shapes = _read_shapes(os.path.join(folder, SHAPES))
+    arrays = [_read_array(os.path.join(folder, name)) for name in FILES]
+    _check_arrays(folder, arrays, sum(map(math.prod, shapes)))
+    config_path = options.hparams or (os.path.join(folder, HPARAMS) if HPARAMS in names else None)
+    files = (*(os.path.join(folder, name) for name in FILES), os.path.join(folder, SHAPES))
+    return Source(
+        scheme="openai-gpt1",
+        format=TITLE,
+        path=folder,
+        tensors=TensorSet(_cut(arrays, shapes), files),
+        config={} if config_path is None else read_json_object(config_path, MAX_HPARAMS_BYTES, HPARAMS),
+        config_path=config_path,
+        tokenizer=_tokenizer(folder, names),
+    )
+
+
+def recognises(path: str) -> bool:
+    """Whether a path looks like a GPT-1 release, or like what its fine-tuning script saves."""
+    if os.path.isdir(path):
+        return any(
+            _is_ours(name) and not os.path.isdir(os.path.join(path, name)) for name in entries(path, quiet=True)
+        )
+    return _is_ours(os.path.basename(path)) and os.path.lexists(path)
+
+
+def _is_ours(name: str) -> bool:
+    return name == SHAPES or bool(_PARAMS.fullmatch(name) or _FINE_TUNED.fullmatch(name))
+
+
+def tensor_names(count: int) -> list[str]:
+    """The names of ``count`` tensors, in the order of the files."""
+    layers = (count - len(TABLES)) // len(LAYER)
+    return [*TABLES, *(f"h{i}/{name}" for i in range(layers) for name in LAYER)]
+
+
+def _refuse_fine_tuned(path: str, folder: str, names: Collection[str]) -> None:
+    found = next((name for name in sorted(names) if _FINE_TUNED.fullmatch(name)), None)
+    if _FINE_TUNED.fullmatch(os.path.basename(path)):
+        found = os.path.basename(path)
+    if found is None or (SHAPES in names and found != os.path.basename(path)):
+        return
+    raise UnsupportedError(
+        "this is a fine-tuned OpenAI GPT-1, saved by joblib as a pickle: to read a pickle is to run it",
+        path=os.path.join(folder, found),
+        expected="params_0.npy … params_9.npy and params_shapes.json",
+        hint="where you trust the file: we, *rest = joblib.load(FILE); "
+        "arrays = [we[-n_ctx:], we[:-n_ctx], *rest[:-2]]; save the shapes as params_shapes.json and the ten parts of "
+        "numpy.array_split(numpy.concatenate([a.ravel() for a in arrays]), 10) as params_0.npy … params_9.npy",
+    )
+
+
+def _check_files(folder: str, names: Collection[str]) -> None:
+    """All ten files and the shapes, and no eleventh."""
+    missing = [name for name in (*FILES, SHAPES) if name not in names]
+    extra = sorted(name for name in names if _PARAMS.fullmatch(name) and name not in FILES)
+    if not missing and not extra:
+        return
+    problems = [f"{what}: {', '.join(some)}" for what, some in (("missing", missing), ("unknown", extra)) if some]
+    raise InputError(
+        f"the set of GPT-1 files is not complete; {'; '.join(problems)}",
+        path=folder,
+        expected=f"the {len(FILES)} files {FILES[0]} … {FILES[-1]} and {SHAPES}",
+        found=", ".join(sorted(n for n in names if _PARAMS.fullmatch(n) or n == SHAPES)) or "none of them",
+        hint="copy all files of the release into one directory",
+    )
+
+
+def _read_shapes(path: str) -> list[Shape]:
+    """The shapes of all tensors, in order."""
+    value = parse_json(read_small(path, MAX_SHAPES_BYTES, SHAPES), path, SHAPES)
+    if not isinstance(value, list):
+        raise InputError("wrong kind of value", path=path, expected="a list of shapes", found=kind(value))
+    for number, shape in enumerate(value):
+        if not isinstance(shape, list) or any(type(n) is not int or not 0 < n < _MAX_SIDE for n in shape):
+            raise InputError(
+                "wrong shape", path=path, item=f"entry {number}", expected="whole numbers", found=repr(shape)[:80]
+            )
+    if len(value) < len(TABLES) + len(LAYER) or (len(value) - len(TABLES)) % len(LAYER):
+        raise InputError(
+            "this number of tensors is no GPT-1's",
+            path=path,
+            expected=f"{len(TABLES)} tables and {len(LAYER)} tensors in every layer",
+            found=f"{len(value)} shapes",
+        )
+    return [tuple(shape) for shape in value]
+
+
+def _read_array(path: str) -> Stored:
+    tensor: LazyTensor = read_npy(path)
+    if not isinstance(tensor, Stored) or len(tensor.shape) != 1:
+        raise InputError(
+            "this array is no part of a run of numbers", path=path, expected="one axis", found=list(tensor.shape)
+        )
+    if tensor.dtype.kind != "f":
+        raise UnsupportedError("elements are no floats", path=path, expected="float32", found=tensor.dtype)
+    return tensor
+
+
+def _check_arrays(folder: str, arrays: Collection[Stored], total: int) -> None:
+    """One element type, and together as many elements as the shapes have."""
+    if len({array.dtype for array in arrays}) > 1:
+        listed = ", ".join(f"{name} {array.dtype.str}" for name, array in zip(FILES, arrays, strict=True))
+        raise InputError("the files hold different element types", path=folder, expected="one type", found=listed)
+    found = sum(array.size for array in arrays)
+    if found != total:
+        lengths = ", ".join(str(array.size) for array in arrays)
+        raise InputError(
+            f"the {len(FILES)} array files do not have the total length that {SHAPES} says",
+            path=folder,
+            expected=f"{total} values",
+            found=f"{found} values ({lengths})",
+            hint="files of different models were mixed, or one is damaged: fetch them again",
+        )
+
+
+def _cut(arrays: list[Stored], shapes: list[Shape]) -> dict[str, LazyTensor]:
+    """The run of numbers, cut at the shapes, under the names of :func:`tensor_names`."""
+    dtype, parts = arrays[0].dtype, tuple(part for array in arrays for part in array.parts)
+    run = Stored(parts, dtype, (sum(array.size for array in arrays),))
+    tensors: dict[str, LazyTensor] = {}
+    position = 0
+    for name, shape in zip(tensor_names(len(shapes)), shapes, strict=True):
+        nbytes = math.prod(shape) * dtype.itemsize
+        tensors[name] = Stored(merge_segments(run.slice_bytes(position, position + nbytes)), dtype, shape)
+        position += nbytes
+    return tensors
+
+
+def _tokenizer(folder: str, names: Collection[str]) -> dict[str, str]:
+    paths = {name: os.path.join(folder, name) for name in TOKENIZER_FILES if name in names}
+    for path in paths.values():
+        file_size(path)  # a named pipe must not reach those who read it later
+    return paths
+
+
+FORMAT = Format(
+    name="openai-gpt1", title=TITLE, recognises=recognises, read=open_gpt1, accepts=frozenset({"hparams", "n_head"})
+)

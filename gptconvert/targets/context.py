@@ -1,0 +1,16 @@
+"""What running an export needs of its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gptconvert.errors import InputError
+
+
+def context_length(config: Mapping[str, object]) -> int:
+    """The longest sequence a config.json allows."""
+    for key in ("n_positions", "n_ctx", "max_position_embeddings"):
+        value = config.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise InputError("config.json names no context length", expected="n_positions or max_position_embeddings")

@@ -1,0 +1,68 @@
+"""What can be verified in a directory that somebody else wrote, or that is looked at again without its plan.
+
+Only ``gptconvert verify`` searches a directory. A conversion verifies the exports it planned
+(:mod:`gptconvert.targets.verification`), wherever else something lies.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from gptconvert.errors import UnsupportedError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.targets.openai_tf.verify import is_openai_folder
+from gptconvert.targets.target import Candidate
+
+#: Files that announce safetensors weights.
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+
+#: Target, path of the artifact, path for reports.
+Found = tuple[str, str, str]
+
+
+def find_candidates(checkpoint: Checkpoint, path: str) -> list[Candidate]:
+    """Everything at ``path`` that can be held against a checkpoint: a file, or a directory and its subdirectories.
+
+    Raises:
+        UnsupportedError: there is nothing.
+    """
+    found = list(_in_directory(path) if os.path.isdir(path) else _file(path))
+    if not found:
+        raise UnsupportedError(
+            "nothing here can be verified",
+            path=path,
+            expected=f"*.onnx, onnx/*.onnx, {' or '.join(SAFETENSORS)}, saved_model/",
+        )
+    return [Candidate(target, place, shown_as, checkpoint) for target, place, shown_as in found]
+
+
+def _file(path: str) -> Iterator[Found]:
+    for ending, target in ((".onnx", "onnx"), (".safetensors", "safetensors")):
+        if path.endswith(ending):
+            yield target, path, os.path.basename(path)
+
+
+def _in_directory(path: str) -> Iterator[Found]:
+    found = [*_graphs_and_weights(path), *_saved_models(path)]
+    yield from found
+    # A directory may itself be OpenAI's; their files beside another artifact are part of that one.
+    for folder in (os.path.join(path, "openai-tf"), *([] if found else [path])):
+        if is_openai_folder(folder):
+            yield "openai-tf", folder, os.path.basename(folder)
+
+
+def _graphs_and_weights(path: str) -> Iterator[Found]:
+    for folder in ("", "onnx"):
+        inside = os.path.join(path, folder)
+        for name in sorted(os.listdir(inside)) if os.path.isdir(inside) else []:
+            if name.endswith(".onnx"):
+                yield "onnx", os.path.join(inside, name), f"{folder}/{name}" if folder else name
+            elif name in SAFETENSORS and not folder:
+                yield "safetensors", os.path.join(inside, name), name
+
+
+def _saved_models(path: str) -> Iterator[Found]:
+    for folder in (os.path.join(path, "saved_model"), path):
+        if os.path.isfile(os.path.join(folder, "saved_model.pb")):
+            yield "tf", folder, os.path.basename(os.path.abspath(folder))

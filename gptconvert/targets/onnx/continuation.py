@@ -1,0 +1,32 @@
+"""Another runtime's greedy text, held token by token against the logits of an ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gptconvert.targets.onnx.file import open_onnx
+from gptconvert.targets.onnx.runner import OnnxRunner, bind
+from gptconvert.targets.target import Candidate
+from gptconvert.verify.greedy import Continuation
+from gptconvert.verify.outputs import Group
+from gptconvert.verify.probes import default_positions
+from gptconvert.verify.runners import Feeds, RunError
+
+
+def check_continuation(continuation: Continuation, candidate: Candidate, groups: Sequence[Group]) -> Group:
+    """A group without figures: what of ``continuation`` the ONNX graph would not have generated.
+
+    ``groups`` are those in which the graph has passed: they say how exact it is.
+    """
+    group = Group(f"greedy as {candidate.shown_as}", tokens=continuation.new * len(continuation.input_ids))
+    own = max(group.measures["logits"].most for group in groups if "logits" in group.measures)
+    file, config = open_onnx(candidate.path), candidate.checkpoint.config
+    positions = default_positions(continuation.attention_mask, continuation.input_ids.shape[1])
+    try:
+        runner = OnnxRunner(file, bind(file, config), config)
+        outputs = runner.run(Feeds(continuation.input_ids, continuation.attention_mask, positions), False)
+    except RunError as error:
+        group.problems.append(f"the runtime refused to run it: {error}")
+        return group
+    group.problems += continuation.unlikely(outputs.named["logits"], config, continuation.allowed + 2 * own)
+    return group

@@ -1,0 +1,217 @@
+"""An ONNX file read without trust: its graph parsed, its weights located and checked, nothing executed.
+
+onnxruntime is given a file only after every external tensor is known to lie inside a regular file beside the graph
+(``onnx.checker`` accepts truncated data and offsets past the end).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
+from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
+
+#: Keys that ONNX defines for external data.
+EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
+#: Elements per byte of the types smaller than one.
+PACKED = {"int4": 2, "uint4": 2, "float4e2m1fn": 2, "int2": 4, "uint2": 4}
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxFile:
+    """A parsed model.
+
+    Attributes:
+        path: of the graph file.
+        model: the ModelProto, external data not loaded.
+        initializers: name → lazy tensor, of the types numpy has whole bytes for.
+    """
+
+    path: str
+    model: Any
+    initializers: Mapping[str, LazyTensor]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this program wrote it, and so answers for every name in it."""
+        return bool(self.model.producer_name == "gptconvert")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all initializers as a plain session holds them: those of 16 bits widened to 32."""
+        return sum(t.size * (4 if t.dtype.itemsize == 2 else t.dtype.itemsize) for t in self.initializers.values())
+
+    def inputs(self) -> dict[str, Any]:
+        """Name → ValueInfoProto of what must be fed, in order."""
+        fixed = {tensor.name for tensor in self.model.graph.initializer}
+        return {value.name: value for value in self.model.graph.input if value.name not in fixed}
+
+    def outputs(self) -> dict[str, Any]:
+        """Name → ValueInfoProto, in order."""
+        return {value.name: value for value in self.model.graph.output}
+
+
+def open_onnx(path: str) -> OnnxFile:
+    """Parse a model and check where its weights lie.
+
+    Raises:
+        InputError: not an ONNX model, or its external data is missing, short or badly described.
+        UnsafeInputError: external data lies outside the model's directory or in something that is no file.
+    """
+    import onnx
+
+    _require_file(path)
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no stable home
+        raise InputError("is not an ONNX model", path=path, found=str(error)[:200] or type(error).__name__) from error
+    if not model.graph.node:
+        raise InputError("is not an ONNX model", path=path, found="no nodes")
+    problems: list[GptConvertError] = []
+    for tensor in _tensors(model.graph):
+        try:
+            if _is_external(tensor):
+                _locate(path, tensor)
+            elif tensor.HasField("raw_data"):
+                _require_filled(tensor)
+        except GptConvertError as error:
+            problems.append(error)
+    if problems:
+        raise _worst(problems, path)
+    return OnnxFile(path, model, {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)})
+
+
+def _is_external(tensor: Any) -> bool:
+    import onnx
+
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _worst(problems: list[GptConvertError], path: str) -> GptConvertError:
+    """One error for all of them; unsafe outranks invalid."""
+    unsafe = [p for p in problems if isinstance(p, UnsafeInputError)]
+    shown = (unsafe or problems)[:10]
+    lines = "\n".join(f"{p.item}: {p.message}" for p in shown)
+    more = f"\n… {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    return type(shown[0])(f"tensor data is unusable\n{lines}{more}", path=path, item=shown[0].item)
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every TensorProto of a graph, in nodes and subgraphs too."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from _tensors(inner)
+
+
+def _locate(model_path: str, tensor: Any) -> Segment:
+    """Where an external tensor's bytes lie, checked."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    name, nbytes = tensor.name, _nbytes(tensor)
+    unknown = sorted(set(entries) - EXTERNAL_KEYS)
+    if unknown or "location" not in entries:
+        raise InputError(f"external data keys {unknown or 'lack location'}", item=name)
+    numbers = {key: entries.get(key, default) for key, default in (("offset", "0"), ("length", str(nbytes)))}
+    if not all(value.isascii() and value.isdigit() for value in numbers.values()):
+        raise InputError(f"external data offset or length is no number: {numbers}", item=name)
+    offset, length = int(numbers["offset"]), int(numbers["length"])
+    if length != nbytes:
+        raise InputError(f"external data has {length} bytes, the tensor's type and shape need {nbytes}", item=name)
+    path = _inside(model_path, entries["location"], name)
+    size = os.stat(path).st_size
+    if offset + length > size:
+        raise InputError(
+            f"external data is truncated: bytes {offset} to {offset + length} of {entries['location']}, "
+            f"which has {size}",
+            item=name,
+        )
+    return Segment(path, offset, length)
+
+
+def _require_filled(tensor: Any) -> None:
+    """Raises unless a tensor inside the graph has the bytes that its type and shape call for."""
+    expected, found = _nbytes(tensor), len(tensor.raw_data)
+    if expected != found:
+        raise InputError(f"data does not fill its shape: {found} bytes, {expected} are needed", item=tensor.name)
+
+
+def _inside(model_path: str, location: str, tensor: str) -> str:
+    """The path of a data file beside the model, links resolved.
+
+    A link is followed only where the model is itself a link into the same directory: that is how the Hugging Face
+    cache stores both.
+    """
+    parts = location.replace("\\", "/").split("/")
+    if os.path.isabs(location) or "\\" in location or ":" in parts[0] or ".." in parts or "\0" in location:
+        raise UnsafeInputError(f"external data location {location!r} leaves the model's directory", item=tensor)
+    path = os.path.join(os.path.dirname(model_path), location)
+    _require_file(path, tensor)
+    real, home = os.path.realpath(path), os.path.realpath(os.path.dirname(model_path) or ".")
+    homes = (home, os.path.dirname(os.path.realpath(model_path)))
+    if not any(os.path.commonpath([real, h]) == h for h in homes):
+        raise UnsafeInputError(f"external data location {location!r} links out of the model's directory", item=tensor)
+    return real
+
+
+def _require_file(path: str, tensor: str | None = None) -> None:
+    """Raises unless ``path`` is a regular file: a pipe would hang, a device never end."""
+    name = os.path.basename(path)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error.strerror})", path=path, item=tensor) from error
+    if not stat.S_ISREG(mode):
+        raise UnsafeInputError(f"{name} is not a regular file", path=path, item=tensor)
+
+
+def _dtype(tensor: Any) -> np.dtype[np.generic]:
+    import onnx
+
+    try:
+        return cast("np.dtype[np.generic]", np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)))
+    except KeyError:
+        raise InputError("unknown element type", item=tensor.name, found=tensor.data_type) from None
+
+
+def _nbytes(tensor: Any) -> int:
+    """Bytes that type and shape call for."""
+    dtype, count = _dtype(tensor), 1
+    for size in tensor.dims:
+        count *= size
+    return -(-count // PACKED[dtype.name]) if dtype.name in PACKED else count * dtype.itemsize
+
+
+def _whole_bytes(tensor: Any) -> bool:
+    import onnx
+
+    return tensor.data_type != onnx.TensorProto.STRING and _dtype(tensor).name not in PACKED
+
+
+def _lazy(path: str, tensor: Any) -> LazyTensor:
+    """An initializer of the model ``path`` as a lazy tensor."""
+    dtype, shape = _dtype(tensor), tuple(tensor.dims)
+    if _is_external(tensor):
+        return Stored((_locate(path, tensor),), dtype, shape)
+
+    def read(box: Box) -> Array:
+        import onnx
+
+        try:
+            array: Array = onnx.numpy_helper.to_array(tensor)[box]
+        except (ValueError, TypeError) as error:
+            raise InputError("initializer's data does not fill its shape", item=tensor.name) from error
+        return array
+
+    return Computed(read, dtype, shape)

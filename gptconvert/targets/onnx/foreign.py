@@ -1,0 +1,62 @@
+"""The weights of an ONNX graph for which there is no plan: found by name in our own files, by content in others."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import transpose
+from gptconvert.targets.onnx.file import OnnxFile
+from gptconvert.verify.weights import Pair, WeightReport
+
+#: Initializers that are not weights are constants; a constant has at most this many elements.
+MOST_CONSTANT_ELEMENTS = 4096
+
+
+def pair_up(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightReport, list[Pair]]:
+    """What is to be compared in one of our own ONNX files, by name; the report says what there is nothing to compare
+    with.
+    """
+    report, pairs = WeightReport(len(weights)), list[Pair]()
+    flips = orientations(file.model.graph)
+    for name, weight in weights.items():
+        found, uses = file.initializers.get(name), flips.get(name, {False})
+        if found is None:
+            report.problems.append(f"{name}: not in the graph")
+        elif len(uses) > 1:
+            report.problems.append(f"{name}: used both as it is and transposed")
+        else:
+            pairs.append(Pair(name, name, transpose(weight) if uses == {True} else weight, found))
+    report.problems += unplanned(file, weights)
+    return report, pairs
+
+
+def unplanned(file: OnnxFile, weights: Container[str]) -> list[str]:
+    """One line for each initializer that is neither a weight nor a small constant."""
+    return [
+        f"{name}: not a weight of this model"
+        for name, tensor in file.initializers.items()
+        if name not in weights and tensor.size > MOST_CONSTANT_ELEMENTS
+    ]
+
+
+def orientations(graph: Any) -> dict[str, set[bool]]:
+    """Initializer → whether its matrix products take it as [in, out], the transpose of the canonical weight.
+
+    A ``Gemm`` says so in ``transB``; a ``MatMul`` always does. Casts and transposes on the way are followed.
+    """
+    uses: dict[str, set[bool]] = {}
+    origin: dict[str, tuple[str, bool]] = {tensor.name: (tensor.name, False) for tensor in graph.initializer}
+    for node in graph.node:  # topological order, as ONNX demands
+        if node.op_type in ("Cast", "Identity", "Transpose") and node.input[0] in origin:
+            name, flipped = origin[node.input[0]]
+            origin[node.output[0]] = name, flipped ^ (node.op_type == "Transpose")
+        elif node.op_type in ("Gemm", "MatMul") and node.input[1] in origin:
+            name, flipped = origin[node.input[1]]
+            as_is = any(a.name == "transB" and a.i for a in node.attribute)
+            uses.setdefault(name, set()).add(as_is == flipped)
+        elif node.op_type == "Gather" and node.input[0] in origin:
+            name, flipped = origin[node.input[0]]
+            uses.setdefault(name, set()).add(flipped)
+    return uses

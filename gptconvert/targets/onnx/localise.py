@@ -1,0 +1,87 @@
+"""Where a wrong answer begins: the first block whose output leaves the noise.
+
+Our graphs name every block's output ``h.{i}``. A copy of the graph that returns them is run without optimisation on
+a failing probe; if that copy is right, the optimiser is not. Graphs without these names are judged by the keys and
+values they return.
+"""
+
+from __future__ import annotations
+
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.tensors import Array
+from gptconvert.targets.onnx.file import OnnxFile
+from gptconvert.targets.onnx.runner import Binding, OnnxRunner
+from gptconvert.verify.metrics import EPSILON, Errors, Measure
+from gptconvert.verify.outputs import Group, OutputComparison
+from gptconvert.verify.probes import Probe
+from gptconvert.verify.run_probes import whole
+from gptconvert.verify.runners import Outputs, RunError
+from gptconvert.verify.truth import Truth, TruthPass, tensor_of
+
+#: Longer probes are used only if nothing shorter fails.
+MOST_TOKENS = 64
+
+
+def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, groups: list[Group]) -> str | None:
+    """In words, where the error of the failing ``groups`` begins; None: it does not show on any whole probe."""
+    failing = [probe for group in groups if not group.ok for probe in group.probes]
+    if not failing:
+        return None
+    # The more tokens the more there is to go wrong (one token's attention is always right), up to a cost.
+    probe = max(failing, key=lambda p: (p.tokens <= MOST_TOKENS, p.tokens))
+    config = checkpoint.config
+    values = {name for node in file.model.graph.node for name in node.output}
+    taps = [name for name in ("embedding", *(f"h.{i}" for i in range(config.n_layer))) if name in values]
+    runner = OnnxRunner(file, binding, config, optimise=False, taps=taps)
+    truth = TruthPass(checkpoint, [probe], binding.compute, presents=runner.kv_cache, taps=True).run()
+    try:
+        outputs = whole(runner, probe, config)
+    except RunError:
+        return None
+    found: dict[str, Group] = {}
+    OutputComparison({(probe, False): outputs}, binding.compute, truth, config, found).judge()
+    bad = [m.tensor for group in found.values() for m in group.measures.values() if not m.ok]
+    presents = sorted((name for name in bad if name.startswith("present.")), key=_layer)
+    tap = next((name for name in taps if not _tap_ok(name, outputs, probe, truth)), None)
+    if tap is not None:
+        return _in_block(tap, presents)
+    if presents:
+        return _from_presents(presents[0], taps)
+    if not all(group.ok for group in found.values()):
+        return "the head (final norm, projection) or the output's shape"
+    measured = any(not measure.ok for group in groups for measure in group.measures.values())
+    return "onnxruntime's graph optimisation: without it the same graph is right" if measured else None
+
+
+def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:
+    """Whether a block's output, [B * S, D] or [B, S, D], is within the noise."""
+    array: Array = outputs.taps[name]
+    rows = array.reshape(*probe.input_ids.shape, -1)
+    measure = Measure(name, EPSILON["float32"])
+    for row in truth.pack.rows:
+        exact, noise = truth.values[name][row.tokens], truth.noise[name]
+        own = Errors(noise.square[row.tokens], noise.largest[row.tokens])
+        measure.add(Errors.of(tensor_of(rows[row.row][row.new]), exact), own, exact)
+    return measure.ok
+
+
+def _in_block(tap: str, bad_presents: list[str]) -> str:
+    """What the block's own keys and values add to knowing that its output is wrong."""
+    if tap == "embedding":
+        return "the embedding (tokens or positions)"
+    layer = _layer(tap)
+    own = sorted(name for name in bad_presents if _layer(name) == layer)
+    return f"block {layer}" + (f", from {' and '.join(own)} on" if own else "")
+
+
+def _from_presents(name: str, taps: list[str]) -> str:
+    """Keys or values are wrong and no block's output says more."""
+    layer = _layer(name)
+    if taps:
+        return f"block {layer}: {name}, as returned"
+    before = f", or block {layer - 1} after its own" if layer else ", or the embedding"
+    return f"block {layer}, in {name}{before}"
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])

@@ -1,0 +1,156 @@
+"""The ONNX files: ``model.onnx`` (graph only) and ``model.onnx_data`` (weights), or one self-contained file.
+
+The data file holds the weights in sorted order of their canonical names, each at a multiple of 64 bytes. For
+OpenAI's own GPT-2 checkpoints that is, byte for byte, the checkpoint's data file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from gptconvert import __version__
+from gptconvert.containers.varint import varint
+from gptconvert.errors import UnsupportedError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.encodings import encoded
+from gptconvert.model.export import Export, Placed, PlannedFile, place
+from gptconvert.model.options import Options
+from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
+
+#: Read by onnxruntime >= 1.17, onnxruntime-web and -genai; later IR versions are not.
+IR_VERSION = 10
+NAME = "onnx"
+#: Protobuf messages, and so single-file models, end here.
+PROTOBUF_LIMIT = (1 << 31) - 1
+
+
+def onnx_path(options: Options) -> str:
+    """Where the graph goes: the plain name, or transformers.js's name for a storage type that was asked for."""
+    variant = variant_of(options)
+    return f"onnx/model_{variant}.onnx" if variant else "onnx/model.onnx"
+
+
+def variant_of(options: Options) -> str:
+    """The storage type that was asked for, where it is not the base."""
+    return "" if options.dtype in (None, "fp32") else options.dtype
+
+
+def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
+    """One export: the graph and, unless ``single_file``, its data file.
+
+    Raises:
+        UnsupportedError: ``single_file`` and more than 2 GiB.
+    """
+    from gptconvert.targets.onnx.graph import build
+
+    checkpoint = encoded(checkpoint, options.dtype)
+    graph, builder = build(checkpoint.config, checkpoint.weights, options.opset, options.kv_cache)
+    path = onnx_path(options)
+    if options.single_file:
+        return (
+            Export(
+                NAME,
+                path,
+                checkpoint,
+                (_single_file(path, graph, builder.stored, checkpoint.weights),),
+                variant_of(options),
+            ),
+        )
+    data_path = f"{path}_data"
+    weights = [(name, builder.stored[name], name) for name in sorted(builder.stored)]
+    placed, size = place(weights)
+    placed = tuple(replace(p, transposed=p.tensor is not checkpoint.weights[p.name]) for p in placed)
+    _attach(graph, placed, data_path.rpartition("/")[2])
+    model = PlannedFile.of_bytes(path, _serialise(graph))
+    files = (model, PlannedFile(data_path, size, tensors=placed))
+    return (Export(NAME, path, checkpoint, files, variant_of(options)),)
+
+
+def _serialise(graph: object) -> bytes:
+    """A deterministic ModelProto."""
+    import onnx_ir as ir
+
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="gptconvert", producer_version=__version__)
+    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return content
+
+
+def _attach(graph: object, placed: Iterable[Placed], location: str) -> None:
+    """Point every weight at its place in the data file."""
+    import onnx_ir as ir
+
+    for item in placed:
+        value = graph.initializers[item.name]  # type: ignore[attr-defined]
+        value.const_value = ir.ExternalTensor(
+            location,
+            item.offset,
+            item.tensor.nbytes,
+            ir.DataType.from_numpy(item.tensor.dtype),
+            shape=ir.Shape(item.tensor.shape),
+            name=item.name,
+        )
+
+
+def _single_file(
+    path: str, graph: object, stored: Mapping[str, LazyTensor], weights: Mapping[str, LazyTensor]
+) -> PlannedFile:
+    """One protobuf with the weights inside, laid out so that they still stream from the source.
+
+    A GraphProto's initializers are length-delimited records that may stand in any order, so each weight's bytes
+    get a hand-written record header in front of them and the graph message's length counts them all.
+    """
+    from onnx import GraphProto, ModelProto, TensorProto
+
+    for name in stored:
+        del graph.initializers[name]  # type: ignore[attr-defined]
+    model = ModelProto.FromString(_serialise(graph))
+    inner = model.graph.SerializeToString(deterministic=True)
+    model.ClearField("graph")
+    records: list[tuple[str, LazyTensor, str | None]] = []
+    for name, tensor in sorted(stored.items()):
+        proto = TensorProto(name=name, dims=tensor.shape, data_type=_onnx_type(tensor.dtype))
+        body = proto.SerializeToString(deterministic=True) + _tag(TensorProto.RAW_DATA_FIELD_NUMBER, tensor.nbytes)
+        header = _tag(GraphProto.INITIALIZER_FIELD_NUMBER, len(body) + tensor.nbytes) + body
+        records += [("", _literal(header), None), (name, tensor, name)]
+    length = len(inner) + sum(tensor.nbytes for _, tensor, _ in records)
+    start = model.SerializeToString(deterministic=True) + _tag(ModelProto.GRAPH_FIELD_NUMBER, length) + inner
+    placed, size = place(records, len(start), alignment=1)
+    placed = tuple(replace(p, transposed=p.weight is not None and p.tensor is not weights[p.weight]) for p in placed)
+    check_single_file_size(size)
+    return PlannedFile(path, size, start, placed)
+
+
+def check_single_file_size(nbytes: int) -> None:
+    """Refuse a file that protobuf cannot hold."""
+    if nbytes > PROTOBUF_LIMIT:
+        raise UnsupportedError(
+            "the model does not fit in a single ONNX file: protobuf ends at 2 GiB",
+            item="--single-file",
+            expected=f"at most {PROTOBUF_LIMIT} bytes",
+            found=f"{nbytes} bytes",
+            hint="leave --single-file out: the weights then go to model.onnx_data beside the graph",
+        )
+
+
+def _tag(field: int, length: int) -> bytes:
+    """Protobuf key of a length-delimited field and the length."""
+    return varint(field << 3 | 2) + varint(length)
+
+
+def _literal(content: bytes) -> LazyTensor:
+    """Bytes that lie in no file, as a tensor."""
+    array = np.frombuffer(content, np.uint8)
+
+    def read(box: Box) -> Array:
+        return array[box]
+
+    return Computed(read, array.dtype, array.shape)
+
+
+def _onnx_type(dtype: np.dtype[np.generic]) -> int:
+    import onnx_ir as ir
+
+    return int(ir.DataType.from_numpy(dtype).value)

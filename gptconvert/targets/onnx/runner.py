@@ -1,0 +1,256 @@
+"""ONNX graphs, ours and anyone's, run by onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.tensors import BFLOAT16, Array, LazyTensor
+from gptconvert.targets.onnx.file import OnnxFile
+from gptconvert.verify.runners import Feeds, Outputs, RunError, one_line
+from reference_model.config import INPUTS, OUTPUTS, GPTConfig
+
+#: A cache's names, whoever chose them: a layer number, and ``key`` or ``value``.
+LAYER = re.compile(r"\D*(\d+)\D*?(key|value)s?")
+#: Bytes of keys and values that may be held though nobody asked for them, and of a graph that may be copied.
+MOST_CACHE, MOST_GRAPH = 64 << 20, 64 << 20
+#: Optimisers that would hold every 16-bit weight in float32 from loading on.
+HOLDING_FLOAT32 = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Which graph input and output plays which part.
+
+    Attributes:
+        inputs: name → numpy type of all but the past.
+        outputs: name of each of the task's outputs.
+        past, presents: (key, value) names per layer; empty without cache.
+        cache_type: numpy type of keys and values.
+        compute: computing type.
+    """
+
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    past: tuple[tuple[str, str], ...]
+    presents: tuple[tuple[str, str], ...]
+    cache_type: str
+    compute: str
+
+
+def bind(file: OnnxFile, config: GPTConfig) -> Binding:
+    """Match a graph's inputs and outputs to their parts, whatever exporter wrote it.
+
+    Raises:
+        UnsupportedError: it wants inputs that are not known, or lacks ones that are needed; all are named.
+    """
+    inputs, outputs = file.inputs(), file.outputs()
+    past, presents = _by_layer(inputs), _by_layer(outputs)
+    known = (*INPUTS[config.task], "position_ids")
+    unknown = [n for n in inputs if n not in known and not any(n in pair for pair in past)]
+    missing = [n for n in INPUTS[config.task] if n not in inputs and n != "position_ids"]
+    if unknown or missing:
+        wrong = [f"unknown input {n}" for n in unknown] + [f"no input {n}" for n in missing]
+        raise UnsupportedError(
+            f"the graph cannot be fed: {', '.join(wrong)}",
+            path=file.path,
+            expected=", ".join(INPUTS[config.task]),
+            found=", ".join(inputs),
+        )
+    if past and not len(past) == len(presents) == config.n_layer:
+        raise UnsupportedError(
+            "the graph's cache does not fit the model",
+            path=file.path,
+            expected=f"keys and values of {config.n_layer} layers in and out",
+            found=f"{len(past)} in, {len(presents)} out",
+        )
+    rest = [n for n in outputs if not any(n in pair for pair in presents)]
+    named = _task_outputs(file, config, rest)
+    return Binding(
+        inputs={n: _integer_type(file, inputs[n]) for n in known if n in inputs},
+        outputs=named,
+        past=past,
+        presents=presents if past else (),
+        cache_type=_float_type(file, inputs[past[0][0]]) if past else "float32",
+        compute=_float_type(file, outputs[next(iter(named.values()))]),
+    )
+
+
+def _by_layer(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(key, value) names by layer, of the names that have a layer number and one of these words."""
+    found: dict[int, dict[str, str]] = {}
+    for name in values:
+        match = LAYER.fullmatch(name)
+        if match:
+            found.setdefault(int(match[1]), {})[match[2]] = name
+    complete = [found[i] for i in sorted(found)]
+    return tuple((pair["key"], pair["value"]) for pair in complete if len(pair) == 2)
+
+
+def _task_outputs(file: OnnxFile, config: GPTConfig, rest: list[str]) -> dict[str, str]:
+    """The outputs that are no cache: by name, or the only one where only one is wanted."""
+    wanted = OUTPUTS[config.task]
+    if all(name in rest for name in wanted):
+        return {name: name for name in wanted}
+    if len(wanted) == len(rest) == 1:
+        return {wanted[0]: rest[0]}
+    expected, found = ", ".join(wanted), ", ".join(rest) or "none"
+    raise UnsupportedError("not the outputs of this task", path=file.path, expected=expected, found=found)
+
+
+def element_type(value: Any) -> str:
+    """``FLOAT``, ``INT64`` … of a ValueInfoProto."""
+    import onnx
+
+    name: str = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
+    return name
+
+
+def _integer_type(file: OnnxFile, value: Any) -> str:
+    return _known_type(file, value, {"INT64": "int64", "INT32": "int32"})
+
+
+def _float_type(file: OnnxFile, value: Any) -> str:
+    return _known_type(file, value, {"FLOAT": "float32", "FLOAT16": "float16"})
+
+
+def _known_type(file: OnnxFile, value: Any, known: Mapping[str, str]) -> str:
+    name = element_type(value)
+    if name in known:
+        return known[name]
+    expected = " or ".join(known.values())
+    raise UnsupportedError("element type", path=file.path, item=value.name, expected=expected, found=name.lower())
+
+
+class OnnxRunner:
+    """onnxruntime on the CPU.
+
+    Args:
+        file: the checked file.
+        binding: its inputs and outputs.
+        prepack: whether weights are copied into the layout of the kernels, and from 16 bits into the computing type
+            (the default of onnxruntime). Else they stay in the file, and are converted as they are used.
+        optimise: whether graph optimisation runs (the default).
+        taps: further values to return; only without optimisation, which may remove them.
+        lent: weights to be used, where they lie in other files, instead of the file's own, by name.
+        threads: how many; 0: as many as there are cores.
+    """
+
+    def __init__(
+        self,
+        file: OnnxFile,
+        binding: Binding,
+        config: GPTConfig,
+        *,
+        prepack: bool = False,
+        optimise: bool = True,
+        taps: Sequence[str] = (),
+        lent: Mapping[str, LazyTensor] | None = None,
+        threads: int = 0,
+    ) -> None:
+        self.binding, self.config, self.taps = binding, config, tuple(taps)
+        self.kv_cache, self.free_positions = bool(binding.past), "position_ids" in binding.inputs
+        self.compute = binding.compute
+        self._file, self._prepack, self._optimise, self._threads = file, prepack, optimise, threads
+        self._lent = {name: _value(tensor) for name, tensor in (lent or {}).items()}
+        self._session = self._open([*file.outputs(), *taps] if taps else None)
+        self._without_cache: Any = None
+
+    def _open(self, outputs: Sequence[str] | None) -> Any:
+        """A session on the file as it is, or on its graph with other ``outputs``."""
+        import onnxruntime
+
+        file, skipped = self._file, list[str]()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = self._threads
+        if not self._prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False  # an arena keeps what its largest run needed
+            if any(tensor.dtype.itemsize == 2 for tensor in file.initializers.values()):
+                skipped = HOLDING_FLOAT32
+        if not self._optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        for name, value in self._lent.items():
+            options.add_initializer(name, value)
+        source: str | bytes = file.path
+        if outputs is not None:
+            source = _returning(file, outputs)
+            folder = file.path.rpartition("/")[0] or "."
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        try:
+            return onnxruntime.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise InputError("onnxruntime cannot load the model", path=file.path, found=one_line(error)) from error
+
+    def run(self, feeds: Feeds, presents: bool) -> Outputs:
+        """See :class:`Runner`."""
+        wanted = [*self.binding.outputs.values()]
+        if presents:
+            wanted += [name for pair in self.binding.presents for name in pair]
+        session = self._session if presents or self._small_cache(feeds) else self._session_without_cache()
+        try:
+            arrays = session.run([*wanted, *self.taps], self._inputs(feeds))
+        except Exception as error:
+            raise RunError(one_line(error)) from error
+        named = dict(zip(self.binding.outputs, arrays, strict=False))
+        cache = arrays[len(named) : len(wanted)]
+        pairs = tuple(zip(cache[::2], cache[1::2], strict=True))
+        return Outputs(named, pairs, dict(zip(self.taps, arrays[len(wanted) :], strict=True)))
+
+    def _small_cache(self, feeds: Feeds) -> bool:
+        """Whether keys and values may come back unasked for. Weights inside the graph would be copied with it."""
+        size = 2 * self.config.n_layer * feeds.attention_mask.size * self.config.n_embd * 4
+        return size <= MOST_CACHE or self._prepack or self._file.model.ByteSize() > MOST_GRAPH
+
+    def _session_without_cache(self) -> Any:
+        """The same graph, but no keys and values come back: of what a graph returns, onnxruntime holds all layers'
+        at once, asked for or not; of what it does not, only what is still to be used.
+        """
+        if self._without_cache is None:
+            self._without_cache = self._open([*self.binding.outputs.values(), *self.taps])
+        return self._without_cache
+
+    def _inputs(self, feeds: Feeds) -> dict[str, Array]:
+        named = {name: getattr(feeds, name).astype(kind) for name, kind in self.binding.inputs.items()}
+        if self.config.task == "multiple-choice":
+            named = {name: array[None] for name, array in named.items()}  # one question, B choices
+        if self.kv_cache:
+            empty = np.zeros((len(feeds.input_ids), self.config.n_head, 0, self.config.head_dim), np.float32)
+            past = feeds.past or [(empty, empty)] * self.config.n_layer
+            for names, arrays in zip(self.binding.past, past, strict=True):
+                for name, array in zip(names, arrays, strict=True):
+                    named[name] = array.astype(self.binding.cache_type, copy=False)
+        return named
+
+
+def _value(tensor: LazyTensor) -> Any:
+    """onnxruntime's view of a tensor in a file, mapped; nothing is copied."""
+    import onnx
+    import onnxruntime
+
+    array, kind = tensor.read(), onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+    if array.dtype == BFLOAT16:
+        array = array.view(np.uint16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+
+
+def _returning(file: OnnxFile, names: Sequence[str]) -> bytes:
+    """The model with these values as outputs; its external data stays where it is."""
+    import onnx
+
+    model, have = onnx.ModelProto(), file.outputs()
+    model.CopyFrom(file.model)
+    del model.graph.output[:]
+    for name in dict.fromkeys(names):
+        unknown = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        model.graph.output.append(have.get(name, unknown))
+    content: bytes = model.SerializeToString()
+    return content

@@ -1,0 +1,163 @@
+"""Both rules for one ONNX file."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Level
+from gptconvert.model.progress import Stage
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.publish.source_reader import StoppedError
+from gptconvert.targets.onnx.contract import check_contract
+from gptconvert.targets.onnx.file import OnnxFile, open_onnx
+from gptconvert.targets.onnx.foreign import pair_up, unplanned
+from gptconvert.targets.onnx.localise import first_bad_block
+from gptconvert.targets.onnx.plan import NAME
+from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
+from gptconvert.targets.target import Candidate
+from gptconvert.verify.background import half_the_cores, in_background, torch_threads
+from gptconvert.verify.foreign import as_stored, match_by_content
+from gptconvert.verify.outputs import Group, OutputComparison
+from gptconvert.verify.probes import Probe, make_probes, waves
+from gptconvert.verify.report import ArtifactReport, RunReport
+from gptconvert.verify.run_probes import run_probes
+from gptconvert.verify.runners import available_memory
+from gptconvert.verify.truth import Truth, TruthPass
+from gptconvert.verify.weights import Pair, WeightReport, compare, in_one_piece, pairs_of
+from reference_model.config import GPTConfig
+
+#: Up to this many bytes of weights the model is also run as a user's plain session would run it: that copies them.
+SMALL_MODEL = 600 << 20
+IN_PLACE, DEFAULT = "onnxruntime, weights in place", "onnxruntime, default options"
+LENT = "onnxruntime, the source's weights in place (equal to the file's)"
+
+
+def verify(candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
+    """Verify one graph file and its external data.
+
+    The weights of our own files are compared while the graph runs. A small model runs with those in the file; a large
+    one with the source's, which must turn out to be the same bytes: they are in memory already, and to have a second
+    copy there takes longer than all runs together.
+
+    Raises:
+        InputError: the file cannot be read as a model.
+        UnsupportedError: its inputs or outputs are not known.
+        UnsafeInputError: its external data lies where it must not.
+    """
+    file = open_onnx(candidate.path)
+    checkpoint, weights, pairs = _weights(candidate, file)
+    report = ArtifactReport(NAME, candidate.shown_as, weights)
+    if candidate.export or file.is_own:
+        report.problems = check_contract(file, checkpoint.config)
+    if weights.ok and not report.problems:
+        with in_background(lambda stop: compare(weights, pairs, stop=stop)) as compared:
+            small = file.weight_bytes <= min(SMALL_MODEL, available_memory() // 4)
+            trial = _Runs(file, checkpoint, None if small else in_one_piece(pairs), level, stage)
+            report.probes = [probe.as_dict() for probe in trial.probes]
+            runs = trial.run()
+            stage("comparing weights", 0)
+            compared.result()
+        if weights.ok:  # what computes with the wrong weights computes the wrong thing
+            trial.locate_errors(runs)
+            report.runs = runs
+    else:
+        compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
+    return report
+
+
+def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightReport, list[Pair]]:
+    """The checkpoint as stored, and what is to be compared: by plan, else by name, else by content."""
+    if candidate.export is not None:
+        report = WeightReport(len(candidate.checkpoint.weights))
+        pairs = pairs_of(candidate.export, file.initializers, report)
+        planned = {placed.name for placed in candidate.export.placed}
+        report.problems += unplanned(file, planned)
+        return candidate.checkpoint, report, pairs
+    checkpoint = as_stored(candidate.checkpoint, file.initializers.values())
+    if file.is_own:
+        return checkpoint, *pair_up(file, checkpoint.weights)
+    return checkpoint, match_by_content(file.initializers, checkpoint.weights), []
+
+
+class _Runs:
+    """Rule 2: wave by wave, one session after the other against the truth.
+
+    Any model is run with its weights where they are, side by side with the truth, each on half of the cores; one
+    whose copy fits easily also as a user's session runs it.
+
+    Args:
+        file: the checked file.
+        checkpoint: weights as stored in it.
+        lent: of a large model, weights not to be taken from the file, by name; None: the model is small.
+        level: how much is asked.
+        stage: told about progress.
+    """
+
+    def __init__(
+        self,
+        file: OnnxFile,
+        checkpoint: Checkpoint,
+        lent: Mapping[str, LazyTensor] | None,
+        level: Level,
+        stage: Stage,
+    ) -> None:
+        self.file, self.checkpoint, self.lent, self.stage = file, checkpoint, lent, stage
+        self.config: GPTConfig = checkpoint.config
+        self.binding: Binding = bind(file, self.config)
+        self.beside = LENT if lent else IN_PLACE
+        self.names = (self.beside, DEFAULT) if lent is None else (self.beside,)
+        self.probes = make_probes(
+            self.config,
+            kv_cache=bool(self.binding.past),
+            free_positions="position_ids" in self.binding.inputs,
+            level=level,
+        )
+
+    def run(self) -> list[RunReport]:
+        """All probes on all sessions."""
+        found: dict[str, dict[str, Group]] = {name: {} for name in self.names}
+        for wave in waves(self.probes):
+            self._run_wave(wave, found)
+        return [RunReport(name, list(groups.values())) for name, groups in found.items()]
+
+    def locate_errors(self, runs: Sequence[RunReport]) -> None:
+        """Say of runs that failed where the error begins."""
+        for run in runs:
+            if not run.ok:
+                self.stage("locating the error", 0)
+                run.first_bad = first_bad_block(self.file, self.binding, self.checkpoint, run.groups)
+
+    @functools.cached_property
+    def in_place(self) -> OnnxRunner:
+        """The session that runs beside the truth."""
+        return OnnxRunner(self.file, self.binding, self.config, lent=self.lent, threads=half_the_cores())
+
+    def _run_wave(self, wave: Sequence[Probe], found: dict[str, dict[str, Group]]) -> None:
+        """One wave of probes; its truth, which may be large, is gone on return."""
+        advance = self.stage(f"running {self.beside}", len(wave))
+        alone = threading.Event()
+        with in_background(lambda stop: self._truth(wave, stop, alone)) as computed:
+            answers = run_probes(self.in_place, wave, self.config, advance)
+            alone.set()
+            self.stage("computing the truth", 0)
+            truth = computed.result()
+        for name, groups in found.items():
+            if name == DEFAULT:
+                runner = OnnxRunner(self.file, self.binding, self.config, prepack=True)
+                answers = run_probes(runner, wave, self.config, self.stage(f"running {name}", len(wave)))
+            OutputComparison(answers, self.binding.compute, truth, self.config, groups).judge()
+
+    def _truth(self, wave: Sequence[Probe], stop: threading.Event, alone: threading.Event) -> Truth:
+        """The truth, on half of the cores until it is ``alone``."""
+        with torch_threads() as use:
+
+            def go_on(layers: int = 0) -> None:
+                if stop.is_set():
+                    raise StoppedError
+                use(half_the_cores() * (2 if alone.is_set() else 1))
+
+            go_on()
+            return TruthPass(self.checkpoint, wave, self.binding.compute, presents=bool(self.binding.past)).run(go_on)

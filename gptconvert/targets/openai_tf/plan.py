@@ -1,0 +1,185 @@
+"""The way back: OpenAI's own layout, in the folder ``openai-tf``, from any GPT-1 or GPT-2.
+
+GPT-2 becomes the TensorFlow checkpoint that ``tf.train.Saver`` writes and restores (the variables' names are those of
+openai/gpt-2 ``src/model.py``): all tensors back to back in the order of their names, an index with their checksums,
+``hparams.json`` and the tokenizer under OpenAI's names. GPT-1 becomes the ten array files of its release, the run of
+all weights cut into parts as equal as can be. Neither format can say more than the sizes, so a model that differs in
+anything else is refused, with all reasons at once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import pairwise
+
+import numpy as np
+
+from gptconvert.containers.tf_index_writer import DATA_TYPES, Entry, bundle_index
+from gptconvert.errors import UnsupportedError
+from gptconvert.families.registry import family_named
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.encodings import encoded
+from gptconvert.model.export import Export, Finish, Placed, PlannedFile, place
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Bound, Scheme, expand, from_canonical, sizes_of
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import run_of
+from gptconvert.targets.package.tokenizer import tokenizer_files
+from reference_model.config import GPTConfig
+
+NAME, FOLDER = "openai-tf", "openai-tf"
+PREFIX = "model.ckpt"
+#: The text format of TensorFlow's CheckpointState, as the Saver writes it.
+CHECKPOINT_STATE = f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'
+GPT1_FILES = 10
+#: Family → OpenAI's names for what we call vocab.json and merges.txt.
+TOKENIZER_NAMES: Mapping[str, tuple[str, str]] = {
+    "gpt1": ("encoder_bpe_40000.json", "vocab_40000.bpe"),
+    "gpt2": ("encoder.json", "vocab.bpe"),
+}
+#: What the programs that read these files take for granted.
+FIXED: Mapping[str, object] = {"activation": "gelu_tanh", "norm_eps": 1e-5, "tied_head": True}
+TASKS = ("text-generation", "feature-extraction")
+#: OpenAI's own number of features per head, from which a reader tells the number of heads.
+HEAD_FEATURES = 64
+
+Named = tuple[str, LazyTensor, str]
+
+
+def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
+    """One export: the folder ``openai-tf``.
+
+    Raises:
+        UnsupportedError: the format cannot express this model; all reasons are listed.
+    """
+    checkpoint = encoded(checkpoint, options.dtype)
+    reasons = why_not(checkpoint)
+    if reasons:
+        raise UnsupportedError(
+            "OpenAI's format has no place for this model: " + "; ".join(reasons),
+            hint="--to safetensors keeps all of it",
+        )
+    files = _gpt1(checkpoint) if checkpoint.config.family == "gpt1" else _gpt2(checkpoint)
+    return (Export(NAME, FOLDER, checkpoint, (*files, *_tokenizer(checkpoint))),)
+
+
+def why_not(checkpoint: Checkpoint) -> list[str]:
+    """Everything about a model that OpenAI's format cannot express."""
+    config, reasons = checkpoint.config, []
+    fixed = {**FIXED, "n_inner": 4 * config.n_embd, "attn_window": (None,) * config.n_layer}
+    values = asdict(config)
+    reasons += [f"{key} is {values[key]!r}, not {value!r}" for key, value in fixed.items() if values[key] != value]
+    if any(scale != config.head_dim**-0.5 for scale in config.attn_scale):
+        reasons.append("scores are not scaled by 1/√(features per head) in every layer")
+    if config.task not in TASKS:
+        reasons.append(f"it has a head for {config.task}")
+    dtypes = {weight.dtype.newbyteorder("=") for weight in checkpoint.weights.values()}
+    if config.family == "gpt1" and (len(dtypes) > 1 or any(dtype.kind != "f" for dtype in dtypes)):
+        names = ", ".join(sorted(map(str, dtypes)))
+        reasons.append(f"its weights are {names}: one run of float32 or float16 numbers is wanted (--dtype)")
+    if config.family == "gpt2" and not dtypes <= DATA_TYPES.keys():
+        reasons.append(f"its weights are {', '.join(sorted(map(str, dtypes)))}")
+    return reasons
+
+
+def _gpt2(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
+    """The TensorFlow checkpoint and ``hparams.json``."""
+    named = sorted(_named(checkpoint, family_named("gpt2").scheme("openai-tf")))
+    placed, nbytes = place(named, alignment=1)
+    finish = _index_of(placed)
+    index_nbytes = len(finish(lambda _: 0, threading.Event()))
+    state, hparams = CHECKPOINT_STATE.encode(), _hparams(checkpoint.config)
+    return (
+        PlannedFile.of_bytes(f"{FOLDER}/checkpoint", state),
+        PlannedFile.of_bytes(f"{FOLDER}/hparams.json", hparams),
+        PlannedFile(f"{FOLDER}/{PREFIX}.data-00000-of-00001", nbytes, b"", placed),
+        PlannedFile(f"{FOLDER}/{PREFIX}.index", index_nbytes, finish=finish),
+    )
+
+
+def _index_of(placed: tuple[Placed, ...]) -> Finish:
+    """The index file, once the checksums are known; they take the same room whatever they are."""
+
+    def finish(crc32c: Callable[[Placed], int], stop: threading.Event) -> bytes:
+        return bundle_index(
+            Entry(
+                name=p.name,
+                data_type=DATA_TYPES[p.tensor.dtype.newbyteorder("=")],
+                shape=p.tensor.shape,
+                offset=p.offset,
+                nbytes=p.tensor.nbytes,
+                crc32c=crc32c(p),
+            )
+            for p in placed
+        )
+
+    return finish
+
+
+def _gpt1(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
+    """``params_0.npy`` … and ``params_shapes.json``; ``hparams.json`` only where the shapes do not tell the heads."""
+    config = checkpoint.config
+    named = list(_in_order(checkpoint, family_named("gpt1").scheme("openai-gpt1")))
+    total = sum(tensor.size for _, tensor, _ in named)
+    cuts = [i * total // GPT1_FILES for i in range(GPT1_FILES + 1)]
+    files = [_array_file(i, named, start, stop) for i, (start, stop) in enumerate(pairwise(cuts))]
+    shapes = json.dumps([list(tensor.shape) for _, tensor, _ in named]).encode()
+    files.append(PlannedFile.of_bytes(f"{FOLDER}/params_shapes.json", shapes))
+    if config.head_dim != HEAD_FEATURES:
+        files.append(PlannedFile.of_bytes(f"{FOLDER}/hparams.json", _hparams(config)))
+    return tuple(files)
+
+
+def _array_file(number: int, named: list[Named], start: int, stop: int) -> PlannedFile:
+    """Elements ``start`` to ``stop`` of the run of all weights, as numpy would save them."""
+    head = io.BytesIO()
+    dtype = named[0][1].dtype.newbyteorder("=")
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (stop - start,)}
+    np.lib.format.write_array_header_1_0(head, header)
+    pieces, position = [], 0
+    for name, tensor, ours in named:
+        low, high = max(start - position, 0), min(stop - position, tensor.size)
+        if low < high:
+            whole = (low, high) == (0, tensor.size)
+            pieces.append((name if whole else f"{name}[{low}:{high}]", run_of(tensor, low, high), ours))
+        position += tensor.size
+    content = head.getvalue()
+    placed, nbytes = place(pieces, len(content), alignment=1)
+    return PlannedFile(f"{FOLDER}/params_{number}.npy", nbytes, content, placed)
+
+
+def _named(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
+    """(their name, tensor in their layout, our name) of every tensor."""
+    return [_theirs(bound, checkpoint) for bound in expand(scheme.rows, checkpoint.config)]
+
+
+def _in_order(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
+    """The same in the order of the table: what is not a layer's first, then layer by layer."""
+    tables = [row for row in scheme.rows if "{i}" not in row.canonical]
+    layered = [expand([row], checkpoint.config) for row in scheme.rows if "{i}" in row.canonical]
+    by_layer = [sorted(bounds, key=lambda bound: int(bound.canonical.split(".")[1])) for bounds in layered]
+    bounds = [expand([row], checkpoint.config)[0] for row in tables]
+    bounds += [row[i] for i in range(checkpoint.config.n_layer) for row in by_layer]
+    return [_theirs(bound, checkpoint) for bound in bounds]
+
+
+def _theirs(bound: Bound, checkpoint: Checkpoint) -> Named:
+    [(name, tensor)] = from_canonical(bound, checkpoint.weights[bound.canonical], sizes_of(checkpoint.config)).items()
+    return name, tensor, bound.canonical
+
+
+def _hparams(config: GPTConfig) -> bytes:
+    """``hparams.json`` with OpenAI's keys, in its order and layout."""
+    keys = {"n_vocab": config.vocab_size, "n_ctx": config.n_ctx, "n_embd": config.n_embd}
+    return (json.dumps({**keys, "n_head": config.n_head, "n_layer": config.n_layer}, indent=2) + "\n").encode()
+
+
+def _tokenizer(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
+    """The vocabulary and the merges under OpenAI's names, if the checkpoint has them."""
+    files, _ = tokenizer_files(checkpoint)
+    names = zip(TOKENIZER_NAMES[checkpoint.config.family], ("vocab.json", "merges.txt"), strict=True)
+    return tuple(PlannedFile.of_bytes(f"{FOLDER}/{theirs}", files[ours]) for theirs, ours in names if ours in files)

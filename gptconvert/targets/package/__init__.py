@@ -1,0 +1,1 @@
+"""The small files beside the weights: configuration, tokenizer, model card."""

@@ -1,0 +1,177 @@
+"""The model card: README.md of an output directory, with the YAML front matter that the Hugging Face hub reads.
+
+Nothing in it depends on where or when it was written: no paths of this machine, no dates. It states no licence: a
+conversion does not change the one the weights came with, and the checkpoint does not say which it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gptconvert.errors import printable
+from gptconvert.families.registry import family_named
+from gptconvert.targets.registry import target_named
+from gptconvert.targets.target import CardFacts, Target
+
+#: Targets whose library the hub's front matter names, the preferred one first.
+LIBRARY_OF = ("safetensors", "onnx")
+
+
+def model_card(facts: CardFacts, verification: Mapping[str, object]) -> bytes:
+    """README.md for what was exported.
+
+    Args:
+        facts: what was exported, and with which options.
+        verification: the report (``verify.Report.as_dict``) without figures; empty: verification was skipped, and
+            the card says so.
+    """
+    sections = (
+        _front_matter(facts),
+        _introduction(facts),
+        _architecture(facts),
+        _verification(verification),
+        _files(facts),
+        _loading(facts),
+    )
+    return "\n".join(filter(None, sections)).encode()
+
+
+def _targets(facts: CardFacts) -> list[Target]:
+    return [target_named(name) for name in sorted({export.target for export in facts.exports})]
+
+
+def _front_matter(facts: CardFacts) -> str:
+    targets = {target.name: target for target in _targets(facts)}
+    family = family_named(facts.checkpoint.config.family)
+    head: dict[str, str | Sequence[str] | None] = {
+        "library_name": next((targets[name].library for name in LIBRARY_OF if name in targets), None),
+        "pipeline_tag": facts.checkpoint.config.task,
+        "base_model": facts.checkpoint.source.repo,
+        "tags": [*family.model_types, *targets, "gptconvert"],
+    }
+    lines = []
+    for key, value in head.items():
+        if isinstance(value, str):
+            lines.append(f"{key}: {_quoted(value)}")
+        elif value is not None:
+            lines += [f"{key}:", *(f"- {_quoted(item)}" for item in value)]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar that can mean nothing but this string."""
+    return json.dumps(printable(text), ensure_ascii=False)
+
+
+def _introduction(facts: CardFacts) -> str:
+    source, titles = facts.checkpoint.source, [target.short_title for target in _targets(facts)]
+    origin = f"from `{printable(source.repo)}`" if source.repo else f"from a checkpoint ({source.format})"
+    revision = f", revision `{printable(source.revision)}`" if source.revision else ""
+    name = source.repo.rpartition("/")[2] if source.repo else family_named(facts.checkpoint.config.family).title
+    return "\n".join(
+        [
+            f"# {printable(name)} as {' and '.join(titles)}",
+            "",
+            f"Converted {origin}{revision}. The weights are the checkpoint's own; the conversion changes their names",
+            "and layout, and their type only if `--dtype` is given. Licence and limits are the checkpoint's.",
+            "",
+            "```sh",
+            _command(facts),
+            "```",
+            "",
+            "`manifest.json` lists the sources, versions and options with the digest of every file and tensor.",
+            "`sha256sum -c SHA256SUMS` checks the files.",
+            "",
+        ]
+    )
+
+
+def _command(facts: CardFacts) -> str:
+    """The command that makes this directory again; only local paths are left open."""
+    source = facts.checkpoint.source
+    words = ["gptconvert", "convert", printable(source.repo) if source.repo else "CHECKPOINT"]
+    words += ["--revision", printable(source.revision)] if source.repo and source.revision else []
+    return " ".join([*words, *map(printable, facts.options.command_words()), "-o", "OUTPUT"])
+
+
+def _architecture(facts: CardFacts) -> str:
+    config, weights = facts.checkpoint.config, facts.checkpoint.weights.values()
+    dtypes = sorted({str(weight.dtype.newbyteorder("=")) for weight in weights})
+    rows = [
+        ("Parameters", f"{sum(weight.size for weight in weights):,}"),
+        ("Weights", f"{facts.checkpoint.nbytes:,} bytes, {', '.join(dtypes)}"),
+        ("Layers", f"{config.n_layer}"),
+        ("Width", f"{config.n_embd} (MLP {config.n_inner})"),
+        ("Heads", f"{config.n_head} of {config.head_dim}"),
+        ("Context", f"{config.n_ctx} tokens"),
+        ("Vocabulary", f"{config.vocab_size} tokens"),
+        ("Activation", config.activation),
+        ("Output head", _head(facts)),
+    ]
+    return "\n".join(["## Architecture", "", *_table(("", ""), rows), ""])
+
+
+def _head(facts: CardFacts) -> str:
+    if not facts.generates:
+        return facts.checkpoint.config.task
+    return "the token embedding" if facts.checkpoint.config.tied_head else "weights of its own"
+
+
+def _files(facts: CardFacts) -> str:
+    if not facts.files:
+        return ""
+    rows = [(f"`{path}`", f"{nbytes:,}") for path, nbytes in sorted(facts.files.items())]
+    return "\n".join(["## Files", "", *_table(("File", "Bytes"), rows), ""])
+
+
+def _verification(report: Mapping[str, Any]) -> str:
+    """What was checked and how it ended, without the figures: these differ from machine to machine."""
+    if not report:
+        text = "**Not verified.** The conversion ran with `--no-verify`."
+        return f"## Verification\n\n{text}\n"
+    artifacts = report.get("artifacts", ())
+    words = _what_was_checked(report, artifacts) if report.get("passed") else ["**Verification failed.**"]
+    rows = [_artifact_row(artifact) for artifact in artifacts]
+    header = ("Artifact", "Equal weights", "Outputs: groups of probes within noise")
+    return "\n".join(["## Verification", "", *words, "", *_table(header, rows), ""])
+
+
+def _what_was_checked(report: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
+    words = ["Checked before publication. Every weight equals the checkpoint's, byte for byte."]
+    run = [artifact["path"] for artifact in artifacts if artifact.get("runs")]
+    if len(run) < len(artifacts):
+        names = ", ".join(f"`{printable(a['path'])}`" for a in artifacts if not a.get("runs"))
+        words.append(f"The outputs of {names} were not computed: loading them is up to the library that reads them.")
+    if run:
+        names = ", ".join(f"`{printable(path)}`" for path in run)
+        rule = report.get("rule", {})
+        mean, largest = (f"{rule.get(k, default):g}" for k, default in (("max_rmse_ratio", 4), ("max_abs_ratio", 8)))
+        words += [
+            f"Every output of {names} is within rounding noise of the same model in float64: its root mean square",
+            f"error is at most {mean} times, its largest error at most {largest} times, that of the reference model",
+            "in the computing type.",
+        ]
+    return words
+
+
+def _artifact_row(artifact: Mapping[str, Any]) -> tuple[str, str, str]:
+    weights, runs = artifact.get("weights", {}), artifact.get("runs") or [{}]
+    groups = runs[0].get("groups", ())
+    passed = f"{sum(bool(group.get('ok')) for group in groups)} of {len(groups)}" if groups else "not computed"
+    return f"`{printable(artifact.get('path'))}`", f"{weights.get('equal')} of {weights.get('weights')}", passed
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _loading(facts: CardFacts) -> str:
+    parts = []
+    for snippet in (snippet for target in _targets(facts) for snippet in target.snippets):
+        code = snippet.code(facts)
+        if code is not None:
+            parts += [f"{snippet.title}:", "", f"```{snippet.language}", code.strip(), "```", ""]
+    return "\n".join(["## Use", "", *parts]) if parts else ""

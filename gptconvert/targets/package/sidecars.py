@@ -1,0 +1,143 @@
+"""The small files beside the weights: one directory serves transformers, optimum, transformers.js and genai.
+
+What reads what: ``config.json`` everyone; ``generation_config.json`` and the tokenizer files transformers, optimum
+and transformers.js; ``genai_config.json`` onnxruntime-genai, which knows no GPT but its combined-cache ``gpt2`` and
+the generic ``decoder`` with one tensor per key and value, so ``decoder`` it is for every family.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gptconvert.containers.json import read_json_object
+from gptconvert.containers.json_text import dump_json
+from gptconvert.families.registry import family_named
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import Export, PlannedFile
+from gptconvert.model.options import Options
+from gptconvert.targets.package.tokenizer import end_token_id, tokenizer_files
+from reference_model.config import GPTConfig
+
+#: Keys that say by whom, when or where a file was written, or that we write anew.
+NOT_CARRIED = frozenset(
+    """transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash transformers.js_config
+    attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal""".split()
+)
+#: The target whose graphs config.json and genai_config.json name.
+ONNX = "onnx"
+GENERATION_CONFIG = "generation_config.json"
+MAX_JSON_BYTES = 16 << 20
+
+
+def sidecar_files(
+    exports: Sequence[Export],
+    options: Options,
+    tokenizer: Mapping[str, bytes] | None = None,
+) -> tuple[PlannedFile, ...]:
+    """The configuration and tokenizer files of an output directory.
+
+    Args:
+        exports: what the targets planned, at least one.
+        options: the user's choices.
+        tokenizer: file name → bytes from :func:`gptconvert.tokenizer.tokenizer_files`; None: found here.
+
+    Raises:
+        InputError: a tokenizer file or the source's generation_config.json is corrupt.
+    """
+    checkpoint = exports[0].checkpoint
+    tokenizer = tokenizer_files(checkpoint)[0] if tokenizer is None else tokenizer
+    checkpoint = with_special_ids(checkpoint, tokenizer)
+    graphs = {export.path: len(export.files) > 1 for export in exports if export.target == ONNX}
+    files = {"config.json": dump_json(config_json(checkpoint, graphs))}
+    if checkpoint.config.task == "text-generation":
+        files[GENERATION_CONFIG] = dump_json(generation_config(checkpoint))
+        if graphs and options.kv_cache:
+            files["genai_config.json"] = dump_json(genai_config(checkpoint.config, next(iter(graphs))))
+    return tuple(PlannedFile.of_bytes(path, data) for path, data in sorted({**files, **tokenizer}.items()))
+
+
+def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes]) -> Checkpoint:
+    """The checkpoint with its tokenizer's end-of-text id, where no configuration file names one.
+
+    OpenAI's hparams.json has no special ids. The family takes the last id of the vocabulary, which is right for
+    OpenAI's vocabularies and wrong for one that was padded.
+    """
+    if "eos_token_id" in checkpoint.source.config:
+        return checkpoint
+    end = end_token_id(checkpoint, tokenizer)
+    if end is None or end >= checkpoint.config.vocab_size:
+        return checkpoint
+    return replace(checkpoint, config=replace(checkpoint.config, bos_token_id=end, eos_token_id=end))
+
+
+def config_json(checkpoint: Checkpoint, graphs: Mapping[str, bool]) -> dict[str, object]:
+    """config.json: the architecture as transformers names it, and the source's harmless keys."""
+    carried = {key: value for key, value in checkpoint.carried.items() if key not in NOT_CARRIED}
+    written = family_named(checkpoint.config.family).write_config(checkpoint.config, carried)
+    external = {path.rpartition("/")[2]: True for path, has_data in graphs.items() if has_data}
+    hint = {"transformers.js_config": {"use_external_data_format": external}} if external else {}
+    return {**written, "dtype": _dtype_name(checkpoint), **hint}
+
+
+def generation_config(checkpoint: Checkpoint) -> dict[str, object]:
+    """generation_config.json: the source's own, or the special ids.
+
+    Raises:
+        InputError: the source's own is corrupt.
+    """
+    own = checkpoint.source.tokenizer.get(GENERATION_CONFIG)  # sources list it among the small files they carry
+    if own is not None:
+        found = read_json_object(own, MAX_JSON_BYTES, GENERATION_CONFIG)
+        return {key: value for key, value in found.items() if key not in NOT_CARRIED}
+    return _special_ids(checkpoint.config)
+
+
+def genai_config(config: GPTConfig, graph: str) -> dict[str, object]:
+    """genai_config.json for onnxruntime-genai: the ONNX graph's names, and a cache that grows by concatenation."""
+    ids = _special_ids(config)
+    if "eos_token_id" in ids:
+        ids.setdefault("pad_token_id", ids["eos_token_id"])
+    names = ("input_ids", "attention_mask", "position_ids")
+    decoder = {
+        "filename": graph,
+        "head_size": config.head_dim,
+        "hidden_size": config.n_embd,
+        "inputs": {
+            **{name: name for name in names},
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "num_attention_heads": config.n_head,
+        "num_hidden_layers": config.n_layer,
+        "num_key_value_heads": config.n_head,
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+    }
+    model = {
+        **ids,
+        "type": "decoder",
+        "context_length": config.n_ctx,
+        "vocab_size": config.vocab_size,
+        "decoder": decoder,
+    }
+    search = {"do_sample": False, "max_length": config.n_ctx, "num_beams": 1, "past_present_share_buffer": False}
+    return {"model": model, "search": search}
+
+
+def _special_ids(config: GPTConfig) -> dict[str, object]:
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _dtype_name(checkpoint: Checkpoint) -> str:
+    """The type transformers loads the weights in: the smallest that holds every weight unchanged."""
+    kinds = {weight.dtype.newbyteorder("=") for weight in checkpoint.weights.values()}
+    return str(kinds.pop() if len(kinds) == 1 else functools.reduce(np.promote_types, kinds, np.dtype(np.float32)))

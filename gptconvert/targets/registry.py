@@ -1,0 +1,66 @@
+"""The targets, listed once. A target's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+from gptconvert.errors import UnsupportedError, UsageError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.targets.target import Target
+
+#: ``--to`` name → module that holds its ``TARGET``.
+TARGETS: Mapping[str, str] = {
+    "onnx": "gptconvert.targets.onnx.target",
+    "safetensors": "gptconvert.targets.safetensors.target",
+    "tf": "gptconvert.targets.saved_model.target",
+    "openai-tf": "gptconvert.targets.openai_tf.target",
+}
+#: ``--runtime`` name → the target whose artifact it runs.
+RUNTIMES: Mapping[str, str] = {"onnx": "onnx", "tf": "tf", "torch": "safetensors"}
+
+
+@cache
+def _imported(module: str) -> Target:
+    target: Target = importlib.import_module(module).TARGET
+    return target
+
+
+def target_named(name: str) -> Target:
+    """A target by its ``--to`` name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"no target {name!r}", item="--to", expected=f"one of {', '.join(TARGETS)}", found=name)
+    return _imported(TARGETS[name])
+
+
+def targets_for(names: Iterable[str], checkpoint: Checkpoint) -> list[Target]:
+    """The targets of these names, each able to write the checkpoint here.
+
+    Raises:
+        UsageError: no such target.
+        UnsupportedError: a package is missing, or the format has no place for the family.
+    """
+    targets = [target_named(name) for name in dict.fromkeys(names)]
+    for target in targets:
+        _require(target, checkpoint)
+    return targets
+
+
+def _require(target: Target, checkpoint: Checkpoint) -> None:
+    for module, extra in target.requires:
+        if importlib.util.find_spec(module) is None:
+            raise UnsupportedError(
+                f"--to {target.name} needs the package {module}", hint=f"pip install 'gptconvert[{extra}]'"
+            )
+    if target.families and checkpoint.config.family not in target.families:
+        raise UnsupportedError(
+            f"{checkpoint.config.family} cannot be written as {target.title}",
+            expected=f"one of {', '.join(sorted(target.families))}",
+            found=checkpoint.config.family,
+        )

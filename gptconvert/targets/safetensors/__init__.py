@@ -1,0 +1,1 @@
+"""Safetensors in the Hugging Face layout."""

@@ -1,0 +1,138 @@
+"""Safetensors in the Hugging Face layout: the file ``safetensors.torch.save_file`` would write, planned, not saved.
+
+Format (github.com/huggingface/safetensors): a little-endian uint64 with the header's length, the header in compact
+JSON padded with spaces to a multiple of 8, then the tensors without gaps. The library orders tensors by descending
+dtype (the order of its ``Dtype`` enum, roughly the width) and then by name. ``{"format": "pt"}`` is the only
+metadata: with two keys or more the library itself writes them in random order, and transformers wants this one.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from gptconvert.containers.json_text import dump_json
+from gptconvert.errors import UnsupportedError
+from gptconvert.families.registry import family_named
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.encodings import encoded
+from gptconvert.model.export import Export, PlannedFile, place
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Scheme, expand, write_names
+from gptconvert.model.tensors import BFLOAT16, LazyTensor
+from reference_model.config import GPTConfig
+
+NAME = "safetensors"
+FILE_PATTERN = "model{suffix}.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+METADATA = {"format": "pt"}
+
+#: The format's name of each dtype a weight may have, in the order in which the library lays tensors out.
+DTYPES: Mapping[np.dtype[np.generic], str] = {
+    np.dtype(np.float64): "F64",
+    np.dtype(np.float32): "F32",
+    BFLOAT16: "BF16",
+    np.dtype(np.float16): "F16",
+}
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+
+
+def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
+    """One export: ``model.safetensors``, or its shards and their index.
+
+    Raises:
+        UnsupportedError: a weight has a dtype that is not a float.
+    """
+    checkpoint = encoded(checkpoint, options.dtype)
+    config = checkpoint.config
+    scheme = family_named(config.family).scheme("hf")
+    bare = is_bare(config)
+    tensors = write_names(scheme, config, checkpoint.weights, bare=bare)
+    weights = _canonical_names(scheme, config, bare)
+    ordered = {name: tensors[name] for name in weights}
+    shards = _split(ordered, options.max_shard_size)
+    files = [
+        safetensors_file(path, [(name, ordered[name], weights[name]) for name in names])
+        for path, names in shards.items()
+    ]
+    path = files[0].path
+    if len(files) > 1:
+        path = INDEX_FILE
+        files.append(PlannedFile.of_bytes(path, dump_json(_index(ordered, shards))))
+    return (Export(NAME, path, checkpoint, tuple(files)),)
+
+
+def is_bare(config: GPTConfig) -> bool:
+    """Whether the model is the body alone, whose tensors transformers saves without a prefix."""
+    return config.task == "feature-extraction"
+
+
+def safetensors_file(path: str, tensors: Iterable[tuple[str, LazyTensor, str | None]]) -> PlannedFile:
+    """One safetensors file of (name, tensor, canonical weight), in any order.
+
+    Raises:
+        UnsupportedError: a dtype that is not a float.
+    """
+    ordered = sorted(tensors, key=lambda entry: (_RANK[_native(entry[1], entry[0])], entry[0]))
+    described, offset = {}, 0
+    for name, tensor, _ in ordered:
+        kind, end = DTYPES[_native(tensor, name)], offset + tensor.nbytes
+        described[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    entries = {"__metadata__": METADATA, **described}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    placed, nbytes = place(ordered, len(head), alignment=1)
+    return PlannedFile(path, nbytes, head, placed)
+
+
+def _native(tensor: LazyTensor, name: str) -> np.dtype[np.generic]:
+    """The dtype in this machine's byte order, in which every tensor is handed out."""
+    dtype = tensor.dtype.newbyteorder("=")
+    if dtype not in DTYPES:
+        raise UnsupportedError(
+            "weights of this type have no place in a safetensors file",
+            item=name,
+            expected=", ".join(str(known) for known in DTYPES),
+            found=dtype,
+        )
+    return dtype
+
+
+def _canonical_names(scheme: Scheme, config: GPTConfig, bare: bool) -> dict[str, str]:
+    """File name → canonical name, in the order of the model's modules: that is how transformers fills shards."""
+    layered = [k for k, row in enumerate(scheme.rows) if "{i}" in row.canonical]
+    found: list[tuple[tuple[int, int, int], str, str]] = []
+    for k, row in enumerate(scheme.rows):
+        before, has_layers, _ = row.canonical.partition("{i}")
+        for bound in expand([row], config, "" if bare else scheme.write_prefix):
+            layer = int(bound.canonical.removeprefix(before).partition(".")[0]) if has_layers else 0
+            part = 1 if has_layers else 0 if k < min(layered) else 2
+            found += [((part, layer, k), name, bound.canonical) for name in bound.stored]
+    return {name: ours for _, name, ours in sorted(found, key=lambda entry: entry[0])}
+
+
+def _split(tensors: Mapping[str, LazyTensor], max_shard_size: int) -> dict[str, list[str]]:
+    """Shard file → names, by the rule of huggingface_hub."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    def nbytes(tensor: LazyTensor) -> int:
+        return tensor.nbytes
+
+    planned = split_state_dict_into_shards_factory(
+        dict(tensors), get_storage_size=nbytes, filename_pattern=FILE_PATTERN, max_shard_size=max_shard_size
+    )
+    return planned.filename_to_tensors
+
+
+def _index(tensors: Mapping[str, LazyTensor], shards: Mapping[str, list[str]]) -> dict[str, object]:
+    """``model.safetensors.index.json`` as transformers 5 writes it."""
+    sizes = {
+        "total_parameters": sum(tensor.size for tensor in tensors.values()),
+        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+    }
+    return {"metadata": sizes, "weight_map": {name: path for path, names in shards.items() for name in names}}

@@ -1,0 +1,42 @@
+"""The safetensors of an export, run one token after the other by the reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptconvert.errors import UnsupportedError
+from gptconvert.families.registry import understand
+from gptconvert.model.options import Options
+from gptconvert.sources.hf import format as hf
+
+Floats = NDArray[np.float32]
+
+
+class TorchRuntime:
+    """The safetensors of an export in the reference model."""
+
+    def __init__(self, directory: str, config: Mapping[str, object]) -> None:
+        from gptconvert.verify.truth import tensor_of
+        from reference_model.model import GPT, KeyValue
+
+        checkpoint = understand(hf.FORMAT.open(directory, Options()), Options())
+        if checkpoint.config.task != "text-generation":
+            raise UnsupportedError(f"a model for {checkpoint.config.task} cannot generate", path=directory)
+        weights = {name: tensor_of(weight.read()).float() for name, weight in checkpoint.weights.items()}
+        self.model = GPT.from_weights(checkpoint.config, weights)
+        self.n_ctx = checkpoint.config.n_ctx
+        self.past: list[KeyValue] = []
+
+    def close(self) -> None:
+        """Nothing is held that does not go by itself."""
+
+    def step(self, ids: Sequence[int]) -> Floats:
+        import torch
+
+        with torch.no_grad():
+            logits, self.past = self.model(torch.tensor([list(ids)]), past=self.past)
+        last: Floats = logits[0, -1].numpy()
+        return last

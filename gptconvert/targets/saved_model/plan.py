@@ -1,0 +1,116 @@
+"""The SavedModel files: graph, variables and their index. Weights never pass through TensorFlow.
+
+TensorFlow, in a process of its own, builds the graph around variables that hold nothing. While it does, the weights'
+bytes go from the source into their data file like those of any other target; the other files are made from what it
+answers. There is no ``fingerprint.pb``: it is optional, and its uuid is random by design.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gptconvert.containers.tf_index_writer import DATA_TYPES
+from gptconvert.errors import UnsupportedError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.encodings import encoded
+from gptconvert.model.export import Export, PlannedFile
+from gptconvert.model.options import Options
+from gptconvert.model.tensors import LazyTensor, Transposed
+from gptconvert.targets.saved_model.bundle import plan_bundle
+from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
+
+NAME, DIRECTORY = "tf", "saved_model"
+#: Generous estimate of the graph's size in bytes (measured for GPT-2: 120 000 and 52 000 for each layer); twice that
+#: with compiled twins.
+GRAPH_BYTES, LAYER_BYTES = 180_000, 60_000
+#: Weights that are looked up by row, and so stored as they are named.
+TABLES = ("wte.weight", "wpe.weight")
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """What TensorFlow made.
+
+    Attributes:
+        saved_model: ``saved_model.pb``.
+        object_graph: the variables' tree, as the checkpoint keeps it.
+        keys: canonical name → checkpoint key.
+    """
+
+    saved_model: bytes
+    object_graph: bytes
+    keys: Mapping[str, str]
+
+
+def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
+    """One export: the directory ``saved_model``; ``saved_model.pb`` last, because it marks the directory as complete.
+
+    TensorFlow is not asked before the files are written.
+
+    Raises:
+        UnsupportedError: TensorFlow is not installed, or a weight is of a type that has no place in a checkpoint.
+    """
+    require_tensorflow()
+    checkpoint = encoded(checkpoint, options.dtype)
+    weights = {name: stored(name, weight) for name, weight in checkpoint.weights.items()}
+    for name, weight in weights.items():
+        if weight.dtype not in DATA_TYPES:
+            raise UnsupportedError("weights of this type are not written", item=name, found=weight.dtype)
+    transposed = [name for name, weight in checkpoint.weights.items() if weight is not weights[name]]
+    built: list[BuiltGraph] = []
+
+    def graph(stop: threading.Event) -> BuiltGraph:
+        """Built for the first file that needs it, kept for the others."""
+        if not built:
+            built.append(build_graph(checkpoint, weights, options.xla, stop))
+        return built[0]
+
+    nbytes = (GRAPH_BYTES + LAYER_BYTES * checkpoint.config.n_layer) * (2 if options.xla else 1)
+    files = (
+        *plan_bundle(f"{DIRECTORY}/variables", weights, graph, frozenset(transposed)),
+        PlannedFile(f"{DIRECTORY}/saved_model.pb", nbytes, finish=lambda crc32c, stop: graph(stop).saved_model),
+    )
+    return (Export(NAME, DIRECTORY, checkpoint, files),)
+
+
+def stored(name: str, weight: LazyTensor) -> LazyTensor:
+    """A weight as it goes into the file: a transposed matrix as it lies in the source; the graph transposes."""
+    return weight.base if isinstance(weight, Transposed) and name not in TABLES else weight
+
+
+def build_graph(
+    checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], xla: bool, stop: threading.Event | None = None
+) -> BuiltGraph:
+    """The graph for weights stored as ``weights``.
+
+    Raises:
+        UnsupportedError: TensorFlow cannot build it, or ``stop`` was set before it had.
+    """
+    described = {name: (weight.dtype.name, weight.shape) for name, weight in sorted(weights.items())}
+    flipped = [name for name, weight in checkpoint.weights.items() if weight is not weights[name]]
+    try:
+        with TensorFlowProcess() as tensorflow:
+            answer = tensorflow.ask(
+                "build",
+                stop,
+                config=checkpoint.config.as_dict(),
+                weights=described,
+                flipped=flipped,
+                xla=xla,
+                directory=tensorflow.directory,
+            )
+            saved_model, objects = (_read(tensorflow.directory, name) for name in ("saved_model.pb", "object_graph"))
+    except TensorFlowError as error:
+        raise UnsupportedError(
+            f"TensorFlow could not build the graph: {error}",
+            hint="TensorFlow 2.18 to 2.21 can: pip install 'gptconvert[tf]'",
+        ) from error
+    return BuiltGraph(saved_model, objects, answer["keys"])
+
+
+def _read(directory: str, name: str) -> bytes:
+    with open(os.path.join(directory, name), "rb") as file:
+        return file.read()

@@ -1,0 +1,44 @@
+"""A SavedModel, run one token after the other by TensorFlow in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.targets.context import context_length
+from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+
+Floats = NDArray[np.float32]
+
+
+class TensorFlowRuntime:
+    """A SavedModel in a TensorFlow process of its own, through its ``decode`` signature."""
+
+    def __init__(self, directory: str, config: Mapping[str, object]) -> None:
+        path = os.path.join(directory, "saved_model")
+        if not os.path.isfile(os.path.join(path, "saved_model.pb")):
+            raise InputError("no SavedModel here", path=directory, expected="saved_model/saved_model.pb")
+        self.n_ctx = context_length(config)
+        self.process = TensorFlowProcess()
+        try:
+            loaded = self.process.ask("load", path=os.path.abspath(path))
+        except TensorFlowError as error:
+            self.close()
+            raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
+        if "logits" not in loaded["signatures"].get("decode", {}).get("outputs", {}):
+            self.close()
+            raise UnsupportedError(
+                "the SavedModel has no signature `decode` with logits, so it cannot generate", path=path
+            )
+
+    def close(self) -> None:
+        self.process.close()
+
+    def step(self, ids: Sequence[int]) -> Floats:
+        logits: Any = self.process.step(ids)
+        return logits  # type: ignore[no-any-return]

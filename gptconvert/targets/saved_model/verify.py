@@ -1,0 +1,226 @@
+"""Both rules for a SavedModel of ours: variables read back from its bundle, signatures run by TensorFlow.
+
+TensorFlow runs in a process of its own. A SavedModel is a program: only verify one whose origin is known.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gptconvert.containers.tf_bundle import read_bundle
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Level
+from gptconvert.model.progress import Stage
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.transforms import transpose
+from gptconvert.targets.saved_model.contract import XLA, cache_names, inputs_of, outputs_of, signature_names
+from gptconvert.targets.saved_model.plan import NAME
+from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
+from gptconvert.targets.target import Candidate
+from gptconvert.verify.foreign import as_stored
+from gptconvert.verify.outputs import Group, OutputComparison
+from gptconvert.verify.probes import Probe, default_positions, make_probes, waves
+from gptconvert.verify.report import ArtifactReport, RunReport
+from gptconvert.verify.run_probes import run_probes
+from gptconvert.verify.runners import Feeds, Outputs, RunError, available_memory, one_line
+from gptconvert.verify.truth import TruthPass
+from gptconvert.verify.weights import Pair, WeightReport, compare, difference, pairs_of
+from reference_model.config import CACHED_TASKS, GPTConfig
+
+PREFIX, SUFFIX = "weights/", "/.ATTRIBUTES/VARIABLE_VALUE"
+#: No constant of a graph may be larger: weights belong into variables.
+MOST_CONSTANT_BYTES = 1 << 20
+#: Memory TensorFlow needs to load and run a model, in sizes of its weights (measured: 1.35 at 6.2 GB).
+MEMORY_FACTOR = 1.5
+
+
+def verify(candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
+    """Verify a SavedModel directory.
+
+    Raises:
+        InputError: it cannot be read or loaded.
+        UnsupportedError: TensorFlow is not installed, the variables are not named as ours, or there is too little
+            memory to load them.
+    """
+    path, variables = candidate.path, read_variables(candidate.path)
+    checkpoint, weights, pairs = _weights(candidate, variables)
+    report = ArtifactReport(NAME, candidate.shown_as, weights)
+    compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
+    if not weights.ok:
+        return report
+    require_memory(path, sum(tensor.nbytes for tensor in variables.values()))
+    with TensorFlowProcess() as tensorflow:
+        stage("loading the SavedModel", 0)
+        try:
+            loaded = tensorflow.ask("load", path=os.path.abspath(path))
+        except TensorFlowError as error:
+            raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
+        report.problems = list(contract_problems(loaded, checkpoint.config))
+        if not report.problems:
+            _run(report, tensorflow, loaded["signatures"], checkpoint, level, stage)
+    return report
+
+
+def _weights(
+    candidate: Candidate, variables: Mapping[str, LazyTensor]
+) -> tuple[Checkpoint, WeightReport, list[Pair]]:
+    """The checkpoint as stored, and what is to be compared."""
+    checkpoint = candidate.checkpoint
+    weights = WeightReport(len(checkpoint.weights))
+    weights.problems += [
+        f"{name}: not a weight of this model" for name in variables if name not in checkpoint.weights
+    ]
+    if candidate.export is not None:
+        return checkpoint, weights, pairs_of(candidate.export, variables, weights)
+    checkpoint = as_stored(checkpoint, variables.values())
+    weights.problems += [f"{name}: not in the SavedModel" for name in checkpoint.weights if name not in variables]
+    pairs = [
+        Pair(name, name, *_oriented(weight, variables[name]))
+        for name, weight in checkpoint.weights.items()
+        if name in variables
+    ]
+    return checkpoint, weights, pairs
+
+
+def read_variables(path: str) -> dict[str, LazyTensor]:
+    """Canonical name → stored tensor.
+
+    Raises:
+        InputError: the bundle cannot be read.
+        UnsupportedError: its keys are not ours.
+    """
+    tensors = read_bundle(os.path.join(path, "variables", "variables"))
+    strange = [key for key in tensors if not (key.startswith(PREFIX) and key.endswith(SUFFIX))]
+    if strange:
+        raise UnsupportedError(
+            "this SavedModel was not written by gptconvert",
+            path=path,
+            expected=f"variables named {PREFIX}…",
+            found=strange[0],
+        )
+    bare = {key.removeprefix(PREFIX).removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
+    return {name.replace("..", "."): tensor for name, tensor in bare.items()}  # TensorFlow doubles dots in keys
+
+
+def require_memory(path: str, nbytes: int) -> None:
+    """Raises :class:`UnsupportedError` where TensorFlow, which loads all variables, would run out of memory."""
+    free, needed = available_memory(), int(MEMORY_FACTOR * nbytes)
+    if free < needed:
+        raise UnsupportedError(
+            "the SavedModel is too large to be loaded, and so verified, on this machine",
+            path=path,
+            expected=f"{needed} bytes of memory",
+            found=f"{free} bytes available",
+            hint="verify it on a larger machine, or leave the SavedModel unverified with --no-verify",
+        )
+
+
+def _oriented(weight: LazyTensor, found: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
+    """Both in one orientation. A square matrix may be either way round: how it is used shows in the outputs."""
+    flipped = transpose(weight) if len(weight.shape) == 2 else weight
+    if weight.shape != flipped.shape:
+        return (flipped if found.shape == flipped.shape else weight), found
+    return (weight if difference("", flipped, found) else flipped), found
+
+
+def contract_problems(loaded: Mapping[str, Any], config: GPTConfig) -> Iterator[str]:
+    """What of a loaded model's description breaks the contract."""
+    found: Mapping[str, Mapping[str, Any]] = loaded["signatures"]
+    expected = signature_names(config, any(name.endswith(XLA) for name in found))
+    yield from (f"no signature {name}" for name in expected if name not in found)
+    yield from (f"signature {name} is not in the contract" for name in found if name not in expected)
+    for name in (name for name in expected if name in found):
+        for side, table in (("inputs", inputs_of(config, name)), ("outputs", outputs_of(config, name))):
+            wanted = {key: [kind, list(shape)] for key, (kind, shape) in table.items()}
+            if found[name][side] != wanted:
+                wrong = [k for k in {**wanted, **found[name][side]} if wanted.get(k) != found[name][side].get(k)]
+                shown = [f"{k} is {found[name][side].get(k)}, expected {wanted.get(k)}" for k in wrong]
+                yield f"{side} of {name}: {'; '.join(shown)}"
+    if loaded["largest_constant"] > MOST_CONSTANT_BYTES:
+        yield f"the graph holds a constant of {loaded['largest_constant']} bytes"
+
+
+def _run(
+    report: ArtifactReport,
+    tensorflow: TensorFlowProcess,
+    signatures: Mapping[str, object],
+    checkpoint: Checkpoint,
+    level: Level,
+    stage: Stage,
+) -> None:
+    """Rule 2: all probes on the signatures that take and give everything, then the others held against these."""
+    config, runner = checkpoint.config, SavedModelRunner(tensorflow, checkpoint.config)
+    probes: tuple[Probe, ...] = make_probes(
+        config, kv_cache=runner.kv_cache, free_positions=runner.free_positions, level=level
+    )
+    report.probes = [probe.as_dict() for probe in probes]
+    groups: dict[str, Group] = {}
+    for wave in waves(probes):
+        advance = stage("computing the truth", config.n_layer)
+        truth = TruthPass(checkpoint, wave, runner.compute, presents=runner.kv_cache).run(advance)
+        answers = run_probes(runner, wave, config, stage("running TensorFlow", len(wave)))
+        OutputComparison(answers, runner.compute, truth, config, groups).judge()
+    run = RunReport("TensorFlow", list(groups.values()))
+    report.runs.append(run)
+    if not run.ok:
+        run.first_bad = first_bad(run.groups)
+        return
+    stage("running the other signatures", 0)
+    others, report.greedy = check_other_signatures(tensorflow, config, list(signatures), run.groups)
+    run.groups.append(others)
+
+
+def first_bad(groups: list[Group]) -> str | None:
+    """In words, the first layer whose keys or values left the noise; None: nothing was measured."""
+    bad = {m.tensor for group in groups for m in group.measures.values() if not m.ok}
+    presents = sorted((int(name.split(".")[1]), name) for name in bad if name.startswith("present."))
+    if not presents:
+        return "the last block or the head" if bad else None
+    layer, name = presents[0]
+    return f"block {layer}, in {name}" + (f", or block {layer - 1} after its own" if layer else ", or the embedding")
+
+
+class SavedModelRunner:
+    """A loaded SavedModel. Outputs come from ``serving_default`` where it can be asked, else from ``decode``."""
+
+    compute = "float32"
+
+    def __init__(self, tensorflow: TensorFlowProcess, config: GPTConfig) -> None:
+        self.tensorflow, self.config = tensorflow, config
+        self.kv_cache = self.free_positions = config.task in CACHED_TASKS
+
+    def run(self, feeds: Feeds, presents: bool) -> Outputs:
+        """See :class:`~gptconvert.verify.runners.Runner`."""
+        positions = default_positions(feeds.attention_mask, feeds.input_ids.shape[1])
+        usual = not feeds.past and np.array_equal(positions, feeds.position_ids)
+        try:
+            named = self._serving(feeds) if usual else {}
+            cache = self._decode(feeds, presents) if presents or not usual else {}
+        except TensorFlowError as error:
+            raise RunError(one_line(error)) from error
+        pairs = [(cache.pop(key), cache.pop(value)) for key, value in self._present_names(presents)]
+        return Outputs(named or cache, tuple(pairs))
+
+    def _serving(self, feeds: Feeds) -> dict[str, Any]:
+        inputs = {name: getattr(feeds, name) for name in inputs_of(self.config, "serving_default")}
+        if self.config.task == "multiple-choice":
+            inputs = {name: array[None] for name, array in inputs.items()}  # one question, B choices
+        return self.tensorflow.run("serving_default", inputs)
+
+    def _decode(self, feeds: Feeds, presents: bool) -> dict[str, Any]:
+        inputs = {name: getattr(feeds, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        empty = np.zeros((len(feeds.input_ids), self.config.n_head, 0, self.config.head_dim), np.float32)
+        past = feeds.past or [(empty, empty)] * self.config.n_layer
+        for names, arrays in zip(cache_names(self.config, "past_key_values"), past, strict=True):
+            inputs |= dict(zip(names, arrays, strict=True))
+        wanted = [name for name in outputs_of(self.config, "decode") if presents or not name.startswith("present.")]
+        return self.tensorflow.run("decode", inputs, tuple(wanted))
+
+    def _present_names(self, presents: bool) -> list[tuple[str, str]]:
+        return cache_names(self.config, "present") if presents else []

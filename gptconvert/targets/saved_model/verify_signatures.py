@@ -1,0 +1,162 @@
+"""The signatures that are not held against the truth themselves: held against ``serving_default`` and ``decode``.
+
+Two runs that are each within a distance of the truth are within twice that of each other. What was allowed there
+is known by then, so no tolerance is made up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from gptconvert.model.tensors import Array
+from gptconvert.targets.saved_model.contract import INT32, XLA, inputs_of, signature_names
+from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from gptconvert.verify.greedy import Continuation
+from gptconvert.verify.outputs import Group
+from gptconvert.verify.probes import Integers
+from gptconvert.verify.runners import one_line
+from reference_model.config import CACHED_TASKS, GPTConfig
+
+Arrays = Mapping[str, Array]
+#: Tokens that ``generate`` is asked for.
+NEW_TOKENS = 8
+NAME = "other signatures"
+
+
+def check_other_signatures(
+    tensorflow: TensorFlowProcess, config: GPTConfig, present: Sequence[str], groups: Sequence[Group]
+) -> tuple[Group, Continuation | None]:
+    """What is wrong with the signatures ``present`` of the model loaded, as a group without figures of its own.
+
+    ``groups`` are the ones that passed. The second is what ``generate`` made greedily, if there is such a signature.
+    """
+    allowed: dict[str, float] = {}
+    for measure in (m for group in groups for m in group.measures.values()):
+        allowed[measure.tensor] = max(allowed.get(measure.tensor, 0.0), 2 * measure.most)
+    check = _Check(tensorflow, config, allowed)
+    group = Group(NAME)
+    try:
+        group.problems += check.int32()
+        if "generate" in signature_names(config):
+            group.problems += [*check.last_logits(), *check.generate("generate", check.prompts)]
+        if any(name.endswith(XLA) for name in present):
+            group.problems += check.twins()
+    except TensorFlowError as error:
+        group.problems.append(f"a run failed: {one_line(error)}")
+    group.tokens = check.tokens
+    return group, check.greedy
+
+
+class _Check:
+    """The inputs, and one method per signature."""
+
+    def __init__(self, tensorflow: TensorFlowProcess, config: GPTConfig, allowed: Mapping[str, float]) -> None:
+        self.tensorflow, self.config, self.allowed = tensorflow, config, allowed
+        self.random = np.random.default_rng(1)
+        self.tokens = 0
+        self.greedy: Continuation | None = None
+        length = max(1, min(7, config.n_ctx - NEW_TOKENS))
+        mask = np.ones((3, length), np.int64)
+        mask[1, : length // 2], mask[2, length - length // 2 :] = 0, 0  # left and right padding
+        self.prompts = self._inputs(mask)
+
+    def _inputs(self, mask: Integers) -> dict[str, Array]:
+        """Random ids [B, S] under a mask; for multiple-choice one question with B choices."""
+        batch, length = mask.shape
+        self.tokens += int(mask.sum())
+        ids = self.random.integers(0, self.config.vocab_size, (batch, length))
+        inputs: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
+        if self.config.task == "multiple-choice":
+            inputs["mc_token_ids"] = np.asarray(self.random.integers(0, length, batch))
+            return {name: array[None] for name, array in inputs.items()}
+        return inputs
+
+    def int32(self) -> Iterator[str]:
+        """The int32 twin gives what ``serving_default`` gives."""
+        narrow = {name: array.astype(np.int32) for name, array in self.prompts.items()}
+        yield from self._same(INT32, narrow, self.tensorflow.run("serving_default", self.prompts))
+
+    def last_logits(self) -> Iterator[str]:
+        """The logits of each row's last real token."""
+        logits = self.tensorflow.run("serving_default", self.prompts)["logits"]
+        last = _last_real(self.prompts["attention_mask"])
+        yield from self._same("last_logits", self.prompts, {"logits": logits[np.arange(len(last)), last]})
+
+    def generate(self, name: str, prompts: Arrays) -> Iterator[str]:
+        """Greedy takes a best token each time, whatever the padding; sampling repeats under its seed."""
+        greedy = self._sequences(name, prompts, temperature=0.0)
+        yield from (f"{name}, greedy: {problem}" for problem in self._unlikely(greedy, prompts))
+        narrowed = self._sequences(name, prompts, temperature=1.0, top_k=1, seed=1)
+        yield from (f"{name}, top_k 1: {problem}" for problem in self._unlikely(narrowed, prompts))
+        first, second = (self._sequences(name, prompts, temperature=1.0, seed=7) for _ in range(2))
+        if not np.array_equal(first, second):
+            yield f"{name}: the same seed gives two texts"
+
+    def twins(self) -> Iterator[str]:
+        """Compiled signatures give what the plain ones give, on a left-padded sequence as long as the context."""
+        n_ctx, config = self.config.n_ctx, self.config
+        mask = np.zeros((1, n_ctx), np.int64)
+        mask[:, -max(1, min(5, n_ctx - NEW_TOKENS)) :] = 1
+        inputs = self._inputs(mask)
+        yield from self._same("serving_default" + XLA, inputs, self.tensorflow.run("serving_default", inputs))
+        if config.task in CACHED_TASKS:
+            step = {
+                **inputs,
+                "input_ids": inputs["input_ids"][:, -1:],
+                "position_ids": mask.sum(1, keepdims=True) - 1,
+            }
+            for key, (_, shape) in inputs_of(config, "decode" + XLA).items():
+                if key.startswith("past_key_values."):
+                    step[key] = self.random.standard_normal([size or 1 for size in shape], np.float32)
+            yield from self._same("decode" + XLA, step, self.tensorflow.run("decode", step))
+        if "generate" in signature_names(config):
+            yield from self._same("last_logits" + XLA, inputs, self.tensorflow.run("last_logits", inputs))
+            yield from self.generate("generate" + XLA, inputs)
+
+    def _same(self, signature: str, inputs: Arrays, expected: Arrays) -> Iterator[str]:
+        """What of a signature's outputs is not ``expected``, within what two good runs may differ by."""
+        for name, array in self.tensorflow.run(signature, inputs).items():
+            if array.shape != expected[name].shape:
+                yield f"{signature}: {name} has shape {list(array.shape)}, expected {list(expected[name].shape)}"
+            elif not np.abs(np.subtract(array, expected[name], dtype=np.float64)).max() <= self.allowed[name]:
+                yield f"{signature}: {name} is not what the plain signature gives"
+
+    def _sequences(
+        self, name: str, prompts: Arrays, *, temperature: float, top_k: int = 0, seed: int = 0
+    ) -> Integers:
+        choices = {"max_new_tokens": np.int64(NEW_TOKENS), "top_k": np.int64(top_k), "seed": np.int64(seed)}
+        inputs = {**prompts, **choices, "temperature": np.float32(temperature)}
+        return self.tensorflow.run(name, inputs)["sequences"].astype(np.int64)  # type: ignore[arg-type]
+
+    def _unlikely(self, sequences: Integers, prompts: Arrays) -> Iterator[str]:
+        """What is wrong with a greedy continuation, by the logits of ``serving_default``."""
+        ids, mask = prompts["input_ids"].astype(np.int64), prompts["attention_mask"].astype(np.int64)
+        new = _new_tokens(ids, sequences)
+        if new is None:
+            yield "the sequences do not begin with the prompt"
+            return
+        mask = np.concatenate((mask, np.ones_like(sequences[:, -new:])), 1)
+        made = Continuation(np.concatenate((ids, sequences[:, -new:]), 1), mask, new, self.allowed["logits"])
+        feeds = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
+        yield from made.unlikely(self.tensorflow.run("serving_default", feeds)["logits"], self.config, made.allowed)
+        room = self.config.n_ctx - mask[:, :-new].sum(1).max()
+        if new != min(NEW_TOKENS, room) and not made.ended(self.config.eos_token_id)[:, -1].all():
+            yield f"it ended after {new} tokens"
+        self.greedy = self.greedy or made
+
+
+def _new_tokens(ids: Integers, sequences: Integers) -> int | None:
+    """How many tokens follow ``ids``; where the length is fixed, as many fell off in front. None: they do not."""
+    if sequences.shape != ids.shape:
+        new = sequences.shape[1] - ids.shape[1]
+        return new if new > 0 and np.array_equal(sequences[:, :-new], ids) else None
+    counts = (n for n in range(NEW_TOKENS, 0, -1) if np.array_equal(sequences[:, :-n], ids[:, n:]))
+    return next(counts, None)
+
+
+def _last_real(mask: Array) -> Integers:
+    """Index of the last 1 of each row: [B, S] → [B]."""
+    real = np.asarray(mask) != 0
+    return np.asarray(real.shape[1] - 1 - real[:, ::-1].argmax(1), np.int64)

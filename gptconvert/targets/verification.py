@@ -1,0 +1,137 @@
+"""The gate: every export of a plan is held against its checkpoint, and each needs a passing report of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from gptconvert.errors import GptConvertError, UsageError, VerificationError
+from gptconvert.model.export import Export
+from gptconvert.model.options import Level
+from gptconvert.model.progress import Progress, Stage
+from gptconvert.publish.source_reader import StoppedError
+from gptconvert.targets.registry import target_named
+from gptconvert.targets.target import Candidate
+from gptconvert.verify.background import in_background
+from gptconvert.verify.report import ArtifactReport, Report
+
+
+def verify_exports(
+    exports: Sequence[Export], directory: str, level: Level = "default", progress: Progress | None = None
+) -> Report:
+    """Verify everything that was planned, as it now is in ``directory``.
+
+    Raises:
+        VerificationError: an export has no report.
+        InputError: the checkpoint itself computes NaN, or a file cannot be read.
+        UnsupportedError: an artifact cannot be run here.
+    """
+    candidates = [
+        Candidate(e.target, os.path.normpath(os.path.join(directory, e.path)), e.path, e.checkpoint, e)
+        for e in exports
+    ]
+    with _relative_to(directory):
+        report = verify(candidates, level, progress)
+    require_complete(exports, report)
+    return report
+
+
+def require_complete(exports: Sequence[Export], report: Report) -> None:
+    """Every export has one report of its own.
+
+    Raises:
+        VerificationError: some have none; all are named.
+    """
+    reported = {(found.kind, found.path) for found in report.artifacts}
+    missing = [export for export in exports if (export.target, export.path) not in reported]
+    if missing:
+        raise VerificationError(
+            f"not verified: {', '.join(export.path for export in missing)}",
+            hint="nothing was published; this is a fault of gptconvert, so please report it",
+        )
+
+
+def verify(candidates: Sequence[Candidate], level: str = "default", progress: Progress | None = None) -> Report:
+    """Hold artifacts against the checkpoints they came from.
+
+    A failed gate is not an exception: ``Report.passed`` is False.
+
+    Args:
+        candidates: what to verify.
+        level: ``default``, or ``full``: prompts up to the whole context too.
+        progress: receives stages.
+
+    Raises:
+        InputError: an artifact cannot be read or loaded, or the checkpoint itself computes NaN.
+        UsageError: no such level.
+        UnsupportedError: an artifact's inputs or outputs are not known.
+        UnsafeInputError: an artifact refers to files outside its directory.
+    """
+    known: Mapping[str, Level] = {"default": "default", "full": "full"}
+    if level not in known:
+        raise UsageError("no such level of verification", expected=" or ".join(known), found=level)
+    stage = _stages(progress)
+
+    def judge(candidate: Candidate, stage: Stage) -> ArtifactReport:
+        started = time.monotonic()
+        found = target_named(candidate.target).verify(candidate, known[level], stage)
+        return dataclasses.replace(found, seconds=time.monotonic() - started)
+
+    # Comparing bytes waits for the disk; it goes on in the background while others run.
+    run = [c for c in candidates if target_named(c.target).runs] or list(candidates)
+    rest = [c for c in candidates if c not in run]
+    with in_background(lambda stop: [judge(candidate, _until(stop)) for candidate in rest]) as compared:
+        found = dict(zip(map(id, run), [judge(candidate, stage) for candidate in run], strict=True))
+        stage("comparing weights", 0)
+        found |= dict(zip(map(id, rest), compared.result(), strict=True))
+    report = Report(level, [found[id(candidate)] for candidate in candidates])
+    _check_continuations(candidates, report, stage)
+    return report
+
+
+def _check_continuations(candidates: Sequence[Candidate], report: Report, stage: Stage) -> None:
+    """Hold what an artifact generated greedily against the first other one that can judge it, if both passed."""
+    passed = [(c, found) for c, found in zip(candidates, report.artifacts, strict=True) if found.ok]
+    judges = [(c, found, check) for c, found in passed if (check := target_named(c.target).check_continuation)]
+    for _, found in passed:
+        if found.greedy is not None and judges:
+            judge, proof, check = judges[0]
+            stage("comparing greedy continuations", 0)
+            found.runs[0].groups.append(check(found.greedy, judge, proof.runs[0].groups))
+
+
+def _until(stop: threading.Event) -> Stage:
+    """Stages that are not shown, and that end when ``stop`` is set."""
+
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise StoppedError
+
+    return lambda name, total: advance
+
+
+def _stages(progress: Progress | None) -> Stage:
+    def stage(name: str, total: int) -> Callable[[int], None]:
+        if progress is None:
+            return lambda count: None
+        progress.stage(name, total)
+        return progress.advance
+
+    return stage
+
+
+@contextmanager
+def _relative_to(directory: str) -> Iterator[None]:
+    """Errors raised within name files relative to ``directory``: the user never named the staging directory."""
+    try:
+        yield
+    except GptConvertError as error:
+        for name in ("message", "path", "expected", "found", "hint"):
+            text = getattr(error, name)
+            if text is not None:
+                setattr(error, name, text.replace(f"{directory}{os.sep}", "").replace(directory, "."))
+        raise

@@ -1,0 +1,200 @@
+"""Rule 2: each of a candidate's answers is held against the truth in units of noise.
+
+What no figure can excuse comes first: a run that fails, a wrong shape or type, NaN, a past that is not passed
+through, an output that does not depend on its input or depends on what comes after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from gptconvert.model.tensors import Array
+from gptconvert.verify.metrics import EPSILON, Errors, LogitSimilarity, Measure
+from gptconvert.verify.packing import Row
+from gptconvert.verify.probes import Probe
+from gptconvert.verify.run_probes import ProbeResults
+from gptconvert.verify.runners import Outputs, RunError
+from gptconvert.verify.tasks import SHAPES, is_pooled, pooled_tokens, shape_of
+from gptconvert.verify.truth import Truth, tensor_of
+from reference_model.config import GPTConfig
+
+CHUNKED = "chunked prefill"
+#: Tokens whose outputs are compared at once: float64 logits of a long sequence are as large as a small model.
+AT_ONCE = 64
+
+
+@dataclass
+class Group:
+    """What was found about one kind of row.
+
+    Attributes:
+        name: of the probe group.
+        tokens: how many tokens were compared.
+        measures: tensor name → figures.
+        similarity: what people ask about logits.
+        problems: what needs no figure to be wrong.
+        probes: the probes it comes from, as they were run whole.
+    """
+
+    name: str
+    tokens: int = 0
+    measures: dict[str, Measure] = field(default_factory=dict)
+    similarity: LogitSimilarity = field(default_factory=LogitSimilarity)
+    problems: list[str] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """The gate."""
+        return not self.problems and all(measure.ok for measure in self.measures.values())
+
+    def worst(self, *, presents: bool) -> Measure | None:
+        """The measure nearest to failing, of keys and values or of the task's outputs."""
+        chosen = [m for m in self.measures.values() if m.tensor.startswith("present.") == presents]
+        return max(chosen, key=lambda m: m.error_ratio, default=None)
+
+
+class OutputComparison:
+    """One candidate's answers against one truth.
+
+    Args:
+        answers: what the candidate gave for the probes of ``truth``.
+        compute: its computing type.
+        truth: for the same probes.
+        config: the architecture.
+        groups: found so far, by name; added to.
+    """
+
+    def __init__(
+        self, answers: ProbeResults, compute: str, truth: Truth, config: GPTConfig, groups: dict[str, Group]
+    ) -> None:
+        self.answers, self.compute, self.truth, self.config, self.groups = answers, compute, truth, config, groups
+        self.prompts: list[tuple[Row, Array]] = []
+        self.over_all: dict[str, tuple[float, float, float]] = {}
+
+    def judge(self) -> None:
+        """Count every answer in."""
+        for (probe, chunked), answer in self.answers.items():
+            self._judge(probe, answer, chunked)
+        for (a, first), (b, second) in pairwise(self.prompts):
+            self._check_causality(a, first, b, second)
+
+    def _judge(self, probe: Probe, answer: Outputs | RunError, chunked: bool) -> None:
+        """Count one answer in; row r of the batch counts for the r-th of the probe's groups."""
+        names = (CHUNKED,) * len(probe.groups) if chunked else probe.groups
+        groups = [self.groups.setdefault(name, Group(name)) for name in names]
+        rows = [row for row in self.truth.pack.rows if row.probe is probe]
+        if chunked:
+            rows = [row.beginning(sum(probe.chunks)) for row in rows]
+        if isinstance(answer, RunError):
+            problems = [f"the runtime refused to run it: {answer}"]
+        else:
+            problems = list(faults(answer, rows[0].probe, self.config, self.compute))
+        for group in groups:
+            group.problems += [p for p in problems if p not in group.problems]
+            group.probes += [probe] if not chunked and probe not in group.probes else []
+        if problems or isinstance(answer, RunError):
+            return
+        output = next(iter(SHAPES[self.config.task]))
+        for row in rows:
+            self._count(row, answer, groups[row.row])
+            if not chunked and probe.is_prompt(row.row) and not is_pooled(self.config, output):
+                own = answer.named[output].reshape(*probe.input_ids.shape, -1)[row.row]  # (S, width)
+                self.prompts.append((row, own[:AT_ONCE]))
+
+    def _count(self, row: Row, outputs: Outputs, group: Group) -> None:
+        """Count one row's real tokens in."""
+        n, probe = len(row.new), row.probe
+        group.tokens += n
+        for name, array in outputs.named.items():
+            if is_pooled(self.config, name):
+                place = np.flatnonzero(row.new == pooled_tokens(self.config, probe)[row.row])
+                values = array.reshape(len(probe.input_ids), 1, -1)[row.row][: len(place)]  # (0 or 1, width)
+                self._measure(group, name, row, values, place)
+            else:
+                values = array.reshape(*probe.input_ids.shape, -1)[row.row][row.new]  # (n, width)
+                self._measure(group, name, row, values)
+        for i, pair in enumerate(outputs.presents):
+            for part, present in zip(("key", "value"), pair, strict=True):
+                new = present[row.row][:, probe.past_length + row.new]  # (H, n, hd)
+                self._measure(group, f"present.{i}.{part}", row, new.transpose(1, 0, 2).reshape(n, -1))
+
+    def _measure(self, group: Group, name: str, row: Row, values: Array, only: Array | slice = slice(None)) -> None:
+        """Count values [n, width] of a row in; ``only`` picks the tokens they belong to."""
+        truth, noise = self.truth.values[name][row.tokens][only], self.truth.noise[name]
+        if not len(truth):
+            return
+        epsilon = EPSILON[self.compute]
+        measure = group.measures.setdefault(name, Measure(name, epsilon))
+        typical, usual_rmse, usual_max = self._over_all(name)
+        measure.typical = max(measure.typical, typical)
+        measure.usual_rmse = max(measure.usual_rmse, usual_rmse)
+        measure.usual_max = max(measure.usual_max, usual_max)
+        square, largest = noise.square[row.tokens][only], noise.largest[row.tokens][only]
+        for start in range(0, len(truth), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            candidate, exact = tensor_of(np.ascontiguousarray(values[some])), truth[some]
+            measure.add(Errors.of(candidate, exact), Errors(square[some], largest[some]), exact)
+            if name == "logits" and exact.shape[1] > 1:
+                group.similarity.add(candidate, exact, float(largest.max()))
+
+    def _over_all(self, name: str) -> tuple[float, float, float]:
+        """Root mean square of a tensor's truth, rmse and largest error of the yardstick, over all these probes."""
+        if name not in self.over_all:
+            values, noise = self.truth.values[name], self.truth.noise[name]
+            rms, rmse = (math.sqrt(float(x) / values.numel()) for x in (values.square().sum(), noise.square.sum()))
+            self.over_all[name] = rms, rmse, float(noise.largest.max())
+        return self.over_all[name]
+
+    def _check_causality(self, a: Row, first: Array, b: Row, second: Array) -> None:
+        """Two prompts that begin alike: outputs must be alike up to where the ids differ, and not from there on."""
+        n = min(len(first), len(second))
+        differ = np.flatnonzero(a.probe.input_ids[a.row, :n] != b.probe.input_ids[b.row, :n])
+        start = int(differ[0]) if len(differ) else n
+        name = next(iter(SHAPES[self.config.task]))
+        groups = [self.groups[row.probe.groups[row.row]] for row in (a, b)]
+        noise = sum(group.measures[name].most for group in groups)
+        changes = np.abs(np.subtract(first[:n], second[:n], dtype=np.float64)).max(1)  # (n)
+        exact = [self.truth.values[name][row.tokens][:n] for row in (a, b)]
+        must_change = (exact[0] - exact[1]).abs().amax(1).numpy() > 100 * noise  # (n)
+        if changes[:start].max(initial=0) > noise:
+            groups[1].problems.append("a token changes the outputs before it")
+        if (changes <= noise)[must_change].any():
+            groups[1].problems.append("the output does not depend on the input")
+
+
+def faults(outputs: Outputs, probe: Probe, config: GPTConfig, compute: str) -> Iterator[str]:
+    """What is wrong with a run's outputs before any figure is taken."""
+    batch, new_tokens = probe.input_ids.shape
+    total = probe.past_length + new_tokens
+    shapes = {name: shape_of(config, name, batch, new_tokens) for name in outputs.named}
+    arrays = dict(outputs.named)
+    for i, pair in enumerate(outputs.presents):
+        for part, array in zip(("key", "value"), pair, strict=True):
+            arrays[f"present.{i}.{part}"] = array
+            shapes[f"present.{i}.{part}"] = (batch, config.n_head, total, config.head_dim)
+    for name, array in arrays.items():
+        if array.shape != shapes[name]:
+            yield f"{name} has shape {list(array.shape)}, expected {list(shapes[name])}"
+        elif array.dtype.name != compute:
+            yield f"{name} has type {array.dtype}, expected {compute}"
+        elif not np.isfinite(array).all():
+            yield f"{name} has NaN or infinite values"
+        elif name in outputs.named and array.size > 1 and np.ptp(array) == 0:
+            yield f"{name} is constant"
+        elif name.startswith("present.") and not _passed_through(name, array, probe, config):
+            yield f"{name} does not begin with the past"
+
+
+def _passed_through(name: str, array: Array, probe: Probe, config: GPTConfig) -> bool:
+    """Whether the first P tokens of a present are the past, bit for bit."""
+    if not probe.past_length:
+        return True
+    _, layer, part = name.split(".")
+    past = probe.past(int(layer), config)[part == "value"]
+    return bool(np.array_equal(array[:, :, : probe.past_length], past.astype(array.dtype)))

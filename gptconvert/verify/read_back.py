@@ -1,0 +1,63 @@
+"""Rule 1 for artifacts that are checkpoints themselves: opened again, and compared with the one they came from.
+
+A wrong configuration makes right weights compute wrong logits, so the configuration is compared too.
+"""
+
+from __future__ import annotations
+
+from gptconvert.errors import GptConvertError
+from gptconvert.families.registry import family_named, understand
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.model.progress import Stage
+from gptconvert.model.schemes import tied_pairs
+from gptconvert.model.source import Source
+from gptconvert.verify.foreign import as_stored
+from gptconvert.verify.report import ArtifactReport
+from gptconvert.verify.weights import Pair, WeightReport, compare
+
+#: Configuration that changes no logits, and that formats without a place for it do not carry.
+NOT_COMPARED = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+
+
+def compare_checkpoints(
+    report: ArtifactReport, checkpoint: Checkpoint, source: Source, says: str, stage: Stage, *, planned: bool
+) -> ArtifactReport:
+    """Compare a checkpoint with what was written of it and opened again.
+
+    Args:
+        report: filled in.
+        checkpoint: the original.
+        source: what was written.
+        says: what the written configuration is read from, for messages.
+        stage: told about progress.
+        planned: whether ``checkpoint`` has its weights as they should be stored; else their type is inferred.
+    """
+    try:
+        found = understand(source, Options(task=checkpoint.config.task, n_head=_heads(checkpoint, source)))
+    except GptConvertError as error:
+        report.weights.problems = str(error).splitlines()
+        return report
+    ours, theirs = checkpoint.config.as_dict(), found.config.as_dict()
+    report.problems = [
+        f"{says}: {key} is {theirs[key]!r}, the checkpoint has {ours[key]!r}"
+        for key in ours
+        if key not in NOT_COMPARED and ours[key] != theirs[key]
+    ]
+    checkpoint = checkpoint if planned else as_stored(checkpoint, found.weights.values())
+    if report.problems:
+        return report
+    pairs = [Pair(name, name, weight, found.weights[name]) for name, weight in checkpoint.weights.items()]
+    scheme = family_named(found.config.family).scheme(source.scheme)
+    repeated = tied_pairs(scheme, found.config, source.tensors, found.prefix)
+    extra = [
+        Pair(canonical, name, checkpoint.weights[canonical], source.tensors[name]) for name, canonical in repeated
+    ]
+    compare(report.weights, pairs, stage("comparing weights", checkpoint.nbytes))
+    report.problems = compare(WeightReport(len(extra)), extra).problems
+    return report
+
+
+def _heads(checkpoint: Checkpoint, source: Source) -> int | None:
+    """The number of heads, for a format without any configuration, which leaves it to whoever opens the files."""
+    return None if source.config else checkpoint.config.n_head

@@ -1,0 +1,73 @@
+"""JSON that two parsers could read differently is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptconvert.containers.json import MAX_DEPTH, parse_json
+from gptconvert.errors import InputError
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=VALUES, plain=st.booleans())
+def test_reads_what_python_writes(value: Any, plain: bool) -> None:
+    assert parse_json(json.dumps(value, ensure_ascii=plain).encode(), "x", "file") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "duplicate key `c`"),
+        ("[NaN]", "NaN"),
+        ("[-Infinity]", "-Infinity"),
+        ("[1e400]", "out of range"),
+        ("[" + "9" * 400 + "]", "out of range"),
+        ("[" + "9" * 5000 + "]", "out of range"),
+        ('["\\ud800"]', "surrogate"),
+        ('{"\\udfff": 1}', "surrogate"),
+        ("[1,]", "not JSON"),
+        ("{'a': 1}", "line 1, column 2"),
+        ("[1] 2", "not JSON"),
+        ("", "not JSON"),
+        ("\ufeff{}", "not JSON"),
+        ('["a\nb"]', "not JSON"),
+    ],
+)
+def test_refused(text: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_json(text.encode("utf-8", "surrogatepass"), "dir/x.json", "config.json")
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("dir/x.json: config.json is not")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_depth(opening: str) -> None:
+    closing = "]" if opening == "[" else "}"
+    inner = "1" if opening != "[" else ""
+
+    def nested(depth: int) -> bytes:
+        return (opening * depth + inner + closing * depth).encode()
+
+    parse_json(nested(MAX_DEPTH), "x", "file")
+    for depth in (MAX_DEPTH + 1, 100_000):
+        with pytest.raises(InputError, match=f"{MAX_DEPTH} deep"):
+            parse_json(nested(depth), "x", "file")
+
+
+def test_minus_zero_is_no_whole_number() -> None:
+    assert type(parse_json(b"-0", "x", "file")) is float

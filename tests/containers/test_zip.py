@@ -1,0 +1,107 @@
+"""Uncompressed zip archives, and those that try to be something else."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+from gptconvert.containers.torch import read_torch
+from gptconvert.errors import InputError, UnsafeInputError
+from tests.containers.torch_files import rewrite, save
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """A state dict of two tensors."""
+    import torch
+
+    return save(tmp_path / "small.bin", {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)})
+
+
+def test_25_compressed_members(small: str, tmp_path: Path) -> None:
+    path = rewrite(small, tmp_path / "x.bin", lambda _, data: data, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(UnsafeInputError, match="compressed members"):
+        read_torch(path)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "small/../../x", "C:/x", "a\\..\\b"])
+def test_26_member_names_that_leave_the_archive(small: str, name: str) -> None:
+    with zipfile.ZipFile(small, "a") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(UnsafeInputError, match="leave the archive"):
+        read_torch(small)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_26_member_twice(small: str) -> None:
+    with zipfile.ZipFile(small, "a") as archive:
+        archive.writestr("small/data/0", bytes(24))
+    with pytest.raises(UnsafeInputError, match="stand twice: small/data/0"):
+        read_torch(small)
+
+
+def test_members_that_share_bytes(small: str) -> None:
+    """A member whose local header lies inside another's bytes: both names would read the same storage."""
+    content = Path(small).read_bytes()
+    inner = zipfile.ZipInfo("small/data/9")
+    with zipfile.ZipFile(small, "a") as archive:
+        inner.CRC = zlib.crc32(b"inside")
+        archive.writestr("small/outer", inner.FileHeader() + b"inside")
+        outer = archive.getinfo("small/outer")
+        inside = outer.header_offset + 30 + len(outer.filename)
+        inner.file_size = inner.compress_size = 6
+        inner.header_offset = inside
+        archive.filelist.append(inner)
+        archive.NameToInfo[inner.filename] = inner
+    assert Path(small).read_bytes()[:100] == content[:100]
+    with pytest.raises(UnsafeInputError, match="small/outer and small/data/9 share bytes"):
+        read_torch(small)
+
+
+def test_zip64(tmp_path: Path) -> None:
+    """A storage beyond 4 GiB, in a sparse file."""
+    import torch
+
+    path = tmp_path / "big.bin"
+    small = save(tmp_path / "small.bin", {"a": torch.arange(6.0)})
+    with path.open("wb") as file:
+        file.write(b"PK\3\4")
+        file.truncate(5 << 30)
+    with zipfile.ZipFile(small) as old, zipfile.ZipFile(path, "a") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    assert path.stat().st_blocks * 512 < 1 << 20
+    tensors = read_torch(path)
+    assert tensors["a"].read().tolist() == [0, 1, 2, 3, 4, 5]
+    (part,) = tensors["a"].segments() or ()
+    assert part.offset > 5 << 30
+
+
+def test_comment_that_looks_like_the_end(small: str) -> None:
+    with zipfile.ZipFile(small, "a") as archive:
+        archive.comment = b"x" + b"PK\5\6" * 9 + bytes(30)
+    assert read_torch(small)["a"].read().tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_encrypted_member(small: str) -> None:
+    content = bytearray(Path(small).read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1
+    Path(small).write_bytes(content)
+    with pytest.raises(UnsafeInputError, match=r"encrypted members: small/data\.pkl"):
+        read_torch(small)
+
+
+@pytest.mark.parametrize("at", [6, 10, 16, 20, 24, 28, 30, 42])
+def test_damaged_directory_entry(small: str, at: int) -> None:
+    """Every field of an entry that matters: flags, method, CRC, sizes, lengths and the offset."""
+    content = bytearray(Path(small).read_bytes())
+    content[content.index(b"PK\1\2") + at] ^= 0x47
+    Path(small).write_bytes(content)
+    if at == 6:  # the version needed to extract: nothing depends on it
+        read_torch(small)
+        return
+    with pytest.raises((InputError, UnsafeInputError)):
+        read_torch(small)

@@ -1,0 +1,106 @@
+"""One export, three runtimes: the same model, the same text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gptconvert.generate.runtimes import RUNTIMES, Runtime
+
+from gptconvert.cli.generate import generate as command
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.generate.sampling import Sampling
+from gptconvert.generate.text import generate
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.targets.onnx import plan as onnx
+from gptconvert.targets.safetensors import plan as safetensors
+from gptconvert.targets.saved_model import plan as saved_model
+from tests.families.witness import Case, reference
+from tests.targets.saved_model.support import understood, write
+
+PROMPT, NEW = [5, 6, 7, 50, 3], 12
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return understood(Case("gpt2"), tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="module")
+def export(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with all three artifacts and a tokenizer of one word per id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow is not installed")
+    directory = tmp_path_factory.mktemp("export")
+    for target in (onnx, safetensors, saved_model):
+        write(directory, target.plan(checkpoint, Options())[0].files)
+    config = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}
+    config |= {"n_inner": 56, "bos_token_id": 96, "eos_token_id": 96}
+    (directory / "config.json").write_text(json.dumps(config))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="module", params=sorted(RUNTIMES))
+def runtime(request: pytest.FixtureRequest, export: Path) -> Iterator[Runtime]:
+    loaded = RUNTIMES[request.param](str(export), {"n_positions": 40})
+    yield loaded
+    loaded.close()
+
+
+def test_each_step_is_the_references(runtime: Runtime, checkpoint: Checkpoint) -> None:
+    import torch
+
+    model = reference(checkpoint)
+    assert runtime.n_ctx == 40
+    for start, stop in ((0, 3), (3, 4), (4, 5)):
+        logits = runtime.step(PROMPT[start:stop])
+        with torch.no_grad():
+            expected = model(torch.tensor([PROMPT[:stop]]))[0][0, -1].numpy()
+        assert logits.shape == (97,)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(NEW), Sampling(NEW, 1.0, top_k=40, seed=3)], ids=["greedy", "sampled"])
+def test_the_same_text(sampling: Sampling, export: Path) -> None:
+    texts = {}
+    for name in RUNTIMES:
+        running = generate(str(export), " ".join(f"w{i}" for i in PROMPT), sampling, name)
+        texts[name] = "".join(running.pieces)
+        assert running.prompt == tuple(PROMPT)
+    assert len(texts["onnx"].split()) > 3
+    assert texts["onnx"] == texts["tf"] == texts["torch"]
+
+
+def test_the_command_line(export: Path) -> None:
+    asked = [str(export), "w5 w6", "--max-new-tokens", "4", "--runtime", "torch", "--json"]
+    done = CliRunner().invoke(command, asked, catch_exceptions=False)
+    assert json.loads(done.stdout)["prompt_ids"] == [5, 6]
+    assert CliRunner().invoke(command, [*asked, "--runtime", "jax"]).exit_code == 2
+
+
+@pytest.mark.parametrize("name", sorted(RUNTIMES))
+def test_an_artifact_that_is_not_there(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError) as caught:
+        RUNTIMES[name](str(tmp_path), {"n_positions": 40})
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_model_without_a_language_head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    bare = understood(Case("gpt2", "feature-extraction"), tmp_path_factory.mktemp("saved"))
+    write(tmp_path, safetensors.plan(bare, Options())[0].files)
+    config = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_inner": 56, "tie_word_embeddings": False}))
+    with pytest.raises(UnsupportedError, match="feature-extraction cannot generate"):
+        RUNTIMES["torch"](str(tmp_path), config)

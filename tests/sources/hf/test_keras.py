@@ -1,0 +1,356 @@
+"""tf_model.h5: read by h5py alone, and refused where HDF5 would look elsewhere, expand or load code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from fixtures import foreign
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
+from gptconvert.model.tensors import Computed, Stored, Transposed
+from gptconvert.sources.hf import keras as keras_h5
+from gptconvert.sources.hf.keras import hf_name, read_keras_h5
+from tests.families import witness
+from tests.families.witness import Case
+from tests.helpers import checkpoint_of
+from tests.sources.foreign import ORIGINALS, gap, opened, same_weights
+
+FIXTURE = ORIGINALS / "h5-gpt2" / "tf_model.h5"
+MODELS = {"gpt1": "tfopen_aigpt_lm_head_model", "gpt2": "tfgp_t2lm_head_model", "gptj": "tfgptj_for_causal_lm"}
+NAME = "m/layer/w/kernel:0"
+
+
+def test_gpt2_is_the_witness() -> None:
+    checkpoint = opened(ORIGINALS / "h5-gpt2")
+    assert checkpoint.source.format == "Hugging Face, TensorFlow (Keras HDF5)"
+    assert gap(checkpoint, "h5-gpt2") < 1e-12
+    assert all(weight.segments() or weight.base.segments() for weight in checkpoint.weights.values())  # type: ignore[attr-defined]
+
+
+def test_the_fixture_has_split_attributes_and_biases_of_two_axes() -> None:
+    """What the fixture is for."""
+    with h5py.File(FIXTURE) as file:
+        assert {"weight_names0", "weight_names1"} <= file["transformer"].attrs.keys()
+        assert "weight_names" not in file["transformer"].attrs
+        bias = file["transformer/tfgp_t2lm_head_model/transformer/h_._0/attn/c_attn/bias:0"]
+        assert bias.shape == (1, 72)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "how", [{}, {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}], ids=["plain", "gzip"]
+)
+def test_weights_are_those_of_hugging_faces_layout(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
+    raw, arrays = witness.saved(Case(family), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    foreign.write_keras(tmp_path / "tf_model.h5", foreign.keras_weights(arrays, MODELS[family]), **how)
+    checkpoint = opened(tmp_path)
+    assert same_weights(checkpoint, checkpoint_of(raw, arrays))
+    assert isinstance(checkpoint.source.tensors["transformer.h.0.ln_1.weight"], Computed if how else Stored)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "multiple-choice"])
+def test_heads(tmp_path: Path, task: str) -> None:
+    raw, arrays = witness.saved(Case("gpt2", task), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    foreign.write_keras(tmp_path / "tf_model.h5", foreign.keras_weights(arrays, "m"))
+    checkpoint = opened(tmp_path)
+    assert checkpoint.config.task == task
+    assert same_weights(checkpoint, checkpoint_of(raw, arrays))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("tfgp_t2lm_head_model/transformer/h_._0/attn/c_attn/weight:0", "transformer.h.0.attn.c_attn.weight"),
+        ("tfgpt2_lm_head_model_1/transformer/wte/weight:0", "transformer.wte.weight"),
+        ("m/transformer/wte/embeddings:0", "transformer.wte.weight"),
+        ("m/transformer/h_._11/ln_2/beta:0", "transformer.h.11.ln_2.bias"),
+        ("m/transformer/ln_f/gamma:0", "transformer.ln_f.weight"),
+        ("m/multiple_choice_head/summary/kernel:0", "multiple_choice_head.summary.weight"),
+        ("m/some___transformer/ln_f/gamma:0", "transformer.ln_f.weight"),
+    ],
+)
+def test_names(given: str, expected: str) -> None:
+    assert hf_name(given)[0] == expected
+
+
+def test_only_kernels_are_turned_over() -> None:
+    square = Stored((), np.dtype("f4"), (4, 4))
+    assert isinstance(hf_name("m/a/kernel:0")[1](square), Transposed)
+    assert hf_name("m/a/weight:0")[1](square) is square
+    bias = hf_name("m/a/bias:0")[1]
+    assert bias(Stored((), np.dtype("f4"), (1, 4))).shape == (4,)
+    assert bias(Stored((), np.dtype("f4"), (1,))).shape == (1,)  # a score of one label
+
+
+def test_sharded(tmp_path: Path) -> None:
+    """In shards the datasets lie at the root, the model's name left off, and only the index has whole names."""
+    raw, arrays = witness.saved(Case("gpt2"), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    weights = foreign.keras_weights(arrays, MODELS["gpt2"])
+    weight_map = {}
+    for number, some in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
+        shard = f"tf_model-0000{number + 1}-of-00002.h5"
+        with h5py.File(tmp_path / shard, "w") as file:
+            places = [name.split("/", 1)[1] for name in some]
+            file.attrs["layer_names"] = [place.encode() for place in places]
+            for name, place in zip(some, places, strict=True):
+                file[place] = weights[name]
+        weight_map |= dict.fromkeys(some, shard)
+    (tmp_path / "tf_model.h5.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    checkpoint = opened(tmp_path)
+    assert same_weights(checkpoint, checkpoint_of(raw, arrays))
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
+@pytest.mark.parametrize("layout", ["contiguous", "chunked", "compact", "userblock"])
+def test_layouts_and_types(tmp_path: Path, dtype: str, layout: str) -> None:
+    values = np.arange(20).reshape(4, 5).astype(dtype)
+    path = tmp_path / "w.h5"
+    with h5py.File(path, "w", **({"userblock_size": 512} if layout == "userblock" else {})) as file:
+        file.attrs["layer_names"] = [b"layer"]
+        group = file.create_group("layer")
+        group.attrs["weight_names"] = [NAME.encode()]
+        if layout == "compact":
+            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            plist.set_layout(h5py.h5d.COMPACT)
+            plist_link = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+            plist_link.set_create_intermediate_group(True)
+            space, kind = h5py.h5s.create_simple((4, 5)), h5py.h5t.py_create(np.dtype(dtype))
+            made = h5py.h5d.create(group.id, NAME.encode(), kind, space, plist, plist_link)
+            made.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
+        else:
+            group.create_dataset(NAME, data=values, chunks=(3, 2) if layout == "chunked" else None)
+    tensor = read_keras_h5(str(path))["layer.w.weight"]
+    assert np.array_equal(tensor.read(), values.T)
+    assert np.array_equal(tensor.read((slice(1, 4), slice(2, 3))), values.T[1:4, 2:3])
+
+
+def file_with(path: Path, make: Any) -> str:
+    """A file of one layer whose one weight ``make(group)`` puts at :data:`NAME`."""
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [b"layer"]
+        group = file.create_group("layer")
+        group.attrs["weight_names"] = [NAME.encode()]
+        make(group)
+    return str(path)
+
+
+def external_storage(group: Any) -> None:
+    group.create_dataset(NAME, (2, 2), "f4", external=[("/etc/passwd", 0, 16)])
+
+
+def virtual(group: Any) -> None:
+    layout = h5py.VirtualLayout((2, 2), "f4")
+    layout[:] = h5py.VirtualSource("/etc/other.h5", "x", (2, 2))
+    group.create_virtual_dataset(NAME, layout)
+
+
+def soft(group: Any) -> None:
+    group.create_dataset("real", data=np.ones((2, 2), "f4"))
+    group.create_group("m/layer/w")
+    group["m/layer/w/kernel:0"] = h5py.SoftLink("/layer/real")
+
+
+def external_link(group: Any) -> None:
+    group.create_group("m")
+    group["m/layer"] = h5py.ExternalLink("/tmp/other.h5", "/layer")
+
+
+def bomb(group: Any) -> None:
+    group.create_dataset(NAME, (1 << 20, 1 << 12), "f4", chunks=(1 << 10, 1 << 10), compression="gzip")
+
+
+def huge_chunk(group: Any) -> None:
+    data = group.create_dataset(NAME, (1 << 15, 1 << 12), "f4", chunks=(1 << 15, 1 << 12), compression="gzip")
+    data[:] = 0
+
+
+def holes(group: Any) -> None:
+    data = group.create_dataset(NAME, (8, 8), "f4", chunks=(4, 4))
+    data[:4] = 1
+
+
+def never_written(group: Any) -> None:
+    group.create_dataset(NAME, (8, 8), "f4")
+
+
+def lzf(group: Any) -> None:
+    group.create_dataset(NAME, data=np.ones((8, 8), "f4"), compression="lzf")
+
+
+def integers(group: Any) -> None:
+    group.create_dataset(NAME, data=np.ones((2, 2), "i4"))
+
+
+def text(group: Any) -> None:
+    group.create_dataset(NAME, data=np.array([b"a", b"b"]))
+
+
+def empty(group: Any) -> None:
+    group.create_dataset(NAME, data=h5py.Empty("f4"))
+
+
+def absent(group: Any) -> None:
+    group.create_group("m")
+
+
+def a_group(group: Any) -> None:
+    group.create_group(NAME)
+
+
+def climbs(group: Any) -> None:
+    group.attrs["weight_names"] = [b"../../m:0"]
+
+
+def twice(group: Any) -> None:
+    group.create_dataset(NAME, data=np.ones((2, 2), "f4"))
+    group.create_dataset("n/layer/w/kernel:0", data=np.ones((2, 2), "f4"))
+    group.attrs["weight_names"] = [NAME.encode(), b"n/layer/w/kernel:0"]
+
+
+def numbers_for_names(group: Any) -> None:
+    group.attrs["weight_names"] = [1, 2]
+
+
+def long_name(group: Any) -> None:
+    group.attrs["weight_names"] = np.array([b"x" * 20_000])
+
+
+def deep(group: Any) -> None:
+    group.attrs["weight_names"] = [b"x/" * 200 + b"kernel:0"]
+
+
+def no_names(group: Any) -> None:
+    del group.attrs["weight_names"]
+
+
+BAD: Sequence[tuple[Any, type[GptConvertError], str]] = [
+    (external_storage, UnsafeInputError, "external storage"),
+    (virtual, UnsafeInputError, "virtual dataset"),
+    (soft, UnsafeInputError, "soft link"),
+    (external_link, UnsafeInputError, r"external link.*other\.h5"),
+    (bomb, UnsafeInputError, "expands beyond reason"),
+    (huge_chunk, UnsafeInputError, "expands beyond reason"),
+    (holes, InputError, "2 of 4 chunks"),
+    (never_written, InputError, "never written"),
+    (lzf, UnsupportedError, "filter 32000"),
+    (integers, UnsupportedError, "int32"),
+    (text, UnsupportedError, "element type"),
+    (empty, UnsupportedError, "element type"),
+    (absent, InputError, "missing from the file"),
+    (a_group, InputError, "a group where a weight should be"),
+    (climbs, InputError, "missing from the file"),
+    (twice, InputError, "two weights have one name"),
+    (numbers_for_names, InputError, "does not hold names"),
+    (long_name, UnsafeInputError, "too large"),
+    (deep, UnsafeInputError, "nested too deep"),
+    (no_names, InputError, "no attribute weight_names"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD, ids=[make.__name__ for make, _, _ in BAD])
+def test_38_39_bad_files(tmp_path: Path, make: Any, error: type[GptConvertError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        read_keras_h5(file_with(tmp_path / "w.h5", make))
+
+
+def test_38_a_linked_file_is_not_even_opened(tmp_path: Path) -> None:
+    """A named pipe behind an external link would hang whoever opens it."""
+    os.mkfifo(tmp_path / "pipe.h5")
+
+    def link(group: Any) -> None:
+        group["m"] = h5py.ExternalLink(str(tmp_path / "pipe.h5"), "/")
+
+    with pytest.raises(UnsafeInputError, match="external link"):
+        read_keras_h5(file_with(tmp_path / "w.h5", link))
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, 2000, 50_000, -1])
+def test_39_truncated(tmp_path: Path, length: int) -> None:
+    (tmp_path / "w.h5").write_bytes(FIXTURE.read_bytes()[:length])
+    with pytest.raises(InputError):
+        read_keras_h5(str(tmp_path / "w.h5"))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_39_any_damage_is_an_error_of_ours(tmp_path: Path, seed: int) -> None:
+    random, data = np.random.default_rng(seed), bytearray(FIXTURE.read_bytes())
+    for at in random.integers(0, 12_000, 20):
+        data[at] = random.integers(0, 256)
+    (tmp_path / "w.h5").write_bytes(data)
+    try:
+        for tensor in read_keras_h5(str(tmp_path / "w.h5")).values():
+            tensor.read()
+    except GptConvertError:
+        pass
+
+
+def test_damaged_chunk_is_found_when_it_is_read(tmp_path: Path) -> None:
+    def packed(group: Any) -> None:
+        values = np.random.default_rng(0).standard_normal((64, 64)).astype("f4")
+        group.create_dataset(NAME, data=values, chunks=(64, 64), fletcher32=True)
+
+    path = Path(file_with(tmp_path / "w.h5", packed))
+    tensor, data = read_keras_h5(str(path))["layer.w.weight"], bytearray(path.read_bytes())
+    data[-3000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="damaged"):
+        tensor.read()
+
+
+def test_40_programs_are_not_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "w.h5"
+    path.write_bytes(FIXTURE.read_bytes())
+    with h5py.File(path, "a") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Lambda", "config": {"function": "evil"}})
+    found = read_keras_h5(str(path))
+    assert len(found) == 28
+    assert any("model_config" in note for note in found.notes)
+
+
+def test_whole_models_keep_their_weights_in_a_group(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "w.h5", "w") as file, h5py.File(FIXTURE) as original:
+        file.create_group("model_weights")
+        for name in original:
+            original.copy(name, file["model_weights"])
+        for name, value in original.attrs.items():
+            file["model_weights"].attrs[name] = value
+    assert read_keras_h5(str(tmp_path / "w.h5")).keys() == read_keras_h5(str(FIXTURE)).keys()
+
+
+def test_what_it_is_not(tmp_path: Path) -> None:
+    (tmp_path / "w.h5").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(InputError, match="git lfs pull"):
+        read_keras_h5(str(tmp_path / "w.h5"))
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file["x"] = 1
+    with pytest.raises(InputError, match="saved by Keras"):
+        read_keras_h5(str(tmp_path / "v.h5"))
+
+
+def test_without_h5py(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UnsupportedError) as caught:
+        read_keras_h5(str(FIXTURE))
+    assert caught.value.hint == "pip install 'gptconvert[h5]'"
+    assert keras_h5.EXTRA == "h5"
+
+
+def test_preference_and_choice(tmp_path: Path) -> None:
+    """safetensors, then .bin, then .h5, then .msgpack; --weights-file has the last word."""
+    for name in ("h5-gpt2/tf_model.h5", "h5-gpt2/config.json", "flax-gpt2/flax_model.msgpack"):
+        (tmp_path / Path(name).name).write_bytes((ORIGINALS / name).read_bytes())
+    checkpoint = opened(tmp_path)
+    assert gap(checkpoint, "h5-gpt2") < 1e-12
+    assert any("not read: flax_model.msgpack" in note for note in checkpoint.notes)
+    assert gap(opened(tmp_path, weights_file="flax_model.msgpack"), "flax-gpt2") < 1e-12

@@ -1,0 +1,149 @@
+"""Nothing of a foreign model is handed to a runtime before its external data is known to be what it says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
+from gptconvert.targets.onnx.file import open_onnx
+from tests.verify.exports import edit, export, report_on, tiny
+
+
+def put(key: str, value: str) -> Callable[[Any], None]:
+    """Set a key of one weight's external data."""
+
+    def change(model: Any) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "h.1.mlp.c_fc.weight")
+        entry = next((e for e in tensor.external_data if e.key == key), None)
+        (entry or tensor.external_data.add(key=key)).value = value
+
+    return change
+
+
+def drop_location(model: Any) -> None:
+    tensor = next(t for t in model.graph.initializer if t.name == "h.1.mlp.c_fc.weight")
+    kept = [(e.key, e.value) for e in tensor.external_data if e.key != "location"]
+    del tensor.external_data[:]
+    for key, value in kept:
+        tensor.external_data.add(key=key, value=value)
+
+
+CASES: list[tuple[str, Callable[[Any], None], type[GptConvertError], str]] = [
+    ("parent", put("location", "../secret"), UnsafeInputError, "leaves"),
+    ("parent inside", put("location", "sub/../../secret"), UnsafeInputError, "leaves"),
+    ("backslash", put("location", "..\\secret"), UnsafeInputError, "leaves"),
+    ("absolute", put("location", "/etc/passwd"), UnsafeInputError, "leaves"),
+    ("drive", put("location", "C:secret"), UnsafeInputError, "leaves"),
+    ("directory", put("location", "."), UnsafeInputError, "not a regular file"),
+    ("missing", put("location", "gone"), InputError, "cannot be read"),
+    ("no location", drop_location, InputError, "lack location"),
+    ("beyond the end", put("offset", "99999999"), InputError, "truncated"),
+    ("negative", put("offset", "-64"), InputError, "no number"),
+    ("words", put("offset", "abc"), InputError, "no number"),
+    ("short", put("length", "4"), InputError, "need"),
+    ("long", put("length", "99999999"), InputError, "need"),
+    ("unknown key", put("hook", "x"), InputError, "hook"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_external_data(
+    tmp_path: Path, change: Callable[[Any], None], error: type[GptConvertError], words: str, monkeypatch: Any
+) -> None:
+    import onnxruntime
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("onnxruntime was given the file")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", never)
+    (tmp_path / "secret").write_bytes(b"x" * 100_000)
+    checkpoint = tiny(tmp_path)
+    path = export(tmp_path, checkpoint)
+    edit(path, change)
+    with pytest.raises(error, match=words) as caught:
+        report_on(checkpoint, path)
+    assert "h.1.mlp.c_fc.weight" in str(caught.value)
+    assert caught.value.exit_code == {UnsafeInputError: 7, InputError: 3}[error]
+
+
+def test_links_and_pipes(tmp_path: Path) -> None:
+    path = export(tmp_path, tiny(tmp_path))
+    data, outside = path.with_name("model.onnx_data"), tmp_path / "outside"
+    content = data.read_bytes()
+    outside.write_bytes(content)
+    data.unlink()
+    data.symlink_to(outside)
+    with pytest.raises(UnsafeInputError, match="links out"):
+        open_onnx(str(path))
+    data.unlink()
+    os.mkfifo(data)
+    with pytest.raises(UnsafeInputError, match="not a regular file"):
+        open_onnx(str(path))
+    data.unlink()
+    os.link(outside, data)  # a hard link is a file like any other
+    assert open_onnx(str(path)).initializers
+
+
+def test_hub_cache_layout(tmp_path: Path) -> None:
+    """Both files are links into one directory of blobs."""
+    checkpoint = tiny(tmp_path)
+    path = export(tmp_path, checkpoint)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for name in ("model.onnx", "model.onnx_data"):
+        path.with_name(name).rename(blobs / name[::-1])
+        path.with_name(name).symlink_to(blobs / name[::-1])
+    assert open_onnx(str(path)).initializers
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>no</html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x08\x0a"]
+)
+def test_not_a_model(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not an ONNX model"):
+        open_onnx(str(path))
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    path = export(tmp_path, tiny(tmp_path))
+    path.with_name("model.onnx_data").write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        open_onnx(str(path))
+    assert "h.0.attn.c_attn.bias" in str(caught.value) and "more" in str(caught.value)
+
+
+def test_tensors_hidden_in_subgraphs_are_checked(tmp_path: Path) -> None:
+    inner = numpy_helper.from_array(np.zeros(3, np.float32), "inner")
+    inner.ClearField("raw_data")
+    inner.data_location = onnx.TensorProto.EXTERNAL
+    inner.external_data.add(key="location", value="../../etc/passwd")
+    branch = helper.make_graph([helper.make_node("Constant", [], ["y"], value=inner)], "branch", [], [])
+    node = helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch)
+    graph = helper.make_graph([node], "g", [], [])
+    (tmp_path / "model.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(UnsafeInputError, match="leaves"):
+        open_onnx(str(tmp_path / "model.onnx"))
+
+
+def test_inline_data_that_does_not_fill_its_shape(tmp_path: Path) -> None:
+    checkpoint = tiny(tmp_path)
+    path = export(tmp_path, checkpoint, single_file=True)
+
+    def cut(model: Any) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "h.1.mlp.c_fc.weight")
+        tensor.raw_data = tensor.raw_data[:-4]
+
+    assert report_on(checkpoint, path).passed
+    edit(path, cut)
+    with pytest.raises(InputError, match="does not fill its shape"):
+        report_on(checkpoint, path)

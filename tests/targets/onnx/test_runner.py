@@ -1,0 +1,83 @@
+"""The runner leaves weights where they are, whatever their type, and holds no keys and values nobody asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptconvert.model.tensors import BFLOAT16
+from gptconvert.model.transforms import cast
+from gptconvert.targets.onnx import runner as onnx_runner
+from gptconvert.targets.onnx.file import open_onnx
+from gptconvert.targets.onnx.runner import OnnxRunner, bind
+from gptconvert.verify.probes import make_probes
+from gptconvert.verify.run_probes import feeds_of
+from tests.verify.exports import export, tiny
+
+MIB = 1 << 20
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+@contextmanager
+def sampled() -> Iterator[list[int]]:
+    """What :func:`anonymous` was, every half millisecond."""
+    seen, stop = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.append(anonymous())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
+def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype: np.dtype[np.generic]) -> None:
+    """Twelve layers of 3 MiB in float32: neither loading nor running may hold half of that."""
+    wide = tiny(tmp_path, n_embd=240, n_head=3, n_inner=960, n_layer=12)
+    narrow = dataclasses.replace(wide, weights={name: cast(w, dtype) for name, w in wide.weights.items()})
+    file = open_onnx(str(export(tmp_path, narrow)))
+    binding, probe = bind(file, narrow.config), make_probes(narrow.config, kv_cache=True)[0]
+    feeds = feeds_of(probe, narrow.config)
+    first = OnnxRunner(file, binding, narrow.config)  # stays, so that nothing it holds is used a second time
+    first.run(feeds, True)
+    with sampled() as seen:
+        runner = OnnxRunner(file, binding, narrow.config)
+        for _ in range(30):
+            runner.run(feeds, True)
+    assert max(seen) - seen[0] < 18 * MIB
+
+
+def test_a_long_past_is_not_returned_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny(tmp_path)
+    file = open_onnx(str(export(tmp_path, checkpoint)))
+    binding = bind(file, checkpoint.config)
+    probe = next(p for p in make_probes(checkpoint.config, kv_cache=True) if p.shared_past)
+    feeds, answers = feeds_of(probe, checkpoint.config), []
+    for most, returned in ((1 << 40, None), (0, ["logits"])):
+        monkeypatch.setattr(onnx_runner, "MOST_CACHE", most)
+        runner = OnnxRunner(file, binding, checkpoint.config)
+        answers.append(runner.run(feeds, False))
+        session = runner._without_cache
+        assert returned == (session and [output.name for output in session.get_outputs()])
+        assert len(runner.run(feeds, True).presents) == 2
+    assert all(not answer.presents for answer in answers)
+    assert np.array_equal(answers[0].named["logits"], answers[1].named["logits"])

@@ -1,0 +1,273 @@
+"""The way back to OpenAI's formats: TensorFlow restores it, it reads back bit for bit, and nothing is left unsaid."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert import pipeline
+from gptconvert.errors import UnsupportedError, VerificationError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.pipeline import open_checkpoint, stored_as
+from gptconvert.targets.openai_tf.plan import FOLDER, plan, why_not
+from gptconvert.targets.verification import find_artifacts
+from gptconvert.targets.verification import verify as hold_against
+from tests.commands import command
+from tests.helpers import FIXTURES, REAL_GPT2, checkpoint_of, tiny_gpt2, write_planned
+from tests.sources.foreign import ORIGINALS, same_weights
+
+TINY = FIXTURES / "tiny-gpt2"
+REAL_GPT1 = REAL_GPT2.parent / "openai-gpt1"
+OPENAI = Options(targets=("openai-tf",))
+
+
+def gpt2(**config: object) -> Checkpoint:
+    raw, arrays = tiny_gpt2(n_inner=None, **config)
+    return checkpoint_of(raw, arrays)
+
+
+def gpt1(**config: object) -> Checkpoint:
+    """A tiny GPT-1 with random weights, in Hugging Face's layout."""
+    raw = {"model_type": "openai-gpt", "vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}
+    shapes: dict[str, tuple[int, ...]] = {"tokens_embed.weight": (97, 24), "positions_embed.weight": (40, 24)}
+    for i in range(2):
+        matrices = {"attn.c_attn": (24, 72), "attn.c_proj": (24, 24), "mlp.c_fc": (24, 96), "mlp.c_proj": (96, 24)}
+        for name, shape in matrices.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+        shapes |= {f"h.{i}.{norm}.{part}": (24,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    random = np.random.default_rng(0)
+    arrays = {f"transformer.{n}": random.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    return checkpoint_of({**raw, **config}, arrays)
+
+
+def published(source: Path | str, output: Path, targets: tuple[str, ...] = ("openai-tf",), **request: Any) -> Path:
+    """A source converted, verified and published; its folder of OpenAI's files."""
+    checkpoint = open_checkpoint(str(source), Options(**request))
+    pipeline.convert(checkpoint, str(output), Options(targets=targets))
+    return output / FOLDER
+
+
+@pytest.mark.skipif(not REAL_GPT2.exists(), reason="real data is not here")
+def test_real_gpt2_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    folder = published(REAL_GPT2, tmp_path / "back")
+    names = ["checkpoint", "encoder.json", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "vocab.bpe"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "hparams.json"])
+    for name in names:
+        assert (folder / name).read_bytes() == (REAL_GPT2 / name).read_bytes(), name
+    assert json.loads((folder / "hparams.json").read_text()) == json.loads((REAL_GPT2 / "hparams.json").read_text())
+
+
+@pytest.mark.skipif(not REAL_GPT1.exists(), reason="real data is not here")
+def test_real_gpt1_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    folder = published(REAL_GPT1, tmp_path / "back", n_head=4)
+    for path in REAL_GPT1.glob("[!o]*.*"):
+        if path.name != "README.md":
+            assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+    assert json.loads((folder / "hparams.json").read_text())["n_head"] == 4  # 32 / 64 would tell no reader
+
+
+@pytest.mark.parametrize(
+    "name", ["openai-tf", "openai-tf-sharded", "openai-tf-bf16", "openai-tf-f16", "openai-tf-adam"]
+)
+def test_tensorflows_own_files_come_back(tmp_path: Path, name: str) -> None:
+    """From any of its layouts to the plain one, which is what the Saver itself wrote of these weights."""
+    folder = published(TINY / name, tmp_path / "back")
+    if name in ("openai-tf", "openai-tf-sharded"):
+        for part in ("model.ckpt.data-00000-of-00001", "model.ckpt.index", "checkpoint"):
+            assert (folder / part).read_bytes() == (TINY / "openai-tf" / part).read_bytes(), part
+    assert same_weights(open_checkpoint(str(folder)), open_checkpoint(str(TINY / name)))
+
+
+@pytest.mark.parametrize("source", ["hf-safetensors", "hf-bin", "hf-bf16"])
+def test_round_trip_through_openais_layout(tmp_path: Path, source: str) -> None:
+    """Hugging Face → OpenAI → Hugging Face: the same tensors, and the same file the second time."""
+    folder = published(TINY / source, tmp_path / "there", ("openai-tf", "safetensors"))
+    pipeline.convert(open_checkpoint(str(folder)), str(tmp_path / "back"), Options(targets=("safetensors",)))
+    there, back = (tmp_path / where / "model.safetensors" for where in ("there", "back"))
+    assert there.read_bytes() == back.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "request_"),
+    [
+        ("llmc/gpt2_bf16.bin", {}),
+        ("h5-gpt2", {}),
+        ("flax-gpt2", {}),
+        ("megatron", {}),
+        ("nanogpt", {"activation": "tanh"}),
+    ],
+)
+def test_from_every_trainer(tmp_path: Path, source: str, request_: dict[str, Any]) -> None:
+    """Linear layers are turned over on the way, so their checksums are those of computed bytes."""
+    folder = published(ORIGINALS / source, tmp_path / "back", **request_)
+    theirs = open_checkpoint(str(ORIGINALS / source), Options(**request_))
+    assert same_weights(open_checkpoint(str(folder), Options(n_head=3)), theirs)
+
+
+def test_tensorflow_restores_it(tmp_path: Path) -> None:
+    """By tf.train.load_checkpoint, and by the Saver into variables of a graph, from a source that was transposed."""
+    import tensorflow as tf
+
+    folder = published(ORIGINALS / "llmc" / "gpt2_fp32.bin", tmp_path / "back")
+    assert tf.train.latest_checkpoint(str(folder)) == str(folder / "model.ckpt")
+    reader = tf.train.load_checkpoint(str(folder))
+    shapes = reader.get_variable_to_shape_map()
+    assert shapes["model/h1/mlp/c_fc/w"] == [1, 24, 96]
+    checkpoint = open_checkpoint(str(ORIGINALS / "llmc" / "gpt2_fp32.bin"))
+    weight = checkpoint.weights["h.1.mlp.c_fc.weight"].read()
+    v1 = tf.compat.v1
+    with tf.Graph().as_default(), v1.Session() as session:
+        made = {n: v1.get_variable(n, shape, tf.float32, use_resource=False) for n, shape in shapes.items()}
+        v1.train.Saver().restore(session, str(folder / "model.ckpt"))
+        restored = {name: session.run(variable) for name, variable in made.items()}
+    assert np.array_equal(restored["model/h1/mlp/c_fc/w"][0].T, weight)
+    assert all(np.array_equal(restored[name], reader.get_tensor(name)) for name in shapes)
+    assert len(shapes) == 28
+
+
+def test_gpt1_is_numpys_arrays(tmp_path: Path) -> None:
+    """Read the way the original program does: load, concatenate, split at the shapes."""
+    checkpoint = gpt1()
+    write_planned(tmp_path, plan_without_tokenizer(checkpoint))
+    parts = [np.load(tmp_path / FOLDER / f"params_{i}.npy") for i in range(10)]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    shapes = json.loads((tmp_path / FOLDER / "params_shapes.json").read_text())
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    arrays = [a.reshape(s) for a, s in zip(np.split(np.concatenate(parts), ends)[:-1], shapes, strict=True)]
+    assert arrays[0].shape == (40, 24) and arrays[1].shape == (97, 24)  # positions first
+    assert np.array_equal(arrays[2][0].T, checkpoint.weights["h.0.attn.c_attn.weight"].read())
+    assert np.array_equal(arrays[14 + 6][0].T, checkpoint.weights["h.1.mlp.c_fc.weight"].read())
+    assert np.array_equal(arrays[-1], checkpoint.weights["h.1.ln_2.bias"].read())
+
+
+def plan_without_tokenizer(checkpoint: Checkpoint, **options: Any) -> Any:
+    return plan(checkpoint, Options(**options))[0].files
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_gpt1_of_another_type_reads_back(tmp_path: Path, dtype: str) -> None:
+    """Cast tensors lie in no file, so the pieces of those that straddle two files are computed."""
+    checkpoint = stored_as(gpt1(), dtype)
+    write_planned(tmp_path, plan_without_tokenizer(checkpoint))
+    found = open_checkpoint(str(tmp_path / FOLDER))
+    assert found.config.n_head == 3  # from hparams.json, which is there because 24 / 64 tells nothing
+    assert same_weights(found, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "reason"),
+    [
+        (lambda: checkpoint_of(*tiny_gpt2()), "n_inner is 56, not 96"),
+        (lambda: gpt2(activation_function="gelu"), "activation is 'gelu_erf'"),
+        (lambda: gpt2(layer_norm_epsilon=1e-6), "norm_eps is 1e-06"),
+        (lambda: gpt2(tie_word_embeddings=False), "tied_head is False"),
+        (lambda: gpt2(scale_attn_weights=False), "scores are not scaled"),
+        (lambda: gpt2(scale_attn_by_inverse_layer_idx=True), "scores are not scaled"),
+        (lambda: gpt1(afn="relu"), "activation is 'relu'"),
+        (lambda: stored_as(gpt1(), "bf16"), "bfloat16"),
+    ],
+)
+def test_what_the_format_cannot_say_is_refused(checkpoint: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        plan(checkpoint(), Options())[0].files
+    assert reason in str(caught.value)
+
+
+def test_all_reasons_at_once() -> None:
+    checkpoint = gpt2(activation_function="relu", layer_norm_epsilon=1e-6, tie_word_embeddings=False)
+    task = dataclasses.replace(checkpoint.config, task="text-classification", n_labels=2)
+    assert len(why_not(dataclasses.replace(checkpoint, config=task))) == 4
+
+
+def test_other_families_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    done = command(capsys, "hf", ORIGINALS / "flax-gpt-neo", "--to", "openai-tf", "-o", tmp_path / "out", "--json")
+    assert done.code == 4
+    assert "gpt_neo cannot be written" in done.json["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_nanogpt_with_erf_has_no_place_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    done = command(capsys, "nanogpt", ORIGINALS / "nanogpt", "--to", "openai-tf", "-o", tmp_path / "out", "--json")
+    assert (done.code, (tmp_path / "out").exists()) == (4, False)
+    assert "gelu_erf" in done.json["error"]["message"]
+
+
+def damage_shape(folder: Path) -> None:
+    hparams = json.loads((folder / "hparams.json").read_text())
+    (folder / "hparams.json").write_text(json.dumps({**hparams, "n_head": 4}))
+
+
+def damage_bytes(folder: Path) -> None:
+    data = folder / "model.ckpt.data-00000-of-00001"
+    content = bytearray(data.read_bytes())
+    content[5000] ^= 1
+    data.write_bytes(content)
+
+
+def swap_layers(folder: Path) -> None:
+    """h0 and h1 exchanged, as the index of a careless writer would have it."""
+    data = folder / "model.ckpt.index"
+    content = data.read_bytes()
+    data.write_bytes(content)
+    found = open_checkpoint(str(folder))
+    a, b = (found.source.tensors[f"model/h{i}/mlp/c_fc/w"].segments()[0] for i in (0, 1))  # type: ignore[index]
+    path = folder / "model.ckpt.data-00000-of-00001"
+    weights = bytearray(path.read_bytes())
+    first, second = bytes(weights[a.offset : a.end]), bytes(weights[b.offset : b.end])
+    weights[a.offset : a.end], weights[b.offset : b.end] = second, first
+    path.write_bytes(weights)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(damage_shape, "n_head is 4"), (damage_bytes, "differs from its source"), (swap_layers, "h.1.mlp.c_fc.weight")],
+)
+def test_planted_damage_is_found(tmp_path: Path, damage: Any, words: str) -> None:
+    folder = published(TINY / "hf-safetensors", tmp_path / "out")
+    checkpoint = open_checkpoint(str(TINY / "hf-safetensors"))
+    assert hold_against(checkpoint, find_artifacts(str(tmp_path / "out"))).passed
+    assert hold_against(checkpoint, find_artifacts(str(folder))).passed
+    damage(folder)
+    report = hold_against(checkpoint, find_artifacts(str(folder)))
+    assert not report.passed
+    assert words in report.table()
+
+
+@pytest.mark.parametrize("bug", ["order", "transpose"])
+def test_a_bug_of_the_writer_stops_publication(tmp_path: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square projections written untransposed, or tensors at each other's places: the gate says no."""
+    from gptconvert.targets.openai_tf import plan as openai_tf
+
+    original = openai_tf._theirs
+
+    def wrong(bound: Any, checkpoint: Checkpoint) -> Any:
+        name, tensor, ours = original(bound, checkpoint)
+        if bug == "transpose" and "c_proj/w" in name and tensor.shape[1] == tensor.shape[2]:
+            from gptconvert.model.tensors import LeadingAxis
+            from gptconvert.model.transforms import transpose
+
+            tensor = LeadingAxis(transpose(tensor.base))  # type: ignore[attr-defined]
+        if bug == "order" and name.endswith("ln_1/g"):
+            name = name.replace("ln_1", "ln_2")
+        elif bug == "order" and name.endswith("ln_2/g"):
+            name = name.replace("ln_2", "ln_1")
+        return name, tensor, ours
+
+    monkeypatch.setattr(openai_tf, "_theirs", wrong)
+    with pytest.raises(VerificationError):
+        pipeline.convert(open_checkpoint(str(TINY / "hf-safetensors")), str(tmp_path / "out"), OPENAI)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shown_in_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    found = command(capsys, "formats", "--json").json
+    able = {f["name"]: "openai-tf" in f["targets"] for f in found["families"]}
+    assert able == {"gpt1": True, "gpt2": True, "gpt_neo": False, "gptj": False, "gpt_neox": False}
+    sources = next(f["sources"] for f in found["families"] if f["name"] == "gpt2")
+    assert {"nanogpt", "llmc", "megatron"} <= set(sources)

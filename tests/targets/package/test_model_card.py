@@ -1,0 +1,235 @@
+"""The model card: valid YAML, honest words, snippets that run, nothing of the machine it was made on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import PlannedFile
+from gptconvert.model.options import Options
+from gptconvert.targets.package.model_card import card
+from gptconvert.targets.package.sidecars import sidecar_files
+from gptconvert.targets.safetensors.plan import TARGET as SAFETENSORS
+from tests.helpers import FIXTURES, checkpoint_of, openai_checkpoint, tiny_gpt2, write_planned
+
+CHECKED = {
+    "passed": True,
+    "rule": {"max_rmse_ratio": 4.0, "max_abs_ratio": 8.0},
+    "artifacts": [
+        {
+            "path": "onnx/model.onnx",
+            "ok": True,
+            "weights": {"ok": True, "weights": 28, "equal": 28},
+            "runs": [{"groups": [{"group": "left padding", "ok": True}, {"group": "holes", "ok": True}]}],
+            "seconds": 1.25,
+        },
+        {"path": "model.safetensors", "ok": True, "weights": {"ok": True, "weights": 29, "equal": 29}, "runs": []},
+    ],
+}
+
+
+def text(checkpoint: Checkpoint, *targets: str, verification: Any = None, files: Any = (), **options: Any) -> str:
+    return card(checkpoint, targets or ("onnx",), Options(**options), verification or {}, files).decode()
+
+
+def front_matter(card_text: str) -> dict[str, Any]:
+    yaml = pytest.importorskip("yaml")
+    assert card_text.startswith("---\n")
+    found: dict[str, Any] = yaml.safe_load(card_text.split("---\n")[1])
+    return found
+
+
+def command(card_text: str) -> str:
+    return next(line for line in card_text.splitlines() if line.startswith("gptconvert convert"))
+
+
+def snippets(card_text: str) -> dict[str, str]:
+    found = re.findall(r"\n([^\n]+):\n\n```(?:python|js)\n(.*?)```", card_text, re.DOTALL)
+    return {title.partition(",")[0]: code for title, code in found}
+
+
+@pytest.fixture
+def tiny() -> Checkpoint:
+    return checkpoint_of(*tiny_gpt2())
+
+
+def test_front_matter(tiny: Checkpoint) -> None:
+    head = front_matter(text(tiny, "safetensors", "onnx"))
+    assert head == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt2", "onnx", "safetensors", "gptconvert"],
+    }
+    assert front_matter(text(tiny, "onnx"))["library_name"] == "onnx"
+
+
+@pytest.mark.parametrize("repo", ["openai-community/gpt2", 'a: b"\n- x: #y', "no", "日本/モデル", "x\x7f\x85\x1b[0m"])
+def test_front_matter_survives_any_name(repo: str) -> None:
+    raw, arrays = tiny_gpt2()
+    result = text(checkpoint_of(raw, arrays, repo=repo, revision="abc123"))
+    assert set(front_matter(result)) == {"library_name", "pipeline_tag", "tags", "base_model"}
+    assert isinstance(front_matter(result)["base_model"], str)
+    if repo.isprintable():
+        assert front_matter(result)["base_model"] == repo
+    assert all(c.isprintable() or c == "\n" for c in result)
+    assert "revision `abc123`" in result
+    assert "--revision abc123" in command(result)
+
+
+def test_hub_library_reads_it(tiny: Checkpoint) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    read = hub.ModelCard(text(tiny, "safetensors"))
+    assert read.data.library_name == "transformers"
+    assert read.data.license is None
+    assert read.text.strip().startswith("# GPT-2")
+
+
+def test_command_repeats_the_options() -> None:
+    raw, arrays = tiny_gpt2()
+    bare = checkpoint_of(raw, arrays, request=Options(task="feature-extraction"))
+    assert command(text(bare, "onnx", verification=CHECKED)) == (
+        "gptconvert convert CHECKPOINT --to onnx --task feature-extraction -o OUTPUT"
+    )
+    full = {"dtype": "fp16", "opset": 18, "kv_cache": False, "single_file": True, "max_shard_size": 7}
+    assert command(text(checkpoint_of(raw, arrays, repo="o/m"), "safetensors", "onnx", **full)) == (
+        "gptconvert convert o/m --to onnx --to safetensors --dtype fp16 --opset 18 --no-kv-cache --single-file "
+        "--max-shard-size 7 --no-verify -o OUTPUT"
+    )
+
+
+def test_command_is_one_that_the_program_takes(tiny: Checkpoint) -> None:
+    cli = pytest.importorskip("gptconvert.cli")
+    convert = getattr(pytest.importorskip("gptconvert.cli.convert"), "convert", None)
+    if convert is None or not hasattr(cli, "main"):
+        pytest.skip("no convert command yet")
+    full = {"dtype": "fp16", "opset": 18, "kv_cache": False, "single_file": True, "max_shard_size": 7}
+    words = command(text(tiny, "onnx", "safetensors", **full)).split()[2:]
+    convert.make_context("convert", words, resilient_parsing=False)
+
+
+def test_heads_are_repeated_where_no_configuration_has_them(tmp_path: Path) -> None:
+    raw, arrays = tiny_gpt2(n_inner=None)
+    from tests.helpers import openai_layout
+
+    guessed = checkpoint_of(
+        {}, openai_layout(arrays), tmp_path, scheme="openai-tf", request=Options(n_head=int(str(raw["n_head"])))
+    )
+    assert "--n-head 3" in command(text(guessed))
+    assert "--n-head" not in command(text(openai_checkpoint(tmp_path)))
+
+
+def test_unverified_is_said_plainly(tiny: Checkpoint) -> None:
+    assert "Not verified" in text(tiny)
+    assert "--no-verify" in command(text(tiny))
+    checked = text(tiny, verification=CHECKED)
+    assert "Not verified" not in checked
+    assert "--no-verify" not in checked
+
+
+def test_verdicts_are_shown_without_what_differs_from_run_to_run(tiny: Checkpoint) -> None:
+    checked = text(tiny, verification=CHECKED)
+    assert "| `onnx/model.onnx` | 28 of 28 | 2 of 2 |" in checked
+    assert "| `model.safetensors` | 29 of 29 | weights only |" in checked
+    assert "at most 4 times" in checked
+    assert "1.25" not in checked
+    bad = {"passed": False, "artifacts": [{"path": "a|b", "runs": [{"groups": [{"ok": False}, {"ok": True}]}]}]}
+    failed = text(tiny, verification=bad)
+    assert "Verification failed" in failed
+    assert "| `a\\|b` | None of None | 1 of 2 |" in failed
+    assert "within rounding noise" not in failed
+
+
+def test_a_real_report_is_understood(tiny: Checkpoint) -> None:
+    report = pytest.importorskip("gptconvert.verify.report")
+    weights = pytest.importorskip("gptconvert.verify.weights").WeightReport(expected=28, equal=28)
+    artifact = report.ArtifactReport("safetensors", "model.safetensors", weights, computes=False, seconds=3.5)
+    found = report.Report("default", [artifact])
+    assert found.passed
+    with_figures = text(tiny, verification=found.as_dict())
+    assert "| `model.safetensors` | 28 of 28 | weights only |" in with_figures
+    assert with_figures == text(tiny, verification=found.as_dict(figures=False))
+
+
+def test_architecture_and_files(tiny: Checkpoint) -> None:
+    files = [PlannedFile.of_bytes("config.json", b"{}"), PlannedFile("model.safetensors", 12345678)]
+    result = text(tiny, "safetensors", files=files)
+    parameters = sum(int(np.prod(weight.shape)) for weight in tiny.weights.values())
+    assert f"| Parameters | {parameters:,} |" in result
+    assert f"| Weights | {4 * parameters:,} bytes, float32 |" in result
+    assert "| Heads | 3 of 8 |" in result
+    assert "| `model.safetensors` | 12,345,678 |" in result
+
+
+def test_nothing_of_the_machine(tmp_path: Path) -> None:
+    """Two directories, one card; no path, no date."""
+    cards = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        raw, arrays = tiny_gpt2()
+        checkpoint = checkpoint_of(
+            raw,
+            arrays,
+            tmp_path / name,
+            path=str(tmp_path / name),
+            config_path=str(tmp_path / name / "config.json"),
+        )
+        cards.append(text(checkpoint, "onnx", "safetensors", verification=CHECKED))
+    assert cards[0] == cards[1]
+    assert str(tmp_path) not in cards[0]
+    assert not re.search(r"20\d\d-\d\d", cards[0])
+
+
+def test_snippets_offered(tiny: Checkpoint) -> None:
+    def titles(*targets: str, **options: Any) -> list[str]:
+        return list(snippets(text(tiny, *targets, **options)))
+
+    everything = ["onnxruntime", "transformers", "optimum", "transformers.js", "onnxruntime-genai"]
+    assert titles("onnx", "safetensors") == everything
+    assert titles("onnx", kv_cache=False) == ["onnxruntime"]
+    assert titles("safetensors") == ["transformers"]
+    assert "## Use" not in text(tiny, "tf")
+    assert "--xla" in command(text(tiny, "tf", xla=True))
+    no_tokenizer = [PlannedFile("onnx/model.onnx", 1), PlannedFile("model.safetensors", 1)]
+    result = text(tiny, "onnx", "safetensors", files=no_tokenizer)
+    assert list(snippets(result)) == ["onnxruntime", "transformers"]
+    assert "tokenizer" not in "".join(snippets(result).values()).lower()
+
+
+def test_graph_and_type_are_those_planned(tiny: Checkpoint) -> None:
+    files = [PlannedFile(name, 1) for name in ("onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data", "tokenizer.json")]
+    found = snippets(text(tiny, "onnx", files=files))
+    assert '"onnx/model_fp16.onnx"' in found["onnxruntime"]
+    assert 'dtype: "fp16"' in found["transformers.js"]
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+@pytest.mark.parametrize("tokenized", [True, False])
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_python_snippets_run(
+    kv_cache: bool, tokenized: bool, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The onnxruntime and transformers snippets, as written, in the directory they stand in."""
+    pytest.importorskip("transformers")
+    onnx = pytest.importorskip("gptconvert.targets.onnx.plan")
+    found = {name: str(FIXTURES / "gpt2-stdlib" / name) for name in ("encoder.json", "vocab.bpe")}
+    if not Path(found["vocab.bpe"]).exists():
+        pytest.skip("fixtures not made yet")
+    raw, arrays = tiny_gpt2(vocab_size=2003, bos_token_id=2002, eos_token_id=2002)
+    checkpoint = checkpoint_of(raw, arrays, request=Options(task=task), tokenizer=found if tokenized else {})
+    options, targets = Options(kv_cache=kv_cache), ["onnx", "safetensors"]
+    files = [*onnx.TARGET.plan(checkpoint, options), *SAFETENSORS.plan(checkpoint, options)]
+    files += sidecar_files(checkpoint, options, targets, [file.path for file in files])
+    monkeypatch.chdir(write_planned(tmp_path, files))
+    found = snippets(card(checkpoint, targets, options, {}, files).decode())
+    space: dict[str, Any] = {}
+    exec(found["onnxruntime"], space)
+    output = space["logits" if task == "text-generation" else "last_hidden_state"]
+    assert output.shape == (1, space["ids"].shape[1], 2003 if task == "text-generation" else 24)
+    exec(found["transformers"], space)
+    name = "GPT2LMHeadModel" if task == "text-generation" else "GPT2Model"
+    assert type(space["model"]).__name__ == name

@@ -1,0 +1,240 @@
+"""The JSON files beside the weights, read by those they are written for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.containers.json_text import dump_json
+from gptconvert.errors import InputError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.model.tensors import BFLOAT16
+from gptconvert.targets.package.sidecars import onnx_graphs, sidecar_files, with_special_ids
+from gptconvert.targets.package.tokenizer import tokenizer_files
+from tests.helpers import FIXTURES, checkpoint_of, openai_checkpoint, tiny_gpt2, write_planned
+
+ONNX = ("onnx/model.onnx", "onnx/model.onnx_data")
+BOTH = ("onnx", "safetensors")
+TOKENIZER = FIXTURES / "gpt2-stdlib"
+
+
+def written(
+    checkpoint: Checkpoint,
+    targets: tuple[str, ...] = BOTH,
+    planned: tuple[str, ...] = ONNX,
+    **options: Any,
+) -> dict[str, bytes]:
+    files = sidecar_files(checkpoint, Options(**options), targets, planned)
+    assert [file.path for file in files] == sorted(file.path for file in files)
+    assert all(not file.tensors and file.nbytes == len(file.head) for file in files)
+    return {file.path: file.head for file in files}
+
+
+def parsed(checkpoint: Checkpoint, name: str, **kwargs: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(written(checkpoint, **kwargs)[name])
+    return found
+
+
+@pytest.fixture
+def tiny() -> Checkpoint:
+    return checkpoint_of(*tiny_gpt2())
+
+
+def test_files_without_a_tokenizer(tiny: Checkpoint) -> None:
+    assert set(written(tiny)) == {"config.json", "generation_config.json", "genai_config.json"}
+    assert set(written(tiny, ("safetensors",), ())) == {"config.json", "generation_config.json"}
+    assert set(written(tiny, ("onnx",), ONNX, kv_cache=False)) == {"config.json", "generation_config.json"}
+
+
+def test_files_of_a_bare_model() -> None:
+    raw, arrays = tiny_gpt2()
+    bare = checkpoint_of(raw, arrays, request=Options(task="feature-extraction"))
+    assert set(written(bare)) == {"config.json"}
+    assert parsed(bare, "config.json")["architectures"] == ["GPT2Model"]
+
+
+def test_form_is_that_of_transformers(tiny: Checkpoint) -> None:
+    for data in written(tiny).values():
+        text = data.decode()
+        assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        dump_json({"eps": float("nan")})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"activation_function": "relu", "layer_norm_epsilon": 1e-3, "n_inner": None, "pad_token_id": 3},
+        {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "resid_pdrop": 0.0},
+    ],
+)
+def test_config_means_to_transformers_what_the_source_meant(changes: dict[str, object], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    raw, arrays = tiny_gpt2(**changes)
+    write_planned(tmp_path, sidecar_files(checkpoint_of(raw, arrays), Options(), BOTH, ONNX))
+    ours = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    theirs = transformers.GPT2Config(**raw).to_dict()
+    for key in ("transformers.js_config", "_name_or_path", "dtype", "n_ctx"):
+        ours.pop(key, None)
+        theirs.pop(key, None)
+    assert ours == theirs
+    assert "transformers_version" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_second_conversion_changes_nothing(tiny: Checkpoint) -> None:
+    first = written(tiny)
+    _, arrays = tiny_gpt2()
+    again = checkpoint_of(json.loads(first["config.json"]), arrays)
+    assert written(again) == first
+
+
+def test_keys_of_the_source_are_passed_on_but_not_where_it_lay() -> None:
+    old = {
+        "_name_or_path": "/home/me/runs/7",
+        "transformers_version": "4.9.0",
+        "torch_dtype": "float16",
+        "_commit_hash": "abc",
+        "transformers.js_config": {"use_external_data_format": {"model_q4.onnx": True}},
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "id2label": {"0": "LABEL_0"},
+    }
+    raw, arrays = tiny_gpt2(**old)
+    config = parsed(checkpoint_of(raw, arrays), "config.json", planned=())
+    assert config["task_specific_params"] == old["task_specific_params"]
+    assert config["id2label"] == old["id2label"]
+    assert config["dtype"] == "float32"
+    assert not {*old} & {*config} - {"task_specific_params", "id2label"}
+
+
+def test_context_is_written_under_both_names(tiny: Checkpoint) -> None:
+    config = parsed(tiny, "config.json")
+    assert config["n_ctx"] == config["n_positions"] == 40
+
+
+@pytest.mark.parametrize(
+    ("planned", "announced"),
+    [
+        (ONNX, {"model.onnx": True}),
+        (("onnx/model.onnx",), None),
+        (
+            (*ONNX, "onnx/model_q4.onnx", "onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data"),
+            {"model.onnx": True, "model_fp16.onnx": True},
+        ),
+        ((), None),
+    ],
+)
+def test_external_data_is_announced(tiny: Checkpoint, planned: tuple[str, ...], announced: object) -> None:
+    config = parsed(tiny, "config.json", planned=planned)
+    found = config.get("transformers.js_config")
+    assert found == (announced and {"use_external_data_format": announced})
+
+
+def test_the_plain_graph_comes_first() -> None:
+    paths = ["onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data", "onnx/model.onnx", "model.safetensors"]
+    assert list(onnx_graphs(paths).items()) == [("onnx/model.onnx", False), ("onnx/model_fp16.onnx", True)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name"),
+    [
+        ((np.float32, np.float32), "float32"),
+        ((np.float16, np.float16), "float16"),
+        ((BFLOAT16, BFLOAT16), "bfloat16"),
+        ((BFLOAT16, np.float16), "float32"),
+        ((np.float16, np.float32), "float32"),
+        ((np.float64, np.float16), "float64"),
+        ((">f4", ">f4"), "float32"),
+    ],
+)
+def test_dtype_holds_every_weight(kinds: tuple[Any, Any], name: str) -> None:
+    raw, arrays = tiny_gpt2()
+    mixed = {key: array.astype(kinds[n % 2]) for n, (key, array) in enumerate(arrays.items())}
+    assert parsed(checkpoint_of(raw, mixed), "config.json")["dtype"] == name
+
+
+def test_generation_config_loads_and_names_the_special_ids(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    raw, arrays = tiny_gpt2(bos_token_id=5, eos_token_id=6)
+    files = sidecar_files(checkpoint_of(raw, arrays), Options(), BOTH, ())
+    config = transformers.GenerationConfig.from_pretrained(write_planned(tmp_path, files))
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (5, 6, None)
+
+
+def test_generation_config_of_the_source_is_kept(tmp_path: Path) -> None:
+    own = {"eos_token_id": [96, 7], "do_sample": True, "top_k": 5, "transformers_version": "4.1.0"}
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(own))
+    checkpoint = checkpoint_of(*tiny_gpt2(), tokenizer={path.name: str(path)})
+    del own["transformers_version"]
+    assert parsed(checkpoint, "generation_config.json") == own
+    path.write_text('{"top_k": ')
+    with pytest.raises(InputError) as caught:
+        written(checkpoint)
+    assert caught.value.path == str(path)
+
+
+def test_genai_config(tiny: Checkpoint) -> None:
+    config = parsed(tiny, "genai_config.json")
+    model, decoder = config["model"], config["model"]["decoder"]
+    assert (model["type"], model["vocab_size"], model["context_length"]) == ("decoder", 97, 40)
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (96, 96, 96)
+    assert decoder["filename"] == "onnx/model.onnx"
+    assert (decoder["num_attention_heads"], decoder["head_size"], decoder["num_hidden_layers"]) == (3, 8, 2)
+    assert decoder["inputs"]["past_key_names"] % 1 == "past_key_values.1.key"
+    assert decoder["outputs"]["present_value_names"] % 0 == "present.0.value"
+    assert config["search"]["past_present_share_buffer"] is False
+    assert config["search"]["max_length"] == 40
+
+
+def test_genai_config_keeps_a_pad_token_of_its_own() -> None:
+    raw, arrays = tiny_gpt2(pad_token_id=4)
+    assert parsed(checkpoint_of(raw, arrays), "genai_config.json")["model"]["pad_token_id"] == 4
+
+
+def test_genai_config_names_what_the_graph_has(tiny: Checkpoint) -> None:
+    """Every input and output of the planned ONNX graph, and no other, is named in genai_config.json."""
+    onnx = pytest.importorskip("onnx")
+    target = pytest.importorskip("gptconvert.targets.onnx.plan")
+    files = target.TARGET.plan(tiny, Options())[0].files
+    graph = onnx.load_model_from_string(next(file.head for file in files if file.path.endswith(".onnx"))).graph
+    config = parsed(tiny, "genai_config.json", planned=tuple(file.path for file in files))
+    decoder = config["model"]["decoder"]
+    for side, values in (("inputs", graph.input), ("outputs", graph.output)):
+        named = {name % i if "%d" in name else name for name in decoder[side].values() for i in range(2)}
+        assert named == {value.name for value in values}
+    vocabulary = next(value for value in graph.output if value.name == "logits").type.tensor_type.shape.dim[-1]
+    assert vocabulary.dim_value in (0, config["model"]["vocab_size"])
+
+
+@pytest.mark.skipif(not (TOKENIZER / "vocab.bpe").exists(), reason="fixtures not made yet")
+@pytest.mark.parametrize("padding", [0, 45])
+def test_padded_vocabulary_does_not_move_the_end_token(padding: int, tmp_path: Path) -> None:
+    """OpenAI's hparams.json names no special ids; the last id is the end token only without padding."""
+    found = {name: str(TOKENIZER / name) for name in ("encoder.json", "vocab.bpe")}
+    tokens = len(json.loads((TOKENIZER / "encoder.json").read_text()))
+    checkpoint = openai_checkpoint(tmp_path, tokenizer=found, vocab_size=tokens + padding)
+    files = written(checkpoint)
+    assert {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"} < set(files)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads(files[name])["eos_token_id"] == tokens - 1, name
+    model = json.loads(files["genai_config.json"])["model"]
+    assert (model["pad_token_id"], model["vocab_size"]) == (tokens - 1, tokens + padding)
+    assert files == {
+        file.path: file.head
+        for file in sidecar_files(checkpoint, Options(), BOTH, ONNX, tokenizer_files(checkpoint)[0])
+    }
+
+
+@pytest.mark.skipif(not (TOKENIZER / "vocab.bpe").exists(), reason="fixtures not made yet")
+def test_a_stated_end_token_is_not_overruled() -> None:
+    found = {name: str(TOKENIZER / name) for name in ("encoder.json", "vocab.bpe")}
+    raw, arrays = tiny_gpt2(vocab_size=3000, eos_token_id=7)
+    checkpoint = checkpoint_of(raw, arrays, tokenizer=found)
+    assert with_special_ids(checkpoint, tokenizer_files(checkpoint)[0]).config.eos_token_id == 7

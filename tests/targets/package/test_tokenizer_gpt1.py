@@ -1,0 +1,179 @@
+"""GPT-1's original pre-processing: ftfy and spaCy, from the extra ``gpt1-tokenizer``; most of it needs both.
+
+They weigh about 200 MB, so ``make test`` does not install them, and what needs them is skipped where they are not:
+``pip install 'gptconvert[gpt1-tokenizer]'`` runs it all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.targets.package.tokenizer import tokenizer_files
+from gptconvert.targets.package.tokenizer_gpt1 import OriginalTokenizer, standardise
+from tests.helpers import ROOT
+from tests.targets.package.test_tokenizer_word_end import gpt1
+from tests.targets.package.word_end import MERGES, NEWLINE, OPENAI, REAL, UNKNOWN, symbols, write_pair
+
+tokenizers = pytest.importorskip("tokenizers")
+
+needs_the_extra = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("ftfy", "spacy")),
+    reason="ftfy and spaCy are not installed: pip install 'gptconvert[gpt1-tokenizer]'",
+)
+
+
+def written(checkpoint: Checkpoint, directory: Path) -> str:
+    path = directory / "tokenizer.json"
+    path.write_bytes(tokenizer_files(checkpoint)[0]["tokenizer.json"])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("odd")
+    return written(gpt1(write_pair(directory)), directory)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if not REAL.exists():
+        pytest.skip("OpenAI's own files are not here")
+    return written(gpt1({name: str(REAL / name) for name in OPENAI}, 40478), tmp_path_factory.mktemp("real"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        ("  a \t b\u00a0\u2003c ", "a b c"),
+        ("one\n\n \n two\r\nthree\n", "one \n two \n three"),
+        ("yes—no–maybe―so…", "yes - no - maybe - so..."),
+        ("rock ´n´ roll", "rock 'n' roll"),
+        ("a--b-c", "a -- b - c"),
+        ("--!!-!", "-- !! - !"),
+        ('say "hi", (now) [x] {y}', 'say " hi " , ( now ) [ x ] { y }'),
+        ("a;b?c+d/e*f|g_h~i", "a ; b ? c + d / e * f | g _ h ~ i"),
+        ("C:\\dir \\\\x", "C:\\dir \\\\x"),  # what the original does, not what it says
+        ("it's 3.5: a.b @c #d $e %f ^g &h =i <j> `k`", "it's 3.5: a.b @c #d $e %f ^g &h =i <j> `k`"),
+    ],
+)
+def test_standardised_text(text: str, expected: str) -> None:
+    assert standardise(text) == expected
+
+
+@pytest.mark.parametrize("missing", ["ftfy", "spacy"])
+def test_the_extra_is_named(missing: str, odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UnsupportedError) as caught:
+        OriginalTokenizer(odd)
+    assert "pip install 'gptconvert[gpt1-tokenizer]'" in str(caught.value.hint)
+
+
+def test_the_extra_exists() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name.split(">")[0] for name in extras["gpt1-tokenizer"]} == {"ftfy", "spacy"}
+
+
+class Words:
+    """Stands in for ftfy and spaCy where they are absent: text is cut at single spaces."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @classmethod
+    def cut(cls, text: str) -> list[Words]:
+        return [cls(word) for word in text.split(" ") if word]
+
+
+@pytest.fixture
+def simple(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptconvert.tokenizer_gpt1._fix_and_cut", lambda: (str, Words.cut))
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("The THE the", ["the</w>"] * 3),
+        ("in\n\na", ["i", "n</w>", NEWLINE, "a</w>"]),
+        ("don't n't", ["d", "o", "n't</w>", "n't</w>"]),
+        ("aaa aaaa", ["aa", "a</w>", "aaa", "a</w>"]),
+        ("### ##", ["###</w>", "#", "#</w>"]),
+        ("é日€x", ["é", "日", UNKNOWN, "x</w>"]),
+        ("€", [UNKNOWN]),
+        ("is (the)", ["i", "s</w>", UNKNOWN, "the</w>", UNKNOWN]),
+    ],
+)
+def test_ids_of_words(text: str, pieces: list[str], odd: str, simple: None) -> None:
+    assert OriginalTokenizer(odd).encode(text) == [symbols()[piece] for piece in pieces]
+
+
+def test_other_tokenizers_are_refused(tmp_path: Path, simple: None) -> None:
+    broken, other = tmp_path / "a.json", tmp_path / "b.json"
+    broken.write_text("{")
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(other))
+    for path in (broken, other, tmp_path / "c.json"):
+        with pytest.raises(InputError) as caught:
+            OriginalTokenizer(str(path))
+        assert caught.value.path == str(path)
+
+
+#: text → its words, and whether tokenizer.json gives the same ids. Also in docs/tokenizers.md.
+EXAMPLES: list[tuple[str, str, bool]] = [
+    ("Hello world, how are you?", "hello world , how are you ?", True),
+    ('"well-known" facts', '" well - known " facts', True),
+    ("5 < 6 & 7 > 2", "5 < 6 & 7 > 2", True),
+    ("I don't know.", "i do n't know .", False),
+    ("the dog's bone", "the dog 's bone", False),
+    ("a naïve café", "a naïve café", False),
+    ("wait... what?", "wait ... what ?", False),
+    ("she said — no", "she said - no", False),
+    ("one.\n\nTwo.", "one . \n two .", False),
+    ("it cost 3.50 at 10am", "it cost 3.50 at 10 am", False),
+    ("the cafÃ©", "the café", False),
+    ("ﬁne “curly” quotes", 'fine " curly " quotes', False),
+]
+
+
+@needs_the_extra
+@pytest.mark.parametrize(("text", "words", "same"), EXAMPLES)
+def test_examples(text: str, words: str, same: bool, real: str) -> None:
+    original = OriginalTokenizer(real)
+    assert original.words(text) == words.split(" ")
+    assert (original.encode(text) == tokenizers.Tokenizer.from_file(real).encode(text).ids) == same
+
+
+@needs_the_extra
+def test_merged_as_openai_merges(odd: str) -> None:
+    """Every word of a text, by the rule of the paper: again and again the best pair that is there."""
+    original, ranks, ids = OriginalTokenizer(odd), {pair: rank for rank, pair in enumerate(MERGES)}, symbols()
+    text = "The other ring isn't there. Anything? Aaaaaa! ##### résumés 0101 日 € n't\nthther inging"
+    expected = [ids.get(part, ids[UNKNOWN]) for word in original.words(text) for part in merged(word, ranks)]
+    assert original.encode(text) == expected
+    assert ids[UNKNOWN] in expected
+
+
+def merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    parts = [*word[:-1], f"{word[-1]}</w>"]
+    while True:
+        pairs = [(ranks.get(pair, len(ranks)), n) for n, pair in enumerate(itertools.pairwise(parts))]
+        rank, at = min(pairs, default=(len(ranks), 0))
+        if rank == len(ranks):
+            return parts
+        parts[at : at + 2] = ["".join(parts[at : at + 2])]
+
+
+def test_the_documented_examples_are_the_tested_ones() -> None:
+    table = (ROOT / "docs" / "tokenizers.md").read_text("utf-8")
+    for text, words, same in EXAMPLES:
+        row = f"| {json.dumps(text, ensure_ascii=False)} | {json.dumps(words, ensure_ascii=False)} |"
+        assert f"{row} {'yes' if same else 'no'} |" in table

@@ -1,0 +1,331 @@
+"""The SavedModel target: every family and head, run by TensorFlow and held against transformers and the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
+from gptconvert.model.tensors import BFLOAT16, Box, Computed
+from gptconvert.pipeline import open_checkpoint
+from gptconvert.publish.writer import copy_of
+from gptconvert.targets.saved_model import plan as model
+from gptconvert.targets.saved_model.plan import TARGET, plan
+from gptconvert.targets.saved_model.process import TensorFlowProcess
+from gptconvert.targets.saved_model.verify import verify_saved_model
+from gptconvert.verify.report import Report
+from reference_model.config import INPUTS
+from tests.commands import TRAINED
+from tests.families.bugs import BUGS, Bug
+from tests.families.witness import CASES, Case, gap, hf_outputs, inputs_of, our_outputs, reference
+from tests.helpers import ROOT
+from tests.targets.saved_model.support import file_bytes, turned, understood, write
+
+#: A graph may be off so many times as far as the reference model in float32, plus so many units in the last place.
+TIMES, ULPS = 8, 8 * 2.0**-23
+LM = Case("gpt2")
+BY_NAME = {str(case): case for case in CASES}
+#: Every family, every head, and each way in which a configuration changes the graph.
+CHOSEN = (
+    "gpt1-text-generation gpt2-text-generation gpt_neo-text-generation gptj-text-generation gpt_neox-text-generation "
+    "gpt2-feature-extraction gpt2-text-classification gpt_neo-text-classification gpt2-token-classification "
+    "gptj-question-answering gpt1-multiple-choice gpt2-text-generation-untied gpt_neox-text-generation-serial"
+).split()
+#: Bugs of the configuration and of the weights that a graph could be built with.
+PLANTED = (
+    "gpt1-text-generation-norm-first gpt1-text-generation-square-transposed gpt2-text-generation-erf "
+    "gpt2-text-generation-eps gpt_neo-text-generation-scaled gpt_neo-text-generation-window-one-more "
+    "gptj-text-generation-half-split gpt_neox-text-generation-serial gpt_neo-text-generation-q-k-swapped "
+    "gptj-question-answering-start-end-swapped gpt2-text-classification-padding-unknown"
+).split()
+
+
+def verdict(checkpoint: Checkpoint, path: Path) -> Report:
+    """What the gate says of a SavedModel."""
+    report = verify_saved_model(
+        checkpoint, str(path), "saved_model", "default", lambda name, total: lambda count: None
+    )
+    return Report("default", [report])
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_every_family_and_head(name: str, shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    case = BY_NAME[name]
+    checkpoint = understood(case, saved)
+    path = write(tmp_path, plan(checkpoint, Options())[0].files)
+    report = verdict(checkpoint, path)
+    assert report.passed, report.table()
+
+    inputs = inputs_of(case.task)
+    feeds = {name: inputs[name] for name in INPUTS[case.task] if name != "position_ids"}
+    import torch
+
+    theirs = hf_outputs(case, inputs)
+    ours = shared.run("serving_default", feeds)
+    theirs = {name: value for name, value in theirs.items() if name in ours}
+    noise = gap(our_outputs(reference(checkpoint, torch.float32), inputs), theirs, inputs["attention_mask"])
+    assert gap(ours, theirs, inputs["attention_mask"]) <= TIMES * noise + ULPS
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)
+def test_half_width_storage(dtype: Any, shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    checkpoint = turned(understood(BY_NAME["gptj-text-generation"], saved, dtype))
+    files = plan(checkpoint, Options())[0].files
+    assert files[0].nbytes < 1.1 * checkpoint.nbytes
+    report = verdict(checkpoint, write(tmp_path, files))
+    assert report.passed, report.table()
+
+
+def test_compiled_twins(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    case = Case("gpt_neo", keys={"num_layers": 2, "attention_types": [[["global", "local"], 1]]}, name="xla")
+    checkpoint = understood(case, saved)
+    path = write(tmp_path, plan(checkpoint, Options(xla=True))[0].files)
+    report = verdict(checkpoint, path)
+    assert report.passed, report.table()
+    answer = shared.ask("load", path=str(path))["signatures"]
+    assert {n for n in answer if n.endswith("_xla")} == {
+        f"{n}_xla" for n in ("serving_default", "decode", "last_logits", "generate")
+    }
+    assert answer["decode_xla"]["inputs"]["past_key_values.0.key"] == ["float32", [1, 3, 39, 8]]
+
+
+@pytest.mark.parametrize("bug", [b for b in BUGS if str(b) in PLANTED], ids=str)
+def test_planted_bugs_are_caught(bug: Bug, shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    right = understood(bug.case, saved)
+    wrong = bug.plant(right)
+    report = verdict(right, write(tmp_path, plan(wrong, Options())[0].files))
+    assert not report.passed
+    # A square matrix may lie either way round: that it is used the wrong way shows in the outputs alone.
+    by_weights = wrong.weights is not right.weights and "square" not in bug.name
+    assert bool(report.artifacts[0].weights.problems) == by_weights
+
+
+def test_all_bugs_were_found() -> None:
+    assert set(PLANTED) <= {str(bug) for bug in BUGS}
+
+
+def test_one_flipped_byte_is_named(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    checkpoint = understood(LM, saved)
+    files = plan(checkpoint, Options())[0].files
+    path = write(tmp_path, files)
+    placed = next(p for p in files[0].tensors if p.weight == "h.1.mlp.c_fc.bias")
+    data = path / "variables/variables.data-00000-of-00002"
+    raw = bytearray(data.read_bytes())
+    raw[placed.offset + 5] ^= 1
+    data.write_bytes(raw)
+    assert verdict(checkpoint, path).artifacts[0].weights.problems == [
+        "h.1.mlp.c_fc.bias: differs from its source, first at element [1]"
+    ]
+
+
+def test_wrong_checksum_is_refused_by_tensorflow(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    checkpoint = understood(LM, saved)
+    files = plan(checkpoint, Options())[0].files
+    path = write(tmp_path, files)
+    assert files[2].finish is not None
+    index = files[2].finish(lambda placed: 0, threading.Event())
+    (path / "variables/variables.index").write_bytes(index)
+    with pytest.raises(InputError, match="TensorFlow cannot load") as caught:
+        verdict(checkpoint, path)
+    assert "checksum" in str(caught.value).lower() or "data loss" in str(caught.value).lower()
+
+
+def test_layers_in_another_order(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    checkpoint = understood(LM, saved)
+    swapped = {
+        n.replace("h.0.", "h.x.").replace("h.1.", "h.0.").replace("h.x.", "h.1."): w
+        for n, w in checkpoint.weights.items()
+    }
+    wrong = dataclasses.replace(checkpoint, weights={n: swapped[n] for n in checkpoint.weights})
+    report = verdict(checkpoint, write(tmp_path, plan(wrong, Options())[0].files))
+    assert {p.partition(":")[0] for p in report.artifacts[0].weights.problems} == {
+        n for n in checkpoint.weights if n.startswith("h.")
+    }
+
+
+def test_first_bad_block_is_named(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    checkpoint = understood(LM, saved)
+    config = dataclasses.replace(checkpoint.config, attn_scale=(checkpoint.config.attn_scale[0], 1.0))
+    wrong = dataclasses.replace(checkpoint, config=config)
+    run = verdict(checkpoint, write(tmp_path, plan(wrong, Options())[0].files)).artifacts[0].runs[0]
+    assert run.first_bad == "the last block or the head"
+    config = dataclasses.replace(checkpoint.config, attn_scale=(1.0, checkpoint.config.attn_scale[1]))
+    wrong = dataclasses.replace(checkpoint, config=config)
+    run = verdict(checkpoint, write(tmp_path / "b", plan(wrong, Options())[0].files)).artifacts[0].runs[0]
+    assert run.first_bad == "block 1, in present.1.key, or block 0 after its own"
+
+
+def test_planning_reads_no_weight_and_asks_no_tensorflow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "TensorFlowProcess", lambda: pytest.fail("it was started"))
+
+    def never(box: Box) -> Any:
+        raise AssertionError("read")
+
+    checkpoint = understood(LM, saved)
+    weights = {n: Computed(never, w.dtype, w.shape) for n, w in checkpoint.weights.items()}
+    files = plan(dataclasses.replace(checkpoint, weights=weights), Options())[0].files
+    assert [file.path for file in files] == [
+        "saved_model/variables/variables.data-00000-of-00002",
+        "saved_model/variables/variables.data-00001-of-00002",
+        "saved_model/variables/variables.index",
+        "saved_model/saved_model.pb",  # last: clients take its presence for completeness
+    ]
+
+
+def test_weights_are_copied_as_they_lie(shared: TensorFlowProcess, saved: Path) -> None:
+    checkpoint = understood(LM, saved)
+    data = plan(checkpoint, Options())[0].files[0]
+    assert [p.weight for p in data.tensors] == sorted(checkpoint.weights)
+    assert all(p.tensor.segments() is not None and p.offset % 64 == 0 for p in data.tensors)
+
+
+def test_the_weights_of_an_openai_checkpoint_are_its_data_file() -> None:
+    data = plan(open_checkpoint(str(TRAINED)), Options())[0].files[0]
+    assert copy_of(data) == str(TRAINED / "model.ckpt.data-00000-of-00001")
+
+
+def test_layers_stand_in_the_file_once(shared: TensorFlowProcess, saved: Path) -> None:
+    for layers in (2, 5):
+        case = Case("gpt2", keys={"n_layer": layers}, name=f"{layers}-layers")
+        graph = file_bytes(plan(understood(case, saved), Options())[0].files[-1])
+        assert graph.count(b"Gelu/Tanh\x12\x04Tanh") == 1
+
+
+def test_integers_are_refused(shared: TensorFlowProcess, saved: Path) -> None:
+    checkpoint = understood(LM, saved)
+    weights = {
+        **checkpoint.weights,
+        "ln_f.bias": Computed(lambda box: np.zeros(24, bool)[box], np.dtype(bool), (24,)),
+    }
+    with pytest.raises(UnsupportedError) as caught:
+        plan(dataclasses.replace(checkpoint, weights=weights), Options())[0].files
+    assert caught.value.item == "ln_f.bias"
+
+
+@pytest.fixture(scope="module")
+def export(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path, list[bytes]]:
+    """An export by a TensorFlow process of its own, as a user makes it."""
+    checkpoint = understood(LM, saved)
+    files = plan(checkpoint, Options())[0].files
+    path = write(tmp_path_factory.mktemp("export"), files)
+    return checkpoint, path, [file_bytes(file) for file in files]
+
+
+def test_same_bytes_wherever_it_runs(
+    export: tuple[Checkpoint, Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, _, before = export
+    (tmp_path / "another place").mkdir()
+    monkeypatch.chdir(tmp_path / "another place")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONHASHSEED", "17")
+    assert [file_bytes(file) for file in plan(checkpoint, Options())[0].files] == before
+    for part in (str(ROOT), str(tmp_path), "/tmp"):
+        assert part.encode() not in before[-1]
+
+
+CLIENT = """
+import json, sys
+for name in ("gptconvert", "reference_model", "torch"):
+    sys.modules[name] = None
+import numpy as np
+import tensorflow as tf
+model = tf.saved_model.load(sys.argv[1])
+bundle = tf.train.load_checkpoint(sys.argv[1] + "/variables/variables")
+names = [n for n in bundle.get_variable_to_shape_map() if n != "_CHECKPOINTABLE_OBJECT_GRAPH"]
+run = model.signatures["serving_default"]
+logits = run(input_ids=tf.constant([[5, 6, 7]], tf.int64), attention_mask=tf.ones((1, 3), tf.int64))["logits"]
+print(json.dumps({
+    "logits": logits.numpy().tolist(),
+    "variables": sorted(model.weights),
+    "static": model.weights["wte.weight"].shape.as_list(),
+    "in_checkpoint": len(names),
+    "same": bool(np.array_equal(bundle.get_tensor(names[0]), next(
+        w for n, w in model.weights.items() if n == names[0].split("/")[1].replace("..", ".")).numpy())),
+}))
+"""
+
+
+def test_a_client_without_gptconvert(export: tuple[Checkpoint, Path, list[bytes]], tmp_path: Path) -> None:
+    import torch
+
+    checkpoint, path, _ = export
+    command = [sys.executable, "-I", "-c", CLIENT, str(path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["variables"] == sorted(checkpoint.weights)
+    assert (found["static"], found["same"], found["in_checkpoint"]) == ([97, 24], True, len(checkpoint.weights))
+    with torch.no_grad():
+        expected, _ = reference(checkpoint)(torch.tensor([[5, 6, 7]]))
+    np.testing.assert_allclose(found["logits"], expected.numpy(), atol=1e-5)
+
+
+def cli(*arguments: str) -> str:
+    """What ``saved_model_cli`` prints."""
+    tool = Path(sys.executable).with_name("saved_model_cli")
+    done = subprocess.run([str(tool), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_saved_model_cli(export: tuple[Checkpoint, Path, list[bytes]]) -> None:
+    import torch
+
+    checkpoint, path, _ = export
+    shown = cli("show", "--dir", str(path), "--all")
+    for name in ("serving_default", "serving_int32", "decode", "last_logits", "generate"):
+        assert f"signature_def['{name}']" in shown
+    assert (
+        "inputs['past_key_values.1.value'] tensor_info:\n        dtype: DT_FLOAT\n        shape: (-1, 3, -1, 8)"
+        in shown
+    )
+    asked = "input_ids=[[5,6,7]];attention_mask=[[1,1,1]];max_new_tokens=4;temperature=0.0;top_k=0;seed=0"
+    ran = cli("run", "--dir", str(path), "--tag_set", "serve", "--signature_def", "generate", "--input_exprs", asked)
+    ids = [5, 6, 7]
+    for _ in range(4):
+        with torch.no_grad():
+            ids.append(int(reference(checkpoint)(torch.tensor([ids]))[0][0, -1].argmax()))
+    assert f"[[{' '.join(f'{i:2d}' for i in ids)}]]" in ran
+
+
+def test_without_tensorflow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("work was begun"))
+    with pytest.raises(UnsupportedError) as caught:
+        plan(understood(LM, saved), Options())[0].files
+    assert caught.value.exit_code == 4
+    assert "pip install 'gptconvert[tf]'" in str(caught.value.hint)
+    assert TARGET.requires == (("tensorflow", "tf"),)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise ImportError('libcudart.so.99: cannot open')", "libcudart.so.99: cannot open"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed by signal 9"),
+    ],
+)
+def test_a_broken_tensorflow(
+    source: str, said: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorflow.py").write_text(source)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    checkpoint = understood(LM, saved)
+    with pytest.raises(UnsupportedError, match="could not build the graph") as caught:
+        file_bytes(plan(checkpoint, Options())[0].files[-1])
+    assert said in str(caught.value)
+    assert list((tmp_path / "temporary").iterdir()) == []
