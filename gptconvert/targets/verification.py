@@ -15,13 +15,18 @@ from gptconvert.model.options import Level
 from gptconvert.model.progress import Progress, Stage
 from gptconvert.publish.source_reader import StoppedError
 from gptconvert.targets.registry import target_named
-from gptconvert.targets.target import Candidate
+from gptconvert.targets.target import Candidate, Target
 from gptconvert.verify.background import in_background
 from gptconvert.verify.report import ArtifactReport, Report
 
 
 def verify_exports(
-    exports: Sequence[Export], directory: str, level: Level = "default", progress: Progress | None = None
+    exports: Sequence[Export],
+    directory: str,
+    level: Level = "default",
+    progress: Progress | None = None,
+    *,
+    target_of: Callable[[str], Target] = target_named,
 ) -> Report:
     """Verify everything that was planned, as it now is in ``directory``.
 
@@ -35,7 +40,7 @@ def verify_exports(
         for e in exports
     ]
     with _relative_to(directory):
-        report = verify(candidates, level, progress)
+        report = verify(candidates, level, progress, target_of=target_of)
     require_complete(exports, report)
     return report
 
@@ -55,7 +60,13 @@ def require_complete(exports: Sequence[Export], report: Report) -> None:
         )
 
 
-def verify(candidates: Sequence[Candidate], level: str = "default", progress: Progress | None = None) -> Report:
+def verify(
+    candidates: Sequence[Candidate],
+    level: str = "default",
+    progress: Progress | None = None,
+    *,
+    target_of: Callable[[str], Target] = target_named,
+) -> Report:
     """Hold artifacts against the checkpoints they came from.
 
     A failed gate is not an exception: ``Report.passed`` is False.
@@ -64,6 +75,7 @@ def verify(candidates: Sequence[Candidate], level: str = "default", progress: Pr
         candidates: what to verify.
         level: ``default``, or ``full``: prompts up to the whole context too.
         progress: receives stages.
+        target_of: target name → how it is verified.
 
     Raises:
         InputError: an artifact cannot be read or loaded, or the checkpoint itself computes NaN.
@@ -78,25 +90,27 @@ def verify(candidates: Sequence[Candidate], level: str = "default", progress: Pr
 
     def judge(candidate: Candidate, stage: Stage) -> ArtifactReport:
         started = time.monotonic()
-        found = target_named(candidate.target).verify(candidate, known[level], stage)
+        found = target_of(candidate.target).verify(candidate, known[level], stage)
         return dataclasses.replace(found, seconds=time.monotonic() - started)
 
     # Comparing bytes waits for the disk; it goes on in the background while others run.
-    run = [c for c in candidates if target_named(c.target).runs] or list(candidates)
+    run = [c for c in candidates if target_of(c.target).runs] or list(candidates)
     rest = [c for c in candidates if c not in run]
     with in_background(lambda stop: [judge(candidate, _until(stop)) for candidate in rest]) as compared:
         found = dict(zip(map(id, run), [judge(candidate, stage) for candidate in run], strict=True))
         stage("comparing weights", 0)
         found |= dict(zip(map(id, rest), compared.result(), strict=True))
     report = Report(level, [found[id(candidate)] for candidate in candidates])
-    _check_continuations(candidates, report, stage)
+    _check_continuations(candidates, report, stage, target_of)
     return report
 
 
-def _check_continuations(candidates: Sequence[Candidate], report: Report, stage: Stage) -> None:
+def _check_continuations(
+    candidates: Sequence[Candidate], report: Report, stage: Stage, target_of: Callable[[str], Target]
+) -> None:
     """Hold what an artifact generated greedily against the first other one that can judge it, if both passed."""
     passed = [(c, found) for c, found in zip(candidates, report.artifacts, strict=True) if found.ok]
-    judges = [(c, found, check) for c, found in passed if (check := target_named(c.target).check_continuation)]
+    judges = [(c, found, check) for c, found in passed if (check := target_of(c.target).check_continuation)]
     for _, found in passed:
         if found.greedy is not None and judges:
             judge, proof, check = judges[0]

@@ -185,8 +185,8 @@ def in_one_piece(pairs: Iterable[Pair]) -> dict[str, LazyTensor]:
 def pairs_of(export: Export, found: Mapping[str, LazyTensor], report: WeightReport) -> list[Pair]:
     """What an export should have stored beside what is there under the same names.
 
-    What should be stored is derived from the checkpoint's weights, not from the tensors that were planned. Missing names
-    are counted as problems.
+    What should be stored is derived from the checkpoint's weights, not from the tensors that were planned. Missing
+    names are counted as problems.
     """
     pairs = []
     stored = {placed.weight for placed in export.placed}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gptconvert.generate.runtimes import RUNTIMES, Runtime
 
 from gptconvert.cli.generate import generate as command
 from gptconvert.errors import InputError, UnsupportedError
@@ -19,12 +18,20 @@ from gptconvert.generate.text import generate
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.onnx import plan as onnx
+from gptconvert.targets.registry import RUNTIMES, target_named
 from gptconvert.targets.safetensors import plan as safetensors
 from gptconvert.targets.saved_model import plan as saved_model
+from gptconvert.targets.target import Runtime
 from tests.families.witness import Case, reference
 from tests.targets.saved_model.support import understood, write
 
 PROMPT, NEW = [5, 6, 7, 50, 3], 12
+
+
+def load(name: str, directory: Path, config: Mapping[str, object]) -> Runtime:
+    loader = target_named(RUNTIMES[name]).load
+    assert loader is not None
+    return loader(str(directory), config)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +60,7 @@ def export(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module", params=sorted(RUNTIMES))
 def runtime(request: pytest.FixtureRequest, export: Path) -> Iterator[Runtime]:
-    loaded = RUNTIMES[request.param](str(export), {"n_positions": 40})
+    loaded = load(request.param, export, {"n_positions": 40})
     yield loaded
     loaded.close()
 
@@ -93,7 +100,7 @@ def test_the_command_line(export: Path) -> None:
 def test_an_artifact_that_is_not_there(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError) as caught:
-        RUNTIMES[name](str(tmp_path), {"n_positions": 40})
+        load(name, tmp_path, {"n_positions": 40})
     assert str(tmp_path) in str(caught.value)
 
 
@@ -103,4 +110,4 @@ def test_a_model_without_a_language_head(tmp_path: Path, tmp_path_factory: pytes
     config = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_inner": 56, "tie_word_embeddings": False}))
     with pytest.raises(UnsupportedError, match="feature-extraction cannot generate"):
-        RUNTIMES["torch"](str(tmp_path), config)
+        load("torch", tmp_path, config)

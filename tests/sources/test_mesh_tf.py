@@ -169,7 +169,7 @@ def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch) -> None:
         wrong = type(gpt_neo.FAMILY)(
             **{**vars(gpt_neo.FAMILY), "schemes": (gpt_neo.HF, type(scheme)(**{**vars(scheme), "rows": rows}))}
         )
-        monkeypatch.setattr("gptconvert.families.FAMILIES", (wrong,))
+        monkeypatch.setattr("gptconvert.families.registry.FAMILIES", (wrong,))
         return difference(understood(FOLDER), FOLDER)
 
     assert planted(lambda row: row) < NOISE

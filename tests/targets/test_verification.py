@@ -13,11 +13,12 @@ import pytest
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.publish.source_reader import StoppedError
-from gptconvert.targets import verification as verify_package
+from gptconvert.targets.foreign import find_candidates
+from gptconvert.targets.registry import target_named
 from gptconvert.targets.safetensors import plan as safetensors
-from gptconvert.targets.verification import find_artifacts, verify
+from gptconvert.targets.verification import verify
 from tests.helpers import tiny_gpt2, write_planned
-from tests.verify.exports import export, tiny
+from tests.verify.exports import export, report_on, tiny
 
 Verifier = Callable[..., Any]
 
@@ -33,35 +34,28 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return checkpoint
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, kind: str, verifier: Verifier) -> None:
-    monkeypatch.setattr(verify_package, "VERIFIERS", {**verify_package.VERIFIERS, kind: verifier})
-
-
 def test_reports_are_in_the_order_asked_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    artifacts = find_artifacts(str(tmp_path / "out"))
-    for order in (artifacts, artifacts[::-1]):
-        report = verify(checkpoint, order)
+    candidates = find_candidates(checkpoint, str(tmp_path / "out"))
+    for order in (candidates, candidates[::-1]):
+        report = verify(order)
         assert report.passed, report.table()
-        assert [found.path for found in report.artifacts] == [artifact.shown_as for artifact in order]
+        assert [found.path for found in report.artifacts] == [candidate.shown_as for candidate in order]
         assert all(found.seconds > 0 for found in report.artifacts)
 
 
-def test_weights_are_compared_while_a_graph_runs(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_compared_while_a_graph_runs(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Each waits until the other has begun."""
-    met, real = threading.Barrier(2, timeout=60), dict(verify_package.VERIFIERS)
+    met = threading.Barrier(2, timeout=60)
 
     def waiting(kind: str) -> Verifier:
         def act(*arguments: Any) -> Any:
             met.wait()
-            return real[kind](*arguments)
+            return target_named(kind).verify(*arguments)
 
         return act
 
-    planted(monkeypatch, "onnx", waiting("onnx"))
-    planted(monkeypatch, "safetensors", waiting("safetensors"))
-    assert verify(checkpoint, find_artifacts(str(tmp_path / "out"))).passed
+    verifiers = {name: waiting(name) for name in ("onnx", "safetensors")}
+    assert report_on(checkpoint, tmp_path / "out", verifiers=verifiers).passed
 
 
 def test_both_failures_are_reported(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -70,7 +64,7 @@ def test_both_failures_are_reported(checkpoint: Checkpoint, tmp_path: Path) -> N
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-    report = verify(checkpoint, find_artifacts(str(tmp_path / "out")))
+    report = report_on(checkpoint, tmp_path / "out")
     assert [found.ok for found in report.artifacts] == [False, False]
 
 
@@ -78,12 +72,10 @@ class Halt(Exception):
     pass
 
 
-def test_what_goes_on_meanwhile_ends_with_a_failure(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_background_work_ends_with_a_failure(checkpoint: Checkpoint, tmp_path: Path) -> None:
     begun, ended = threading.Event(), []
 
-    def endless(checkpoint: Any, path: Any, shown_as: Any, level: Any, stage: Any) -> None:
+    def endless(candidate: Any, level: Any, stage: Any) -> Any:
         go_on = stage("comparing", 0)
         begun.set()
         try:
@@ -93,12 +85,10 @@ def test_what_goes_on_meanwhile_ends_with_a_failure(
             ended.append(True)
             raise
 
-    def halt(*_: object) -> None:
+    def halt(*_: object) -> Any:
         assert begun.wait(60)
         raise Halt
 
-    planted(monkeypatch, "safetensors", endless)
-    planted(monkeypatch, "onnx", halt)
     with pytest.raises(Halt):
-        verify(checkpoint, find_artifacts(str(tmp_path / "out")))
+        report_on(checkpoint, tmp_path / "out", verifiers={"safetensors": endless, "onnx": halt})
     assert ended

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import onnx
 
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
+from gptconvert.targets.foreign import find_candidates
 from gptconvert.targets.onnx.plan import plan
-from gptconvert.targets.verification import find_artifacts, verify
+from gptconvert.targets.registry import target_named
+from gptconvert.targets.target import Target, Verifier
+from gptconvert.targets.verification import verify
 from gptconvert.verify.report import Report
 from tests.helpers import checkpoint_of, tiny_gpt2, write_planned
 
@@ -60,5 +63,14 @@ def attribute(model: Any, output: str, name: str) -> Any:
     return next(a for a in node(model, output).attribute if a.name == name)
 
 
-def report_on(checkpoint: Checkpoint, path: Path, **options: Any) -> Report:
-    return verify(checkpoint, find_artifacts(str(path)), **options)
+def with_verifiers(verifiers: Mapping[str, Verifier]) -> Callable[[str], Target]:
+    """The registry, with other verifiers for some targets."""
+    planted = {name: dataclasses.replace(target_named(name), verify=each) for name, each in verifiers.items()}
+    return lambda name: planted.get(name) or target_named(name)
+
+
+def report_on(
+    checkpoint: Checkpoint, path: Path, level: str = "default", verifiers: Mapping[str, Verifier] | None = None
+) -> Report:
+    """What ``gptconvert verify`` finds of whatever is at ``path``."""
+    return verify(find_candidates(checkpoint, str(path)), level, target_of=with_verifiers(verifiers or {}))

@@ -16,7 +16,8 @@ from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import BFLOAT16
 from gptconvert.model.transforms import cast
-from gptconvert.targets.verification import find_artifacts, verify
+from gptconvert.targets.foreign import find_candidates
+from gptconvert.targets.verification import verify
 from tests.helpers import checkpoint_of, tiny_gpt2
 from tests.verify.exports import edit, export, insert_after, node, report_on, tiny
 from tests.verify.test_planted_bugs import erf_gelu, positions_ignore_padding
@@ -195,13 +196,13 @@ def test_report_as_plain_values(tmp_path: Path) -> None:
 def test_finding_artifacts(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     export(tmp_path, checkpoint)
-    found = find_artifacts(str(tmp_path))
-    assert [(a.kind, a.shown_as) for a in found] == [("onnx", "onnx/model.onnx")]
-    assert [a.shown_as for a in find_artifacts(found[0].path)] == ["model.onnx"]
+    found = find_candidates(checkpoint, str(tmp_path))
+    assert [(a.target, a.shown_as) for a in found] == [("onnx", "onnx/model.onnx")]
+    assert [a.shown_as for a in find_candidates(checkpoint, found[0].path)] == ["model.onnx"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UnsupportedError, match="nothing here"):
-        find_artifacts(str(tmp_path / "empty"))
-    assert not verify(checkpoint, []).passed
+        find_candidates(checkpoint, str(tmp_path / "empty"))
+    assert not verify([]).passed
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

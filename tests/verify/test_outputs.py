@@ -14,7 +14,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.verify.outputs import CHUNKED, Group, OutputComparison
 from gptconvert.verify.probes import make_probes
-from gptconvert.verify.run_probes import ask
+from gptconvert.verify.run_probes import run_probes
 from gptconvert.verify.runners import Feeds, Outputs, RunError, TorchRunner
 from gptconvert.verify.truth import TruthPass
 from tests.helpers import checkpoint_of, tiny_gpt2, torch_weights
@@ -38,7 +38,7 @@ def judge(checkpoint: Checkpoint, runner: Any, kv_cache: bool = True) -> dict[st
     probes = make_probes(checkpoint.config, kv_cache=kv_cache)
     truth = TruthPass(checkpoint, probes, "float32", presents=kv_cache).run()
     groups: dict[str, Group] = {}
-    answers = ask(runner, probes, checkpoint.config)
+    answers = run_probes(runner, probes, checkpoint.config)
     OutputComparison(answers, runner.compute, truth, checkpoint.config, groups).judge()
     return groups
 

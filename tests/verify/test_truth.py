@@ -174,7 +174,8 @@ MEMORY = """
 import sys
 import numpy as np
 import torch
-from gptconvert.families import Options, understand
+from gptconvert.families.registry import understand
+from gptconvert.model.options import Options
 from gptconvert.model.tensors import TensorSet, filled
 from gptconvert.verify.probes import make_probes
 from gptconvert.verify.truth import TruthPass

@@ -13,7 +13,9 @@ from onnx import TensorProto, helper
 
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import cast, transpose
-from gptconvert.verify.weights import WeightReport, as_stored, compare, difference, first_difference, orientations
+from gptconvert.targets.onnx.foreign import orientations
+from gptconvert.verify.foreign import as_stored
+from gptconvert.verify.weights import Pair, WeightReport, compare, difference, first_difference
 from tests.helpers import computed_tensors, stored_tensors
 from tests.verify.exports import tiny
 
@@ -71,7 +73,10 @@ def test_zeros_of_either_sign_and_nans_are_told_apart() -> None:
 def test_every_problem_is_listed() -> None:
     a, b = lazy(np.zeros((2, 3), np.float32)), lazy(np.ones((2, 3), np.float32))
     other, narrow = lazy(np.zeros((3, 2), np.float32)), lazy(np.zeros((2, 3), np.float16))
-    report = compare(WeightReport(4), [("d", a, b), ("c", a, other), ("b", a, narrow), ("a", a, a)])
+    report = compare(
+        WeightReport(4),
+        [Pair("d", "d", a, b), Pair("c", "c", a, other), Pair("b", "b", a, narrow), Pair("a", "a", a, a)],
+    )
     assert report.problems == [
         "b: expected float32, found float16",
         "c: expected shape [2, 3], found [3, 2]",

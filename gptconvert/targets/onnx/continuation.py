@@ -13,7 +13,12 @@ from gptconvert.verify.probes import default_positions
 from gptconvert.verify.runners import Feeds, RunError
 
 
-def check_continuation(continuation: Continuation, candidate: Candidate, groups: Sequence[Group]) -> Group:
+def check_continuation(
+    continuation: Continuation,
+    candidate: Candidate,
+    groups: Sequence[Group],
+    runner: type[OnnxRunner] = OnnxRunner,
+) -> Group:
     """A group without figures: what of ``continuation`` the ONNX graph would not have generated.
 
     ``groups`` are those in which the graph has passed: they say how exact it is.
@@ -23,8 +28,9 @@ def check_continuation(continuation: Continuation, candidate: Candidate, groups:
     file, config = open_onnx(candidate.path), candidate.checkpoint.config
     positions = default_positions(continuation.attention_mask, continuation.input_ids.shape[1])
     try:
-        runner = OnnxRunner(file, bind(file, config), config)
-        outputs = runner.run(Feeds(continuation.input_ids, continuation.attention_mask, positions), False)
+        outputs = runner(file, bind(file, config), config).run(
+            Feeds(continuation.input_ids, continuation.attention_mask, positions), False
+        )
     except RunError as error:
         group.problems.append(f"the runtime refused to run it: {error}")
         return group

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Level
@@ -35,37 +36,68 @@ IN_PLACE, DEFAULT = "onnxruntime, weights in place", "onnxruntime, default optio
 LENT = "onnxruntime, the source's weights in place (equal to the file's)"
 
 
-def verify(candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
-    """Verify one graph file and its external data.
+@dataclass(frozen=True)
+class OnnxVerifier:
+    """Verifies one graph file and its external data.
 
     The weights of our own files are compared while the graph runs. A small model runs with those in the file; a large
-    one with the source's, which must turn out to be the same bytes: they are in memory already, and to have a second
-    copy there takes longer than all runs together.
+    one with the source's, which must turn out to be the same bytes: they are in memory already, and a second copy
+    there takes longer than all runs together.
 
-    Raises:
-        InputError: the file cannot be read as a model.
-        UnsupportedError: its inputs or outputs are not known.
-        UnsafeInputError: its external data lies where it must not.
+    Attributes:
+        small_model: up to this many bytes of weights, the model is also run as a plain session runs it, which copies
+            them.
+        runner: runs the graph.
+        compare: compares weights.
     """
-    file = open_onnx(candidate.path)
-    checkpoint, weights, pairs = _weights(candidate, file)
-    report = ArtifactReport(NAME, candidate.shown_as, weights)
-    if candidate.export or file.is_own:
-        report.problems = check_contract(file, checkpoint.config)
-    if weights.ok and not report.problems:
-        with in_background(lambda stop: compare(weights, pairs, stop=stop)) as compared:
-            small = file.weight_bytes <= min(SMALL_MODEL, available_memory() // 4)
-            trial = _Runs(file, checkpoint, None if small else in_one_piece(pairs), level, stage)
-            report.probes = [probe.as_dict() for probe in trial.probes]
-            runs = trial.run()
+
+    small_model: int = SMALL_MODEL
+    runner: type[OnnxRunner] = OnnxRunner
+    compare: Callable[..., WeightReport] = compare
+
+    def __call__(self, candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
+        """The report on one graph.
+
+        Raises:
+            InputError: the file cannot be read as a model.
+            UnsupportedError: its inputs or outputs are not known.
+            UnsafeInputError: its external data is stored outside its directory.
+        """
+        file = open_onnx(candidate.path)
+        checkpoint, weights, pairs = _weights(candidate, file)
+        report = ArtifactReport(NAME, candidate.shown_as, weights)
+        if candidate.export or file.is_own:
+            report.problems = check_contract(file, checkpoint.config)
+        if weights.ok and not report.problems:
+            self._run(report, file, checkpoint, pairs, level, stage)
+        else:
+            self.compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
+        return report
+
+    def _run(
+        self,
+        report: ArtifactReport,
+        file: OnnxFile,
+        checkpoint: Checkpoint,
+        pairs: Sequence[Pair],
+        level: Level,
+        stage: Stage,
+    ) -> None:
+        """Both rules at once."""
+        with in_background(lambda stop: self.compare(report.weights, pairs, stop=stop)) as compared:
+            small = file.weight_bytes <= min(self.small_model, available_memory() // 4)
+            lent = None if small else in_one_piece(pairs)
+            runs = Runs(file, checkpoint, lent, level, stage, runner=self.runner)
+            report.probes = [probe.as_dict() for probe in runs.probes]
+            found = runs.run()
             stage("comparing weights", 0)
             compared.result()
-        if weights.ok:  # what computes with the wrong weights computes the wrong thing
-            trial.locate_errors(runs)
-            report.runs = runs
-    else:
-        compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
-    return report
+        if report.weights.ok:  # a run with the wrong weights proves nothing
+            runs.locate_errors(found)
+            report.runs = found
+
+
+verify = OnnxVerifier()
 
 
 def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightReport, list[Pair]]:
@@ -82,7 +114,7 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
     return checkpoint, match_by_content(file.initializers, checkpoint.weights), []
 
 
-class _Runs:
+class Runs:
     """Rule 2: wave by wave, one session after the other against the truth.
 
     Any model is run with its weights where they are, side by side with the truth, each on half of the cores; one
@@ -93,7 +125,8 @@ class _Runs:
         checkpoint: weights as stored in it.
         lent: of a large model, weights not to be taken from the file, by name; None: the model is small.
         level: how much is asked.
-        stage: told about progress.
+        stage: receives progress.
+        runner: runs the graph.
     """
 
     def __init__(
@@ -103,7 +136,10 @@ class _Runs:
         lent: Mapping[str, LazyTensor] | None,
         level: Level,
         stage: Stage,
+        *,
+        runner: type[OnnxRunner] = OnnxRunner,
     ) -> None:
+        self.runner = runner
         self.file, self.checkpoint, self.lent, self.stage = file, checkpoint, lent, stage
         self.config: GPTConfig = checkpoint.config
         self.binding: Binding = bind(file, self.config)
@@ -133,7 +169,7 @@ class _Runs:
     @functools.cached_property
     def in_place(self) -> OnnxRunner:
         """The session that runs beside the truth."""
-        return OnnxRunner(self.file, self.binding, self.config, lent=self.lent, threads=half_the_cores())
+        return self.runner(self.file, self.binding, self.config, lent=self.lent, threads=half_the_cores())
 
     def _run_wave(self, wave: Sequence[Probe], found: dict[str, dict[str, Group]]) -> None:
         """One wave of probes; its truth, which may be large, is gone on return."""
@@ -146,7 +182,7 @@ class _Runs:
             truth = computed.result()
         for name, groups in found.items():
             if name == DEFAULT:
-                runner = OnnxRunner(self.file, self.binding, self.config, prepack=True)
+                runner = self.runner(self.file, self.binding, self.config, prepack=True)
                 answers = run_probes(runner, wave, self.config, self.stage(f"running {name}", len(wave)))
             OutputComparison(answers, self.binding.compute, truth, self.config, groups).judge()
 

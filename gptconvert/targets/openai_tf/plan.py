@@ -154,7 +154,7 @@ def _array_file(number: int, named: list[Named], start: int, stop: int) -> Plann
 
 def _named(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
     """(their name, tensor in their layout, our name) of every tensor."""
-    return [_theirs(bound, checkpoint) for bound in expand(scheme.rows, checkpoint.config)]
+    return [_stored(bound, checkpoint) for bound in expand(scheme.rows, checkpoint.config)]
 
 
 def _in_order(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
@@ -164,10 +164,10 @@ def _in_order(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
     by_layer = [sorted(bounds, key=lambda bound: int(bound.canonical.split(".")[1])) for bounds in layered]
     bounds = [expand([row], checkpoint.config)[0] for row in tables]
     bounds += [row[i] for i in range(checkpoint.config.n_layer) for row in by_layer]
-    return [_theirs(bound, checkpoint) for bound in bounds]
+    return [_stored(bound, checkpoint) for bound in bounds]
 
 
-def _theirs(bound: Bound, checkpoint: Checkpoint) -> Named:
+def _stored(bound: Bound, checkpoint: Checkpoint) -> Named:
     [(name, tensor)] = from_canonical(bound, checkpoint.weights[bound.canonical], sizes_of(checkpoint.config)).items()
     return name, tensor, bound.canonical
 

@@ -6,7 +6,9 @@ TensorFlow runs in a process of its own. A SavedModel is a program: only verify 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,31 +42,46 @@ MOST_CONSTANT_BYTES = 1 << 20
 MEMORY_FACTOR = 1.5
 
 
-def verify(candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
-    """Verify a SavedModel directory.
+@dataclass(frozen=True)
+class SavedModelVerifier:
+    """Verifies a SavedModel directory.
 
-    Raises:
-        InputError: it cannot be read or loaded.
-        UnsupportedError: TensorFlow is not installed, the variables are not named as ours, or there is too little
-            memory to load them.
+    Attributes:
+        process: starts TensorFlow.
+        free_memory: bytes that can be had.
     """
-    path, variables = candidate.path, read_variables(candidate.path)
-    checkpoint, weights, pairs = _weights(candidate, variables)
-    report = ArtifactReport(NAME, candidate.shown_as, weights)
-    compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
-    if not weights.ok:
+
+    process: Callable[[], AbstractContextManager[TensorFlowProcess]] = TensorFlowProcess
+    free_memory: Callable[[], int] = available_memory
+
+    def __call__(self, candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
+        """The report on one directory.
+
+        Raises:
+            InputError: it cannot be read or loaded.
+            UnsupportedError: TensorFlow is not installed, the variables are not named as ours, or there is too little
+                memory to load them.
+        """
+        path, variables = candidate.path, read_variables(candidate.path)
+        checkpoint, weights, pairs = _weights(candidate, variables)
+        report = ArtifactReport(NAME, candidate.shown_as, weights)
+        compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
+        if not weights.ok:
+            return report
+        require_memory(path, sum(tensor.nbytes for tensor in variables.values()), self.free_memory())
+        with self.process() as tensorflow:
+            stage("loading the SavedModel", 0)
+            try:
+                loaded = tensorflow.ask("load", path=os.path.abspath(path))
+            except TensorFlowError as error:
+                raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
+            report.problems = list(contract_problems(loaded, checkpoint.config))
+            if not report.problems:
+                _run(report, tensorflow, loaded["signatures"], checkpoint, level, stage)
         return report
-    require_memory(path, sum(tensor.nbytes for tensor in variables.values()))
-    with TensorFlowProcess() as tensorflow:
-        stage("loading the SavedModel", 0)
-        try:
-            loaded = tensorflow.ask("load", path=os.path.abspath(path))
-        except TensorFlowError as error:
-            raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
-        report.problems = list(contract_problems(loaded, checkpoint.config))
-        if not report.problems:
-            _run(report, tensorflow, loaded["signatures"], checkpoint, level, stage)
-    return report
+
+
+verify = SavedModelVerifier()
 
 
 def _weights(
@@ -108,9 +125,9 @@ def read_variables(path: str) -> dict[str, LazyTensor]:
     return {name.replace("..", "."): tensor for name, tensor in bare.items()}  # TensorFlow doubles dots in keys
 
 
-def require_memory(path: str, nbytes: int) -> None:
+def require_memory(path: str, nbytes: int, free: int) -> None:
     """Raises :class:`UnsupportedError` where TensorFlow, which loads all variables, would run out of memory."""
-    free, needed = available_memory(), int(MEMORY_FACTOR * nbytes)
+    needed = int(MEMORY_FACTOR * nbytes)
     if free < needed:
         raise UnsupportedError(
             "the SavedModel is too large to be loaded, and so verified, on this machine",

@@ -3,73 +3,65 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from gptconvert.errors import InputError
+from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import BFLOAT16
 from gptconvert.model.transforms import cast, transpose
 from gptconvert.publish.source_reader import StoppedError
-from gptconvert.targets.onnx import runner as onnx_runner
-from gptconvert.targets.onnx import verify as onnx_artifact
 from gptconvert.targets.onnx.file import open_onnx
+from gptconvert.targets.onnx.foreign import pair_up
 from gptconvert.targets.onnx.runner import OnnxRunner, bind
+from gptconvert.targets.onnx.verify import DEFAULT, IN_PLACE, LENT, OnnxVerifier, Runs
 from gptconvert.verify.probes import make_probes
 from gptconvert.verify.run_probes import feeds_of
-from gptconvert.verify.weights import in_one_piece, pair_up
+from gptconvert.verify.weights import Pair, compare, in_one_piece
 from tests.helpers import checkpoint_of, computed_tensors, tiny_gpt2
 from tests.verify.exports import export, report_on, tiny
 
 
-@pytest.fixture
-def lent(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """The names lent to each session."""
-    seen: list[set[str]] = []
+class Spy(OnnxRunner):
+    """Records the names of the weights lent to each session."""
 
-    class Spy(OnnxRunner):
-        def __init__(self, *arguments: Any, lent: Any = None, **fields: Any) -> None:
-            seen.append(set(lent or ()))
-            super().__init__(*arguments, lent=lent, **fields)
+    lent: ClassVar[list[set[str]]] = []
 
-    monkeypatch.setattr(onnx_artifact, "OnnxRunner", Spy)
-    return seen
+    def __init__(self, *arguments: Any, lent: Any = None, **fields: Any) -> None:
+        self.lent.append(set(lent or ()))
+        super().__init__(*arguments, lent=lent, **fields)
 
 
-def test_a_small_model_runs_with_the_weights_in_its_file(tmp_path: Path, lent: list[set[str]]) -> None:
+def spied(checkpoint: Checkpoint, path: Path, **fields: Any) -> tuple[list[str], list[set[str]]]:
+    """The runtimes that a graph passed, and what was lent to each."""
+    Spy.lent.clear()
+    report = report_on(checkpoint, path, verifiers={"onnx": OnnxVerifier(runner=Spy, **fields)})
+    assert report.passed
+    return [run.runtime for run in report.artifacts[0].runs], list(Spy.lent)
+
+
+def test_a_small_model_runs_with_the_weights_in_its_file(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
-    report = report_on(checkpoint, export(tmp_path, checkpoint))
-    assert [run.runtime for run in report.artifacts[0].runs] == [onnx_artifact.IN_PLACE, onnx_artifact.DEFAULT]
-    assert lent == [set(), set()]
+    assert spied(checkpoint, export(tmp_path, checkpoint)) == ([IN_PLACE, DEFAULT], [set(), set()])
 
 
-def test_a_large_model_runs_with_the_sources(
-    tmp_path: Path, lent: list[set[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_artifact, "SMALL_MODEL", 0)
+def test_a_large_model_runs_with_the_sources(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
-    report = report_on(checkpoint, export(tmp_path, checkpoint))
-    assert report.passed and [run.runtime for run in report.artifacts[0].runs] == [onnx_artifact.LENT]
-    assert lent == [set(checkpoint.weights)]
+    assert spied(checkpoint, export(tmp_path, checkpoint), small_model=0) == ([LENT], [set(checkpoint.weights)])
 
 
-def test_a_file_of_somebody_else_runs_with_its_own(
-    tmp_path: Path, lent: list[set[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_foreign_file_runs_with_its_own(tmp_path: Path) -> None:
     from tests.verify.exports import edit
     from tests.verify.test_families import disown
 
-    monkeypatch.setattr(onnx_artifact, "SMALL_MODEL", 0)
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
     edit(path, disown)
-    report = report_on(checkpoint, path)
-    assert report.passed and [run.runtime for run in report.artifacts[0].runs] == [onnx_artifact.IN_PLACE]
-    assert lent == [set()]
+    assert spied(checkpoint, path, small_model=0) == ([IN_PLACE], [set()])
 
 
 def test_what_can_be_lent(tmp_path: Path) -> None:
@@ -77,11 +69,11 @@ def test_what_can_be_lent(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     file = open_onnx(str(export(tmp_path, checkpoint)))
     _, pairs = pair_up(file, checkpoint.weights)
-    by_name = {name: (expected, found) for name, expected, found in pairs}
+    by_name = {pair.name: (pair.expected, pair.found) for pair in pairs}
     assert set(in_one_piece(pairs)) == set(checkpoint.weights)
     expected, found = by_name["h.0.mlp.c_fc.weight"]
     for other in (transpose(expected), cast(expected, BFLOAT16), computed_tensors({"x": expected.read()})["x"]):
-        assert in_one_piece([("w", other, found)]) == {}
+        assert in_one_piece([Pair("w", "w", other, found)]) == {}
     odd = tiny(tmp_path / "odd", start=1)
     _, pairs = pair_up(open_onnx(str(export(tmp_path / "odd", odd))), odd.weights)
     assert len(pairs) == len(odd.weights) and in_one_piece(pairs) == {}
@@ -103,82 +95,76 @@ def test_a_session_uses_what_it_is_lent(tmp_path: Path, dtype: Any) -> None:
     assert np.array_equal(lent, honest[1]) and not np.array_equal(*honest)
 
 
-def test_weights_are_compared_while_the_graph_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_compared_while_the_graph_runs(tmp_path: Path) -> None:
     """The comparison here ends only when the first run has begun."""
-    running, real = threading.Event(), onnx_artifact.compare
+    running = threading.Event()
 
-    def compare(*arguments: Any, **fields: Any) -> Any:
+    def waiting(*arguments: Any, **fields: Any) -> Any:
         assert running.wait(60)
-        return real(*arguments, **fields)
+        return compare(*arguments, **fields)
 
-    def run(self: OnnxRunner, feeds: Any, presents: bool) -> Any:
-        running.set()
-        return honest(self, feeds, presents)
+    class Starting(OnnxRunner):
+        def run(self, feeds: Any, presents: bool) -> Any:
+            running.set()
+            return super().run(feeds, presents)
 
-    honest = onnx_runner.OnnxRunner.run
-    monkeypatch.setattr(onnx_artifact, "compare", compare)
-    monkeypatch.setattr(onnx_runner.OnnxRunner, "run", run)
     checkpoint = tiny(tmp_path)
-    report = report_on(checkpoint, export(tmp_path, checkpoint))
+    verifier = OnnxVerifier(runner=Starting, compare=waiting)
+    report = report_on(checkpoint, export(tmp_path, checkpoint), verifiers={"onnx": verifier})
     assert report.passed and report.artifacts[0].weights.equal == len(checkpoint.weights)
 
 
 @pytest.mark.parametrize("most", [0, 1 << 30], ids=["large", "small"])
-def test_runs_with_wrong_weights_are_no_runs(tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lent the right weights the graph is right; what is in the file is not."""
-    monkeypatch.setattr(onnx_artifact, "SMALL_MODEL", most)
+def test_runs_with_wrong_weights_do_not_count(tmp_path: Path, most: int) -> None:
+    """With the right weights lent to it the graph is right; what is in the file is not."""
     checkpoint = tiny(tmp_path)
     data = export(tmp_path, checkpoint).with_name("model.onnx_data")
     content = bytearray(data.read_bytes())
     content[-5] ^= 1
     data.write_bytes(content)
-    report = report_on(checkpoint, tmp_path)
+    report = report_on(checkpoint, tmp_path, verifiers={"onnx": OnnxVerifier(small_model=most)})
     assert not report.passed and not report.artifacts[0].runs
     assert "differs from its source" in report.table() and "outputs: not run" in report.table()
 
 
-def test_a_comparison_that_cannot_be_made_is_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreadable(report: Any, pairs: Any, stop: Any) -> None:
+def test_a_comparison_that_cannot_be_made_does_not_pass(tmp_path: Path) -> None:
+    def unreadable(report: Any, pairs: Any, stop: Any) -> Any:
         raise InputError("cannot be read (Input/output error)")
 
-    monkeypatch.setattr(onnx_artifact, "compare", unreadable)
     checkpoint = tiny(tmp_path)
     with pytest.raises(InputError, match="Input/output error"):
-        report_on(checkpoint, export(tmp_path, checkpoint))
+        report_on(checkpoint, export(tmp_path, checkpoint), verifiers={"onnx": OnnxVerifier(compare=unreadable)})
 
 
 class Halt(Exception):
     pass
 
 
+class Halting(OnnxRunner):
+    def run(self, feeds: Any, presents: bool) -> Any:
+        raise Halt
+
+
 def test_a_failing_run_ends_comparison_and_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: dict[str, BaseException] = {}
 
-    def endless(name: str, stop: threading.Event) -> None:
+    def endless(name: str, stop: threading.Event) -> Any:
         assert stop.wait(60)
         ended[name] = StoppedError()
         raise StoppedError
 
-    monkeypatch.setattr(onnx_artifact, "compare", lambda report, pairs, stop: endless("comparison", stop))
-    monkeypatch.setattr(onnx_artifact._Runs, "_truth", lambda self, wave, stop, alone: endless("truth", stop))
-    monkeypatch.setattr(onnx_runner.OnnxRunner, "run", raising(Halt))
+    monkeypatch.setattr(Runs, "_truth", lambda self, wave, stop, alone: endless("truth", stop))
     checkpoint = tiny(tmp_path)
+    verifier = OnnxVerifier(runner=Halting, compare=lambda report, pairs, stop: endless("comparison", stop))
     with pytest.raises(Halt):
-        report_on(checkpoint, export(tmp_path, checkpoint))
+        report_on(checkpoint, export(tmp_path, checkpoint), verifiers={"onnx": verifier})
     assert set(ended) == {"comparison", "truth"}
-
-
-def raising(error: type[Exception]) -> Callable[..., Any]:
-    def act(*_: object) -> Any:
-        raise error
-
-    return act
 
 
 def test_the_truth_stops_between_two_blocks(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     file = open_onnx(str(export(tmp_path, checkpoint)))
-    runs = onnx_artifact._Runs(file, checkpoint, {}, "default", lambda name, total: lambda count: None)
+    runs = Runs(file, checkpoint, {}, "default", lambda name, total: lambda count: None)
     stop = threading.Event()
     stop.set()
     with pytest.raises(StoppedError):

@@ -13,14 +13,14 @@ import pytest
 from gptconvert import pipeline
 from gptconvert.errors import UnsupportedError, VerificationError
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.encodings import encoded
 from gptconvert.model.options import Options
-from gptconvert.pipeline import open_checkpoint, stored_as
+from gptconvert.pipeline import open_checkpoint
 from gptconvert.targets.openai_tf.plan import FOLDER, plan, why_not
-from gptconvert.targets.verification import find_artifacts
-from gptconvert.targets.verification import verify as hold_against
 from tests.commands import command
 from tests.helpers import FIXTURES, REAL_GPT2, checkpoint_of, tiny_gpt2, write_planned
 from tests.sources.foreign import ORIGINALS, same_weights
+from tests.verify.exports import report_on
 
 TINY = FIXTURES / "tiny-gpt2"
 REAL_GPT1 = REAL_GPT2.parent / "openai-gpt1"
@@ -153,7 +153,7 @@ def plan_without_tokenizer(checkpoint: Checkpoint, **options: Any) -> Any:
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_gpt1_of_another_type_reads_back(tmp_path: Path, dtype: str) -> None:
     """Cast tensors lie in no file, so the pieces of those that straddle two files are computed."""
-    checkpoint = stored_as(gpt1(), dtype)
+    checkpoint = encoded(gpt1(), dtype)
     write_planned(tmp_path, plan_without_tokenizer(checkpoint))
     found = open_checkpoint(str(tmp_path / FOLDER))
     assert found.config.n_head == 3  # from hparams.json, which is there because 24 / 64 tells nothing
@@ -170,12 +170,12 @@ def test_gpt1_of_another_type_reads_back(tmp_path: Path, dtype: str) -> None:
         (lambda: gpt2(scale_attn_weights=False), "scores are not scaled"),
         (lambda: gpt2(scale_attn_by_inverse_layer_idx=True), "scores are not scaled"),
         (lambda: gpt1(afn="relu"), "activation is 'relu'"),
-        (lambda: stored_as(gpt1(), "bf16"), "bfloat16"),
+        (lambda: encoded(gpt1(), "bf16"), "bfloat16"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(checkpoint: Any, reason: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        plan(checkpoint(), Options())[0].files
+        plan(checkpoint(), Options())
     assert reason in str(caught.value)
 
 
@@ -231,10 +231,10 @@ def swap_layers(folder: Path) -> None:
 def test_planted_damage_is_found(tmp_path: Path, damage: Any, words: str) -> None:
     folder = published(TINY / "hf-safetensors", tmp_path / "out")
     checkpoint = open_checkpoint(str(TINY / "hf-safetensors"))
-    assert hold_against(checkpoint, find_artifacts(str(tmp_path / "out"))).passed
-    assert hold_against(checkpoint, find_artifacts(str(folder))).passed
+    assert report_on(checkpoint, tmp_path / "out").passed
+    assert report_on(checkpoint, folder).passed
     damage(folder)
-    report = hold_against(checkpoint, find_artifacts(str(folder)))
+    report = report_on(checkpoint, folder)
     assert not report.passed
     assert words in report.table()
 
@@ -244,7 +244,7 @@ def test_a_bug_of_the_writer_stops_publication(tmp_path: Path, bug: str, monkeyp
     """Square projections written untransposed, or tensors at each other's places: the gate says no."""
     from gptconvert.targets.openai_tf import plan as openai_tf
 
-    original = openai_tf._theirs
+    original = openai_tf._stored
 
     def wrong(bound: Any, checkpoint: Checkpoint) -> Any:
         name, tensor, ours = original(bound, checkpoint)
@@ -259,7 +259,7 @@ def test_a_bug_of_the_writer_stops_publication(tmp_path: Path, bug: str, monkeyp
             name = name.replace("ln_2", "ln_1")
         return name, tensor, ours
 
-    monkeypatch.setattr(openai_tf, "_theirs", wrong)
+    monkeypatch.setattr(openai_tf, "_stored", wrong)
     with pytest.raises(VerificationError):
         pipeline.convert(open_checkpoint(str(TINY / "hf-safetensors")), str(tmp_path / "out"), OPENAI)
     assert not (tmp_path / "out").exists()

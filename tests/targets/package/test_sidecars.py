@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import transformers
 
 from gptconvert.containers.json_text import dump_json
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import BFLOAT16
-from gptconvert.targets.package.sidecars import onnx_graphs, sidecar_files, with_special_ids
+from gptconvert.targets.onnx.plan import plan
+from gptconvert.targets.package.sidecars import sidecar_files, with_special_ids
 from gptconvert.targets.package.tokenizer import tokenizer_files
 from tests.helpers import FIXTURES, checkpoint_of, openai_checkpoint, tiny_gpt2, write_planned
 
@@ -23,13 +27,25 @@ BOTH = ("onnx", "safetensors")
 TOKENIZER = FIXTURES / "gpt2-stdlib"
 
 
+def exports(
+    checkpoint: Checkpoint, targets: tuple[str, ...] = BOTH, planned: tuple[str, ...] = ONNX
+) -> tuple[Export, ...]:
+    """One export for each graph among the files ``planned``, and one for the other target."""
+    graphs = [path for path in planned if path.endswith(".onnx")] if "onnx" in targets else []
+    files = {path: [name for name in (path, f"{path}_data") if name in planned] for path in graphs}
+    made = [
+        Export("onnx", path, checkpoint, tuple(PlannedFile(n, 0) for n in names)) for path, names in files.items()
+    ]
+    return (*made, Export("safetensors", "model.safetensors", checkpoint, ()))
+
+
 def written(
     checkpoint: Checkpoint,
     targets: tuple[str, ...] = BOTH,
     planned: tuple[str, ...] = ONNX,
     **options: Any,
 ) -> dict[str, bytes]:
-    files = sidecar_files(checkpoint, Options(**options), targets, planned)
+    files = sidecar_files(exports(checkpoint, targets, planned), Options(**options))
     assert [file.path for file in files] == sorted(file.path for file in files)
     assert all(not file.tensors and file.nbytes == len(file.head) for file in files)
     return {file.path: file.head for file in files}
@@ -76,9 +92,8 @@ def test_form_is_that_of_transformers(tiny: Checkpoint) -> None:
     ],
 )
 def test_config_means_to_transformers_what_the_source_meant(changes: dict[str, object], tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     raw, arrays = tiny_gpt2(**changes)
-    write_planned(tmp_path, sidecar_files(checkpoint_of(raw, arrays), Options(), BOTH, ONNX))
+    write_planned(tmp_path, sidecar_files(exports(checkpoint_of(raw, arrays)), Options()))
     ours = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
     theirs = transformers.GPT2Config(**raw).to_dict()
     for key in ("transformers.js_config", "_name_or_path", "dtype", "n_ctx"):
@@ -136,9 +151,11 @@ def test_external_data_is_announced(tiny: Checkpoint, planned: tuple[str, ...], 
     assert found == (announced and {"use_external_data_format": announced})
 
 
-def test_the_plain_graph_comes_first() -> None:
-    paths = ["onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data", "onnx/model.onnx", "model.safetensors"]
-    assert list(onnx_graphs(paths).items()) == [("onnx/model.onnx", False), ("onnx/model_fp16.onnx", True)]
+def test_genai_config_names_the_first_graph(tiny: Checkpoint) -> None:
+    planned = ("onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data")
+    for order in (planned, planned[::-1]):
+        found = parsed(tiny, "genai_config.json", planned=order)["model"]["decoder"]["filename"]
+        assert found == next(path for path in order if path.endswith(".onnx"))
 
 
 @pytest.mark.parametrize(
@@ -160,9 +177,8 @@ def test_dtype_holds_every_weight(kinds: tuple[Any, Any], name: str) -> None:
 
 
 def test_generation_config_loads_and_names_the_special_ids(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     raw, arrays = tiny_gpt2(bos_token_id=5, eos_token_id=6)
-    files = sidecar_files(checkpoint_of(raw, arrays), Options(), BOTH, ())
+    files = sidecar_files(exports(checkpoint_of(raw, arrays), planned=()), Options())
     config = transformers.GenerationConfig.from_pretrained(write_planned(tmp_path, files))
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (5, 6, None)
 
@@ -200,9 +216,7 @@ def test_genai_config_keeps_a_pad_token_of_its_own() -> None:
 
 def test_genai_config_names_what_the_graph_has(tiny: Checkpoint) -> None:
     """Every input and output of the planned ONNX graph, and no other, is named in genai_config.json."""
-    onnx = pytest.importorskip("onnx")
-    target = pytest.importorskip("gptconvert.targets.onnx.plan")
-    files = target.TARGET.plan(tiny, Options())[0].files
+    files = plan(tiny, Options())[0].files
     graph = onnx.load_model_from_string(next(file.head for file in files if file.path.endswith(".onnx"))).graph
     config = parsed(tiny, "genai_config.json", planned=tuple(file.path for file in files))
     decoder = config["model"]["decoder"]
@@ -213,7 +227,6 @@ def test_genai_config_names_what_the_graph_has(tiny: Checkpoint) -> None:
     assert vocabulary.dim_value in (0, config["model"]["vocab_size"])
 
 
-@pytest.mark.skipif(not (TOKENIZER / "vocab.bpe").exists(), reason="fixtures not made yet")
 @pytest.mark.parametrize("padding", [0, 45])
 def test_padded_vocabulary_does_not_move_the_end_token(padding: int, tmp_path: Path) -> None:
     """OpenAI's hparams.json names no special ids; the last id is the end token only without padding."""
@@ -227,12 +240,10 @@ def test_padded_vocabulary_does_not_move_the_end_token(padding: int, tmp_path: P
     model = json.loads(files["genai_config.json"])["model"]
     assert (model["pad_token_id"], model["vocab_size"]) == (tokens - 1, tokens + padding)
     assert files == {
-        file.path: file.head
-        for file in sidecar_files(checkpoint, Options(), BOTH, ONNX, tokenizer_files(checkpoint)[0])
+        file.path: file.head for file in sidecar_files(exports(checkpoint), Options(), tokenizer_files(checkpoint)[0])
     }
 
 
-@pytest.mark.skipif(not (TOKENIZER / "vocab.bpe").exists(), reason="fixtures not made yet")
 def test_a_stated_end_token_is_not_overruled() -> None:
     found = {name: str(TOKENIZER / name) for name in ("encoder.json", "vocab.bpe")}
     raw, arrays = tiny_gpt2(vocab_size=3000, eos_token_id=7)

@@ -97,7 +97,7 @@ class Words:
 
 @pytest.fixture
 def simple(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptconvert.tokenizer_gpt1._fix_and_cut", lambda: (str, Words.cut))
+    monkeypatch.setattr("gptconvert.targets.package.tokenizer_gpt1._fix_and_cut", lambda: (str, Words.cut))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from gptconvert.model.export import PlannedFile
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import BFLOAT16
 from gptconvert.targets.package.sidecars import sidecar_files
-from gptconvert.targets.safetensors.plan import INDEX_FILE, TARGET, safetensors_file
+from gptconvert.targets.safetensors.plan import INDEX_FILE, safetensors_file
+from gptconvert.targets.safetensors.target import TARGET
 from reference_model.model import GPT
 from tests.helpers import (
     FIXTURES,
@@ -49,7 +50,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def export(checkpoint: Any, directory: Path, options: Options = Options()) -> Path:  # noqa: B008
-    files = [*TARGET.plan(checkpoint, options)[0].files, *sidecar_files(checkpoint, options, ["safetensors"], [])]
+    exports = TARGET.plan(checkpoint, options)
+    files = [*exports[0].files, *sidecar_files(exports, options)]
     return write_planned(directory, files)
 
 

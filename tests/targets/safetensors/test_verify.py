@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.safetensors.plan import plan
-from gptconvert.targets.verification import find_artifacts, verify
 from tests.helpers import checkpoint_of, tiny_gpt2, write_planned
+from tests.verify.exports import report_on
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def table(checkpoint: Checkpoint, directory: Path) -> tuple[bool, str]:
-    report = verify(checkpoint, find_artifacts(str(directory)))
+    report = report_on(checkpoint, directory)
     return report.passed, report.table()
 
 

@@ -16,7 +16,6 @@ from gptconvert.model.export import Placed, PlannedFile
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import Transposed
 from gptconvert.model.transforms import cast
-from gptconvert.targets.saved_model.process import TensorFlowProcess
 from tests.families import witness
 from tests.families.witness import Case
 from tests.helpers import content
@@ -25,13 +24,13 @@ from tests.helpers import content
 class Shared:
     """A TensorFlow process that outlives each ``with``: its import is what costs."""
 
-    def __init__(self, process: TensorFlowProcess) -> None:
+    def __init__(self, process: Any) -> None:
         self.process = process
 
     def __call__(self) -> Shared:
         return self
 
-    def __enter__(self) -> TensorFlowProcess:
+    def __enter__(self) -> Any:
         return self.process
 
     def __exit__(self, *error: object) -> None:

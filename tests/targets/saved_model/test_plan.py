@@ -21,9 +21,9 @@ from gptconvert.model.tensors import BFLOAT16, Box, Computed
 from gptconvert.pipeline import open_checkpoint
 from gptconvert.publish.writer import copy_of
 from gptconvert.targets.saved_model import plan as model
-from gptconvert.targets.saved_model.plan import TARGET, plan
+from gptconvert.targets.saved_model.plan import plan
 from gptconvert.targets.saved_model.process import TensorFlowProcess
-from gptconvert.targets.saved_model.verify import verify_saved_model
+from gptconvert.targets.saved_model.target import TARGET
 from gptconvert.verify.report import Report
 from reference_model.config import INPUTS
 from tests.commands import TRAINED
@@ -31,6 +31,7 @@ from tests.families.bugs import BUGS, Bug
 from tests.families.witness import CASES, Case, gap, hf_outputs, inputs_of, our_outputs, reference
 from tests.helpers import ROOT
 from tests.targets.saved_model.support import file_bytes, turned, understood, write
+from tests.verify.exports import report_on
 
 #: A graph may be off so many times as far as the reference model in float32, plus so many units in the last place.
 TIMES, ULPS = 8, 8 * 2.0**-23
@@ -53,10 +54,7 @@ PLANTED = (
 
 def verdict(checkpoint: Checkpoint, path: Path) -> Report:
     """What the gate says of a SavedModel."""
-    report = verify_saved_model(
-        checkpoint, str(path), "saved_model", "default", lambda name, total: lambda count: None
-    )
-    return Report("default", [report])
+    return report_on(checkpoint, path)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -209,7 +207,7 @@ def test_integers_are_refused(shared: TensorFlowProcess, saved: Path) -> None:
         "ln_f.bias": Computed(lambda box: np.zeros(24, bool)[box], np.dtype(bool), (24,)),
     }
     with pytest.raises(UnsupportedError) as caught:
-        plan(dataclasses.replace(checkpoint, weights=weights), Options())[0].files
+        plan(dataclasses.replace(checkpoint, weights=weights), Options())
     assert caught.value.item == "ln_f.bias"
 
 
@@ -304,7 +302,7 @@ def test_without_tensorflow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("work was begun"))
     with pytest.raises(UnsupportedError) as caught:
-        plan(understood(LM, saved), Options())[0].files
+        plan(understood(LM, saved), Options())
     assert caught.value.exit_code == 4
     assert "pip install 'gptconvert[tf]'" in str(caught.value.hint)
     assert TARGET.requires == (("tensorflow", "tf"),)

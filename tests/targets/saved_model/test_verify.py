@@ -14,9 +14,9 @@ from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.saved_model import plan as model
-from gptconvert.targets.saved_model import verify as verifier
 from gptconvert.targets.saved_model.process import TensorFlowProcess
-from gptconvert.targets.saved_model.verify import contract_problems, verify_saved_model
+from gptconvert.targets.saved_model.verify import SavedModelVerifier, contract_problems
+from gptconvert.targets.target import Candidate
 from gptconvert.verify.report import ArtifactReport
 from tests.families.witness import Case
 from tests.targets.saved_model.support import Shared, understood, write
@@ -50,9 +50,9 @@ class Bent:
         return self.bend(inputs, outputs) if signature == self.signature else outputs
 
 
-def verdict(checkpoint: Checkpoint, path: Path, process: Any, monkeypatch: pytest.MonkeyPatch) -> ArtifactReport:
-    monkeypatch.setattr(verifier, "TensorFlowProcess", Shared(process))
-    return verify_saved_model(checkpoint, str(path), "saved_model", "default", lambda name, total: lambda count: None)
+def verdict(checkpoint: Checkpoint, path: Path, verifier: SavedModelVerifier) -> ArtifactReport:
+    candidate = Candidate("tf", str(path), "saved_model", checkpoint)
+    return verifier(candidate, "default", lambda name, total: lambda count: None)
 
 
 def other_token(inputs: Arrays, outputs: Arrays) -> Arrays:
@@ -98,9 +98,8 @@ def test_bent_answers(
     checkpoint: Checkpoint,
     path: Path,
     tensorflow: TensorFlowProcess,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    report = verdict(checkpoint, path, Bent(tensorflow, signature, bend), monkeypatch)
+    report = verdict(checkpoint, path, SavedModelVerifier(Shared(Bent(tensorflow, signature, bend))))
     assert not report.ok
     others = [group for group in report.runs[0].groups if group.name == "other signatures"]
     if said:
@@ -109,10 +108,9 @@ def test_bent_answers(
         assert not others, "what is not true to the checkpoint is no measure for others"
 
 
-def test_straight_answers_pass(
-    checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    report = verdict(checkpoint, path, Bent(tensorflow, "decode", lambda inputs, outputs: outputs), monkeypatch)
+def test_straight_answers_pass(checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess) -> None:
+    straight = Bent(tensorflow, "decode", lambda inputs, outputs: outputs)
+    report = verdict(checkpoint, path, SavedModelVerifier(Shared(straight)))
     assert report.ok
     assert report.runs[0].groups[-1].name == "other signatures"
 
@@ -141,16 +139,14 @@ def test_somebody_elses(checkpoint: Checkpoint, path: Path, tmp_path: Path) -> N
     tensors = computed_tensors({"a": np.zeros(3, np.float32)}).tensors
     graph = BuiltGraph(b"", b"", {"a": "dense/kernel/.ATTRIBUTES/VALUE"})
     write(tmp_path, plan_bundle("saved_model/variables", tensors, lambda stop: graph))
-    quiet = lambda name, total: lambda count: None  # noqa: E731
     with pytest.raises(UnsupportedError, match="not written by gptconvert"):
-        verify_saved_model(checkpoint, str(tmp_path / "saved_model"), "saved_model", "default", quiet)
+        verdict(checkpoint, tmp_path / "saved_model", SavedModelVerifier())
     with pytest.raises(InputError):
-        verify_saved_model(checkpoint, str(tmp_path), "saved_model", "default", quiet)
+        verdict(checkpoint, tmp_path, SavedModelVerifier())
 
 
-def test_too_little_memory(checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifier, "available_memory", lambda: checkpoint.nbytes)
-    monkeypatch.setattr(verifier, "TensorFlowProcess", lambda: pytest.fail("it was started"))
+def test_too_little_memory(checkpoint: Checkpoint, path: Path) -> None:
+    verifier = SavedModelVerifier(lambda: pytest.fail("it was started"), lambda: checkpoint.nbytes)
     with pytest.raises(UnsupportedError, match="too large to be loaded") as caught:
-        verify_saved_model(checkpoint, str(path), "saved_model", "default", lambda name, total: lambda count: None)
+        verdict(checkpoint, path, verifier)
     assert caught.value.found == f"{checkpoint.nbytes} bytes available"
