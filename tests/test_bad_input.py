@@ -478,9 +478,9 @@ class TestStrict:
 def test_60_missing_tensorflow_names_the_extra(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     from importlib import util
 
-    from gptconvert import pipeline
+    from gptconvert.targets import registry
 
-    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None if name == "tensorflow" else util)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None if name == "tensorflow" else util)
     outcome = command(capsys, "hf", TINY / "hf-bin", "--to", "tf", "-o", tmp_path / "out")
     assert outcome.code == 4
     assert "gptconvert[tf]" in outcome.err

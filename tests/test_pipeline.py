@@ -151,7 +151,7 @@ def test_options_work_together(opset: int, kv_cache: bool, tmp_path: Path) -> No
 
     target = Options(opset=opset, kv_cache=kv_cache, single_file=not kv_cache, dtype="fp16" if opset > 18 else None)
     checkpoint = pipeline.open_checkpoint(str(TINY / "hf-variant"))
-    pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(target=target))
+    pipeline.convert(checkpoint, str(tmp_path / "out"), target)
     (graph,) = (tmp_path / "out/onnx").glob("*.onnx")
     onnx.checker.check_model(str(graph), full_check=True)
     model = onnx.load(graph, load_external_data=False)

@@ -13,6 +13,7 @@ import pytest
 
 from fixtures import foreign
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.inspection import open_checkpoint
 from gptconvert.model.options import Options
 from gptconvert.sources import nanogpt
 from tests.helpers import checkpoint_of, examine
@@ -51,8 +52,8 @@ def test_activation_is_what_was_asked_for() -> None:
     assert gap(tanh, "nanogpt_tanh") < 1e-12
     assert gap(tanh, "nanogpt") > 1e-6
     assert not any("--activation" in note for note in tanh.notes)
-    with pytest.raises(UsageError, match="--activation is not for"):
-        opened(ORIGINALS / "llmc" / "gpt2_fp32.bin", Options(activation="erf"))
+    with pytest.raises(UsageError, match="--activation does not apply to llm"):
+        open_checkpoint(ORIGINALS / "llmc" / "gpt2_fp32.bin", Options(activation="erf"))
 
 
 def test_old_run_without_biases_and_with_a_head_of_its_own() -> None:
