@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from gptconvert.errors import InputError, UnsupportedError
@@ -27,12 +27,12 @@ def in_order(scheme: Scheme, layers: int) -> list[tuple[Row, str]]:
     found = [(row, i) for row in scheme.rows for i in (range(layers) if "{i}" in row.canonical else (-1,))]
     if order.by == "layer":
         found.sort(key=lambda pair: pair[1])
-    named = [
-        (row, scheme.write_prefix + name.replace("{i}", str(i)))
+    named = {  # rows that differ in their conditions alone are one tensor
+        scheme.write_prefix + name.replace("{i}", str(i)): row
         for row, i in found
         for name in (*row.names, *((row.added,) if row.added is not None else ()))
-    ]
-    return sorted(named, key=lambda pair: pair[1]) if order.by == "name" else named
+    }
+    return [(named[name], name) for name in (sorted(named) if order.by == "name" else named)]
 
 
 def assemble(scheme: Scheme, source: Source) -> TensorSet:
@@ -93,7 +93,7 @@ def _order(scheme: Scheme) -> Order:
 
 def _named(scheme: Scheme, source: Source) -> TensorSet:
     """The unnamed arrays, named. The optimizer's in front of them are left out, and so are their checksums."""
-    left_out, layers = _count(scheme, len(source.unnamed), source.path)
+    left_out, layers = _count(scheme, source.unnamed, source.path)
     names = [*(name for _, name in in_order(scheme, layers)), *_order(scheme).last]
     tensors = dict(zip(names, source.unnamed[left_out:], strict=True))
     checksums: list[FileChecksum] = list(source.tensors.checksums)
@@ -103,9 +103,9 @@ def _named(scheme: Scheme, source: Source) -> TensorSet:
     return TensorSet(tensors, source.tensors.files, (*source.tensors.notes, *notes), tuple(checksums))
 
 
-def _count(scheme: Scheme, count: int, path: str) -> tuple[int, int]:
-    """How many of ``count`` arrays are the optimizer's, which come first, and of how many layers the others are."""
-    order, outside = _order(scheme), len(in_order(scheme, 0))
+def _count(scheme: Scheme, unnamed: Sequence[LazyTensor], path: str) -> tuple[int, int]:
+    """How many of the arrays are the optimizer's, which come first, and of how many layers the others are."""
+    order, outside, count = _order(scheme), len(in_order(scheme, 0)), len(unnamed)
     in_layer, last = len(in_order(scheme, 1)) - outside, len(order.last)
     forms = [(1, last)]
     if order.optimizer is not None:
@@ -114,12 +114,13 @@ def _count(scheme: Scheme, count: int, path: str) -> tuple[int, int]:
         layers, rest = divmod(count - extra - copies * outside, copies * in_layer)
         if layers > 0 and rest == 0:
             return count - outside - layers * in_layer - last, layers
+    where = f" in every {unnamed[0].unit}" if isinstance(unnamed[0], Parts) else ""
     expected = [f"{copies * in_layer} L + {copies * outside + extra}" for copies, extra in forms]
     raise InputError(
         "the number of arrays fits no number of layers",
         path=path,
         expected=", with the optimizer's state ".join([f"{expected[0]} for L layers", *expected[1:]]),
-        found=f"{count} arrays",
+        found=f"{count} arrays{where}",
     )
 
 
@@ -140,14 +141,15 @@ def _refuse_variants(scheme: Scheme, names: Iterable[str], prefix: str, path: st
 
 
 def _knows(scheme: Scheme, bare: str) -> bool:
+    others = (*(tied.stored for tied in scheme.tied), *(row.added for row in scheme.rows))
     dropped = any(re.fullmatch(drop.pattern, bare) for drop in scheme.drops)
-    return dropped or _row_of(scheme, bare) is not None or any(bare == tied.stored for tied in scheme.tied)
+    return dropped or bare in others or _row_of(scheme, bare) is not None
 
 
 def _row_of(scheme: Scheme, bare: str) -> Row | None:
-    """The row of a name without prefix, whatever the layer (the first number) and the configuration."""
-    template = re.sub(r"(?<=[./_h])\d+(?=[./])", "{i}", bare, count=1)
-    return next((row for row in scheme.rows if template in (*row.names, *row.aliases)), None)
+    """The row of a name without prefix, whatever the layer and the configuration."""
+    templates = {bare, *(f"{bare[: n.start()]}{{i}}{bare[n.end() :]}" for n in re.finditer(r"\d+", bare))}
+    return next((row for row in scheme.rows if not templates.isdisjoint((*row.names, *row.aliases))), None)
 
 
 def _laid(scheme: Scheme, name: str, prefix: str, parts: Parts, path: str) -> Parts:
