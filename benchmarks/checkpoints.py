@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from gptconvert.containers.tf_index_writer import Entry, bundle_index
 from gptconvert.families.gpt2 import OPENAI_TF, _openai_config
 from gptconvert.families.registry import family_named
+from gptconvert.model.assembly import in_order
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import expand
-from gptconvert.model.tensors import BFLOAT16, Shape
-from gptconvert.sources.mesh_jax import PIECES, Leaf, leaf_names
+from gptconvert.model.schemes import Row, concrete, expand, sizes_of
+from gptconvert.model.tensors import BFLOAT16, Shape, filled
+from gptconvert.sources.mesh_jax import PIECES
 from reference_model.config import GPTConfig
 
 #: size → hparams, as OpenAI's downloads state them.
@@ -135,7 +136,7 @@ class Large:
 
     def _write_mesh_jax(self, folder: Path) -> None:
         config = self._config()
-        leaves = leaf_names(self.layers)
+        leaves = in_order(family_named("gptj").scheme("mesh-jax"), self.layers)
         for k in range(CORES):
             place, random = folder / "step_1" / f"shard_{k}", np.random.Generator(np.random.SFC64(k))
             place.mkdir(parents=True)
@@ -175,24 +176,12 @@ def _write_safetensors(path: Path, shapes: dict[str, Shape], seed: int) -> None:
                 file.write(values.astype(BFLOAT16).tobytes())
 
 
-def _leaf(random: np.random.Generator, leaf: Leaf, config: GPTConfig) -> NDArray[np.void]:
+def _leaf(random: np.random.Generator, leaf: tuple[Row, str], config: GPTConfig) -> NDArray[np.void]:
     """One core's part of a parameter; bfloat16 without a name, as the trainer saved it."""
-    name, merge = leaf
-    wide, rows = config.n_embd, config.n_embd
-    if "/linear_4/" in name:
-        wide = config.n_inner
-    elif "projection" in name:
-        wide = config.vocab_size
-    elif "/linear_5/" in name:
-        rows = config.n_inner
-    elif "embedding" in name:
-        rows = config.vocab_size
-    whole: Shape = (rows, wide) if name.endswith("/w") else (wide,)
-    if "layer_norm" in name or merge == "sum":
-        shape: Shape = (config.n_embd,)
-    else:
-        axis = 1 if merge == "columns" else 0
-        shape = tuple(size // CORES if number == axis else size for number, size in enumerate(whole))
+    row, name = leaf
+    whole = filled(0.0, BFLOAT16, concrete(row.shape, sizes_of(config)))
+    vector = row.added is not None and name.endswith(row.added)
+    shape = whole.shape[1:] if vector else row.shards.split(whole, CORES)[0].shape
     values = np.empty(prod(shape), BFLOAT16)
     done = 0
     for block in _blocks(random, prod(shape), float(name.endswith("scale"))):

@@ -25,7 +25,7 @@ from gptconvert.families.heads import (
     tied_lm_head,
 )
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import Drop, Row, Scheme, Tied
+from gptconvert.model.schemes import Drop, Order, Row, Scheme, Tied
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import DropLeadingAxis, Transpose
 from reference_model.config import GPTConfig
@@ -95,8 +95,8 @@ HF = Scheme(
     ),
 )
 
-#: The released arrays, which bear no names. A reader gives them these, in this order (formats: position table
-#: first; within a layer attention, ln_1, MLP, ln_2).
+#: The released arrays, which bear no names: these are given to them, in this order, in which the original program
+#: created its variables (position table first; within a layer attention, ln_1, MLP, ln_2).
 OPENAI_GPT1 = Scheme(
     name="openai-gpt1",
     anchor="tokens_embed",
@@ -116,6 +116,7 @@ OPENAI_GPT1 = Scheme(
         Row("h.{i}.ln_2.weight", "h{i}/ln_2/g", "D"),
         Row("h.{i}.ln_2.bias", "h{i}/ln_2/b", "D"),
     ),
+    order=Order("layer"),
 )
 
 

@@ -22,7 +22,8 @@ from gptconvert.families.heads import (
     tied_lm_head,
 )
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import Drop, Row, Scheme, Tied
+from gptconvert.model.schemes import Drop, Order, Row, Scheme, Tied
+from gptconvert.model.shards import COLUMNS, ROWS, SUM
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import Transpose
 from reference_model.config import GPTConfig, Rotary
@@ -130,14 +131,18 @@ def _write_config(config: GPTConfig, carried: Mapping[str, object]) -> dict[str,
 
 
 #: The trainer's own parameters (mesh-transformer-jax, Haiku), whose matrices are [in, out]. ``linear`` is q,
-#: ``linear_1`` v, ``linear_2`` k: the order in which the program makes them. Embedding and bias come as one table.
+#: ``linear_1`` v, ``linear_2`` k: the order in which the program makes them. How parts become
+#: tensors follows from the program's collectives: what is split over its output columns or input rows is laid side by
+#: side; biases added on every shard before the sum over shards are summed; norms are read from the first shard, and
+#: the copies of the others were never trained.
 MESH_JAX = Scheme(
     name="mesh-jax",
-    anchor="embedding_shard/~/linear",
+    anchor="embedding_shard/~/linear/w",
     prefixes=("causal_transformer_shard/~/",),
     write_prefix="causal_transformer_shard/~/",
     rows=(
-        Row("wte.weight", "embedding_shard/~/linear", "V D"),
+        # A row of the table and the biases are what the module gives for a token: no other program keeps them apart.
+        Row("wte.weight", "embedding_shard/~/linear/w", "V D", shards=ROWS, added="embedding_shard/~/linear/b"),
         Row("h.{i}.ln_1.weight", "layer_{i}/~/replicated_layer_norm/scale", "D"),
         Row("h.{i}.ln_1.bias", "layer_{i}/~/replicated_layer_norm/offset", "D"),
         Row(
@@ -145,21 +150,24 @@ MESH_JAX = Scheme(
             ("layer_{i}/~/linear/w", "layer_{i}/~/linear_2/w", "layer_{i}/~/linear_1/w"),
             "D D",
             (Transpose(),),
+            shards=COLUMNS,
         ),
-        Row("h.{i}.attn.c_proj.weight", "layer_{i}/~/linear_3/w", "D D", (Transpose(),)),
-        Row("h.{i}.mlp.c_fc.weight", "layer_{i}/~/linear_4/w", "D F", (Transpose(),)),
-        Row("h.{i}.mlp.c_fc.bias", "layer_{i}/~/linear_4/b", "F"),
-        Row("h.{i}.mlp.c_proj.weight", "layer_{i}/~/linear_5/w", "F D", (Transpose(),)),
-        Row("h.{i}.mlp.c_proj.bias", "layer_{i}/~/linear_5/b", "D"),
+        Row("h.{i}.attn.c_proj.weight", "layer_{i}/~/linear_3/w", "D D", (Transpose(),), shards=ROWS),
+        Row("h.{i}.mlp.c_fc.weight", "layer_{i}/~/linear_4/w", "D F", (Transpose(),), shards=COLUMNS),
+        Row("h.{i}.mlp.c_fc.bias", "layer_{i}/~/linear_4/b", "F", shards=ROWS),
+        Row("h.{i}.mlp.c_proj.weight", "layer_{i}/~/linear_5/w", "F D", (Transpose(),), shards=ROWS),
+        Row("h.{i}.mlp.c_proj.bias", "layer_{i}/~/linear_5/b", "D", shards=SUM),
         Row("ln_f.weight", "projection_shard/~/replicated_layer_norm/scale", "D"),
         Row("ln_f.bias", "projection_shard/~/replicated_layer_norm/offset", "D"),
-        Row("lm_head.weight", "projection_shard/~/linear/w", "D V", (Transpose(),), when=own_lm_head),
-        Row("lm_head.bias", "projection_shard/~/linear/b", "V", when=lm_head_bias),
+        Row("lm_head.weight", "projection_shard/~/linear/w", "D V", (Transpose(),), when=own_lm_head, shards=COLUMNS),
+        Row("lm_head.bias", "projection_shard/~/linear/b", "V", when=lm_head_bias, shards=ROWS),
     ),
     drops=(
         Drop(r"step", "training counter"),
         Drop(r"projection_shard/~/linear/[wb]", "language-model head", when=lambda c: not c.has_lm_head),
     ),
+    # JAX flattens the tree of modules with its keys sorted. Adam keeps two copies of everything, and two counters.
+    order=Order("name", last=("step",), optimizer=(2, 2)),
 )
 #: What the trainer's configuration of the released model says; the archive of its weights has none.
 RELEASED: Mapping[str, object] = {
@@ -218,7 +226,7 @@ def _released(tensors: Mapping[str, LazyTensor]) -> tuple[Mapping[str, object], 
         UsageError: they are another model's, whose heads and rotary positions are in no shape.
     """
     prefix = MESH_JAX.write_prefix
-    table = tensors.get(f"{prefix}embedding_shard/~/linear")
+    table = tensors.get(prefix + MESH_JAX.anchor)
     layers = sum(name.endswith("/~/linear_3/w") for name in tensors)
     found = (layers, *(table.shape if table is not None else ()))
     if found != (RELEASED["layers"], RELEASED["n_vocab"], RELEASED["d_model"]):

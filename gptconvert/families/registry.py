@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.families import gpt1, gpt2, gpt_neo, gpt_neox, gptj
 from gptconvert.families.family import Family, trim_vocabulary
+from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.model.schemes import find_prefix, resolve
@@ -71,15 +73,16 @@ def understand(source: Source, options: Options) -> Checkpoint:
     family = family_of(source)
     scheme = family.scheme(source.scheme)
     try:
-        config, carried, notes = family.read_config[source.scheme](
-            source.config, source.config_path, source.tensors, options
-        )
-        resolved = resolve(scheme, config, source.tensors, path=source.path)
+        named = assemble(scheme, source)
+        config, carried, notes = family.read_config[source.scheme](source.config, source.config_path, named, options)
+        tensors = named if source.run is None else cut(scheme, config, source.run)
+        resolved = resolve(scheme, config, tensors, path=source.path)
     except InputError as error:
         others = [other.name for other in _fitting(source) if other is not family]
         if others:
             error.hint = f"the configuration says {family.name}, the tensor names look like {', '.join(others)}"
         raise
+    found = replace(named, tensors=resolved.tensors, notes=(*named.notes, *resolved.notes))
     weights = resolved.weights
     if options.trim_vocab is not None:
         config, weights, trimmed = trim_vocabulary(config, weights, options.trim_vocab)
@@ -87,11 +90,11 @@ def understand(source: Source, options: Options) -> Checkpoint:
     return Checkpoint(
         config=config,
         weights=weights,
-        source=source,
+        source=replace(source, tensors=found, unnamed=(), run=None),
         prefix=resolved.prefix,
         dropped=resolved.dropped,
         carried=carried,
-        notes=(*source.notes, *source.tensors.notes, *notes, *_mixed_types(weights)),
+        notes=(*source.notes, *found.notes, *notes, *_mixed_types(weights)),
         options=options,
     )
 

@@ -18,7 +18,7 @@ class Checkpoint:
     Attributes:
         config: the architecture.
         weights: canonical name → lazy tensor; names are the reference model's.
-        source: where it came from, in its own names.
+        source: where it came from, in its own names; every tensor whole.
         prefix: what stood before the tensor names in the file.
         dropped: file name → why it carries nothing.
         carried: harmless keys of the source's config.json, passed on to ours.

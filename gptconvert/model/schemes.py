@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from gptconvert.errors import InputError
+from gptconvert.model.shards import FIRST, Merge, Parts, Shards, merge_parts
 from gptconvert.model.tensors import LazyTensor, Shape, filled
 from gptconvert.model.transforms import Sizes, Transform, concatenate, split
 from reference_model.config import GPTConfig
@@ -33,6 +35,8 @@ class Row:
         absent: value that stands for the tensor where the file may leave it out (nanoGPT's ``bias=False``).
         head: True for tensors outside the transformer body, which carry no body prefix.
         aliases: other names a file may use for ``stored`` (one name), inside or outside the body; never written.
+        shards: in files of several shards, how the parts of each of ``stored`` become it.
+        added: in such files, name of a vector whose parts are added to every row of ``stored`` (one name).
     """
 
     canonical: str
@@ -43,6 +47,8 @@ class Row:
     absent: float | None = None
     head: bool = False
     aliases: tuple[str, ...] = ()
+    shards: Shards = FIRST
+    added: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,6 +76,33 @@ class Tied:
 
 
 @dataclass(frozen=True)
+class Order:
+    """The order of a scheme's tensors in files that do not name them.
+
+    Attributes:
+        by: ``layer``: what belongs to no layer, then layer after layer, in the order of the rows; ``row``: row after
+            row, each with all its layers; ``name``: sorted by name, so that layer 10 follows layer 1.
+        last: names of the arrays behind all of them (a training counter).
+        optimizer: how many copies of all tensors, and how many single arrays, the optimizer's state holds where a
+            checkpoint has it; it comes first.
+        padded: stored name → symbol of its number of rows in the file, padding at the end included.
+    """
+
+    by: Literal["layer", "row", "name"]
+    last: tuple[str, ...] = ()
+    optimizer: tuple[int, int] | None = None
+    padded: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Tensors of an option of the trainer that is not implemented: a regular expression for the name, the option."""
+
+    pattern: str
+    option: str
+
+
+@dataclass(frozen=True)
 class Scheme:
     """How one kind of file names and lays out one family's tensors.
 
@@ -82,6 +115,11 @@ class Scheme:
         write_prefix: prefix used when writing.
         drops: known tensors that carry nothing. Patterns are matched without the prefix.
         tied: repeated tensors.
+        order: of the tensors in files that do not name them; None: all files do.
+        renamed: (a file's names, its path) → the table's name of each, where the trainer numbers modules in a way of
+            its own; raises InputError for names that do not belong together.
+        variants: options that tensors not in the table stand for. Where there are any, such tensors are refused by
+            the option's name, before the configuration is read.
     """
 
     name: str
@@ -92,6 +130,9 @@ class Scheme:
     write_prefix: str = ""
     drops: tuple[Drop, ...] = ()
     tied: tuple[Tied, ...] = ()
+    order: Order | None = None
+    renamed: Callable[[Collection[str], str], Mapping[str, str]] | None = None
+    variants: tuple[Variant, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,11 +153,13 @@ class Bound:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A file's tensors under their canonical names, and what was left out and why."""
+    """A file's tensors, whole, under their canonical and their own names; what was left out and why; notes."""
 
     weights: Mapping[str, LazyTensor]
+    tensors: Mapping[str, LazyTensor]
     prefix: str
     dropped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def sizes_of(config: GPTConfig) -> dict[str, int]:
@@ -229,6 +272,7 @@ def resolve(
             hint="this is not the variable scheme of any supported model; `gptconvert inspect` lists the names",
         )
     outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
+    tensors, notes = merge_parts(tensors, _merges(scheme, config, tensors, prefix))
     bound = [b.named_as_in(tensors) for b in expand(scheme.rows, config, prefix, outer)]
     weights: dict[str, LazyTensor] = {}
     missing: list[str] = []
@@ -256,7 +300,19 @@ def resolve(
     dropped, unexpected = _sort_out(drops, (prefix, outer), [n for n in tensors if n not in used])
     if missing or unexpected or misshaped:
         raise _mismatch(missing, unexpected, misshaped, path)
-    return Resolved(weights, prefix, dropped)
+    return Resolved(weights, tensors, prefix, dropped, notes)
+
+
+def _merges(scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, Merge]:
+    """File name → how the parts become the tensor, also for tensors that a model of ``config`` does without."""
+    if not any(isinstance(tensor, Parts) for tensor in tensors.values()):
+        return {}
+    found: dict[str, Merge] = {}
+    for row in sorted(scheme.rows, key=lambda row: row.when(config)):
+        for b in expand([replace(row, when=lambda config: True)], config, prefix, head_prefix(scheme, prefix)):
+            added = None if row.added is None else prefix + row.added
+            found |= dict.fromkeys((*b.stored, *b.aliases), Merge(row.shards, b.shape, added))
+    return found
 
 
 def tied_pairs(

@@ -2,12 +2,12 @@
 
 Source: karpathy/llm.c ``train_gpt2.py`` (``write_model``) and ``train_gpt2.c``. Version 3 holds float32, version 5
 bfloat16, both with the vocabulary padded to a multiple of 128 rows; version 1 is version 3 without the padding.
-Nothing in the file is checksummed, so its size must be exactly what the header promises.
+Nothing in the file says what the tensors are or where they end: the family's name table does. Nothing is checksummed
+either, so the size of the file must be exactly what the header promises.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ from gptconvert.containers.missing import no_such_path
 from gptconvert.containers.untrusted import explain_file, file_size
 from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.model.options import Options
-from gptconvert.model.source import Source
-from gptconvert.model.tensors import BFLOAT16, LazyTensor, Segment, Shape, Stored, TensorSet
+from gptconvert.model.source import Run, Source
+from gptconvert.model.tensors import BFLOAT16, Segment, TensorSet
 from gptconvert.sources.format import Format
 
 TITLE = "llm.c (.bin)"
@@ -36,25 +36,6 @@ OTHERS: Mapping[int, str] = {
 }
 #: Version → element type.
 VERSIONS: Mapping[int, np.dtype[np.generic]] = {1: np.dtype("<f4"), 3: np.dtype("<f4"), 5: BFLOAT16}
-#: Tensors in the order of the file, and their shapes; with ``{i}`` one of every layer, one after the other.
-LAYOUT: tuple[tuple[str, str], ...] = (
-    ("wte", "P C"),
-    ("wpe", "T C"),
-    ("h.{i}.ln1w", "C"),
-    ("h.{i}.ln1b", "C"),
-    ("h.{i}.qkvw", "3C C"),
-    ("h.{i}.qkvb", "3C"),
-    ("h.{i}.attprojw", "C C"),
-    ("h.{i}.attprojb", "C"),
-    ("h.{i}.ln2w", "C"),
-    ("h.{i}.ln2b", "C"),
-    ("h.{i}.fcw", "4C C"),
-    ("h.{i}.fcb", "4C"),
-    ("h.{i}.fcprojw", "C 4C"),
-    ("h.{i}.fcprojb", "C"),
-    ("lnfw", "C"),
-    ("lnfb", "C"),
-)
 MAX_SIZE, MAX_LAYERS = 1 << 31, 10_000
 TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 
@@ -71,32 +52,18 @@ class Header:
     channels: int
     padded_vocab_size: int
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The symbols of :data:`LAYOUT`."""
-        return {"P": self.padded_vocab_size, "T": self.max_seq_len, "C": self.channels}
-
 
 def open_llmc(path: str, options: Options) -> Source:
     """Open a model file, or the one in a directory.
 
     Raises:
-        InputError: no such file, or one that is truncated or no model file; none or several in the directory.
+        InputError: no such file, or one that is not a model file; none or several in the directory.
         UnsupportedError: a version whose layout is not known here.
         UsageError: an option that has no meaning here.
     """
     path = _model_file(path, options)
     size = file_size(path)
     header = read_header(path, size)
-    tensors, end = _tensors(header, path)
-    if size != end:
-        raise InputError(
-            "file is truncated" if size < end else "file is longer than its header says",
-            path=path,
-            expected=f"{end} bytes",
-            found=f"{size} bytes",
-            hint="the download or copy did not finish: fetch the file again" if size < end else None,
-        )
     folder, notes = os.path.dirname(path), []
     if header.padded_vocab_size > header.vocab_size:
         rows = f"{header.vocab_size}–{header.padded_vocab_size - 1}"
@@ -105,7 +72,12 @@ def open_llmc(path: str, options: Options) -> Source:
         scheme=FORMAT.name,
         format=f"{TITLE}, version {header.version}",
         path=path,
-        tensors=TensorSet(tensors, (path,)),
+        tensors=TensorSet({}, (path,)),
+        run=Run(
+            Segment(path, HEADER_BYTES, size - HEADER_BYTES),
+            VERSIONS[header.version],
+            {"P": header.padded_vocab_size},
+        ),
         config=dict(vars(header)),
         config_path=path,
         tokenizer={name: there for name in TOKENIZER_FILES if os.path.isfile(there := os.path.join(folder, name))},
@@ -200,28 +172,6 @@ def _unknown_version(version: int, path: str) -> UnsupportedError:
         found=f"version {version}",
         hint="write it again with a current train_gpt2.py, which saves version 5" if old else None,
     )
-
-
-def _tensors(header: Header, path: str) -> tuple[dict[str, LazyTensor], int]:
-    """Every layer's slice of every tensor, and the size the file must have."""
-    tensors: dict[str, LazyTensor] = {}
-    dtype, offset = VERSIONS[header.version], HEADER_BYTES
-    for template, symbols in LAYOUT:
-        shape = _shape(symbols, header.sizes)
-        for i in range(header.num_layers) if "{i}" in template else (0,):
-            nbytes = math.prod(shape) * dtype.itemsize
-            part, kept = Segment(path, offset, nbytes), shape
-            if template == "wte":
-                kept = (header.vocab_size, header.channels)
-                part = Segment(path, offset, math.prod(kept) * dtype.itemsize)
-            tensors[template.replace("{i}", str(i))] = Stored((part,), dtype, kept)
-            offset += nbytes
-    return tensors, offset
-
-
-def _shape(symbols: str, sizes: Mapping[str, int]) -> Shape:
-    """``"3C C"`` with C = 24 → (72, 24)."""
-    return tuple(int(word[:-1] or 1) * sizes[word[-1]] for word in symbols.split())
 
 
 def recognises(path: str) -> bool:

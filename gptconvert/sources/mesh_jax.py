@@ -1,10 +1,7 @@
 """GPT-J as its trainer saved it (mesh-transformer-jax): every tensor cut across shards, and no names anywhere.
 
-``step_N/shard_K/0.npz`` … ``15.npz`` hold one shard's part of every parameter, in the order in which JAX flattens
-the tree of modules: keys sorted as strings, so that layer 10 follows layer 1. q, v and k have one shape, so nothing
-but this order tells them apart. How parts become tensors follows from the program's collectives: what is split over
-its output columns or input rows is laid side by side; biases added on every shard before the sum over shards are
-summed; norms are read from shard 0, and the copies of the other shards were never trained.
+``step_N/shard_K/0.npz`` … ``15.npz`` hold one shard's part of every parameter, in one order, and nothing tells what
+they are but their place in it: the family's name table, which also says how the parts become tensors.
 Sources: kingoflolz/mesh-transformer-jax ``checkpoint.py``, ``layers.py``, ``slim_model.py``.
 """
 
@@ -12,20 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
 
 from gptconvert.containers.json import read_json_object
 from gptconvert.containers.npz import read_npz
 from gptconvert.containers.untrusted import entries, explain_file, file_size, read_small
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
 from gptconvert.model.options import Options
+from gptconvert.model.shards import Parts
 from gptconvert.model.source import Source
-from gptconvert.model.tensors import BFLOAT16, Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
-from gptconvert.model.transforms import concatenate
+from gptconvert.model.tensors import BFLOAT16, FileChecksum, LazyTensor, TensorSet
 from gptconvert.sources.format import Format
 
 TITLE = "GPT-J original (mesh-transformer-jax shards)"
@@ -34,26 +28,6 @@ PIECES = 16
 MAX_CONFIG_BYTES = 1 << 20
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe")
 
-#: How the parts of a tensor become the tensor: joined along axis 0 or 1, summed, or the first alone.
-Merge = Literal["rows", "columns", "sum", "first"]
-Leaf = tuple[str, Merge]
-SCOPE = "causal_transformer_shard/~/"
-NORM: tuple[Leaf, ...] = (("replicated_layer_norm/offset", "first"), ("replicated_layer_norm/scale", "first"))
-EMBEDDING: tuple[Leaf, ...] = (("linear/b", "sum"), ("linear/w", "rows"))
-#: q, v, k, output projection, the MLP's two layers. The program makes v before k.
-LAYER: tuple[Leaf, ...] = (
-    ("linear/w", "columns"),
-    ("linear_1/w", "columns"),
-    ("linear_2/w", "columns"),
-    ("linear_3/w", "rows"),
-    ("linear_4/b", "rows"),
-    ("linear_4/w", "columns"),
-    ("linear_5/b", "sum"),
-    ("linear_5/w", "rows"),
-    *NORM,
-)
-PROJECTION: tuple[Leaf, ...] = (("linear/b", "rows"), ("linear/w", "columns"), *NORM)
-_OUTSIDE = len(EMBEDDING) + len(PROJECTION)
 _SHARD, _STEP = re.compile(r"shard_(\d{1,4})"), re.compile(r"step_(\d{1,18})")
 
 
@@ -68,18 +42,13 @@ def open_mesh_jax(path: str, options: Options) -> Source:
     """
     folder, notes = _locate(path, options.step)
     shards = _read_shards(folder)
-    leaves, left_out = _names(len(shards[0].leaves), folder)
-    parts = dict(zip((n for n, _ in leaves), zip(*(s.leaves[left_out:] for s in shards), strict=True), strict=True))
-    _check_parts(folder, parts)
-    if left_out:
-        notes.append(f"{left_out} arrays of the optimizer are left out")
-    checksums = tuple(c for shard in shards for c in shard.checksums[left_out:])
     config_path = options.hparams or _find_config(folder)
     return Source(
         scheme=FORMAT.name,
         format=TITLE,
         path=folder,
-        tensors=TensorSet(_merged(leaves, parts), tuple(f for shard in shards for f in shard.files), (), checksums),
+        tensors=TensorSet({}, tuple(file for shard in shards for file in shard.files)),
+        unnamed=_parts(shards),
         config={} if config_path is None else read_json_object(config_path, MAX_CONFIG_BYTES, "configuration"),
         config_path=config_path,
         tokenizer=_tokenizer(folder),
@@ -93,14 +62,6 @@ def recognises(path: str) -> bool:
         return False
     inside = [path, *(os.path.join(path, name) for name in entries(path, quiet=True) if _STEP.fullmatch(name))]
     return _is_second_layout(path) or _is_shard(path) or any(map(_has_shards, inside))
-
-
-def leaf_names(layers: int) -> list[Leaf]:
-    """Names of all parameters, and how they are merged, in the order of the files."""
-    # Keys are sorted as strings; "/" sorts before the digits, so this is the order of the numbers' own strings.
-    blocks = [(f"layer_{i}", LAYER) for i in sorted(range(layers), key=str)]
-    modules = [("embedding_shard", EMBEDDING), *blocks, ("projection_shard", PROJECTION)]
-    return [(f"{SCOPE}{module}/~/{name}", merge) for module, leaves in modules for name, merge in leaves]
 
 
 @dataclass(frozen=True)
@@ -192,68 +153,13 @@ def _read_shard(folder: str, number: int) -> _Shard:
     return _Shard(files, leaves, tuple(c for archive in archives for c in archive.checksums.values()))
 
 
-def _names(count: int, folder: str) -> tuple[list[Leaf], int]:
-    """The parameters among ``count`` leaves, the step behind them, and how many of the optimizer's stand first."""
-    # Slim: parameters and step. Full: before them Adam's two copies of the parameters and two counters.
-    for copies, extra in ((1, 1), (3, 3)):
-        layers, rest = divmod(count - extra - copies * _OUTSIDE, copies * len(LAYER))
-        if layers > 0 and rest == 0:
-            leaves: list[Leaf] = [*leaf_names(layers), ("step", "first")]
-            return leaves, count - len(leaves)
-    slim, full = _OUTSIDE + 1, 3 * _OUTSIDE + 3
-    raise InputError(
-        "this number of arrays is no GPT-J's",
-        path=folder,
-        expected=f"{len(LAYER)} L + {slim} for L layers, with the optimizer's {3 * len(LAYER)} L + {full}",
-        found=f"{count} in every shard",
+def _parts(shards: Sequence[_Shard]) -> tuple[Parts, ...]:
+    """What all shards hold at each place of the order."""
+    leaves, checksums = (
+        zip(*(s.leaves for s in shards), strict=True),
+        zip(*(s.checksums for s in shards), strict=True),
     )
-
-
-def _check_parts(folder: str, parts: Mapping[str, Sequence[LazyTensor]]) -> None:
-    """Parts of one tensor are alike, and there are as many as the split says."""
-    for name, cut in parts.items():
-        if len({(part.shape, part.dtype) for part in cut}) > 1:
-            listed = ", ".join(f"{list(part.shape)} {part.dtype}" for part in cut)
-            raise InputError("the shards' parts differ in shape or type", path=folder, item=name, found=listed)
-    name = f"{SCOPE}layer_0/~/linear/w"
-    q, count = parts[name][0], len(parts[name])
-    if len(q.shape) != 2 or q.shape[1] * count != q.shape[0]:
-        raise InputError(
-            "not all shards are here, or shards of different models were mixed",
-            path=folder,
-            item=name,
-            expected=f"a square matrix from {count} shards",
-            found=f"parts of shape {list(q.shape)}",
-        )
-
-
-def _merged(leaves: Sequence[Leaf], parts: Mapping[str, Sequence[LazyTensor]]) -> dict[str, LazyTensor]:
-    """The parameters, each made of its parts when it is read."""
-    merged = {name: _merge(merge, parts[name]) for name, merge in leaves}
-    module = f"{SCOPE}embedding_shard/~/linear"
-    table, _ = merged.pop(f"{module}/w"), merged.pop(f"{module}/b")
-    # A row of the table and the biases are what the module gives for a token: no other program keeps them apart.
-    merged[module] = _biased(table, parts[f"{module}/b"])
-    return merged
-
-
-def _merge(merge: Merge, parts: Sequence[LazyTensor]) -> LazyTensor:
-    if merge == "first" or len(parts) == 1:
-        return parts[0]
-    if merge == "sum":
-        return total(parts)
-    return concatenate(parts, 1 if merge == "columns" else 0)
-
-
-def _biased(table: LazyTensor, biases: Sequence[LazyTensor]) -> LazyTensor:
-    """``table`` [V, D] + the sum of ``biases`` [D], added in float32 at least and rounded once."""
-    wide = np.promote_types(table.dtype, np.float32)
-
-    def read(box: Box) -> Array:
-        bias = sum(part.read(box[1:]).astype(wide) for part in biases)
-        return (table.read(box).astype(wide) + bias).astype(table.dtype)
-
-    return Computed(read, table.dtype, table.shape)
+    return tuple(Parts(parts, "shard", sums) for parts, sums in zip(leaves, checksums, strict=True))
 
 
 def _find_config(folder: str) -> str | None:

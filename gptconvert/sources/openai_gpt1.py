@@ -1,8 +1,8 @@
 """OpenAI's release of GPT-1: ten array files that, one behind the other, are all weights as one run of numbers.
 
 ``params_0.npy`` … ``params_9.npy`` are cut without regard to tensors, ``params_shapes.json`` says how to cut them
-again, and nothing says what the tensors are called: the order is that in which the original program created its
-variables (openai/finetune-transformer-lm ``train.py``). Tensors that straddle two files become two segments.
+again, and nothing says what the tensors are called: the family's name table does, by their order. Tensors that
+straddle two files become two segments.
 """
 
 from __future__ import annotations
@@ -25,12 +25,6 @@ TITLE = "OpenAI's GPT-1 arrays (params_0..9.npy)"
 SHAPES, HPARAMS = "params_shapes.json", "hparams.json"
 FILES = tuple(f"params_{i}.npy" for i in range(10))
 TOKENIZER_FILES = ("encoder_bpe_40000.json", "vocab_40000.bpe")
-#: The tables, positions first; then, for every layer, its tensors.
-TABLES = ("positions_embed", "tokens_embed")
-LAYER = (
-    *("attn/c_attn/w", "attn/c_attn/b", "attn/c_proj/w", "attn/c_proj/b", "ln_1/g", "ln_1/b"),
-    *("mlp/c_fc/w", "mlp/c_fc/b", "mlp/c_proj/w", "mlp/c_proj/b", "ln_2/g", "ln_2/b"),
-)
 MAX_SHAPES_BYTES = 1 << 20
 MAX_HPARAMS_BYTES = 1 << 20
 _MAX_SIDE = 1 << 31
@@ -60,7 +54,8 @@ def open_gpt1(path: str, options: Options) -> Source:
         scheme="openai-gpt1",
         format=TITLE,
         path=folder,
-        tensors=TensorSet(_cut(arrays, shapes), files),
+        tensors=TensorSet({}, files),
+        unnamed=_cut(arrays, shapes),
         config={} if config_path is None else read_json_object(config_path, MAX_HPARAMS_BYTES, HPARAMS),
         config_path=config_path,
         tokenizer=_tokenizer(folder, names),
@@ -78,12 +73,6 @@ def recognises(path: str) -> bool:
 
 def _is_ours(name: str) -> bool:
     return name == SHAPES or bool(_PARAMS.fullmatch(name) or _FINE_TUNED.fullmatch(name))
-
-
-def tensor_names(count: int) -> list[str]:
-    """The names of ``count`` tensors, in the order of the files."""
-    layers = (count - len(TABLES)) // len(LAYER)
-    return [*TABLES, *(f"h{i}/{name}" for i in range(layers) for name in LAYER)]
 
 
 def _refuse_fine_tuned(path: str, folder: str, names: Collection[str]) -> None:
@@ -128,13 +117,6 @@ def _read_shapes(path: str) -> list[Shape]:
             raise InputError(
                 "wrong shape", path=path, item=f"entry {number}", expected="whole numbers", found=repr(shape)[:80]
             )
-    if len(value) < len(TABLES) + len(LAYER) or (len(value) - len(TABLES)) % len(LAYER):
-        raise InputError(
-            "this number of tensors is no GPT-1's",
-            path=path,
-            expected=f"{len(TABLES)} tables and {len(LAYER)} tensors in every layer",
-            found=f"{len(value)} shapes",
-        )
     return [tuple(shape) for shape in value]
 
 
@@ -166,17 +148,16 @@ def _check_arrays(folder: str, arrays: Collection[Stored], total: int) -> None:
         )
 
 
-def _cut(arrays: list[Stored], shapes: list[Shape]) -> dict[str, LazyTensor]:
-    """The run of numbers, cut at the shapes, under the names of :func:`tensor_names`."""
+def _cut(arrays: list[Stored], shapes: list[Shape]) -> tuple[Stored, ...]:
+    """The run of numbers, cut at the shapes."""
     dtype, parts = arrays[0].dtype, tuple(part for array in arrays for part in array.parts)
     run = Stored(parts, dtype, (sum(array.size for array in arrays),))
-    tensors: dict[str, LazyTensor] = {}
-    position = 0
-    for name, shape in zip(tensor_names(len(shapes)), shapes, strict=True):
+    tensors, position = [], 0
+    for shape in shapes:
         nbytes = math.prod(shape) * dtype.itemsize
-        tensors[name] = Stored(merge_segments(run.slice_bytes(position, position + nbytes)), dtype, shape)
+        tensors.append(Stored(merge_segments(run.slice_bytes(position, position + nbytes)), dtype, shape))
         position += nbytes
-    return tensors
+    return tuple(tensors)
 
 
 def _tokenizer(folder: str, names: Collection[str]) -> dict[str, str]:

@@ -49,9 +49,10 @@ def compare_checkpoints(
         return report
     pairs = [Pair(name, name, weight, found.weights[name]) for name, weight in checkpoint.weights.items()]
     scheme = family_named(found.config.family).scheme(source.scheme)
-    repeated = tied_pairs(scheme, found.config, source.tensors, found.prefix)
+    repeated = tied_pairs(scheme, found.config, found.source.tensors, found.prefix)
     extra = [
-        Pair(canonical, name, checkpoint.weights[canonical], source.tensors[name]) for name, canonical in repeated
+        Pair(canonical, name, checkpoint.weights[canonical], found.source.tensors[name])
+        for name, canonical in repeated
     ]
     compare(report.weights, pairs, stage("comparing weights", checkpoint.nbytes))
     report.problems = compare(WeightReport(len(extra)), extra).problems

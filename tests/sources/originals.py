@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from gptconvert.families import registry
 from gptconvert.families.registry import understand
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
+from gptconvert.model.schemes import Scheme
 from gptconvert.model.source import Source
 from gptconvert.sources.detect import open_source
 from tests.families import witness
@@ -34,6 +39,15 @@ def opened(path: str | Path, **options: Any) -> Source:
 
 def understood(path: str | Path, options: Options | None = None, **request: Any) -> Checkpoint:
     return understand(open_source(path, options or Options()), Options(**request))
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Scheme], Scheme]) -> None:
+    """Replace the name table ``name`` for the duration of a test."""
+    families = tuple(
+        replace(family, schemes=tuple(change(each) if each.name == name else each for each in family.schemes))
+        for family in registry.FAMILIES
+    )
+    monkeypatch.setattr(registry, "FAMILIES", families)
 
 
 def difference(checkpoint: Checkpoint, golden: Path) -> float:

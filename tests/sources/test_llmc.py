@@ -87,7 +87,23 @@ def test_headers(tmp_path: Path, words: dict[str, int], error: type[Exception], 
 def test_truncated(tmp_path: Path, length: int) -> None:
     (tmp_path / "m.bin").write_bytes(FP32.read_bytes()[:length])
     with pytest.raises(InputError):
-        llmc.FORMAT.open(str(tmp_path / "m.bin"), PLAIN)
+        opened(tmp_path / "m.bin")
+
+
+@pytest.mark.parametrize(("length", "word"), [(-1, "truncated"), (None, "longer than its header says")])
+def test_a_size_that_is_off_by_a_byte(tmp_path: Path, length: int | None, word: str) -> None:
+    (tmp_path / "m.bin").write_bytes((FP32.read_bytes() + b"\0" * (length is None))[:length])
+    size = FP32.stat().st_size
+    with pytest.raises(InputError, match=f"{word}; expected {size} bytes, found {size + (length or 1)} bytes"):
+        opened(tmp_path / "m.bin")
+
+
+def test_the_source_hands_on_one_run() -> None:
+    source = llmc.FORMAT.open(str(BF16), PLAIN)
+    assert not source.tensors
+    assert source.run is not None
+    assert (source.run.dtype, source.run.sizes) == (BFLOAT16, {"P": 128})
+    assert (source.run.segment.offset, source.run.segment.end) == (1024, BF16.stat().st_size)
 
 
 def test_what_it_is_not(tmp_path: Path) -> None:

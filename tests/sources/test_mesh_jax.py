@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ import pytest
 from fixtures import originals as writers
 from fixtures.make_originals import JAX_CONFIG, jax_config, jax_model, write_golden
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
-from gptconvert.model.tensors import BFLOAT16, total
+from gptconvert.families.gptj import MESH_JAX
+from gptconvert.model import shards
+from gptconvert.model.assembly import in_order
+from gptconvert.model.schemes import Row, concrete
+from gptconvert.model.shards import FIRST, SUM, Copies, Parts, Sum
+from gptconvert.model.tensors import BFLOAT16, Stored, filled, total
 from gptconvert.sources import mesh_jax
 from tests.helpers import examine
-from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
+from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, plant, understood
 
 FOLDER = ORIGINALS / "mesh-jax"
 STEP = "step_100"
-EMBEDDING = "causal_transformer_shard/~/embedding_shard/~/linear"
+SCOPE = "causal_transformer_shard/~/"
+EMBEDDING = f"{SCOPE}embedding_shard/~/linear/w"
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -53,16 +60,23 @@ def test_other_models(tmp_path: Path, layers: int, dtype: Any, optimizer: bool) 
     assert len(left_out) == optimizer
 
 
+def test_the_order_is_that_in_which_jax_flattens_the_tree() -> None:
+    trees, _ = jax_model(11, np.dtype(np.float32))
+    assert [name for _, name in in_order(MESH_JAX, 11)] == [
+        f"{module}/{leaf}" for module, leaves in sorted(trees[0].items()) for leaf in sorted(leaves)
+    ]
+
+
 def test_layers_are_sorted_as_strings() -> None:
-    names = [name.split("/")[2] for name, _ in mesh_jax.leaf_names(28)]
+    names = [name.split("/")[2] for _, name in in_order(MESH_JAX, 28)]
     layers = list(dict.fromkeys(name for name in names if name.startswith("layer_")))
     assert layers[:4] == ["layer_0", "layer_1", "layer_10", "layer_11"]
     assert layers[-1] == "layer_9"
-    assert len(mesh_jax.leaf_names(28)) == 286
+    assert len(names) == 286
 
 
 def test_boxes_are_parts_of_the_whole() -> None:
-    for name, tensor in opened(FOLDER).tensors.items():
+    for name, tensor in understood(FOLDER).source.tensors.items():
         if not tensor.shape:
             continue
         whole = tensor.read()
@@ -73,16 +87,22 @@ def test_boxes_are_parts_of_the_whole() -> None:
 
 def test_memory_is_a_block_not_the_shards(tmp_path: Path) -> None:
     """Four layers of 1 MiB matrices, read in pieces: never one matrix, let alone a shard, is held."""
-    shards, width = 2, 512
-    leaf = {"columns": (width, width // shards), "rows": (width // shards, width), "sum": (width,), "first": (width,)}
+    shards, width, layers, dtype = 2, 512, 4, np.dtype(np.float32)
+    sizes = {"V": width, "D": width, "F": 4 * width}
+
+    def part(row: Row, name: str) -> Any:
+        if row.added is not None and name.endswith(row.added):
+            return np.zeros(width, dtype)
+        return np.zeros(row.shards.split(filled(0.0, dtype, concrete(row.shape, sizes)), shards)[0].shape, dtype)
+
+    leaves = [*(part(row, name) for row, name in in_order(MESH_JAX, layers)), np.int32(1)]
     for k in range(shards):
-        parts = [np.zeros(leaf[merge] if name.endswith("w") else leaf["sum"], np.float32) for name, merge in
-                 mesh_jax.leaf_names(4)]  # fmt: skip
-        leaves = [*parts, np.int32(1)]
         (tmp_path / f"shard_{k}").mkdir()
         for i, piece in enumerate(np.array_split(np.arange(len(leaves)), 16)):
             np.savez(tmp_path / f"shard_{k}" / f"{i}.npz", *[leaves[j] for j in piece])
-    tensors = opened(tmp_path).tensors
+    raw = {**JAX_CONFIG, "layers": layers, "d_model": width, "n_heads": 4, "n_vocab": width}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    tensors = understood(tmp_path).source.tensors
     tracemalloc.start()
     for tensor in tensors.values():
         for _ in tensor.chunks(1 << 16):
@@ -183,8 +203,10 @@ def test_the_wrong_number_of_arrays(tmp_path: Path) -> None:
     for i in range(16):
         (tmp_path / "shard_0").mkdir(exist_ok=True)
         rewrite(tmp_path / "shard_0" / f"{i}.npz", np.ones(2))
-    with pytest.raises(InputError, match="no GPT-J's"):
-        opened(tmp_path)
+    with pytest.raises(InputError, match="fits no number of layers") as caught:
+        understood(tmp_path)
+    assert caught.value.expected == "10 L + 7 for L layers, with the optimizer's state 30 L + 21"
+    assert caught.value.found == "16 arrays in every shard"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +236,7 @@ def test_without_a_configuration_the_released_sizes_are_told_by_the_shapes() -> 
     from gptconvert.model.tensors import filled
 
     table = filled(0.0, np.dtype(np.float32), (50400, 4096))
-    layers = {f"{mesh_jax.SCOPE}layer_{i}/~/linear_3/w": table for i in range(28)}
+    layers = {f"{SCOPE}layer_{i}/~/linear_3/w": table for i in range(28)}
     read = family_named("gptj").read_config["mesh-jax"]
     config, _, notes = read({}, None, {EMBEDDING: table, **layers}, Options())
     assert (config.n_head, config.n_ctx, config.rotary.dim, config.head_dim) == (16, 2048, 64, 256)  # type: ignore[union-attr]
@@ -237,30 +259,40 @@ def test_checksums_are_compared(tmp_path: Path) -> None:
     "bug", ["k before v", "bias summed twice", "bias of one shard", "norm averaged", "no embedding bias"]
 )
 def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    def planted(name: str, merge: str) -> tuple[str, str]:
-        if bug == "k before v":
-            name = {"linear_1/w": "linear_2/w", "linear_2/w": "linear_1/w"}.get(name, name)
-        if bug == "bias of one shard" and name == "linear_5/b":
-            merge = "first"
-        if bug == "norm averaged" and name.startswith("replicated_layer_norm"):
-            merge = "mean"
-        return name, merge
+    class SummedTwice(Sum):
+        def merge(self, parts: Any, shape: Any) -> Any:
+            return total([*parts, *parts])
 
-    merge = mesh_jax._merge
+    def planted(row: Row) -> Row:
+        if bug == "k before v" and len(row.names) == 3:
+            return replace(row, stored=(row.names[0], row.names[2], row.names[1]))
+        if bug == "bias summed twice" and row.shards == SUM:
+            return replace(row, shards=SummedTwice())
+        if bug == "bias of one shard" and row.shards == SUM:
+            return replace(row, shards=FIRST)
+        if bug == "norm averaged" and "layer_norm" in row.names[0]:
+            return replace(row, shards=Copies("norms", averaged=True))
+        return row
 
-    def wrong(how: str, parts: Any) -> Any:
-        if how == "mean":
-            summed = total(parts)
-            return mesh_jax.Computed(
-                lambda box: (summed.read(box).astype(np.float32) / len(parts)).astype(summed.dtype),
-                summed.dtype,
-                summed.shape,
-            )
-        return total([*parts, *parts]) if how == "sum" and bug == "bias summed twice" else merge(how, parts)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(mesh_jax, "_merge", wrong)
-    for table in ("LAYER", "PROJECTION"):
-        monkeypatch.setattr(mesh_jax, table, tuple(planted(*leaf) for leaf in getattr(mesh_jax, table)))
+    plant(monkeypatch, "mesh-jax", lambda table: replace(table, rows=tuple(map(planted, table.rows))))
     if bug == "no embedding bias":
-        monkeypatch.setattr(mesh_jax, "_biased", lambda table, biases: table)
+        monkeypatch.setattr(shards, "added_to_rows", lambda table, biases: table)
     assert difference(understood(FOLDER), FOLDER) > BUG
+
+
+def test_the_source_hands_on_what_the_shards_hold() -> None:
+    """No names, one part of each shard, and nothing merged."""
+    source = opened(FOLDER)
+    assert not source.tensors
+    assert len(source.unnamed) == len(in_order(MESH_JAX, 2)) + 1
+    for parts in source.unnamed:
+        assert isinstance(parts, Parts)
+        assert len(parts.parts) == len(parts.checksums) == 3
+
+
+def test_blocks_that_are_rows_stay_copyable() -> None:
+    tensors = understood(FOLDER).source.tensors
+    merged = tensors[f"{SCOPE}layer_0/~/linear_5/w"]
+    assert isinstance(merged, Stored)
+    assert len(merged.parts) == 3
+    assert tensors[f"{SCOPE}layer_0/~/linear/w"].segments() is None

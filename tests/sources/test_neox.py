@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
-from gptconvert.model.tensors import total
+from gptconvert.families.trainers.neox import BIASES
+from gptconvert.model.shards import COLUMNS, FIRST, ROWS, SUM, Parts, Shards, Sum
+from gptconvert.model.tensors import Stored, total
 from gptconvert.sources import neox
-from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
+from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, plant, understood
 
 NAMES = ("neox-pipeline", "neox-sequential")
 PIPELINE, SEQUENTIAL = (ORIGINALS / name for name in NAMES)
@@ -47,7 +50,7 @@ def test_what_the_configurations_mean() -> None:
 
 
 def test_boxes_are_parts_of_the_whole() -> None:
-    for name, tensor in {**opened(PIPELINE).tensors, **opened(SEQUENTIAL).tensors}.items():
+    for name, tensor in [t for path in (PIPELINE, SEQUENTIAL) for t in understood(path).source.tensors.items()]:
         whole = tensor.read()
         box = tuple(slice(n // 3, n) for n in tensor.shape)
         assert np.array_equal(tensor.read(box), whole[box]), name
@@ -313,25 +316,60 @@ def test_special_tokens_are_not_trimmed() -> None:
         understood(ORIGINALS / "mesh-tf", trim_vocab=96)
 
 
+def plant_rule(monkeypatch: pytest.MonkeyPatch, right: Shards, wrong: Shards) -> None:
+    """One rule taken for another, in every row that has it."""
+    plant(
+        monkeypatch,
+        "neox",
+        lambda table: replace(
+            table, rows=tuple(replace(row, shards=wrong) if row.shards == right else row for row in table.rows)
+        ),
+    )
+
+
+class SummedTwice(Sum):
+    def merge(self, parts: Any, shape: Any) -> Any:
+        return total([*parts, *parts])
+
+
 @pytest.mark.parametrize("bug", ["bias of one rank", "bias summed twice", "rows for columns", "ranks exchanged"])
 def test_planted_bugs_in_the_parallel_model_show(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    if bug == "bias of one rank":
-        monkeypatch.setattr(neox, "total", lambda parts: parts[0])
-    if bug == "bias summed twice":
-        monkeypatch.setattr(neox, "total", lambda parts: total([*parts, *parts]))
     if bug == "ranks exchanged":
-        parts_of = neox._parts
-        monkeypatch.setattr(neox, "_parts", lambda *a: parts_of(*a)[::-1])
+        order = neox._Held.parts
+        monkeypatch.setattr(
+            neox._Held,
+            "parts",
+            lambda held, ranks: {n: replace(p, parts=p.parts[::-1]) for n, p in order(held, ranks).items()},
+        )
+    else:
+        rule = {"bias of one rank": (SUM, FIRST), "bias summed twice": (SUM, SummedTwice())}
+        plant_rule(monkeypatch, *rule.get(bug, (COLUMNS, ROWS)))
     if bug == "rows for columns":
-        wrong = tuple((pattern, "rows" if rule == "columns" else rule) for pattern, rule in neox.RULES)
-        monkeypatch.setattr(neox, "RULES", wrong)
-        with pytest.raises(InputError, match=r"wrong shape layers\.0\.attention\.dense\.weight"):
+        with pytest.raises(InputError, match=r"layers\.0\.attention\.dense\.weight: not all ranks are here"):
             understood(PIPELINE)
         return
     assert difference(understood(PIPELINE), PIPELINE) > BUG
 
 
 def test_planted_bug_biases_summed_in_the_serial_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    merge = neox._merge_all
-    monkeypatch.setattr(neox, "_merge_all", lambda held, ranks, summed, folder: merge(held, ranks, True, folder))
+    plant_rule(monkeypatch, BIASES, SUM)
     assert difference(understood(SEQUENTIAL), SEQUENTIAL) > BUG
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_source_hands_on_what_the_ranks_hold(name: str) -> None:
+    """Names as in the files, one part of each rank, and nothing merged."""
+    tensors = opened(ORIGINALS / name).tensors
+    assert all(re.fullmatch(r"sequential\.\d+\.[a-z_0-9.]+", each) for each in tensors)
+    for parts in tensors.values():
+        assert isinstance(parts, Parts)
+        assert len(parts.parts) == len(parts.held) == 3
+        assert parts.axis is None
+
+
+def test_blocks_that_are_rows_stay_copyable() -> None:
+    tensors = understood(PIPELINE).source.tensors
+    merged = tensors["layers.0.attention.query_key_value.weight"]
+    assert isinstance(merged, Stored)
+    assert len(merged.parts) == 3
+    assert tensors["layers.0.attention.dense.weight"].segments() is None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.options import Options
+from gptconvert.model.schemes import Scheme
 from gptconvert.model.tensors import Stored
 from gptconvert.sources import openai_gpt1 as gpt1_npy
 from gptconvert.sources import openai_tf
 from tests.families import witness
 from tests.helpers import ROOT
-from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
+from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, plant, understood
 
 FOLDER = ORIGINALS / "gpt1"
 REAL = ROOT.parent / "shared" / "data" / "openai-gpt1"
@@ -50,20 +52,21 @@ def test_paths(inside: str) -> None:
 def test_paths_relative_to_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER)
     for path in (".", "params_0.npy"):
-        assert len(opened(path).tensors) == 26
+        assert len(opened(path).unnamed) == 26
 
 
 def test_tensors_straddle_files_and_are_copied_raw() -> None:
     source = opened(FOLDER)
     flat = np.concatenate([np.load(FOLDER / f"params_{i}.npy") for i in range(10)])
     position = 0
-    for tensor in source.tensors.values():
+    assert not source.tensors
+    for tensor in source.unnamed:
         assert isinstance(tensor, Stored)
         assert tensor.segments() is not None
         assert np.array_equal(tensor.read().reshape(-1), flat[position : position + tensor.size])
         position += tensor.size
     assert position == flat.size
-    several = [t for t in source.tensors.values() if isinstance(t, Stored) and len({p.path for p in t.parts}) > 1]
+    several = [t for t in source.unnamed if isinstance(t, Stored) and len({p.path for p in t.parts}) > 1]
     assert len(several) >= 9
     assert len(source.files) == 11
 
@@ -120,7 +123,8 @@ def pipe(folder: Path) -> None:
         (damage_npy("params_2.npy", lambda a: a.reshape(-1, 1)), InputError, "expected one axis"),
         (cut, InputError, "file is truncated"),
         (pipe, UnsafeInputError, "named pipe"),
-        (shapes("[[40, 24], [97, 24]]"), InputError, "no GPT-1's"),
+        (shapes("[[40, 24], [97, 24]]"), InputError, "do not have the total length"),
+        (shapes("[[17736]]"), InputError, "fits no number of layers"),
         (shapes('{"a": 1}'), InputError, "a list of shapes"),
         (shapes("[[1.5]]"), InputError, "entry 0"),
         (shapes("[[0]]"), InputError, "entry 0"),
@@ -135,7 +139,7 @@ def test_36_37_bad_sets(
     folder = copied(tmp_path, "gpt1")
     damage(folder)
     with pytest.raises(kind, match=words):
-        opened(folder)
+        understood(folder, n_head=3)
 
 
 def test_36_all_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -157,8 +161,7 @@ def test_fine_tuned_models_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_hint_for_fine_tuned_models_works(tmp_path: Path) -> None:
     """Done as the hint says, the list that the fine-tuning script saves becomes a set that is read."""
-    tensors = {name: tensor.read() for name, tensor in opened(FOLDER).tensors.items()}
-    positions, tokens, *blocks = tensors.values()
+    positions, tokens, *blocks = [tensor.read() for tensor in opened(FOLDER).unnamed]
     special = np.zeros((3, 24), np.float32)
     saved = [np.concatenate([tokens, special, positions]), *blocks, np.ones((24, 1)), np.ones(1)]
     n_ctx = 40
@@ -171,13 +174,30 @@ def test_the_hint_for_fine_tuned_models_works(tmp_path: Path) -> None:
     assert difference(checkpoint, FOLDER) < NOISE
 
 
+def test_the_names_are_in_the_order_of_the_arrays() -> None:
+    tensors = understood(FOLDER, n_head=3).source.tensors
+    assert [*tensors][:4] == ["positions_embed", "tokens_embed", "h0/attn/c_attn/w", "h0/attn/c_attn/b"]
+    assert [*tensors][-2:] == ["h1/ln_2/g", "h1/ln_2/b"]
+    assert [*tensors.values()] == [*opened(FOLDER).unnamed]
+
+
+def plant_order(monkeypatch: pytest.MonkeyPatch, exchanged: Mapping[str, str]) -> None:
+    """The rows of the name table with some of them in each other's place."""
+
+    def planted(table: Scheme) -> Scheme:
+        rows = {row.names[0]: row for row in table.rows}
+        return replace(table, rows=tuple(rows[exchanged.get(name, name)] for name in rows))
+
+    plant(monkeypatch, "openai-gpt1", planted)
+
+
 def test_planted_bug_norms_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = {"ln_1/g": "ln_2/g", "ln_2/g": "ln_1/g", "ln_1/b": "ln_2/b", "ln_2/b": "ln_1/b"}
-    monkeypatch.setattr(gpt1_npy, "LAYER", tuple(wrong.get(name, name) for name in gpt1_npy.LAYER))
+    first, second = ([f"h{{i}}/ln_{n}/{kind}" for kind in "gb"] for n in (1, 2))
+    plant_order(monkeypatch, dict(zip([*first, *second], [*second, *first], strict=True)))
     assert difference(understood(FOLDER, n_head=3), FOLDER) > BUG
 
 
 def test_planted_bug_position_table_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt1_npy, "TABLES", gpt1_npy.TABLES[::-1])
+    plant_order(monkeypatch, {"positions_embed": "tokens_embed", "tokens_embed": "positions_embed"})
     config = understood(FOLDER, n_head=3).config
     assert (config.vocab_size, config.n_ctx) == (40, 97)  # the golden logits have 97 columns

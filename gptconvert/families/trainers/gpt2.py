@@ -15,7 +15,7 @@ from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.families.family import ConfigKeys, ReadConfig, heads_of_width, per_layer, usual_scale
 from gptconvert.families.heads import choose_task, own_lm_head, tied_lm_head
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import Drop, Row, Scheme, Tied, collapse, expand, find_prefix
+from gptconvert.model.schemes import Drop, Order, Row, Scheme, Tied, collapse, expand, find_prefix
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import DeinterleaveFeatures, DeinterleaveHeads, Transform
 from reference_model.config import GPTConfig
@@ -81,10 +81,12 @@ _LLMC_NAMES: Mapping[str, str] = {
     "ln_f.weight": "lnfw",
     "ln_f.bias": "lnfb",
 }
+#: The file names nothing: it holds the tensors in this order, each stacked over the layers. ``P``: padded vocabulary.
 LLMC = Scheme(
     name="llmc",
     anchor="wte",
     rows=tuple(Row(ours, _LLMC_NAMES[ours], shape) for ours, shape in SHAPES.items()),
+    order=Order("row", padded={"wte": "P"}),
 )
 
 _MEGATRON_NAMES: Mapping[str, str] = {

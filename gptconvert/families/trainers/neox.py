@@ -6,48 +6,96 @@ and ``activations.py`` (what they do). Keys come with ``_`` for ``-``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.families.family import ConfigKeys, ReadConfig, per_layer, usual_scale
 from gptconvert.families.heads import choose_task, own_lm_head, tied_lm_head
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import Drop, Row, Scheme, Tied
+from gptconvert.model.schemes import Condition, Drop, Row, Scheme, Tied, Variant
+from gptconvert.model.shards import COLUMNS, EITHER, ROWS, SUM, Copies
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import DeinterleaveHeads
 from reference_model.config import GPTConfig, Rotary
 
 BY_HEAD = (DeinterleaveHeads(),)
+QKV, DENSE = "layers.{i}.attention.query_key_value", "layers.{i}.attention.dense"
 UP, DOWN = "layers.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.dense_4h_to_h"
 #: What newer versions of the trainer call these two.
 NEW_UP, NEW_DOWN = "layers.{i}.mlp.linear1", "layers.{i}.mlp.linear2"
+
+NORMS, BIASES = Copies("norms", averaged=True), Copies("biases")
+#: Number of the first block among the program's layers: the embedding and a function without weights come before.
+FIRST_BLOCK = 2
+#: Modules after the blocks, of which there is one each: their names bear no number. A tied head is the embedding's.
+AFTER_BLOCKS = {"norm": "norm", "final_linear": "final_linear", "word_embeddings": "final_linear"}
+
+
+def names_on_one_rank(names: Collection[str], path: str) -> dict[str, str]:
+    """``sequential.4.mlp.linear1.bias`` → ``layers.2.mlp.linear1.bias``: blocks counted without the program's others.
+
+    Raises:
+        InputError: the embedding, or a block between the others, is missing.
+    """
+    found = {}
+    for name in names:
+        _, number, key = name.split(".", 2)
+        module, _, rest = key.partition(".")
+        if int(number) < FIRST_BLOCK:
+            found[name] = key
+        elif module in AFTER_BLOCKS:
+            found[name] = f"{AFTER_BLOCKS[module]}.{rest}"
+        else:
+            found[name] = f"layers.{int(number) - FIRST_BLOCK}.{key}"
+    blocks = {int(name.split(".")[1]) for name in found.values() if name.startswith("layers.")}
+    missing = [FIRST_BLOCK + i for i in range(max(blocks, default=0) + 1) if i not in blocks]
+    if "word_embeddings.weight" not in found.values():
+        missing = [0, *missing]
+    if missing:
+        raise InputError(
+            f"layers are missing: {', '.join(f'{number:02}' for number in missing[:20])}",
+            path=path,
+            expected="00 (the embedding), 02 and on (the blocks)",
+            found=f"{len(blocks)} blocks",
+            hint="copy all files of the step into one directory",
+        )
+    return found
+
+
+def _output_bias(canonical: str, stored: str, *aliases: str, when: Condition = lambda c: True) -> tuple[Row, ...]:
+    """A bias that every rank adds.
+
+    Where the residual is parallel, ranks add theirs before the sum over ranks: each holds a summand. Elsewhere the
+    bias is added after the sum: each holds a copy.
+    """
+    row = Row(canonical, stored, "D", aliases=aliases)
+    return (
+        replace(row, when=lambda c: when(c) and c.residual == "parallel", shards=SUM),
+        replace(row, when=lambda c: when(c) and c.residual != "parallel", shards=BIASES),
+    )
+
 
 NEOX = Scheme(
     name="neox",
     anchor="word_embeddings.weight",
     rows=(
-        Row("wte.weight", "word_embeddings.weight", "V D"),
-        Row("h.{i}.ln_1.weight", "layers.{i}.input_layernorm.weight", "D"),
-        Row("h.{i}.ln_1.bias", "layers.{i}.input_layernorm.bias", "D"),
-        Row("h.{i}.ln_2.weight", "layers.{i}.post_attention_layernorm.weight", "D"),
-        Row("h.{i}.ln_2.bias", "layers.{i}.post_attention_layernorm.bias", "D"),
-        Row("h.{i}.attn.c_attn.weight", "layers.{i}.attention.query_key_value.weight", "3D D", BY_HEAD),
-        Row(
-            "h.{i}.attn.c_attn.bias",
-            "layers.{i}.attention.query_key_value.bias",
-            "3D",
-            BY_HEAD,
-            when=lambda c: c.qkv_bias,
-        ),
-        Row("h.{i}.attn.c_proj.weight", "layers.{i}.attention.dense.weight", "D D"),
-        Row("h.{i}.attn.c_proj.bias", "layers.{i}.attention.dense.bias", "D", when=lambda c: c.attn_out_bias),
-        Row("h.{i}.mlp.c_fc.weight", f"{UP}.weight", "F D", aliases=(f"{NEW_UP}.weight",)),
-        Row("h.{i}.mlp.c_fc.bias", f"{UP}.bias", "F", aliases=(f"{NEW_UP}.bias",)),
-        Row("h.{i}.mlp.c_proj.weight", f"{DOWN}.weight", "D F", aliases=(f"{NEW_DOWN}.weight",)),
-        Row("h.{i}.mlp.c_proj.bias", f"{DOWN}.bias", "D", aliases=(f"{NEW_DOWN}.bias",)),
-        Row("ln_f.weight", "norm.weight", "D"),
-        Row("ln_f.bias", "norm.bias", "D"),
-        Row("lm_head.weight", "final_linear.weight", "V D", when=own_lm_head),
+        Row("wte.weight", "word_embeddings.weight", "V D", shards=ROWS),
+        Row("h.{i}.ln_1.weight", "layers.{i}.input_layernorm.weight", "D", shards=NORMS),
+        Row("h.{i}.ln_1.bias", "layers.{i}.input_layernorm.bias", "D", shards=NORMS),
+        Row("h.{i}.ln_2.weight", "layers.{i}.post_attention_layernorm.weight", "D", shards=NORMS),
+        Row("h.{i}.ln_2.bias", "layers.{i}.post_attention_layernorm.bias", "D", shards=NORMS),
+        Row("h.{i}.attn.c_attn.weight", f"{QKV}.weight", "3D D", BY_HEAD, shards=ROWS),
+        Row("h.{i}.attn.c_attn.bias", f"{QKV}.bias", "3D", BY_HEAD, when=lambda c: c.qkv_bias, shards=ROWS),
+        Row("h.{i}.attn.c_proj.weight", f"{DENSE}.weight", "D D", shards=COLUMNS),
+        *_output_bias("h.{i}.attn.c_proj.bias", f"{DENSE}.bias", when=lambda c: c.attn_out_bias),
+        Row("h.{i}.mlp.c_fc.weight", f"{UP}.weight", "F D", aliases=(f"{NEW_UP}.weight",), shards=ROWS),
+        Row("h.{i}.mlp.c_fc.bias", f"{UP}.bias", "F", aliases=(f"{NEW_UP}.bias",), shards=ROWS),
+        Row("h.{i}.mlp.c_proj.weight", f"{DOWN}.weight", "D F", aliases=(f"{NEW_DOWN}.weight",), shards=COLUMNS),
+        *_output_bias("h.{i}.mlp.c_proj.bias", f"{DOWN}.bias", f"{NEW_DOWN}.bias"),
+        Row("ln_f.weight", "norm.weight", "D", shards=NORMS),
+        Row("ln_f.bias", "norm.bias", "D", shards=NORMS),
+        Row("lm_head.weight", "final_linear.weight", "V D", when=own_lm_head, shards=EITHER),
     ),
     drops=(
         Drop(r"layers\.\d+\.attention\.(bias|masked_bias)", "causal mask buffer"),
@@ -55,6 +103,24 @@ NEOX = Scheme(
         Drop(r"final_linear\.weight", "language-model head", when=lambda c: not c.has_lm_head),
     ),
     tied=(Tied("final_linear.weight", "wte.weight", "V D", when=tied_lm_head),),
+    renamed=names_on_one_rank,
+    variants=(
+        Variant(
+            r"(.*\.)?_extra_state|.*layer_norm_(weight|bias)|(.*\.)?mlp\.fc[12]_.*|(.*\.)?attention\.(qkv|proj)\..*",
+            "TransformerEngine",
+        ),
+        Variant(r"position_embeddings\..*", "learned positions (pos-emb)"),
+        Variant(r"(.*\.)?rpe\..*|.*relative_attention_bias.*", "relative positions (pos-emb: rpe)"),
+        Variant(r".*norm\.(scale|g|d)", "a norm other than layernorm (norm)"),
+        Variant(r"(.*\.)?mlp\.(w[123]|gate_proj|up_proj)\..*", "gated MLP (mlp-type)"),
+        Variant(r".*(expert|moe|router).*", "mixture of experts (moe-num-experts)"),
+        Variant(
+            r"(.*\.)?attention\.(q|k|qk|query|key)_?(layer)?norm\..*",
+            "norms of queries and keys (use-qk-layernorm)",
+        ),
+        Variant(r"(.*\.)?(mixer|att|ffn|gmlp)\..*", "another kind of layer than attention (attention-config)"),
+        Variant(r".*(lora|adapter|soft_embedding).*", "adapters or soft prompts"),
+    ),
 )
 
 #: ``activation``, but for ``gelu``, whose formula ``bias_gelu_fusion`` decides.

@@ -21,6 +21,7 @@ import numpy as np
 from gptconvert.containers.tf_index_writer import DATA_TYPES, Entry, bundle_index
 from gptconvert.errors import UnsupportedError
 from gptconvert.families.registry import family_named
+from gptconvert.model.assembly import in_order
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import encoded
 from gptconvert.model.export import Export, Finish, Placed, PlannedFile, place
@@ -123,7 +124,7 @@ def _index_of(placed: tuple[Placed, ...]) -> Finish:
 def _gpt1(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
     """``params_0.npy`` … and ``params_shapes.json``; ``hparams.json`` only where the shapes do not tell the heads."""
     config = checkpoint.config
-    named = list(_in_order(checkpoint, family_named("gpt1").scheme("openai-gpt1")))
+    named = _in_order(checkpoint, family_named("gpt1").scheme("openai-gpt1"))
     total = sum(tensor.size for _, tensor, _ in named)
     cuts = [i * total // GPT1_FILES for i in range(GPT1_FILES + 1)]
     files = [_array_file(i, named, start, stop) for i, (start, stop) in enumerate(pairwise(cuts))]
@@ -158,13 +159,9 @@ def _named(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
 
 
 def _in_order(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
-    """The same in the order of the table: what is not a layer's first, then layer by layer."""
-    tables = [row for row in scheme.rows if "{i}" not in row.canonical]
-    layered = [expand([row], checkpoint.config) for row in scheme.rows if "{i}" in row.canonical]
-    by_layer = [sorted(bounds, key=lambda bound: int(bound.canonical.split(".")[1])) for bounds in layered]
-    bounds = [expand([row], checkpoint.config)[0] for row in tables]
-    bounds += [row[i] for i in range(checkpoint.config.n_layer) for row in by_layer]
-    return [_stored(bound, checkpoint) for bound in bounds]
+    """The same in the order of a file that does not name them."""
+    by_name = {each[0]: each for each in _named(checkpoint, scheme)}
+    return [by_name[name] for _, name in in_order(scheme, checkpoint.config.n_layer)]
 
 
 def _stored(bound: Bound, checkpoint: Checkpoint) -> Named:

@@ -1,0 +1,175 @@
+"""Name, cut and lay out the tensors of files that do not hold them whole and by name.
+
+Some files do not name their tensors, some do not say where one ends, and some hold parts of them. The name table
+(:class:`~gptconvert.model.schemes.Scheme`) supplies what is missing: its rows, their order, shapes and shard rules.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.schemes import Order, Row, Scheme, concrete, find_prefix, sizes_of
+from gptconvert.model.shards import Parts
+from gptconvert.model.source import Run, Source
+from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet
+from reference_model.config import GPTConfig
+
+UNKNOWN = "unknown tensors"
+
+
+def in_order(scheme: Scheme, layers: int) -> list[tuple[Row, str]]:
+    """The tensors of a model of ``layers`` layers, row and name each, in the order of files that do not name them."""
+    order = _order(scheme)
+    found = [(row, i) for row in scheme.rows for i in (range(layers) if "{i}" in row.canonical else (-1,))]
+    if order.by == "layer":
+        found.sort(key=lambda pair: pair[1])
+    named = {  # rows that differ in their conditions alone are one tensor
+        scheme.write_prefix + name.replace("{i}", str(i)): row
+        for row, i in found
+        for name in (*row.names, *((row.added,) if row.added is not None else ()))
+    }
+    return [(named[name], name) for name in (sorted(named) if order.by == "name" else named)]
+
+
+def assemble(scheme: Scheme, source: Source) -> TensorSet:
+    """The source's tensors by the names of ``scheme``, as far as they are known without the configuration.
+
+    Parts are not joined yet, but their shape is that of the whole. A :class:`Run` is not cut yet.
+
+    Raises:
+        InputError: the number of unnamed arrays fits no model, or parts are missing or do not belong together.
+        UnsupportedError: tensors of an option that is not implemented.
+    """
+    found = _named(scheme, source) if source.unnamed else source.tensors
+    if scheme.renamed is not None:
+        names = scheme.renamed(found.keys(), source.path)
+        found = replace(found, tensors={names[name]: tensor for name, tensor in found.items()})
+    prefix = find_prefix(scheme, found) or ""
+    if scheme.variants:
+        _refuse_variants(scheme, found, prefix, source.path)
+    if not any(isinstance(tensor, Parts) for tensor in found.values()):
+        return found
+    tensors = {
+        name: _laid(scheme, name, prefix, tensor, source.path) if isinstance(tensor, Parts) else tensor
+        for name, tensor in found.items()
+    }
+    return replace(found, tensors=tensors)
+
+
+def cut(scheme: Scheme, config: GPTConfig, run: Run) -> dict[str, LazyTensor]:
+    """The tensors of a run of elements, which must end where the last of them does.
+
+    Raises:
+        InputError: it is longer or shorter.
+    """
+    sizes, padded = {**sizes_of(config), **run.sizes}, _order(scheme).padded
+    tensors: dict[str, LazyTensor] = {}
+    path, start, end = run.segment.path, run.segment.offset, run.segment.end
+    for row, name in in_order(scheme, config.n_layer):
+        shape = concrete(row.shape, sizes)
+        nbytes = math.prod(shape) * run.dtype.itemsize
+        tensors[name] = Stored((Segment(path, start, nbytes),), run.dtype, shape)
+        start += nbytes // shape[0] * sizes[padded[name]] if name in padded else nbytes
+    if start != end:
+        raise InputError(
+            "file is truncated" if end < start else "file is longer than its header says",
+            path=path,
+            expected=f"{start} bytes",
+            found=f"{end} bytes",
+            hint="the download or copy did not finish: fetch the file again" if end < start else None,
+        )
+    return tensors
+
+
+def _order(scheme: Scheme) -> Order:
+    if scheme.order is None:
+        raise ValueError(f"the scheme {scheme.name} has no order: its files name their tensors")
+    return scheme.order
+
+
+def _named(scheme: Scheme, source: Source) -> TensorSet:
+    """The unnamed arrays, named. The optimizer's in front of them are left out, and so are their checksums."""
+    left_out, layers = _count(scheme, source.unnamed, source.path)
+    names = [*(name for _, name in in_order(scheme, layers)), *_order(scheme).last]
+    tensors = dict(zip(names, source.unnamed[left_out:], strict=True))
+    checksums: list[FileChecksum] = list(source.tensors.checksums)
+    for tensor in tensors.values():
+        checksums += tensor.checksums if isinstance(tensor, Parts) else ()
+    notes = [f"{left_out} arrays of the optimizer are left out"] if left_out else []
+    return TensorSet(tensors, source.tensors.files, (*source.tensors.notes, *notes), tuple(checksums))
+
+
+def _count(scheme: Scheme, unnamed: Sequence[LazyTensor], path: str) -> tuple[int, int]:
+    """How many of the arrays are the optimizer's, which come first, and of how many layers the others are."""
+    order, outside, count = _order(scheme), len(in_order(scheme, 0)), len(unnamed)
+    in_layer, last = len(in_order(scheme, 1)) - outside, len(order.last)
+    forms = [(1, last)]
+    if order.optimizer is not None:
+        forms.append((1 + order.optimizer[0], last + order.optimizer[1]))
+    for copies, extra in forms:
+        layers, rest = divmod(count - extra - copies * outside, copies * in_layer)
+        if layers > 0 and rest == 0:
+            return count - outside - layers * in_layer - last, layers
+    where = f" in every {unnamed[0].unit}" if isinstance(unnamed[0], Parts) else ""
+    expected = [f"{copies * in_layer} L + {copies * outside + extra}" for copies, extra in forms]
+    raise InputError(
+        "the number of arrays fits no number of layers",
+        path=path,
+        expected=", with the optimizer's state ".join([f"{expected[0]} for L layers", *expected[1:]]),
+        found=f"{count} arrays{where}",
+    )
+
+
+def _refuse_variants(scheme: Scheme, names: Iterable[str], prefix: str, path: str) -> None:
+    """Every tensor is one that the table knows."""
+    found: dict[str, str] = {}
+    for name in names:
+        if not _knows(scheme, bare := name.removeprefix(prefix)):
+            option = next((v.option for v in scheme.variants if re.fullmatch(v.pattern, bare)), UNKNOWN)
+            found.setdefault(option, name)
+    if found:
+        raise UnsupportedError(
+            f"this variant of the architecture is not implemented: {', '.join(found)}",
+            path=path,
+            found=", ".join(list(found.values())[:5]),
+            hint="transformers does not implement it either" if UNKNOWN not in found else None,
+        )
+
+
+def _knows(scheme: Scheme, bare: str) -> bool:
+    others = (*(tied.stored for tied in scheme.tied), *(row.added for row in scheme.rows))
+    dropped = any(re.fullmatch(drop.pattern, bare) for drop in scheme.drops)
+    return dropped or bare in others or _row_of(scheme, bare) is not None
+
+
+def _row_of(scheme: Scheme, bare: str) -> Row | None:
+    """The row of a name without prefix, whatever the layer and the configuration."""
+    templates = {bare, *(f"{bare[: n.start()]}{{i}}{bare[n.end() :]}" for n in re.finditer(r"\d+", bare))}
+    return next((row for row in scheme.rows if not templates.isdisjoint((*row.names, *row.aliases))), None)
+
+
+def _laid(scheme: Scheme, name: str, prefix: str, parts: Parts, path: str) -> Parts:
+    """Parts in which nothing is missing, with the shape of the whole that their row says they make."""
+    unit, held = parts.unit, parts.held
+    missing = [str(number) for number, part in enumerate(parts.parts) if part is None]
+    if missing:
+        raise InputError(f"some {unit}s do not hold this tensor", path=path, item=name, found=", ".join(missing))
+    if len({(part.shape, part.dtype) for part in held}) > 1:
+        listed = ", ".join(f"{list(part.shape)} {part.dtype}" for part in held)
+        raise InputError(f"the {unit}s' parts differ in shape or type", path=path, item=name, found=listed)
+    row = _row_of(scheme, name.removeprefix(prefix))
+    whole = parts if row is None else replace(parts, axis=row.shards.axis)
+    # Without this, a missing shard would show as a model of another size; and a configuration may be missing too.
+    if row is not None and row.shape == "D D" and len({*whole.shape}) > 1:
+        raise InputError(
+            f"not all {unit}s are here, or {unit}s of different models were mixed",
+            path=path,
+            item=name,
+            expected=f"a square matrix from {len(held)} {unit}s",
+            found=f"parts of shape {list(held[0].shape)}",
+        )
+    return whole
