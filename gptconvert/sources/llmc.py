@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gptconvert.containers.missing import no_such_path
-from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.containers.untrusted import FETCH_AGAIN, entries, explain_file, file_size, no_such_path
 from gptconvert.errors import InputError, UnsupportedError, UsageError
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
-from gptconvert.model.tensors import BFLOAT16, LazyTensor, Segment, Shape, Stored, TensorSet
-from gptconvert.sources.format import Format
+from gptconvert.model.tensors import LazyTensor, Segment, Shape, Stored, TensorSet
+from gptconvert.sources.format import path_format
+from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "llm.c (.bin)"
 HEADER_WORDS = 256
@@ -56,7 +57,6 @@ LAYOUT: tuple[tuple[str, str], ...] = (
     ("lnfb", "C"),
 )
 MAX_SIZE, MAX_LAYERS = 1 << 31, 10_000
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def open_llmc(path: str, options: Options) -> Source:
             path=path,
             expected=f"{end} bytes",
             found=f"{size} bytes",
-            hint="the download or copy did not finish: fetch the file again" if size < end else None,
+            hint=FETCH_AGAIN if size < end else None,
         )
     folder, notes = os.path.dirname(path), []
     if header.padded_vocab_size > header.vocab_size:
@@ -108,7 +108,7 @@ def open_llmc(path: str, options: Options) -> Source:
         tensors=TensorSet(tensors, (path,)),
         config=dict(vars(header)),
         config_path=path,
-        tokenizer={name: there for name in TOKENIZER_FILES if os.path.isfile(there := os.path.join(folder, name))},
+        tokenizer=find_tokenizer([folder]),
         notes=tuple(notes),
     )
 
@@ -129,7 +129,7 @@ def _model_file(path: str, options: Options) -> str:
             "no model file of llm.c here",
             path=path,
             expected=f"a .bin file that begins with the number {MAGIC}",
-            found=", ".join(sorted(os.listdir(path))[:8]) or "an empty directory",
+            found=", ".join(entries(path)[:8]) or "an empty directory",
         )
     if len(found) > 1:
         raise InputError(
@@ -143,10 +143,7 @@ def _model_file(path: str, options: Options) -> str:
 
 def _model_files(folder: str) -> list[str]:
     """Names of the model files in a directory; it also holds the tokenizer, and states for debugging."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return []
+    names = entries(folder, quiet=True)
     return [name for name in names if name.endswith(".bin") and _begins_with_magic(os.path.join(folder, name))]
 
 
@@ -239,4 +236,6 @@ def _begins_with_magic(path: str) -> bool:
         return False
 
 
-FORMAT = Format(name="llmc", title=TITLE, recognises=recognises, read=open_llmc, accepts=frozenset({"weights_file"}))
+FORMAT = path_format(
+    name="llmc", title=TITLE, recognises=recognises, read=open_llmc, accepts=frozenset({"weights_file"})
+)

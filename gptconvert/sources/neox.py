@@ -23,7 +23,7 @@ from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import Array, Box, Computed, FileChecksum, LazyTensor, TensorSet, total
 from gptconvert.model.transforms import concatenate
-from gptconvert.sources.format import Format
+from gptconvert.sources.format import path_format
 from gptconvert.sources.neox_files import Located, locate, looks_like_neox
 
 TITLE = "GPT-NeoX original (DeepSpeed layers or ranks, YAML configuration)"
@@ -274,6 +274,6 @@ def _rule(key: str) -> Rule | None:
     return next((rule for pattern, rule in RULES if re.fullmatch(pattern, key)), None)
 
 
-FORMAT = Format(
+FORMAT = path_format(
     name="neox", title=TITLE, recognises=looks_like_neox, read=open_neox, accepts=frozenset({"step", "hparams"})
 )

@@ -14,6 +14,7 @@ from gptconvert.model.source import Source
 from gptconvert.sources.detect import FORMATS, LOOKALIKES, open_source
 from gptconvert.sources.hf import format as hf
 from tests.helpers import FIXTURES, REAL_GPT2
+from tests.sources.detection import claimants
 
 PLAIN = Options()
 TINY = FIXTURES / "tiny-gpt2"
@@ -32,7 +33,7 @@ def test_directories_are_told_apart(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_exactly_one_format_claims_a_checkpoint(name: str) -> None:
-    claims = [each.name for each in FORMATS if each.recognises(str(TINY / name))]
+    claims = claimants(TINY / name)
     assert claims == [CHECKPOINTS[name]]
 
 
@@ -156,7 +157,7 @@ def test_damaged_files_of_a_format_are_its_own_business(tmp_path: Path, name: st
         (tmp_path / name).mkdir()
     else:
         (tmp_path / name).write_bytes(content)
-    assert [each.name for each in FORMATS if each.recognises(str(tmp_path))] == [form]
+    assert claimants(tmp_path) == [form]
     with pytest.raises(InputError) as caught:
         open_source(tmp_path, PLAIN)
     assert "no checkpoint of a known kind" not in str(caught.value)
@@ -173,9 +174,9 @@ def test_told_by_their_content(tmp_path: Path) -> None:
     for number, (form, content) in enumerate(saved.items()):
         path = tmp_path / f"{number}.pt"
         torch.save(content, path)
-        assert [each.name for each in FORMATS if each.recognises(str(path))] == ([form] if form else [])
+        assert claimants(path) == ([form] if form else [])
     (tmp_path / "model.bin").write_bytes(struct.pack("<3i", 20240326, 3, 1024))
-    assert [each.name for each in FORMATS if each.recognises(str(tmp_path / "model.bin"))] == ["llmc"]
+    assert claimants(tmp_path / "model.bin") == ["llmc"]
 
 
 def test_every_lookalike_is_tested() -> None:

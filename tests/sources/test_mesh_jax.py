@@ -15,7 +15,8 @@ import pytest
 from fixtures import originals as writers
 from fixtures.make_originals import JAX_CONFIG, jax_config, jax_model, write_golden
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
-from gptconvert.model.tensors import BFLOAT16, total
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.tensors import total
 from gptconvert.sources import mesh_jax
 from tests.helpers import examine
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood

@@ -14,6 +14,7 @@ import pytest
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.model.tensors import total
 from gptconvert.sources import neox
+from tests.sources.detection import claims
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
 
 NAMES = ("neox-pipeline", "neox-sequential")
@@ -58,7 +59,7 @@ def test_paths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = ORIGINALS / name / STEPS[name]
     file = next(path for path in sorted(step.iterdir()) if path.suffix == ".pt")
     for path in (ORIGINALS / name, step, file):
-        assert neox.FORMAT.recognises(str(path))
+        assert claims(neox.FORMAT, path)
         assert opened(path).path == str(step)
     monkeypatch.chdir(step)
     assert len(opened(".").tensors) == len(opened(step).tensors)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fixtures import foreign
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
-from gptconvert.model.tensors import BFLOAT16, Stored, Transposed
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.tensors import Stored, Transposed
 from gptconvert.sources.hf.flax import read_flax
 from tests.families import witness
 from tests.families.witness import Case
