@@ -27,7 +27,7 @@ CLIENT = """
 import json, sys
 from gptconvert.errors import GptConvertError
 from gptconvert.sources.detect import open_source
-from gptconvert.model.source import Options
+from gptconvert.model.options import Options
 try:
     source = open_source(sys.argv[1], Options(**json.loads(sys.argv[2])), sys.argv[3] or None)
     first = next(iter(source.tensors.values()))

@@ -177,7 +177,7 @@ def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def exchanged(row: Row) -> Row:
         names = row.stored if isinstance(row.stored, str) else (row.stored[0], *row.stored[:0:-1])
-        return Row(**{**vars(row), "theirs": names})
+        return Row(**{**vars(row), "stored": names})
 
     def untransposed(row: Row) -> Row:
         return Row(**{**vars(row), "steps": ()}) if row.canonical.endswith("attn.c_proj.weight") else row

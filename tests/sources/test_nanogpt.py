@@ -51,7 +51,7 @@ def test_activation_is_what_was_asked_for() -> None:
     assert gap(tanh, "nanogpt_tanh") < 1e-12
     assert gap(tanh, "nanogpt") > 1e-6
     assert not any("--activation" in note for note in tanh.notes)
-    with pytest.raises(UsageError, match="--activation is not for"):
+    with pytest.raises(UsageError, match="--activation does not apply to"):
         opened(ORIGINALS / "llmc" / "gpt2_fp32.bin", Options(activation="erf"))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import transformers
-from gptconvert.containers.json_text import dump_json
 
+from gptconvert.containers.json import dump_json
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
