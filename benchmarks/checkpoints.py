@@ -18,13 +18,14 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.containers.tf_index_writer import Entry, bundle_index
+from gptconvert.containers.tf_index import Entry, index_bytes
 from gptconvert.families.gpt2 import OPENAI_TF, _openai_config
 from gptconvert.families.registry import family_named
 from gptconvert.model.assembly import in_order
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
 from gptconvert.model.schemes import Row, concrete, expand, sizes_of
-from gptconvert.model.tensors import BFLOAT16, Shape, filled
+from gptconvert.model.tensors import Shape, filled
 from gptconvert.sources.mesh_jax import PIECES
 from reference_model.config import GPTConfig
 
@@ -60,7 +61,7 @@ def openai_checkpoint(size: str, root: Path) -> Path:
     hparams = SIZES[size]
     config, _, _ = _openai_config(dict(hparams), None, {}, Options())
     shapes = {bound.stored[0]: bound.shape for bound in expand(OPENAI_TF.rows, config)}
-    random, entries, offset = np.random.default_rng(0), [], 0
+    random, entries, offset = np.random.default_rng(0), dict[str, Entry](), 0
     with open(directory / "model.ckpt.data-00000-of-00001", "wb") as file:
         for name in sorted(shapes):
             crc, count = 0, prod(shapes[name])
@@ -68,12 +69,12 @@ def openai_checkpoint(size: str, root: Path) -> Path:
                 raw = values.tobytes()
                 crc = google_crc32c.extend(crc, raw)
                 file.write(raw)
-            entries.append(Entry(name, 1, shapes[name], offset, 4 * count, crc))
+            entries[name] = Entry(1, shapes[name], offset, 4 * count, crc)
             offset += 4 * count
     (directory / "hparams.json").write_text(json.dumps(hparams, indent=2) + "\n")
     (directory / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
     partial = directory / "index.partial"
-    partial.write_bytes(bundle_index(entries))
+    partial.write_bytes(index_bytes(entries))
     os.replace(partial, directory / "model.ckpt.index")
     return directory
 

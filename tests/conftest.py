@@ -1,4 +1,6 @@
-"""Settings of every test process."""
+"""Settings of every test process, and fixtures for tests that hand the readers things that could block."""
+
+from __future__ import annotations
 
 import os
 import signal

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import checkpoints, scale
 from benchmarks.checkpoints import Large
-from gptconvert.model.tensors import BFLOAT16
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.pipeline import open_checkpoint
 
 SMALL = {

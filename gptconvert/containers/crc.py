@@ -1,7 +1,7 @@
 """CRC-32C (Castagnoli) as TensorFlow's checkpoints record it.
 
-Polynomial 0x82F63B78 (reflected), initial and final value 0xFFFFFFFF. Files store it *masked*, so that a checksum
-of data that itself contains checksums stays useful.
+Polynomial 0x82F63B78 (reflected), initial and final value 0xFFFFFFFF. Files store it *masked* (rotated right by 15
+bits, plus a constant), so that a checksum of data that itself contains checksums stays useful.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ def crc32c(data: bytes) -> int:
     return int(google_crc32c.value(data))
 
 
+def mask(checksum: int) -> int:
+    """The form in which files store ``checksum``."""
+    return ((checksum >> 15 | checksum << 17) + _MASK_DELTA) & _WORD
+
+
 def unmask(masked: int) -> int:
-    """The checksum itself from the form in files: rotated right by 15 bits, plus a constant."""
+    """The checksum that files store as ``masked``."""
     rotated = (masked - _MASK_DELTA) & _WORD
     return (rotated >> 17 | rotated << 15) & _WORD

@@ -1,4 +1,4 @@
-"""JSON from files nobody vouched for: one reading of every document, or an error that says where.
+"""JSON, read strictly (one meaning for every document, or an error that says where) and written in one form.
 
 Python's own parser takes the last of two equal keys, NaN, infinities and half surrogate pairs. Two programs that
 read such a file differently disagree about the model, so all of these are refused here.
@@ -20,7 +20,7 @@ MAX_DEPTH = 127
 
 
 class _BadJsonError(ValueError):
-    """What the hooks found wrong, in words."""
+    """A fault found by the parser's hooks, in words."""
 
 
 def parse_json(data: bytes, path: str | os.PathLike[str], what: str) -> object:
@@ -28,8 +28,8 @@ def parse_json(data: bytes, path: str | os.PathLike[str], what: str) -> object:
 
     Args:
         data: the document, UTF-8 without a byte order mark.
-        path: the file it lies in, for messages.
-        what: the document is, for messages (``safetensors header``).
+        path: the file that holds it, for messages.
+        what: name of the document, for messages (``safetensors header``).
 
     Raises:
         InputError: not UTF-8, not JSON, a key twice in one object, a number no double can hold, nested too deep.
@@ -74,6 +74,15 @@ def read_json_object(path: str | os.PathLike[str], limit: int, what: str) -> dic
     return value
 
 
+def dump_json(value: object) -> bytes:
+    """``value`` as transformers writes its JSON files: sorted keys, two spaces, ASCII, a newline at the end.
+
+    Raises:
+        ValueError: ``value`` holds NaN or an infinity, which JSON cannot express.
+    """
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+
+
 def kind(value: object) -> str:
     """What ``value`` is in JSON's own words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
@@ -89,7 +98,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _constant(name: str) -> float:
-    raise _BadJsonError(f"{name} is no JSON number")
+    raise _BadJsonError(f"{name} is not a JSON number")
 
 
 def _number(text: str) -> float:
@@ -100,7 +109,7 @@ def _number(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
-    """A whole number; ``-0`` stays a float, as it is no unsigned number for other parsers either."""
+    """A whole number; ``-0`` stays a float, as it does in parsers that distinguish unsigned numbers."""
     if len(text) > 300:
         _number(text)
     return -0.0 if text == "-0" else int(text)

@@ -1,18 +1,22 @@
-"""The sorted table (LevelDB's file format) in which TensorFlow keeps a checkpoint's index.
+"""The sorted table (LevelDB's file format) in which TensorFlow keeps a checkpoint's index, read and written.
 
-Source: LevelDB ``doc/table_format.md``. A file is blocks, then a footer of 48 bytes that says where the block of
-block addresses lies. Each block is followed by its compression type (1 byte) and masked CRC-32C (4 bytes, over the
-block and the type). Work and memory stay proportional to the file: blocks may not overlap, and keys, which share
-prefixes, may not expand without bound.
+Sources: LevelDB ``doc/table_format.md``; tensorflow/core/lib/io/table_builder, whose files :func:`write_table`
+reproduces byte for byte. A file is blocks, then a footer of 48 bytes with the address of the block of block
+addresses. Each block is followed by its compression type (1 byte) and masked CRC-32C (4 bytes, over the block and
+the type).
+
+Reading costs work and memory in proportion to the file: blocks may not overlap, and keys, which share prefixes, may
+not expand without bound.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from gptconvert.containers.crc import crc32c, unmask
-from gptconvert.containers.protobuf import MalformedError, varint
+from gptconvert.containers import snappy
+from gptconvert.containers.crc import crc32c, mask, unmask
+from gptconvert.containers.protobuf import MalformedError, read_varint, varint
 
 MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
 FOOTER_BYTES = 48
@@ -21,9 +25,14 @@ _UNCOMPRESSED, _SNAPPY = 0, 1
 #: Keys, written out in full, may be this many times the file. Writers repeat a key in full at least every 16
 #: entries, so an honest file stays below a quarter of it.
 MAX_EXPANSION = 64
+#: What TensorFlow's writer uses: least bytes of keys and values in a block that is full, entries per full key.
+BLOCK_BYTES = 262_144
+RESTART_INTERVAL = 16
+
+Row = tuple[bytes, bytes]
 
 
-def entries(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def read_table(data: bytes) -> Iterator[Row]:
     """(key, value) pairs of a whole table file, by ascending key.
 
     Raises:
@@ -54,10 +63,12 @@ class _Table:
         if len(self.data) < FOOTER_BYTES:
             raise MalformedError(f"is truncated: {len(self.data)} bytes, and its footer alone has {FOOTER_BYTES}")
         if not self.data.endswith(MAGIC):
-            raise MalformedError("is truncated, or no checkpoint index: it does not end in the table's magic number")
+            raise MalformedError(
+                "is truncated, or not a checkpoint index: the table's magic number at its end is missing"
+            )
         footer = self.data[-FOOTER_BYTES:]
         meta, at = _handle(footer, 0)
-        self.block(*meta)  # holds nothing; read for its checksum
+        self.block(*meta)  # empty; read for its checksum
         return _handle(footer, at)[0]
 
     def block(self, offset: int, size: int) -> bytes:
@@ -72,9 +83,9 @@ class _Table:
             raise MalformedError(f"is damaged: checksum mismatch in the block of {size} bytes at {offset}")
         if kind not in (_UNCOMPRESSED, _SNAPPY):
             raise MalformedError(f"has a block of unknown compression type {kind}")
-        return unsnappy(data[offset:end]) if kind == _SNAPPY else data[offset:end]
+        return snappy.decompress(data[offset:end]) if kind == _SNAPPY else data[offset:end]
 
-    def entries(self, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    def entries(self, offset: int, size: int) -> Iterator[Row]:
         """(key, value) pairs of one block. Its restart points serve binary search; in sequence none is needed."""
         block = self.block(offset, size)
         if len(block) < 4:
@@ -85,9 +96,9 @@ class _Table:
             raise MalformedError(f"has a block of {len(block)} bytes with {restarts} restart points")
         at, key = 0, b""
         while at < end:
-            shared, at = varint(block, at, 32)
-            unshared, at = varint(block, at, 32)
-            length, at = varint(block, at, 32)
+            shared, at = read_varint(block, at, 32)
+            unshared, at = read_varint(block, at, 32)
+            length, at = read_varint(block, at, 32)
             if shared > len(key) or at + unshared + length > end:
                 raise MalformedError("has an entry that leaves its block")
             self.budget -= shared + unshared
@@ -101,59 +112,67 @@ class _Table:
 
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
     """A block's (offset, size), and the position after it."""
-    offset, at = varint(data, at)
-    size, at = varint(data, at)
+    offset, at = read_varint(data, at)
+    size, at = read_varint(data, at)
     return (offset, size), at
 
 
-def unsnappy(data: bytes) -> bytes:
-    """Decompress one raw Snappy block (google/snappy ``format_description.txt``).
+def write_table(rows: Sequence[Row], block_bytes: int = BLOCK_BYTES) -> bytes:
+    """The table file of ``rows``, which are sorted by key, uncompressed.
 
-    A run of elements: literals, and copies of 1 to 64 bytes from earlier output, so at most some 30 times the
-    input. The length in front is compared, never allocated.
-
-    Raises:
-        MalformedError: cut off, a copy from before the start, or a length other than promised.
+    Args:
+        rows: (key, value) pairs; every key once.
+        block_bytes: a block ends with the row that brings its keys and values to so many bytes.
     """
-    length, at = varint(data, 0, 32)
-    output = bytearray()
-    while at < len(data):
-        tag, at = data[at], at + 1
-        if tag & 3 == 0:
-            count, at = _literal_length(data, at, tag >> 2)
-            if at + count > len(data):
-                raise MalformedError("has a compressed block that ends inside a literal")
-            output += data[at : at + count]
-            at += count
-        else:
-            count, back, at = _copy(data, at, tag)
-            if not 0 < back <= len(output):
-                raise MalformedError("has a compressed block that copies from before its start")
-            start = len(output) - back
-            piece = output[start : start + count]  # shorter than count where the copy overlaps what it writes
-            output += (piece * (count // len(piece) + 1))[:count]
-    if len(output) != length:
-        raise MalformedError(f"has a compressed block that promises {length} bytes and holds another number")
-    return bytes(output)
+    table, index = bytearray(), list[Row]()
+    for run in _runs(rows, block_bytes):
+        index.append((run[-1][0], _append_block(table, _block(run, RESTART_INTERVAL))))
+    if index:  # the last block's key may be any that sorts after it; TensorFlow takes the shortest
+        index[-1] = (_short_successor(index[-1][0]), index[-1][1])
+    metaindex = _append_block(table, _block([], RESTART_INTERVAL))
+    root = _append_block(table, _block(index, 1))
+    return bytes(table) + (metaindex + root).ljust(FOOTER_BYTES - len(MAGIC), b"\0") + MAGIC
 
 
-def _literal_length(data: bytes, at: int, code: int) -> tuple[int, int]:
-    """Length of a literal: in the tag itself, or in the 1 to 4 bytes after it."""
-    if code < 60:
-        return code + 1, at
-    more = code - 59
-    return _little_endian(data, at, more) + 1, at + more
+def _runs(rows: Sequence[Row], block_bytes: int) -> Iterator[list[Row]]:
+    """Rows in runs that reach ``block_bytes``; the last may be shorter."""
+    run, size = list[Row](), 0
+    for row in rows:
+        run.append(row)
+        size += len(row[0]) + len(row[1])
+        if size >= block_bytes:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
 
 
-def _copy(data: bytes, at: int, tag: int) -> tuple[int, int, int]:
-    """Length and distance of a copy, and the position after it."""
-    if tag & 3 == 1:  # 4 to 11 bytes, distance of 11 bits
-        return 4 + (tag >> 2 & 7), (tag >> 5) << 8 | _little_endian(data, at, 1), at + 1
-    width = 2 if tag & 3 == 2 else 4
-    return 1 + (tag >> 2), _little_endian(data, at, width), at + width
+def _block(rows: Sequence[Row], restart_interval: int) -> bytes:
+    """Prefix-compressed rows, then the offsets at which compression starts anew."""
+    out, restarts, previous = bytearray(), [0], b""
+    for number, (key, value) in enumerate(rows):
+        shared = 0
+        if number % restart_interval:
+            while shared < min(len(key), len(previous)) and key[shared] == previous[shared]:
+                shared += 1
+        elif number:
+            restarts.append(len(out))
+        out += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
+        previous = key
+    return bytes(out) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
 
 
-def _little_endian(data: bytes, at: int, width: int) -> int:
-    if at + width > len(data):
-        raise MalformedError("has a compressed block that ends inside an element")
-    return int.from_bytes(data[at : at + width], "little")
+def _append_block(table: bytearray, block: bytes) -> bytes:
+    """Append block and trailer; the handle (offset, size) that finds it again."""
+    handle = varint(len(table)) + varint(len(block))
+    typed = block + bytes([_UNCOMPRESSED])
+    table += typed + struct.pack("<I", mask(crc32c(typed)))
+    return handle
+
+
+def _short_successor(key: bytes) -> bytes:
+    """The shortest key that sorts after ``key``, or is ``key`` where there is none."""
+    for i, byte in enumerate(key):
+        if byte != 0xFF:
+            return key[:i] + bytes([byte + 1])
+    return key

@@ -1,4 +1,4 @@
-"""A walk over a MessagePack file as Flax writes it: maps, text and numbers are decoded, arrays only located.
+"""MessagePack files as Flax writes them: maps, text and numbers are decoded, arrays only located.
 
 Sources: the MessagePack specification; flax ``serialization.py``, where an array is an extension of type 1 whose
 payload is again MessagePack: shape, name of the dtype, bytes in C order. Depth and number of entries are bounded, so
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptconvert.containers.untrusted import FETCH_AGAIN, explain_file, file_size
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
-from gptconvert.model.tensors import BFLOAT16, LazyTensor, Segment, Stored
+from gptconvert.model.dtypes import ELEMENT_TYPES
+from gptconvert.model.tensors import LazyTensor, Segment, Stored
 
 MAX_DEPTH = 64
 MAX_ITEMS = 1_000_000
@@ -24,26 +26,37 @@ MAX_KEY = 1024
 MAX_RANK = 32
 #: Extension types of flax.
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
-DTYPES: Mapping[str, np.dtype[np.generic]] = {
-    "float64": np.dtype("<f8"),
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": BFLOAT16,
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int16": np.dtype("<i2"),
-    "int8": np.dtype("i1"),
-    "uint32": np.dtype("<u4"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
-}
+DTYPES: Mapping[str, np.dtype[np.generic]] = {row.torch: row.dtype for row in ELEMENT_TYPES if row.torch is not None}
 
 #: A decoded value: maps, lists, text, numbers, and tensors for arrays. Byte strings become their length.
 Value = object
 
 
+def read_msgpack(path: str) -> Value:
+    """The one value that a file holds.
+
+    Raises:
+        InputError: the file is damaged, or something else.
+        UnsafeInputError: it is nested without end, holds arrays of Python objects, or is not a regular file.
+        UnsupportedError: element types that are not read.
+    """
+    file_size(path)
+    explained = explain_file(path)
+    if explained is not None:
+        raise InputError(f"this file {explained}", path=path, expected="Flax parameters (msgpack)")
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            walker = _Walker(data, path)
+            value = walker.value(0)
+            if walker.at != len(data):
+                raise walker.wrong(f"{len(data) - walker.at} bytes follow the end of the data")
+            return value
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
+
+
 @dataclass
-class Walker:
+class _Walker:
     """Decodes one MessagePack value after the other; ``at`` is the position of the next."""
 
     data: mmap.mmap
@@ -95,7 +108,7 @@ class Walker:
         for _ in range(count):
             key = self.value(depth + 1)
             if not isinstance(key, str):
-                raise self.wrong("a key that is no text")
+                raise self.wrong("a key that is not text")
             if key in found:
                 raise self.wrong(f"the key {key!r} twice in one map")
             found[key] = self.value(depth + 1)
@@ -113,7 +126,7 @@ class Walker:
             raise self.wrong("a name that is not UTF-8") from error
 
     def skip(self, length: int) -> int:
-        """Bytes that nobody reads; their length stands for them."""
+        """Skip a byte string; its length stands for it."""
         self.need(length)
         self.at += length
         return length
@@ -129,7 +142,7 @@ class Walker:
         self.need(length)
         end = self.at + length
         if kind == COMPLEX:
-            raise UnsupportedError("complex numbers have no place in a GPT", path=self.path)
+            raise UnsupportedError("arrays of complex numbers are not supported", path=self.path)
         if kind not in (ARRAY, SCALAR):
             raise self.wrong(f"extension type {kind}, which Flax does not write")
         array = self.array(end)
@@ -185,7 +198,7 @@ class Walker:
                 path=self.path,
                 expected=f"{self.at + count} bytes at least",
                 found=f"{len(self.data)} bytes",
-                hint="the download or copy did not finish: fetch the file again",
+                hint=FETCH_AGAIN,
             )
 
     def wrong(self, what: str) -> GptConvertError:

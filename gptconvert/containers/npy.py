@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gptconvert.containers.untrusted import explain_bytes, file_size
+from gptconvert.containers.untrusted import FETCH_AGAIN, explain_bytes, file_size
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Shape, Stored, Transposed, map_segment
 
@@ -29,7 +29,6 @@ _MAX_RANK = 64
 #: Major version → format and size of the header's length.
 _LENGTHS: Mapping[int, tuple[str, int]] = {1: ("<H", 2), 2: ("<I", 4), 3: ("<I", 4)}
 _NUMBERS = re.compile(r"[<>|=](f2|f4|f8|i1|i2|i4|i8|u1|u2|u4|u8|b1)")
-_AGAIN = "the download or copy did not finish: fetch the file again"
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def array_in(file: BinaryIO, whole: Segment, name: str, void2: np.dtype[np.gener
             item=name,
             expected=f"{expected} bytes ({header.dtype} of shape {_short(header.shape)})",
             found=f"{whole.nbytes} bytes",
-            hint=_AGAIN,
+            hint=FETCH_AGAIN,
         )
     data = Segment(whole.path, whole.offset + header.nbytes, whole.nbytes - header.nbytes)
     return _tensor(header, data)
@@ -125,14 +124,14 @@ def _fields(data: bytes, path: str, name: str) -> tuple[dict[object, object], in
     code, size = _LENGTHS[version]
     start = len(MAGIC) + 2 + size
     if len(data) < start:
-        raise InputError("file is truncated inside its header", path=path, item=name, hint=_AGAIN)
+        raise InputError("file is truncated inside its header", path=path, item=name, hint=FETCH_AGAIN)
     (length,) = struct.unpack(code, data[start - size : start])
     if length > MAX_HEADER:
         raise InputError(
             "header is too long", path=path, item=name, expected=f"≤ {MAX_HEADER} bytes", found=f"{length} bytes"
         )
     if len(data) < start + length:
-        raise InputError("file is truncated inside its header", path=path, item=name, hint=_AGAIN)
+        raise InputError("file is truncated inside its header", path=path, item=name, hint=FETCH_AGAIN)
     text = data[start : start + length].decode("utf-8" if version == 3 else "latin-1", "replace")
     return _literal(text, path, name), start + length
 

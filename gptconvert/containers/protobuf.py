@@ -1,7 +1,8 @@
-"""Protocol Buffers' wire format, as much of it as a checkpoint index needs, and no trust in what it says.
+"""Protocol Buffers' wire format, as much of it as a checkpoint index needs, read without trust and written.
 
-Source: protobuf.dev, "Encoding". Every length is checked against the bytes that are there, so nothing is ever
-allocated because a file says so.
+Source: protobuf.dev, "Encoding". When reading, every length is checked against the bytes that are there, so no
+length in a file decides how much memory is allocated. When writing, singular numbers of value 0 are left out, as in
+proto3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class MalformedError(ValueError):
     """The bytes are not what the format allows. Readers turn it into an error that names the file."""
 
 
-def varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
+def read_varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
     """An unsigned base-128 number at ``at``.
 
     Returns:
@@ -25,7 +26,7 @@ def varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
     Raises:
         MalformedError: the bytes end inside it, or it has more than ``bits`` bits.
     """
-    if at < len(data) and data[at] < 0x80:  # by far the commonest
+    if at < len(data) and data[at] < 0x80:  # by far the most common case
         return data[at], at + 1
     value = 0
     for index in range(_MAX_VARINT_BYTES):
@@ -61,7 +62,7 @@ class Message:
         self._fields: dict[int, list[int | bytes]] = {}
         at = 0
         while at < len(data):
-            key, at = varint(data, at)
+            key, at = read_varint(data, at)
             number, wire = key >> 3, key & 7
             if not 0 < number < 1 << 29:
                 raise MalformedError(f"has a field numbered {number}")
@@ -110,9 +111,9 @@ class Message:
 def _value(data: bytes, at: int, wire: int) -> tuple[int | bytes, int]:
     """One field's value and the position after it."""
     if wire == VARINT:
-        return varint(data, at)
+        return read_varint(data, at)
     if wire == BYTES:
-        length, at = varint(data, at)
+        length, at = read_varint(data, at)
     elif wire in (FIXED32, FIXED64):
         length = 4 if wire == FIXED32 else 8
     else:
@@ -124,3 +125,36 @@ def _value(data: bytes, at: int, wire: int) -> tuple[int | bytes, int]:
         return raw, at + length
     number: int = struct.unpack("<I" if wire == FIXED32 else "<Q", raw)[0]
     return number, at + length
+
+
+def varint(value: int) -> bytes:
+    """``value`` (not negative) in groups of seven bits, lowest first; the top bit says that more follow."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def integer_field(number: int, value: int, keep_zero: bool = False) -> bytes:
+    """An int64 field (or one of its narrower kin), not negative; 0 is left out unless ``keep_zero``."""
+    return _key(number, VARINT) + varint(value) if value or keep_zero else b""
+
+
+def fixed32_field(number: int, value: int) -> bytes:
+    """A field of four bytes."""
+    return _key(number, FIXED32) + struct.pack("<I", value)
+
+
+def bytes_field(number: int, content: bytes) -> bytes:
+    """A string, byte string or embedded message."""
+    return bytes_prefix(number, len(content)) + content
+
+
+def bytes_prefix(number: int, nbytes: int) -> bytes:
+    """What stands in front of the ``nbytes`` bytes of a string, byte string or embedded message."""
+    return _key(number, BYTES) + varint(nbytes)
+
+
+def _key(number: int, wire: int) -> bytes:
+    return varint(number << 3 | wire)

@@ -1,12 +1,15 @@
 """The safetensors container: 8 bytes of header length, a JSON header, then the tensors packed without gaps.
 
-Only the header is read. The checks are those of the official library and three more
+Reading opens the header alone. The checks are those of the official library and three more
 (:func:`read_safetensors` names them), with messages that say which tensor and which byte.
+Writing reproduces the official library's files: compact JSON padded with spaces to a multiple of 8, tensors in the
+library's order.
 Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -15,30 +18,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptconvert.containers.json import kind, parse_json
-from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.containers.untrusted import FETCH_AGAIN, explain_file, file_size
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.model.tensors import BFLOAT16, Segment, Shape, Stored, TensorSet
+from gptconvert.model.dtypes import ELEMENT_TYPES
+from gptconvert.model.tensors import LazyTensor, Segment, Shape, Stored, TensorSet
 
 #: Largest header the format allows, in bytes.
 MAX_HEADER = 100_000_000
 _PREFIX = 8
 _U64 = 1 << 64
 
+#: Name in a header → numpy type, and the way back.
 DTYPES: Mapping[str, np.dtype[np.generic]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": BFLOAT16,
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
+    row.safetensors: row.dtype for row in ELEMENT_TYPES if row.safetensors is not None
 }
+NAMES: Mapping[np.dtype[np.generic], str] = {dtype: name for name, dtype in DTYPES.items()}
+#: The order in which the library lays tensors out: its ``Dtype`` enum from the end, roughly by width.
+_LAYOUT = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 I8 U8 BOOL".split()
 #: Bits per element of the format's other types: recognised, so that a file is judged whole, and then refused.
 UNSUPPORTED_BITS: Mapping[str, int] = {
     "F4": 4,
@@ -68,12 +64,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> TensorSet:
     """The tensors of one safetensors file, in the order of their bytes; only its header is read.
 
     Accepts what the official library accepts, except a header that does not begin with ``{`` (the format demands
-    it), a key that stands twice in one object (the library takes the last), and a tensor described by a JSON list.
+    it), a key that occurs twice in one object (the library takes the last), and a tensor described by a JSON list.
 
     Raises:
-        InputError: the file is no safetensors file, or is damaged.
-        UnsupportedError: it holds element types that numpy cannot express.
-        UnsafeInputError: ``path`` is no regular file.
+        InputError: the file is not a safetensors file, or is damaged.
+        UnsupportedError: it holds element types that are not read.
+        UnsafeInputError: ``path`` is not a regular file.
     """
     path = os.fspath(path)
     size = file_size(path)
@@ -86,6 +82,43 @@ def read_safetensors(path: str | os.PathLike[str]) -> TensorSet:
         part = Segment(path, data_start + entry.start, entry.stop - entry.start)
         tensors[entry.name] = Stored((part,) if part.nbytes else (), DTYPES[entry.dtype], entry.shape)
     return TensorSet(tensors, (path,))
+
+
+def header_bytes(
+    tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """What comes before the data in a file of ``tensors``, and the order in which the data must follow.
+
+    Args:
+        tensors: name → tensor, in any order; stored little-endian.
+        metadata: at most one key, because the library itself writes several in random order.
+
+    Returns:
+        the file's first bytes (length and header), and the names in the order of their data.
+
+    Raises:
+        UnsupportedError: an element type that the format does not have.
+    """
+    kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
+    ordered = sorted(tensors, key=lambda name: (_LAYOUT.index(kinds[name]), name))
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    start = 0
+    for name in ordered:
+        stop = start + tensors[name].nbytes
+        entries[name] = {"dtype": kinds[name], "shape": list(tensors[name].shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _PREFIX)
+    return struct.pack("<Q", len(text)) + text, ordered
+
+
+def _kind(name: str, tensor: LazyTensor) -> str:
+    """The format's name of a tensor's dtype, whatever its byte order."""
+    dtype = tensor.dtype.newbyteorder("=")
+    if dtype not in NAMES:
+        expected = ", ".join(str(known) for known in NAMES)
+        raise UnsupportedError("safetensors has no such element type", item=name, expected=expected, found=dtype)
+    return NAMES[dtype]
 
 
 def _read_header(path: str, size: int) -> tuple[dict[str, object], int]:
@@ -115,7 +148,7 @@ def _not_safetensors(path: str, size: int, prefix: bytes, length: int, data: byt
         return InputError("file is truncated", path=path, expected=f"at least {_PREFIX} bytes", found=f"{size} bytes")
     if length > MAX_HEADER:
         return InputError(
-            "safetensors header is too long, so this is probably no safetensors file",
+            "safetensors header is too long, so this is probably not a safetensors file",
             path=path,
             expected=f"at most {MAX_HEADER} bytes",
             found=f"{length} bytes",
@@ -183,8 +216,7 @@ def _check_layout(entries: Sequence[_Entry], available: int, data_start: int, pa
         position, before = entry.stop, entry.name
     if position > available:
         need, have = f"{data_start + position} bytes", f"{data_start + available} bytes"
-        hint = "the download or copy did not finish: fetch the file again"
-        raise InputError("file is truncated", path=path, expected=need, found=have, hint=hint)
+        raise InputError("file is truncated", path=path, expected=need, found=have, hint=FETCH_AGAIN)
     if position < available:
         raise InputError(
             f"{available - position} bytes follow the last tensor",

@@ -1,8 +1,8 @@
-"""TensorFlow checkpoints of version 2 ("tensor bundles"), read without TensorFlow.
+"""TensorFlow checkpoints of version 2 ("tensor bundles"), without TensorFlow.
 
 ``PREFIX.index`` says what there is (:mod:`gptconvert.containers.tf_index`); ``PREFIX.data-00000-of-00001`` … hold the
-tensors' bytes, row-major, back to back. Opening reads the index and the data files' sizes; tensors stay where they
-are until somebody asks for them.
+tensors' bytes, row-major, back to back. Opening reads the index and the data files' sizes; a tensor's bytes are read
+when it is used.
 """
 
 from __future__ import annotations
@@ -10,41 +10,29 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable
 
-import ml_dtypes
 import numpy as np
 
-from gptconvert.containers.tf_index import WHOLE, Entry, Extent, Extents, Index, piece_key, read_index
+from gptconvert.containers.crc import crc32c, mask
+from gptconvert.containers.protobuf import varint
+from gptconvert.containers.tf_index import (
+    COPY_AGAIN,
+    DTYPES,
+    NOT_NUMERIC,
+    WHOLE,
+    Entry,
+    Extent,
+    Extents,
+    Index,
+    piece_key,
+    read_index,
+)
 from gptconvert.containers.untrusted import explain_file, file_size
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.model.tensors import BFLOAT16, FileChecksum, LazyTensor, Segment, Shape, Stored, TensorSet
+from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Shape, Stored, TensorSet
 from gptconvert.model.transforms import concatenate
-
-#: tensorflow.DataType → numpy type.
-DTYPES: Mapping[int, np.dtype[np.generic]] = {
-    1: np.dtype(np.float32),
-    2: np.dtype(np.float64),
-    3: np.dtype(np.int32),
-    4: np.dtype(np.uint8),
-    5: np.dtype(np.int16),
-    6: np.dtype(np.int8),
-    8: np.dtype(np.complex64),
-    9: np.dtype(np.int64),
-    10: np.dtype(np.bool_),
-    14: BFLOAT16,
-    17: np.dtype(np.uint16),
-    18: np.dtype(np.complex128),
-    19: np.dtype(np.float16),
-    22: np.dtype(np.uint32),
-    23: np.dtype(np.uint64),
-    24: np.dtype(ml_dtypes.float8_e5m2),
-    25: np.dtype(ml_dtypes.float8_e4m3fn),
-}
-#: tensorflow.DataType of what is no array of numbers, in words.
-NOT_NUMERIC: Mapping[int, str] = {7: "strings", 20: "a resource handle", 21: "a variant"}
-
-_AGAIN = "copy or download the checkpoint again"
 
 
 def read_bundle(prefix: str) -> TensorSet:
@@ -52,18 +40,29 @@ def read_bundle(prefix: str) -> TensorSet:
 
     Raises:
         InputError: the index is missing or corrupt, data files are missing or truncated.
-        UnsupportedError: a later bundle version, or a data type that numpy has not.
-        UnsafeInputError: a file of the checkpoint is no regular file.
+        UnsupportedError: a later bundle version, or a data type that numpy does not have.
+        UnsafeInputError: a file of the checkpoint is not a regular file.
     """
     return bundle_tensors(read_index(prefix))
+
+
+def string_scalar(content: bytes) -> tuple[bytes, int]:
+    """A scalar string tensor as a data file stores it, and its CRC-32C.
+
+    Stored: length as varint, masked checksum of the length, content. The checksums take the length as four bytes.
+    Source: tensorflow/core/util/tensor_bundle/tensor_bundle.cc, ``WriteStringTensor``.
+    """
+    length = struct.pack("<I", len(content))
+    guard = struct.pack("<I", mask(crc32c(length)))
+    return varint(len(content)) + guard + content, crc32c(length + guard + content)
 
 
 def bundle_tensors(index: Index) -> TensorSet:
     """The lazy tensors of an index already read. Raises as :func:`read_bundle`."""
     reader, tensors, skipped = _Tensors(index), {}, []
     for name, entry in index.tensors.items():
-        if entry.dtype in NOT_NUMERIC:
-            skipped.append(f"{name} holds {NOT_NUMERIC[entry.dtype]}, no numbers: skipped")
+        if entry.data_type in NOT_NUMERIC:
+            skipped.append(f"{name} holds {NOT_NUMERIC[entry.data_type]}, not numbers: skipped")
         else:
             tensors[name] = reader.tensor(name, entry)
     stray = index.pieces.keys() - reader.claimed
@@ -102,10 +101,10 @@ class _Tensors:
         return Stored((segment,), dtype, entry.shape, entry.crc32c)
 
     def _dtype(self, name: str, entry: Entry) -> np.dtype[np.generic]:
-        dtype, swapped = DTYPES.get(entry.dtype), self.index.big_endian
-        if dtype is None or (swapped and dtype.kind == "V"):  # ml_dtypes knows no byte order but the machine's
+        dtype, swapped = DTYPES.get(entry.data_type), self.index.big_endian
+        if dtype is None or (swapped and dtype.kind == "V"):  # ml_dtypes has the machine's byte order only
             raise UnsupportedError(
-                f"{'big-endian ' if swapped else ''}values of TensorFlow's data type {entry.dtype} are not supported",
+                f"{'big-endian ' if swapped else ''}values of data type {entry.data_type} are not supported",
                 path=self.index.path,
                 item=name,
             )
@@ -155,7 +154,7 @@ class _Tensors:
         piece = self.index.pieces.get(key)
         if piece is None:
             raise self._wrong(title, "this piece is missing")
-        if piece.shape != tuple(length for _, length in ranges) or piece.dtype != whole.dtype or piece.slices:
+        if piece.shape != tuple(length for _, length in ranges) or piece.data_type != whole.data_type or piece.slices:
             raise self._wrong(title, "this piece has another shape or type than the variable says")
         self.claimed.add(key)
         stored = self._stored(title, piece)
@@ -189,7 +188,7 @@ def _check_data_files(index: Index) -> list[str]:
                 path=path,
                 expected=f"{end} bytes",
                 found=f"{size} bytes",
-                hint=_AGAIN,
+                hint=COPY_AGAIN,
             )
     return list(paths.values())
 

@@ -18,13 +18,15 @@ from typing import BinaryIO
 
 from gptconvert.containers.pickle import MAX_BYTES, RESAVE, Opaque, load_pickle
 from gptconvert.containers.torch_objects import ByteOrder, torch_rules
-from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.containers.untrusted import FETCH_AGAIN, explain_file, file_size
 from gptconvert.containers.zip import Member, read_members
-from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet, Transposed, map_segment
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+#: Usual endings of such files' names.
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 #: Keys under which training scripts put the model's state dict beside their own state.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
@@ -34,11 +36,13 @@ class TorchFile:
     """What one ``torch.save`` wrote.
 
     Attributes:
+        path: the file.
         tree: dictionaries, lists, tuples, numbers, strings, None, :class:`Opaque`, and lazy tensors as leaves.
         checksums: recorded for the storages of all tensors.
         notes: what the user should know.
     """
 
+    path: str
     tree: object
     checksums: tuple[FileChecksum, ...] = ()
     notes: tuple[str, ...] = ()
@@ -118,6 +122,16 @@ def read_torch_pickle(path: str | os.PathLike[str]) -> TorchFile:
     raise InputError(f"this file {explained}", path=path, expected="a file written by torch.save")
 
 
+def read_if_torch(path: str) -> TorchFile | None:
+    """The same for a file that may be something else; None where its name or its content says so."""
+    if not path.endswith(SUFFIXES):
+        return None
+    try:
+        return read_torch_pickle(path)
+    except GptConvertError:
+        return None
+
+
 def _read_zip(path: str) -> TorchFile:
     try:
         members = read_members(path)
@@ -140,7 +154,7 @@ def _read_zip(path: str) -> TorchFile:
     rules = torch_rules(path, locate, _byte_order(members.get(f"{root}byteorder"), path))
     tree = load_pickle(io.BytesIO(_read_member(members[f"{root}data.pkl"])), rules, path)
     checksums = tuple(FileChecksum(m.data, "crc32", m.crc32, m.name) for m in used.values())
-    return TorchFile(tree, checksums)
+    return TorchFile(path, tree, checksums)
 
 
 def _root(members: Mapping[str, Member], path: str) -> str:
@@ -201,7 +215,7 @@ def _read_legacy(file: BinaryIO, path: str) -> TorchFile:
     file.seek(start)
     tree = load_pickle(file, torch_rules(path, lambda key, _elements, _item: places[key]), path)
     note = f"{os.path.basename(path)}: written in the format before PyTorch 1.6, which records no checksums"
-    return TorchFile(tree, notes=(note,))
+    return TorchFile(path, tree, notes=(note,))
 
 
 def _legacy_storages(
@@ -213,8 +227,9 @@ def _legacy_storages(
     position, size, places = file.tell(), os.fstat(file.fileno()).st_size, {}
     need = position + sum(8 + elements * item for elements, item in sizes.values())
     if need > size:
-        hint = "the download or copy did not finish: fetch the file again"
-        raise InputError("file is truncated", path=path, expected=f"{need} bytes", found=f"{size} bytes", hint=hint)
+        raise InputError(
+            "file is truncated", path=path, expected=f"{need} bytes", found=f"{size} bytes", hint=FETCH_AGAIN
+        )
     for key in keys:
         file.seek(position)
         (found,) = struct.unpack("<q", file.read(8))

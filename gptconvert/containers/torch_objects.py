@@ -15,8 +15,8 @@ import numpy as np
 
 from gptconvert.containers.pickle import RESAVE, Attributes, Global, Opaque, RefusedError, Rules, ordered_dict
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
+from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import (
-    BFLOAT16,
     Array,
     Box,
     Computed,
@@ -28,34 +28,11 @@ from gptconvert.model.tensors import (
     map_segment,
 )
 
-#: torch dtype name → numpy dtype.
-DTYPES: Mapping[str, np.dtype[np.generic]] = {
-    "float64": np.dtype("<f8"),
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": BFLOAT16,
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int16": np.dtype("<i2"),
-    "int8": np.dtype("i1"),
-    "uint64": np.dtype("<u8"),
-    "uint32": np.dtype("<u4"),
-    "uint16": np.dtype("<u2"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
-}
-#: Storage class → torch dtype name. Classes of other types are refused when a tensor uses them.
+#: PyTorch's name of a dtype → numpy dtype.
+DTYPES: Mapping[str, np.dtype[np.generic]] = {row.torch: row.dtype for row in ELEMENT_TYPES if row.torch is not None}
+#: Storage class → PyTorch's name of a dtype. Classes of other types are refused when a tensor uses them.
 STORAGES: Mapping[str, str] = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
+    row.storage: row.torch for row in ELEMENT_TYPES if row.storage is not None and row.torch is not None
 }
 #: Types that a file may name, and that no tensor here can have.
 _STRANGE_STORAGES = ("ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage")

@@ -1,22 +1,27 @@
-"""Opening files nobody vouched for: only regular ones, and a word on what a file is when it is not what it claims.
+"""How files and directories that may be hostile are opened: the one place for it.
 
 Readers call :func:`file_size` (or :func:`read_small`) before they open anything, so that a FIFO or a device can
-neither block nor be read without end, and :func:`explain_file` once parsing has failed, so that the message says
-"Git LFS pointer" and not "bad magic number".
+neither block nor be read without end; :func:`explain_file` once parsing has failed, so that the message says
+"Git LFS pointer" and not "bad magic number"; and :func:`file_beside` or :func:`links_out` for every file that
+another file names, so that a checkpoint cannot have other files of the machine read.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
-from gptconvert.errors import InputError, UnsafeInputError
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
+
+#: What to do about a file that is shorter than it says.
+FETCH_AGAIN = "the download or copy did not finish: fetch the file again"
 
 _HEAD_BYTES = 512
 _TAR_MAGIC_AT = 257
 
-#: What lies at a path that is no regular file, by ``stat``'s predicates.
+#: What a path leads to that is not a regular file, by ``stat``'s predicates.
 _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -84,14 +89,26 @@ def explain_bytes(head: bytes, allow: Collection[str] = ()) -> str | None:
 
 
 def explain_file(path: str | os.PathLike[str], allow: Collection[str] = ()) -> str | None:
-    """:func:`explain_bytes` of the file at ``path``; None also where it is no regular file or cannot be read."""
+    """:func:`explain_bytes` of the file at ``path``; None also where it is not a regular file or cannot be read."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return None
-        with open(path, "rb") as file:
-            return explain_bytes(file.read(_HEAD_BYTES), allow)
-    except (OSError, ValueError):
+        return explain_bytes(read_head(path), allow)
+    except GptConvertError:
         return None
+
+
+def read_head(path: str | os.PathLike[str]) -> bytes:
+    """The first bytes of a regular file.
+
+    Raises:
+        UnsafeInputError: it is not a regular file.
+        InputError: it is missing or cannot be read.
+    """
+    file_size(path)
+    try:
+        with open(path, "rb") as file:
+            return file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot be read ({_reason(error)})", path=path) from error
 
 
 def file_size(path: str | os.PathLike[str]) -> int:
@@ -117,18 +134,95 @@ def file_size(path: str | os.PathLike[str]) -> int:
     return status.st_size
 
 
-def entries(folder: str, *, quiet: bool = False) -> list[str]:
-    """Sorted names in a directory; with ``quiet`` none where it cannot be read.
+def entries(folder: str, *, files_only: bool = False, quiet: bool = False) -> list[str]:
+    """Sorted names in a directory.
+
+    Args:
+        folder: the directory.
+        files_only: leave out directories, and links to them.
+        quiet: return none where it cannot be read.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        return sorted(os.listdir(folder))
+        with os.scandir(folder) as found:
+            return sorted(entry.name for entry in found if not (files_only and entry.is_dir()))
     except (OSError, ValueError) as error:
         if quiet:
             return []
-        raise InputError(f"directory cannot be read ({error})", path=folder) from error
+        raise InputError(f"directory cannot be read ({_reason(error)})", path=folder) from error
+
+
+def no_such_path(path: str) -> InputError:
+    """The error for a path that does not exist; names like it in the deepest directory that does become the hint."""
+    parent, name = os.path.split(path.rstrip("/"))
+    while parent and not os.path.isdir(parent):
+        parent, name = os.path.split(parent.rstrip("/"))
+    near = difflib.get_close_matches(name, entries(parent or ".", quiet=True), n=3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(os.path.join(parent, n) for n in near)}?" if near else None
+    return InputError("no such file or directory", path=path, hint=meant or "or name a hub repository: org/name")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` names a file in a directory, on any system, and not a path."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and name[1:2] != ":"
+
+
+def is_regular(path: str) -> bool:
+    """Whether a regular file, or a link to one, is at ``path``."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def links_out(path: str, homes: Iterable[str]) -> bool:
+    """Whether ``path``, its links resolved, is outside all of ``homes``, which are resolved already."""
+    target = os.path.realpath(path)
+    return not any(os.path.commonpath([home, target]) == home for home in homes)
+
+
+def hub_homes(directory: str) -> list[str]:
+    """Where links in ``directory`` may lead: to files in it, or to where a hub cache keeps them.
+
+    A cache's links are ``CACHE/REPO/snapshots/COMMIT/FILE`` → ``CACHE/REPO/blobs/…``, which may itself be a link into
+    ``CACHE/blobs/…``, the store that repositories share.
+    """
+    home = os.path.realpath(directory)
+    homes, snapshots = [home], os.path.dirname(home)
+    if os.path.basename(snapshots) == "snapshots":
+        repo = os.path.dirname(snapshots)
+        homes += [os.path.join(repo, "blobs"), os.path.join(os.path.dirname(repo), "blobs")]
+    return homes
+
+
+def file_beside(path: str, location: str, what: str) -> str:
+    """The file that the file at ``path`` names by ``location``, a path inside its own directory; links resolved.
+
+    A link is followed only inside the directory, or where ``path`` is itself a link into the same directory: that is
+    how a hub cache stores both.
+
+    Args:
+        path: the file that names another.
+        location: the relative path that it gives.
+        what: name of such a file, for messages (``external data``).
+
+    Raises:
+        UnsafeInputError: it is outside the directory, or not a regular file.
+        InputError: it is missing, or cannot be read.
+    """
+    parts, folder = location.replace("\\", "/").split("/"), os.path.dirname(path)
+    if os.path.isabs(location) or "\\" in location or ":" in parts[0] or ".." in parts or "\0" in location:
+        raise UnsafeInputError(f"{what} {location!r} leaves the directory", path=path)
+    named = os.path.join(folder, location)
+    try:
+        file_size(named)
+    except GptConvertError as error:
+        raise type(error)(f"{what} {location!r}: {error.message}", path=path) from error
+    if links_out(named, (os.path.realpath(folder or "."), os.path.dirname(os.path.realpath(path)))):
+        raise UnsafeInputError(f"{what} {location!r} links out of the directory", path=path)
+    return os.path.realpath(named)
 
 
 def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
@@ -137,7 +231,7 @@ def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
     Args:
         path: the file.
         limit: the most bytes it may have.
-        what: it is, for the message (``hparams.json``).
+        what: its name in messages (``hparams.json``).
 
     Raises:
         UnsafeInputError: not a regular file.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO
 
-from gptconvert.containers.untrusted import file_size
+from gptconvert.containers.untrusted import FETCH_AGAIN, file_size
 from gptconvert.errors import InputError, UnsafeInputError
 from gptconvert.model.tensors import Segment
 
@@ -109,7 +109,7 @@ def _find_directory(file: BinaryIO, size: int, path: str) -> tuple[int, int, int
             "file is truncated: the zip central directory that ends it is missing",
             path=path,
             found=f"{size} bytes",
-            hint="the download or copy did not finish: fetch the file again",
+            hint=FETCH_AGAIN,
         )
     _, _, _, _, count, nbytes, offset, _ = _END.unpack_from(tail, at)
     locator = start + at - _END64_LOCATOR.size

@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.tensors import BFLOAT16, LazyTensor
+from gptconvert.model.dtypes import ELEMENT_TYPES
+from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import cast
 
 #: Suffix of a part's name → the part. A weight stored as one tensor has the single suffix "".
@@ -47,11 +48,7 @@ class CastTo:
 
 
 #: ``--dtype`` → encoding of every weight.
-ENCODINGS: Mapping[str, Encoding] = {
-    "fp32": CastTo(np.dtype(np.float32)),
-    "fp16": CastTo(np.dtype(np.float16)),
-    "bf16": CastTo(BFLOAT16),
-}
+ENCODINGS: Mapping[str, Encoding] = {row.option: CastTo(row.dtype) for row in ELEMENT_TYPES if row.option is not None}
 
 
 def encoded(checkpoint: Checkpoint, name: str | None) -> Checkpoint:

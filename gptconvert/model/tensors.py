@@ -13,13 +13,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.errors import InputError
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 #: Upper bound, in bytes, of one block handed out by :meth:`LazyTensor.chunks`.
 CHUNK_BYTES = 8 << 20
 

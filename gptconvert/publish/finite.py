@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.errors import UnsupportedError
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import (
-    BFLOAT16,
     CHUNK_BYTES,
     Array,
     Cast,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from gptconvert import __version__
-from gptconvert.containers.json_text import dump_json
+from gptconvert.containers.json import dump_json
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import PlannedFile

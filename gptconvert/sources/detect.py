@@ -1,17 +1,18 @@
-"""All formats in one place, and what a path is when nobody says so.
+"""All formats in one place, and which of them a path is when the user names none.
 
-:data:`FORMATS` is what the command line, ``inspect`` and the documentation list. What looks like a checkpoint of
-another kind gets its name in the error, so that nobody has to guess why it is refused.
+:data:`FORMATS` is what the command line, ``inspect`` and the documentation list. A checkpoint of a kind that is not
+read is refused under its own name.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from gptconvert.containers.missing import no_such_path
-from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.containers.untrusted import entries, explain_file, no_such_path, read_head
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
@@ -21,9 +22,9 @@ from gptconvert.sources.format import Format
 from gptconvert.sources.hf import format as hf
 from gptconvert.sources.hf.files import weights_named
 
-#: In the order they are tried: Hugging Face's file names are the least mistakable, and GPT-Neo's variables are told
-#: from OpenAI's by their names alone.
-FORMATS: tuple[Format, ...] = (
+#: In the order they are tried: Hugging Face's file names are the least ambiguous, and GPT-Neo's checkpoints differ
+#: from OpenAI's in the names of their variables alone.
+FORMATS: tuple[Format[Any], ...] = (
     hf.FORMAT,
     mesh_tf.FORMAT,
     openai_tf.FORMAT,
@@ -42,20 +43,22 @@ def open_source(path: str | os.PathLike[str], options: Options, format: str | No
     Args:
         path: what the user named.
         options: how to open it.
-        format: name of a :class:`Format`; None: found out.
+        format: name of a :class:`Format`; None: detected.
 
     Raises:
         UsageError: no format of that name.
         InputError: nothing there, not readable, or not a checkpoint.
         UnsupportedError: a checkpoint of a kind that is not read.
-        UnsafeInputError: no regular file, or a file that tries to run code.
+        UnsafeInputError: not a regular file, or a file that tries to run code.
     """
     path = os.fspath(path)
     if format is not None:
         return _format_named(format).open(path, options)
-    found = next((each for each in FORMATS if each.recognises(path)), None)
+    found = detect(path, options)
     if found is not None:
-        return found.open(path, options)
+        form, located = found
+        form.check_options(path, options)
+        return form.read(located, options)
     if os.path.lexists(path):
         raise _unrecognised(path)
     if hub.is_repo_id(path) and not _in_local_directory(path):
@@ -63,7 +66,23 @@ def open_source(path: str | os.PathLike[str], options: Options, format: str | No
     raise no_such_path(path)
 
 
-def _format_named(name: str) -> Format:
+def detect(path: str, options: Options) -> tuple[Format[Any], Any] | None:
+    """The format of a local path, and what its ``read`` needs; None: unknown.
+
+    Raises:
+        GptConvertError: the path can only be of one format, or of a group of formats, and is unusable.
+    """
+    located: dict[Callable[..., Any], Any] = {}
+    for each in FORMATS:
+        if each.locate not in located:
+            located[each.locate] = each.locate(path, options)
+        found = located[each.locate]
+        if found is not None and each.claims(found):
+            return each, found
+    return None
+
+
+def _format_named(name: str) -> Format[Any]:
     for each in FORMATS:
         if each.name == name:
             return each
@@ -83,7 +102,7 @@ class Lookalike:
     Attributes:
         title: its name.
         names: pattern for the whole name of such a file, or of an entry of such a directory.
-        magic: first bytes of such a file; empty: told by the name alone.
+        magic: first bytes of such a file; empty: recognised by the name alone.
     """
 
     title: str
@@ -106,7 +125,7 @@ LOOKALIKES: tuple[Lookalike, ...] = (
 def lookalike(path: str) -> str | None:
     """The name of the kind of checkpoint at ``path`` among those that are not read; None: unknown."""
     if os.path.isdir(path):
-        names = _entries(path)
+        names = entries(path)
         return next((k.title for k in LOOKALIKES if any(re.fullmatch(k.names, name) for name in names)), None)
     head = read_head(path)
     by_bytes = next((k.title for k in LOOKALIKES if k.magic and head.startswith(k.magic)), None)
@@ -114,28 +133,6 @@ def lookalike(path: str) -> str | None:
         return by_bytes
     name = os.path.basename(path)
     return next((k.title for k in LOOKALIKES if re.fullmatch(k.names, name)), None)
-
-
-def read_head(path: str) -> bytes:
-    """The first bytes of a regular file.
-
-    Raises:
-        InputError: it cannot be read.
-        UnsafeInputError: it is no regular file.
-    """
-    file_size(path)
-    try:
-        with open(path, "rb") as file:
-            return file.read(512)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
-
-
-def _entries(path: str) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
 
 
 def _unrecognised(path: str) -> GptConvertError:
@@ -147,7 +144,7 @@ def _unrecognised(path: str) -> GptConvertError:
             f"recognised as {title}; not supported by this version", path=path, expected=f"one of {supported}"
         )
     if os.path.isdir(path):
-        found = ", ".join(_entries(path)[:8]) or "an empty directory"
+        found = ", ".join(entries(path)[:8]) or "an empty directory"
         return InputError(
             "no checkpoint of a known kind here", path=path, expected=f"one of {supported}", found=found
         )

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from gptconvert.containers.untrusted import entries
 from gptconvert.errors import GptConvertError, InputError, OutputError
 from gptconvert.model.options import Options
-from gptconvert.sources.hf.files import CONFIG, TOKENIZER_FILES, Weights, choose_weights
+from gptconvert.sources.hf.files import CONFIG, Weights, choose_weights
 from gptconvert.sources.hf.shards import read_weight_map
+from gptconvert.sources.tokenizer_files import HUGGING_FACE
 
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?)?", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index", ".json", ".npy", ".h5", ".onnx", ".gguf")
@@ -86,7 +88,7 @@ def _from_hub(repo: str, options: Options) -> Fetched:
     directory = os.path.dirname(_download(repo, CONFIG, options.revision, digests[CONFIG], options))
     if os.path.basename(directory) != commit:
         raise InputError("the repository changed while it was read", path=repo, hint="run the same command again")
-    for name in TOKENIZER_FILES:
+    for name in HUGGING_FACE:
         if name in digests:
             _download(repo, name, commit, digests[name], options)
     for name in _weights_files(repo, weights, commit, digests, options):
@@ -119,7 +121,7 @@ def _from_cache(repo: str, options: Options) -> Fetched:
     )
     directory = os.path.dirname(config)
     try:
-        weights, notes = choose_weights(os.listdir(directory), options.weights_file, directory)
+        weights, notes = choose_weights(entries(directory), options.weights_file, directory)
     except InputError as error:
         error.hint = "only a part of the repository is in the cache: run once without --offline"
         raise

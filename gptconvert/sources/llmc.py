@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gptconvert.containers.missing import no_such_path
-from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.containers.untrusted import entries, explain_file, file_size, no_such_path
 from gptconvert.errors import InputError, UnsupportedError, UsageError
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
 from gptconvert.model.source import Run, Source
-from gptconvert.model.tensors import BFLOAT16, Segment, TensorSet
-from gptconvert.sources.format import Format
+from gptconvert.model.tensors import Segment, TensorSet
+from gptconvert.sources.format import path_format
+from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "llm.c (.bin)"
 HEADER_WORDS = 256
@@ -37,7 +38,6 @@ OTHERS: Mapping[int, str] = {
 #: Version → element type.
 VERSIONS: Mapping[int, np.dtype[np.generic]] = {1: np.dtype("<f4"), 3: np.dtype("<f4"), 5: BFLOAT16}
 MAX_SIZE, MAX_LAYERS = 1 << 31, 10_000
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def open_llmc(path: str, options: Options) -> Source:
         ),
         config=dict(vars(header)),
         config_path=path,
-        tokenizer={name: there for name in TOKENIZER_FILES if os.path.isfile(there := os.path.join(folder, name))},
+        tokenizer=find_tokenizer([folder]),
         notes=tuple(notes),
     )
 
@@ -101,7 +101,7 @@ def _model_file(path: str, options: Options) -> str:
             "no model file of llm.c here",
             path=path,
             expected=f"a .bin file that begins with the number {MAGIC}",
-            found=", ".join(sorted(os.listdir(path))[:8]) or "an empty directory",
+            found=", ".join(entries(path)[:8]) or "an empty directory",
         )
     if len(found) > 1:
         raise InputError(
@@ -115,10 +115,7 @@ def _model_file(path: str, options: Options) -> str:
 
 def _model_files(folder: str) -> list[str]:
     """Names of the model files in a directory; it also holds the tokenizer, and states for debugging."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return []
+    names = entries(folder, quiet=True)
     return [name for name in names if name.endswith(".bin") and _begins_with_magic(os.path.join(folder, name))]
 
 
@@ -189,4 +186,6 @@ def _begins_with_magic(path: str) -> bool:
         return False
 
 
-FORMAT = Format(name="llmc", title=TITLE, recognises=recognises, read=open_llmc, accepts=frozenset({"weights_file"}))
+FORMAT = path_format(
+    name="llmc", title=TITLE, recognises=recognises, read=open_llmc, accepts=frozenset({"weights_file"})
+)

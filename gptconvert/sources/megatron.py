@@ -12,13 +12,13 @@ import os
 import re
 from collections.abc import Mapping
 
-from gptconvert.containers.missing import no_such_path
-from gptconvert.containers.torch import TorchFile, read_torch_pickle, tensors_of
-from gptconvert.containers.untrusted import read_small
-from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.containers.torch import TorchFile, read_if_torch, read_torch_pickle, tensors_of
+from gptconvert.containers.untrusted import entries, no_such_path, read_small
+from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.sources.format import Format
+from gptconvert.sources.tokenizer_files import find_tokenizer
 
 NAME, TITLE = "megatron", "Megatron-LM GPT-2 (model_optim_rng.pt)"
 FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -32,28 +32,22 @@ SPLITS = ("model_parallel_size", "tensor_model_parallel_size", "pipeline_model_p
 _FOLDER = re.compile(r"iter_\d{7,}|mp_rank_\d\d(_\d{3})*")
 #: Most dictionaries inside each other, and most entries of one level.
 MAX_DEPTH, MAX_ENTRIES = 8, 100_000
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 
 
-def open_megatron(path: str, options: Options) -> Source:
-    """Open a checkpoint file, its ``mp_rank_00``, its iteration's directory or the directory of a run.
+def read_megatron(file: TorchFile, options: Options) -> Source:
+    """The checkpoint in this file.
 
     Raises:
-        InputError: no such file, a damaged one, or one that Megatron-LM did not write.
+        InputError: Megatron-LM did not write it.
         UnsupportedError: a model split over several devices, or written by Megatron-Core.
-        UnsafeInputError: the pickle names anything but tensors and plain data.
-        UsageError: an option that has no meaning here.
+        UnsafeInputError: dictionaries nested without end.
     """
-    if not os.path.lexists(path):
-        raise no_such_path(path)
-    path = locate(path, options.step)
-    file = read_torch_pickle(path)
-    tree = _entries(file, path)
+    path = file.path
+    tree = _top(file, path)
     arguments = _arguments(tree.get("args"), path)
     version = _version(tree, path)
     tensors = tensors_of(file, _flat(tree["model"], path), path)
     _refuse_core(tensors, path)
-    folder = os.path.dirname(path)
     note = f"checkpoint version {version}" + ("" if "checkpoint_version" in tree else " (the file records none)")
     return Source(
         scheme=SCHEMES[version],
@@ -62,9 +56,36 @@ def open_megatron(path: str, options: Options) -> Source:
         tensors=tensors,
         config=arguments,
         config_path=path,
-        tokenizer={name: there for name in TOKENIZER_FILES if os.path.isfile(there := os.path.join(folder, name))},
+        tokenizer=find_tokenizer([os.path.dirname(path)]),
         notes=(note,) if arguments else (note, "the file holds no arguments of the training run"),
     )
+
+
+def find_megatron(path: str, options: Options) -> TorchFile:
+    """The checkpoint file, its ``mp_rank_00``, its iteration's directory or the directory of a run.
+
+    Raises:
+        InputError: no such file, or a damaged one.
+        UnsupportedError: there are several files, one for each device.
+        UnsafeInputError: the pickle names anything but tensors and plain data.
+        UsageError: a step is asked for where there is only one.
+    """
+    if not os.path.lexists(path):
+        raise no_such_path(path)
+    return read_torch_pickle(locate(path, options.step))
+
+
+def locate_megatron(path: str, options: Options) -> TorchFile | None:
+    """Files and directories of Megatron-LM's names, or any PyTorch file whose model has a ``language_model``."""
+    if os.path.isdir(path):
+        ours = any(name in (TRACKER, *FILES) or _FOLDER.fullmatch(name) for name in entries(path, quiet=True))
+        return find_megatron(path, options) if ours else None
+    if os.path.basename(path) in FILES and os.path.lexists(path):
+        return find_megatron(path, options)
+    file = read_if_torch(path)
+    model = file.tree.get("model") if file is not None and isinstance(file.tree, dict) else None
+    ours = isinstance(model, dict) and any(str(key).split(".")[0] == "language_model" for key in model)
+    return file if ours else None
 
 
 def locate(path: str, step: int | None) -> str:
@@ -77,7 +98,7 @@ def locate(path: str, step: int | None) -> str:
     """
     if not os.path.isdir(path):
         return path
-    names = sorted(os.listdir(path))
+    names = entries(path)
     if TRACKER in names or any(re.fullmatch(r"iter_\d{7,}|release", name) for name in names):
         return locate(_iteration(path, names, step), None)
     if step is not None:
@@ -112,7 +133,7 @@ def _iteration(path: str, names: list[str], step: int | None) -> str:
     return os.path.join(path, name)
 
 
-def _entries(file: TorchFile, path: str) -> dict[str, object]:
+def _top(file: TorchFile, path: str) -> dict[str, object]:
     """The top of the file: a dictionary with ``model`` in it."""
     tree = file.tree if isinstance(file.tree, dict) else {}
     if not isinstance(tree.get("model"), dict) and any(str(key).startswith("model0") for key in tree):
@@ -195,32 +216,11 @@ def _split(found: str, path: str) -> UnsupportedError:
     )
 
 
-def recognises(path: str) -> bool:
-    """Files and directories of Megatron-LM's names, or any PyTorch file whose model has a ``language_model``."""
-    if os.path.isdir(path):
-        try:
-            names = os.listdir(path)
-        except OSError:
-            return False
-        return any(name in (TRACKER, *FILES) or _FOLDER.fullmatch(name) for name in names)
-    if os.path.basename(path) in FILES:
-        return os.path.lexists(path)
-    return path.endswith((".pt", ".pth", ".bin", ".ckpt")) and os.path.isfile(path) and _holds_language_model(path)
-
-
-def _holds_language_model(path: str) -> bool:
-    try:
-        tree = read_torch_pickle(path).tree
-    except GptConvertError:
-        return False
-    model = tree.get("model") if isinstance(tree, dict) else None
-    return isinstance(model, dict) and any(str(key).split(".")[0] == "language_model" for key in model)
-
-
 FORMAT = Format(
     name=NAME,
     title=TITLE,
-    recognises=recognises,
-    read=open_megatron,
+    locate=locate_megatron,
+    find=find_megatron,
+    read=read_megatron,
     accepts=frozenset({"step", "n_head", "activation"}),
 )

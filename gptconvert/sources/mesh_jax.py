@@ -16,17 +16,18 @@ from gptconvert.containers.json import read_json_object
 from gptconvert.containers.npz import read_npz
 from gptconvert.containers.untrusted import entries, explain_file, file_size, read_small
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
 from gptconvert.model.shards import Parts
 from gptconvert.model.source import Source
-from gptconvert.model.tensors import BFLOAT16, FileChecksum, LazyTensor, TensorSet
-from gptconvert.sources.format import Format
+from gptconvert.model.tensors import FileChecksum, LazyTensor, TensorSet
+from gptconvert.sources.format import path_format
+from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "GPT-J original (mesh-transformer-jax shards)"
 #: Files that the program splits each shard into.
 PIECES = 16
 MAX_CONFIG_BYTES = 1 << 20
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe")
 
 _SHARD, _STEP = re.compile(r"shard_(\d{1,4})"), re.compile(r"step_(\d{1,18})")
 
@@ -51,7 +52,7 @@ def open_mesh_jax(path: str, options: Options) -> Source:
         unnamed=_parts(shards),
         config={} if config_path is None else read_json_object(config_path, MAX_CONFIG_BYTES, "configuration"),
         config_path=config_path,
-        tokenizer=_tokenizer(folder),
+        tokenizer=find_tokenizer([folder, os.path.dirname(os.path.abspath(folder))]),
         notes=tuple(notes),
     )
 
@@ -185,15 +186,6 @@ def _is_config(path: str) -> bool:
     return b'"d_model"' in text and b'"n_heads"' in text
 
 
-def _tokenizer(folder: str) -> dict[str, str]:
-    places = (os.path.dirname(os.path.abspath(folder)), folder)
-    paths = {name: os.path.join(place, name) for place in places for name in TOKENIZER_FILES}
-    places_of = {name: path for name, path in paths.items() if os.path.exists(path)}
-    for path in places_of.values():
-        file_size(path)  # a named pipe must not reach those who read it later
-    return places_of
-
-
 def _has_shards(folder: str) -> bool:
     return any(_SHARD.fullmatch(n) and _is_shard(os.path.join(folder, n)) for n in entries(folder, quiet=True))
 
@@ -210,6 +202,6 @@ def _is_second_layout(folder: str) -> bool:
     )
 
 
-FORMAT = Format(
+FORMAT = path_format(
     name="mesh-jax", title=TITLE, recognises=recognises, read=open_mesh_jax, accepts=frozenset({"step", "hparams"})
 )

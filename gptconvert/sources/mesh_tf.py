@@ -12,21 +12,19 @@ from collections.abc import Iterable
 
 from gptconvert.containers.json import read_json_object
 from gptconvert.containers.tf_bundle import bundle_tensors
-from gptconvert.containers.tf_index import read_index
-from gptconvert.containers.untrusted import file_size
-from gptconvert.errors import GptConvertError, InputError, UnsupportedError
+from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.sources.format import Format
-from gptconvert.sources.tf_locate import locate, looks_like_checkpoint
+from gptconvert.sources.tf_checkpoint import TfCheckpoint, find_checkpoint, locate_checkpoint
+from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "GPT-Neo original (Mesh-TensorFlow checkpoint and config.json)"
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 #: Variables that this program alone has, whatever options it was run with.
 _OURS = re.compile(r"(?:.*/)?(?:h\d+/)?(?:norm_[12]/[gb]|attn/compute_output_bias/o_b|mlp/conv1d_main/c_fc/kernel)")
-#: Parts of variable names that belong to options nobody else implements → the option.
+#: Parts of variable names that belong to options that no other program implements → the option.
 _VARIANTS = (
     (r"(?:.*/)?moe(?:_\w+)?/.*|.*/expert_?\w*/.*", "mixture of experts (moe_layers)"),
     (r"(?:.*/)?axial_wpe_\d+", "axial positions (axial_pos_emb)"),
@@ -38,19 +36,17 @@ _VARIANTS = (
 )
 
 
-def open_mesh_tf(path: str, options: Options) -> Source:
-    """Open the GPT-Neo checkpoint that ``path`` means: prefix, directory, ``checkpoint``, index or data file.
+def read_mesh_tf(checkpoint: TfCheckpoint, options: Options) -> Source:
+    """The GPT-Neo checkpoint with this index.
 
     Raises:
-        InputError: no checkpoint, no configuration, or either is damaged.
+        InputError: data files or the configuration are missing or damaged.
         UnsupportedError: a variant of the architecture that transformers never had, named by its variables.
-        UnsafeInputError: a file of it is no regular file.
-        UsageError: the path and ``options.step`` name different steps.
+        UnsafeInputError: a file of it is not a regular file.
     """
-    found = locate(path, options.step)
-    tensors = bundle_tensors(read_index(found.prefix))
-    _refuse_variants(found.prefix, tensors)
-    folder = os.path.dirname(found.prefix)
+    prefix, folder = checkpoint.index.prefix, checkpoint.folder
+    tensors = bundle_tensors(checkpoint.index)
+    _refuse_variants(prefix, tensors)
     config_path = options.hparams or os.path.join(folder, CONFIG)
     if not os.path.lexists(config_path):
         raise InputError(
@@ -61,23 +57,13 @@ def open_mesh_tf(path: str, options: Options) -> Source:
     return Source(
         scheme=FORMAT.name,
         format=TITLE,
-        path=found.prefix,
+        path=prefix,
         tensors=tensors,
         config=read_json_object(config_path, MAX_CONFIG_BYTES, CONFIG),
         config_path=config_path,
-        tokenizer=_tokenizer(folder),
-        notes=found.notes,
+        tokenizer=find_tokenizer([folder]),
+        notes=checkpoint.notes,
     )
-
-
-def recognises(path: str) -> bool:
-    """Whether ``path`` means a checkpoint with Mesh-TensorFlow's variables. Reads the index, not the data."""
-    if not looks_like_checkpoint(path):
-        return False
-    try:
-        return are_ours(read_index(locate(path).prefix).tensors)
-    except GptConvertError:
-        return False
 
 
 def are_ours(names: Iterable[str]) -> bool:
@@ -97,14 +83,12 @@ def _refuse_variants(prefix: str, names: Iterable[str]) -> None:
         )
 
 
-def _tokenizer(folder: str) -> dict[str, str]:
-    paths = {name: os.path.join(folder, name) for name in TOKENIZER_FILES}
-    present = {name: path for name, path in paths.items() if os.path.exists(path)}
-    for path in present.values():
-        file_size(path)  # a named pipe must not reach those who read it later
-    return present
-
-
 FORMAT = Format(
-    name="mesh-tf", title=TITLE, recognises=recognises, read=open_mesh_tf, accepts=frozenset({"step", "hparams"})
+    name="mesh-tf",
+    title=TITLE,
+    locate=locate_checkpoint,
+    find=find_checkpoint,
+    read=read_mesh_tf,
+    claims=lambda checkpoint: are_ours(checkpoint.index.tensors),
+    accepts=frozenset({"step", "hparams"}),
 )

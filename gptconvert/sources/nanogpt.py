@@ -10,40 +10,33 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from gptconvert.containers.missing import no_such_path
-from gptconvert.containers.torch import TorchFile, read_torch_pickle, tensors_of
-from gptconvert.containers.untrusted import file_size
-from gptconvert.errors import GptConvertError, InputError
+from gptconvert.containers.torch import TorchFile, read_if_torch, read_torch_pickle, tensors_of
+from gptconvert.containers.untrusted import no_such_path
+from gptconvert.errors import InputError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.sources.format import Format
+from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "nanoGPT (ckpt.pt)"
 CHECKPOINT = "ckpt.pt"
-#: The names OpenAI gave GPT-2's tokenizer files, and those Hugging Face did.
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 #: The training script's entries that make such a file.
 MODEL, ARGUMENTS = "model", "model_args"
 #: Sizes of vocabulary that say "GPT-2's encoding": as it is, and padded to a multiple of 64.
 GPT2_SIZES = (50257, 50304)
 
 
-def open_nanogpt(path: str, options: Options) -> Source:
-    """Open a checkpoint file, or the output directory of a run.
+def read_nanogpt(file: TorchFile, options: Options) -> Source:
+    """The checkpoint in this file.
 
     Raises:
-        InputError: no such file, a damaged one, or one that nanoGPT did not write.
-        UnsafeInputError: its pickle names anything but tensors and plain data.
-        UsageError: an option that has no meaning here.
+        InputError: nanoGPT did not write it.
     """
-    path = _checkpoint_file(path, options)
-    file = read_torch_pickle(path)
-    state, arguments = _parts(file, path)
+    path = file.path
+    state, arguments = _parts(file)
     tensors = tensors_of(file, state, path)
     folder = os.path.dirname(path)
-    tokenizer = {name: there for name in TOKENIZER_FILES if os.path.exists(there := os.path.join(folder, name))}
-    for there in tokenizer.values():
-        file_size(there)  # a named pipe must not reach those who read it later
+    tokenizer = find_tokenizer([folder])
     return Source(
         scheme=FORMAT.name,
         format=TITLE,
@@ -56,13 +49,29 @@ def open_nanogpt(path: str, options: Options) -> Source:
     )
 
 
-def _checkpoint_file(path: str, options: Options) -> str:
+def find_nanogpt(path: str, options: Options) -> TorchFile:
+    """The checkpoint file, or the one in the output directory of a run.
+
+    Raises:
+        InputError: no such file, or a damaged one.
+        UnsafeInputError: its pickle names anything but tensors and plain data.
+    """
     if not os.path.lexists(path):
         raise no_such_path(path)
-    return os.path.join(path, options.weights_file or CHECKPOINT) if os.path.isdir(path) else path
+    return read_torch_pickle(os.path.join(path, options.weights_file or CHECKPOINT) if os.path.isdir(path) else path)
 
 
-def _parts(file: TorchFile, path: str) -> tuple[Mapping[object, object], dict[str, object]]:
+def locate_nanogpt(path: str, options: Options) -> TorchFile | None:
+    """A file or directory of nanoGPT's name, or any PyTorch file that holds what nanoGPT puts into one."""
+    named = os.path.join(path, CHECKPOINT) if os.path.isdir(path) else path
+    if os.path.basename(named) == CHECKPOINT and os.path.lexists(named):
+        return find_nanogpt(path, options)
+    file = None if os.path.isdir(path) else read_if_torch(path)
+    ours = file is not None and isinstance(file.tree, dict) and {MODEL, ARGUMENTS} <= file.tree.keys()
+    return file if ours else None
+
+
+def _parts(file: TorchFile) -> tuple[Mapping[object, object], dict[str, object]]:
     """The state dict and ``model_args``."""
     tree = file.tree if isinstance(file.tree, dict) else {}
     state, arguments = tree.get(MODEL), tree.get(ARGUMENTS)
@@ -70,7 +79,7 @@ def _parts(file: TorchFile, path: str) -> tuple[Mapping[object, object], dict[st
         found = ", ".join(str(key) for key in list(tree)[:8]) or f"a {type(file.tree).__name__}"
         raise InputError(
             "not a nanoGPT checkpoint",
-            path=path,
+            path=file.path,
             expected="a dictionary with 'model' and 'model_args'",
             found=found,
             hint="a state dict alone is read as Hugging Face's pytorch_model.bin, with a config.json beside it",
@@ -90,27 +99,11 @@ def _tokenizer_notes(vocabulary: object, tokenizer: Mapping[str, str], folder: s
     return (text,) if vocabulary in GPT2_SIZES else ()
 
 
-def recognises(path: str) -> bool:
-    """A file or directory of nanoGPT's name, or any PyTorch file that holds what nanoGPT puts into one."""
-    if os.path.isdir(path):
-        return os.path.lexists(os.path.join(path, CHECKPOINT))
-    if os.path.basename(path) == CHECKPOINT:
-        return os.path.lexists(path)
-    return path.endswith((".pt", ".pth", ".bin", ".ckpt")) and _holds_arguments(path)
-
-
-def _holds_arguments(path: str) -> bool:
-    try:
-        tree = read_torch_pickle(path).tree
-    except GptConvertError:
-        return False
-    return isinstance(tree, dict) and {MODEL, ARGUMENTS} <= tree.keys()
-
-
 FORMAT = Format(
     name="nanogpt",
     title=TITLE,
-    recognises=recognises,
-    read=open_nanogpt,
+    locate=locate_nanogpt,
+    find=find_nanogpt,
+    read=read_nanogpt,
     accepts=frozenset({"weights_file", "n_head", "activation"}),
 )

@@ -20,7 +20,7 @@ from gptconvert.model.options import Options
 from gptconvert.model.shards import Parts
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import FileChecksum, LazyTensor, TensorSet
-from gptconvert.sources.format import Format
+from gptconvert.sources.format import path_format
 from gptconvert.sources.neox_files import Located, locate, looks_like_neox
 
 TITLE = "GPT-NeoX original (DeepSpeed layers or ranks, YAML configuration)"
@@ -140,6 +140,6 @@ def _count_ranks(located: Located, config: Mapping[str, object]) -> int:
     return found
 
 
-FORMAT = Format(
+FORMAT = path_format(
     name="neox", title=TITLE, recognises=looks_like_neox, read=open_neox, accepts=frozenset({"step", "hparams"})
 )

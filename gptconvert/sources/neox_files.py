@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from gptconvert.containers.untrusted import entries, file_size, read_small
 from gptconvert.errors import InputError, UnsupportedError, UsageError
+from gptconvert.sources.tokenizer_files import first_file
 
 LATEST = "latest"
 MAX_LATEST = 4096
@@ -78,9 +79,7 @@ class Located:
             told = config.get(key)
             names = ([re.split(r"[/\\]", told)[-1]] if isinstance(told, str) and told else []) + list(usual)
             paths = (os.path.join(place, name) for name in names for place in places)
-            path = next((path for path in paths if os.path.exists(path)), None)
-            if path is not None:
-                file_size(path)  # a named pipe must not reach those who read it later
+            if (path := first_file(paths)) is not None:
                 found[ours] = path
         return found
 

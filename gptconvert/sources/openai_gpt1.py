@@ -14,17 +14,17 @@ from collections.abc import Collection
 
 from gptconvert.containers.json import kind, parse_json, read_json_object
 from gptconvert.containers.npy import read_npy
-from gptconvert.containers.untrusted import entries, file_size, read_small
+from gptconvert.containers.untrusted import entries, read_small
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor, Shape, Stored, TensorSet, merge_segments
-from gptconvert.sources.format import Format
+from gptconvert.sources.format import path_format
+from gptconvert.sources.tokenizer_files import GPT1, find_tokenizer
 
 TITLE = "OpenAI's GPT-1 arrays (params_0..9.npy)"
 SHAPES, HPARAMS = "params_shapes.json", "hparams.json"
 FILES = tuple(f"params_{i}.npy" for i in range(10))
-TOKENIZER_FILES = ("encoder_bpe_40000.json", "vocab_40000.bpe")
 MAX_SHAPES_BYTES = 1 << 20
 MAX_HPARAMS_BYTES = 1 << 20
 _MAX_SIDE = 1 << 31
@@ -58,7 +58,7 @@ def open_gpt1(path: str, options: Options) -> Source:
         unnamed=_cut(arrays, shapes),
         config={} if config_path is None else read_json_object(config_path, MAX_HPARAMS_BYTES, HPARAMS),
         config_path=config_path,
-        tokenizer=_tokenizer(folder, names),
+        tokenizer=find_tokenizer([folder], GPT1),
     )
 
 
@@ -160,13 +160,6 @@ def _cut(arrays: list[Stored], shapes: list[Shape]) -> tuple[Stored, ...]:
     return tuple(tensors)
 
 
-def _tokenizer(folder: str, names: Collection[str]) -> dict[str, str]:
-    paths = {name: os.path.join(folder, name) for name in TOKENIZER_FILES if name in names}
-    for path in paths.values():
-        file_size(path)  # a named pipe must not reach those who read it later
-    return paths
-
-
-FORMAT = Format(
+FORMAT = path_format(
     name="openai-gpt1", title=TITLE, recognises=recognises, read=open_gpt1, accepts=frozenset({"hparams", "n_head"})
 )

@@ -10,39 +10,47 @@ import os
 
 from gptconvert.containers.json import read_json_object
 from gptconvert.containers.tf_bundle import bundle_tensors
-from gptconvert.containers.tf_index import Index, read_index
-from gptconvert.containers.untrusted import file_size
+from gptconvert.containers.tf_index import Index
 from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.sources import mesh_tf, openai_gpt1
 from gptconvert.sources.format import Format
-from gptconvert.sources.tf_locate import locate, looks_like_checkpoint
+from gptconvert.sources.tf_checkpoint import TfCheckpoint, find_checkpoint, locate_checkpoint
+from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "TensorFlow checkpoint V2"
 HPARAMS = "hparams.json"
 MAX_HPARAMS_BYTES = 1 << 20
-#: OpenAI's names first, then those Hugging Face gave the same files.
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 _OBJECT_GRAPH, _OBJECT_SUFFIX = "_CHECKPOINTABLE_OBJECT_GRAPH", "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
-def open_openai_tf(path: str, options: Options) -> Source:
-    """Open the GPT-2 checkpoint that ``path`` means: prefix, directory, ``checkpoint``, index or data file.
+def find_openai(path: str, options: Options) -> TfCheckpoint | str:
+    """GPT-2's checkpoint, or the path itself where it means GPT-1's release: one command reads both.
 
-    The same command reads OpenAI's GPT-1, whose files :mod:`gptconvert.sources.openai_gpt1` knows.
+    Raises:
+        GptConvertError: as :func:`find_checkpoint`.
+    """
+    found = locate_checkpoint(path, options)
+    if found is None and openai_gpt1.recognises(path):
+        return path
+    return found or find_checkpoint(path, options)
+
+
+def read_openai_tf(located: TfCheckpoint | str, options: Options) -> Source:
+    """The GPT-2 checkpoint with this index, or the GPT-1 release at this path.
+
     Every numeric tensor is handed on; which of them are weights is the family's business.
 
     Raises:
-        InputError: no checkpoint, an incomplete or damaged one, or a bad ``hparams.json``.
-        UnsupportedError: another kind of TensorFlow file.
-        UnsafeInputError: a file of it is no regular file.
-        UsageError: the path and ``options.step`` name different steps, or it is GPT-Neo's.
+        InputError: an incomplete or damaged checkpoint, or a bad ``hparams.json``.
+        UnsupportedError: a checkpoint of another program.
+        UnsafeInputError: a file of it is not a regular file.
+        UsageError: it is GPT-Neo's.
     """
-    if openai_gpt1.recognises(path):
-        return openai_gpt1.FORMAT.open(path, options)
-    found = locate(path, options.step)
-    index = read_index(found.prefix)
+    if isinstance(located, str):
+        return openai_gpt1.FORMAT.open(located, options)
+    index, folder = located.index, located.folder
     _refuse_object_checkpoint(index)
     if mesh_tf.are_ours(index.tensors):
         raise UsageError(
@@ -50,17 +58,17 @@ def open_openai_tf(path: str, options: Options) -> Source:
             path=index.path,
             hint="use `gptconvert mesh-tf` or `gptconvert convert`",
         )
-    folder = os.path.dirname(found.prefix)
-    config_path = options.hparams or _beside(folder, HPARAMS)
+    beside = os.path.join(folder, HPARAMS)
+    config_path = options.hparams or (beside if os.path.exists(beside) else None)
     return Source(
         scheme=FORMAT.name,
         format=TITLE,
-        path=found.prefix,
+        path=index.prefix,
         tensors=bundle_tensors(index),
         config={} if config_path is None else _hparams(config_path),
         config_path=config_path,
-        tokenizer={name: there for name in TOKENIZER_FILES if (there := _beside(folder, name)) is not None},
-        notes=found.notes,
+        tokenizer=find_tokenizer([folder]),
+        notes=located.notes,
     )
 
 
@@ -70,14 +78,6 @@ def _hparams(path: str) -> dict[str, object]:
     if not config:
         raise InputError("hparams.json is empty", path=path, hint="remove it to have the sizes taken from the shapes")
     return config
-
-
-def _beside(folder: str, name: str) -> str | None:
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        return None
-    file_size(path)  # a named pipe must not reach those who read it later
-    return path
 
 
 def _refuse_object_checkpoint(index: Index) -> None:
@@ -94,10 +94,11 @@ def _refuse_object_checkpoint(index: Index) -> None:
         )
 
 
-FORMAT = Format(
+FORMAT: Format[TfCheckpoint | str] = Format(
     name="openai-tf",
     title=TITLE,
-    recognises=looks_like_checkpoint,
-    read=open_openai_tf,
+    locate=locate_checkpoint,
+    find=find_openai,
+    read=read_openai_tf,
     accepts=frozenset({"step", "hparams", "n_head"}),
 )

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.tensors import BFLOAT16, LazyTensor
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import cast, transpose
 from gptconvert.verify.weights import WeightReport, difference
 

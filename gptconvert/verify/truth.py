@@ -23,7 +23,8 @@ import numpy as np
 
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.tensors import BFLOAT16, Array, LazyTensor
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.verify.metrics import Errors
 from gptconvert.verify.packing import Pack, Part
 from gptconvert.verify.probes import Integers, Probe

@@ -139,6 +139,17 @@ def write_rows(prefix: Path, rows: Rows, data: bytes = b"", **how: Any) -> Path:
     return prefix
 
 
+def write_entries(folder: Path, *rows: tuple[bytes, bytes], data: bytes = bytes(64), **head: int) -> str:
+    """A bundle from rows of the index, its header made of ``head``; its prefix."""
+    return str(write_rows(folder / "m", [(b"", header(**head)), *rows], data))
+
+
+def raw_table(block_bytes: bytes, kind: int = 0, times: int = 1) -> bytes:
+    """A table of one block, listed ``times`` times."""
+    address = varint(0) + varint(len(block_bytes))
+    return closed(trailed(block_bytes, kind), [(b"%c" % i, address) for i in range(times)])
+
+
 def snappy(raw: bytes) -> bytes:
     """A simple Snappy compressor: literals, and copies of what stands 1 to 2047 bytes before."""
     out, at, pending = varint(len(raw)), 0, b""

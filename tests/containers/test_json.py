@@ -1,4 +1,4 @@
-"""JSON that two parsers could read differently is refused."""
+"""JSON that two parsers could read differently is refused, and what is written is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptconvert.containers.json import MAX_DEPTH, parse_json
+from gptconvert.containers.json import MAX_DEPTH, dump_json, parse_json
 from gptconvert.errors import InputError
 
 VALUES = st.recursive(
@@ -27,6 +27,20 @@ VALUES = st.recursive(
 @given(value=VALUES, plain=st.booleans())
 def test_reads_what_python_writes(value: Any, plain: bool) -> None:
     assert parse_json(json.dumps(value, ensure_ascii=plain).encode(), "x", "file") == value
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=VALUES)
+def test_read_is_the_inverse_of_write(value: Any) -> None:
+    written = dump_json(value)
+    assert parse_json(written, "x", "file") == value
+    assert written.isascii() and written.endswith(b"\n")
+
+
+def test_objects_are_written_in_one_order() -> None:
+    assert dump_json({"b": [1], "a": "é"}) == b'{\n  "a": "\\u00e9",\n  "b": [\n    1\n  ]\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        dump_json({"a": float("inf")})
 
 
 @pytest.mark.parametrize(

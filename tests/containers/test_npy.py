@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from gptconvert.containers.npy import parse_header, read_npy
 from gptconvert.containers.npz import read_npz
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
-from gptconvert.model.tensors import BFLOAT16, Stored
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.tensors import Stored
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 

@@ -16,8 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptconvert.containers.untrusted import explain_bytes, explain_file, file_size, read_small
-from gptconvert.errors import InputError, UnsafeInputError
+from gptconvert.containers.untrusted import (
+    entries,
+    explain_bytes,
+    explain_file,
+    file_beside,
+    file_size,
+    hub_homes,
+    is_plain_name,
+    is_regular,
+    links_out,
+    no_such_path,
+    read_head,
+    read_small,
+)
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -152,3 +165,128 @@ def test_unreadable_file(unprivileged: None) -> None:
             with pytest.raises(InputError, match="Permission denied"):
                 read(path)
         assert explain_file(path) is None
+
+
+# --- directories and links ----------------------------------------------------------------------------------------
+
+
+def test_entries(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "link").symlink_to("b")
+    for name in ("c", "a"):
+        (tmp_path / name).touch()
+    (tmp_path / "dangling").symlink_to("nothing")
+    assert entries(str(tmp_path)) == ["a", "b", "c", "dangling", "link"]
+    assert entries(str(tmp_path), files_only=True) == ["a", "c", "dangling"]
+    for path in (str(tmp_path / "none"), str(tmp_path / "a"), "nul\0byte"):
+        assert entries(path, quiet=True) == []
+        with pytest.raises(InputError, match="directory cannot be read"):
+            entries(path)
+
+
+def test_names_near_a_missing_path(tmp_path: Path) -> None:
+    (tmp_path / "gpt2-small").mkdir()
+    for path in (tmp_path / "gpt2-smal", tmp_path / "gpt2-smal" / "deeper"):
+        assert f"{tmp_path}/gpt2-small?" in str(no_such_path(str(path)).hint)
+    assert "hub repository" in str(no_such_path(str(tmp_path / "other")).hint)
+    assert "hub repository" in str(no_such_path("nul\0byte").hint)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", "C:a", "/a"])
+def test_paths_are_not_plain_names(name: str) -> None:
+    assert not is_plain_name(name)
+    assert is_plain_name("a.b-c")
+
+
+def test_regular_files_alone_are_regular(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    assert [name for name in entries(str(tmp_path)) if is_regular(str(tmp_path / name))] == ["file", "link"]
+    assert not is_regular("nul\0byte")
+
+
+def test_head(tmp_path: Path) -> None:
+    (tmp_path / "long").write_bytes(bytes(range(256)) * 9)
+    assert read_head(tmp_path / "long") == bytes(range(256)) * 2
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnsafeInputError):
+        read_head(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("target", "inside"),
+    [
+        ("cache/models--x/snapshots/0123/real", True),
+        ("cache/models--x/blobs/real", True),
+        ("cache/blobs/real", True),
+        ("cache/models--y/blobs/real", False),
+        ("cache/models--x/snapshots/4567/real", False),
+        ("cache/models--x/snapshots/01234/real", False),
+    ],
+)
+def test_where_links_of_a_hub_cache_may_lead(tmp_path: Path, target: str, inside: bool) -> None:
+    snapshot = tmp_path / "cache" / "models--x" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).touch()
+    (snapshot / "link").symlink_to(tmp_path / target)
+    assert links_out(str(snapshot / "link"), hub_homes(str(snapshot))) is not inside
+
+
+def test_a_blobs_directory_that_is_itself_a_link_leads_out(tmp_path: Path) -> None:
+    snapshot = tmp_path / "x" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").touch()
+    (tmp_path / "x" / "blobs").symlink_to(tmp_path / "secret")
+    (snapshot / "link").symlink_to("../../blobs/key")
+    assert links_out(str(snapshot / "link"), hub_homes(str(snapshot)))
+
+
+@pytest.mark.parametrize(
+    ("location", "error", "said"),
+    [
+        ("data", None, ""),
+        ("sub/data", None, ""),
+        ("inside", None, ""),
+        ("../data", UnsafeInputError, "leaves the directory"),
+        ("sub/../../data", UnsafeInputError, "leaves the directory"),
+        ("/etc/passwd", UnsafeInputError, "leaves the directory"),
+        ("sub\\data", UnsafeInputError, "leaves the directory"),
+        ("C:data", UnsafeInputError, "leaves the directory"),
+        ("da\0ta", UnsafeInputError, "leaves the directory"),
+        ("outside", UnsafeInputError, "links out of the directory"),
+        ("sub", UnsafeInputError, "not a regular file"),
+        ("pipe", UnsafeInputError, "not a regular file"),
+        ("gone", InputError, "'gone': file is missing"),
+    ],
+)
+def test_files_that_another_file_names(
+    tmp_path: Path, location: str, error: type[GptConvertError] | None, said: str
+) -> None:
+    home = tmp_path / "home"
+    (home / "sub").mkdir(parents=True)
+    for path in (tmp_path / "data", home / "data", home / "sub" / "data", home / "model"):
+        path.touch()
+    (home / "inside").symlink_to("data")
+    (home / "outside").symlink_to("../data")
+    os.mkfifo(home / "pipe")
+    if error is None:
+        assert file_beside(str(home / "model"), location, "data file") == os.path.realpath(home / location)
+    else:
+        with pytest.raises(error, match=said):
+            file_beside(str(home / "model"), location, "data file")
+
+
+def test_files_that_are_links_into_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, store = tmp_path / "home", tmp_path / "store"
+    home.mkdir()
+    store.mkdir()
+    for name in ("model", "data"):
+        (store / name[::-1]).touch()
+        (home / name).symlink_to(store / name[::-1])
+    monkeypatch.chdir(home)
+    for path in ("model", str(home / "model")):
+        assert file_beside(path, "data", "data file") == str(store / "atad")

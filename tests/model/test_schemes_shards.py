@@ -12,6 +12,7 @@ import pytest
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.assembly import assemble, cut, in_order
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.schemes import Drop, Order, Row, Scheme, Tied, Variant, resolve
 from gptconvert.model.shards import (
     COLUMNS,
@@ -27,7 +28,7 @@ from gptconvert.model.shards import (
     merge_parts,
 )
 from gptconvert.model.source import Run, Source
-from gptconvert.model.tensors import BFLOAT16, FileChecksum, LazyTensor, Segment, Stored, TensorSet
+from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet
 from gptconvert.model.transforms import Transpose
 from reference_model.config import GPTConfig
 from tests.helpers import computed_tensors, source_of, stored_tensors

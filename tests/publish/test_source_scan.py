@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.tensors import BFLOAT16, Cast, FileChecksum, LazyTensor, Segment, Stored, TensorSet, Transposed
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.tensors import Cast, FileChecksum, LazyTensor, Segment, Stored, TensorSet, Transposed
 from gptconvert.model.transforms import concatenate, take_rows
 from gptconvert.publish import fileops, source_reader
 from gptconvert.publish.finite import Values, finite, is_float

@@ -23,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptconvert.errors import InputError, OutputError, UnsupportedError
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.export import Placed, PlannedFile, place
-from gptconvert.model.tensors import BFLOAT16, Cast, LazyTensor, Segment, Stored, TensorSet, Transposed, filled
+from gptconvert.model.tensors import Cast, LazyTensor, Segment, Stored, TensorSet, Transposed, filled
 from gptconvert.model.transforms import concatenate, take_rows
 from gptconvert.publish import blocks, fileops, sink, writer
 from gptconvert.publish.source_reader import FileDigest, StoppedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ ORIGINALS = FIXTURES / "originals"
 PLAIN = Options()
 
 
-def opened(path: Path | str, request: Options | None = None, **options: Any) -> Checkpoint:
-    """The checkpoint at a path, its format found out."""
-    return understand(open_source(path, Options(**options)), request or Options())
+def opened(path: Path | str, options: Options = Options(), **more: Any) -> Checkpoint:  # noqa: B008
+    """The checkpoint at a path, its format detected."""
+    options = dataclasses.replace(options, **more)
+    return understand(open_source(path, options), options)
 
 
 def golden(name: str) -> Any:

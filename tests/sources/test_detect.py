@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import struct
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,7 @@ from gptconvert.model.source import Source
 from gptconvert.sources.detect import FORMATS, LOOKALIKES, open_source
 from gptconvert.sources.hf import format as hf
 from tests.helpers import FIXTURES, REAL_GPT2
+from tests.sources.detection import claimants
 
 PLAIN = Options()
 TINY = FIXTURES / "tiny-gpt2"
@@ -32,8 +37,76 @@ def test_directories_are_told_apart(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_exactly_one_format_claims_a_checkpoint(name: str) -> None:
-    claims = [each.name for each in FORMATS if each.recognises(str(TINY / name))]
+    claims = claimants(TINY / name)
     assert claims == [CHECKPOINTS[name]]
+
+
+@pytest.fixture
+def opens(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file is opened, by its name."""
+    counted: Counter[str] = Counter()
+    for module, name in ((os, "open"), (builtins, "open")):
+        real = getattr(module, name)
+
+        def spy(path: Any, *args: Any, real: Callable[..., Any] = real, **kwargs: Any) -> Any:
+            counted[os.path.basename(os.fspath(path))] += 1
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, spy)
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("path", "form", "index"),
+    [
+        ("tiny-gpt2/openai-tf", "openai-tf", "model.ckpt.index"),
+        ("tiny-gpt2/openai-tf/model.ckpt", "openai-tf", "model.ckpt.index"),
+        ("tiny-gpt2/openai-tf-adam", "openai-tf", "model-20.index"),
+        ("originals/mesh-tf", "mesh-tf", "model.ckpt.index"),
+    ],
+)
+def test_a_detected_tensorflow_checkpoint_has_its_index_read_once(
+    path: str, form: str, index: str, opens: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats: Counter[str] = Counter()
+    real = os.stat
+
+    def spy(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        stats[os.path.basename(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else ""] += 1
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", spy)
+    assert open_source(FIXTURES / path, PLAIN).scheme == form
+    assert {name: count for name, count in opens.items() if name.endswith(".index")} == {index: 1}
+    assert stats[index] == 1
+    assert stats.total() <= 15
+
+
+def test_a_step_is_located_with_the_others_left_alone(opens: Counter[str]) -> None:
+    source = open_source(TINY / "openai-tf-adam", Options(step=10))
+    assert source.path.endswith("model-10")
+    assert opens["model-10.index"] == 1
+    assert opens["model-20.index"] == 0
+
+
+@pytest.mark.parametrize("name", ["nanogpt/ckpt.pt", "nanogpt", "nanogpt as x.pt", "megatron"])
+def test_a_pickle_is_parsed_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptconvert.containers import torch as container
+
+    parsed: list[str] = []
+    real = container.load_pickle
+
+    def spy(file: Any, rules: Any, path: str) -> object:
+        parsed.append(path)
+        return real(file, rules, path)
+
+    monkeypatch.setattr(container, "load_pickle", spy)
+    path = FIXTURES / "originals" / name.partition(" ")[0]
+    if name.endswith("x.pt"):
+        (tmp_path / "x.pt").write_bytes((path / "ckpt.pt").read_bytes())
+        path = tmp_path / "x.pt"
+    open_source(path, PLAIN)
+    assert len(parsed) == 1
 
 
 @pytest.mark.parametrize("name", ["hf-bin/pytorch_model.bin", "hf-bare/model.safetensors", "hf-bare/config.json"])
@@ -156,7 +229,7 @@ def test_damaged_files_of_a_format_are_its_own_business(tmp_path: Path, name: st
         (tmp_path / name).mkdir()
     else:
         (tmp_path / name).write_bytes(content)
-    assert [each.name for each in FORMATS if each.recognises(str(tmp_path))] == [form]
+    assert claimants(tmp_path) == [form]
     with pytest.raises(InputError) as caught:
         open_source(tmp_path, PLAIN)
     assert "no checkpoint of a known kind" not in str(caught.value)
@@ -173,9 +246,9 @@ def test_told_by_their_content(tmp_path: Path) -> None:
     for number, (form, content) in enumerate(saved.items()):
         path = tmp_path / f"{number}.pt"
         torch.save(content, path)
-        assert [each.name for each in FORMATS if each.recognises(str(path))] == ([form] if form else [])
+        assert claimants(path) == ([form] if form else [])
     (tmp_path / "model.bin").write_bytes(struct.pack("<3i", 20240326, 3, 1024))
-    assert [each.name for each in FORMATS if each.recognises(str(tmp_path / "model.bin"))] == ["llmc"]
+    assert claimants(tmp_path / "model.bin") == ["llmc"]
 
 
 def test_every_lookalike_is_tested() -> None:

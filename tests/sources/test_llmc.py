@@ -12,8 +12,8 @@ import pytest
 
 from fixtures import foreign
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, UsageError
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
-from gptconvert.model.tensors import BFLOAT16
 from gptconvert.sources import llmc
 from gptconvert.sources.detect import open_source
 from tests.helpers import checkpoint_of

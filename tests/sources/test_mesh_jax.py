@@ -19,9 +19,10 @@ from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, Uns
 from gptconvert.families.gptj import MESH_JAX
 from gptconvert.model import shards
 from gptconvert.model.assembly import in_order
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.schemes import Row, concrete
 from gptconvert.model.shards import FIRST, SUM, Copies, Parts, Sum
-from gptconvert.model.tensors import BFLOAT16, Stored, filled, total
+from gptconvert.model.tensors import Stored, filled, total
 from gptconvert.sources import mesh_jax
 from tests.helpers import examine
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, plant, understood

@@ -13,12 +13,13 @@ import pytest
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
 from gptconvert.families import gpt_neo
 from gptconvert.families.registry import family_named, understand
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
 from gptconvert.model.schemes import Row, write_names
-from gptconvert.model.tensors import BFLOAT16
 from gptconvert.sources import mesh_tf, openai_tf
 from tests.containers import bundle_bytes as made
 from tests.helpers import REAL_GPT2
+from tests.sources.detection import claims
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, understood
 
 FOLDER = ORIGINALS / "mesh-tf"
@@ -54,13 +55,13 @@ def test_names_written_back_are_the_trainers() -> None:
 @pytest.mark.parametrize("inside", ["", "model.ckpt", "model.ckpt.index", "checkpoint"])
 def test_paths(inside: str) -> None:
     path = str(FOLDER / inside) if inside else str(FOLDER)
-    assert mesh_tf.recognises(path)
+    assert claims(mesh_tf.FORMAT, path)
     assert opened(path).scheme == "mesh-tf"
 
 
 def test_what_is_not_ours() -> None:
-    assert not mesh_tf.recognises(str(ORIGINALS.parent / "tiny-gpt2" / "openai-tf"))
-    assert not mesh_tf.recognises(str(ORIGINALS / "gpt1"))
+    assert not claims(mesh_tf.FORMAT, ORIGINALS.parent / "tiny-gpt2" / "openai-tf")
+    assert not claims(mesh_tf.FORMAT, ORIGINALS / "gpt1")
     if REAL_GPT2.exists():
         assert opened(REAL_GPT2).scheme == "openai-tf"
     with pytest.raises(UsageError, match="GPT-Neo"):

@@ -17,6 +17,7 @@ from gptconvert.families.trainers.neox import BIASES
 from gptconvert.model.shards import COLUMNS, FIRST, ROWS, SUM, Parts, Shards, Sum
 from gptconvert.model.tensors import Stored, total
 from gptconvert.sources import neox
+from tests.sources.detection import claims
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, plant, understood
 
 NAMES = ("neox-pipeline", "neox-sequential")
@@ -61,7 +62,7 @@ def test_paths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = ORIGINALS / name / STEPS[name]
     file = next(path for path in sorted(step.iterdir()) if path.suffix == ".pt")
     for path in (ORIGINALS / name, step, file):
-        assert neox.FORMAT.recognises(str(path))
+        assert claims(neox.FORMAT, path)
         assert opened(path).path == str(step)
     monkeypatch.chdir(step)
     assert len(opened(".").tensors) == len(opened(step).tensors)

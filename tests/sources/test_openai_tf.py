@@ -20,6 +20,7 @@ from gptconvert.model.source import Source
 from gptconvert.sources.openai_tf import FORMAT
 from tests.containers import bundle_bytes as made
 from tests.helpers import FIXTURES
+from tests.sources.detection import claims
 
 TINY = FIXTURES / "tiny-gpt2"
 
@@ -70,7 +71,7 @@ def name_of(source: Source) -> str:
 def test_every_form_of_path_opens_the_same_checkpoint(inside: str) -> None:
     folder = TINY / "openai-tf"
     path = str(folder / inside) if inside else str(folder)
-    assert FORMAT.recognises(path)
+    assert claims(FORMAT, path)
     source = opened(path)
     assert (source.scheme, source.path) == ("openai-tf", str(folder / "model.ckpt"))
     assert len(source.tensors) == 28
@@ -86,7 +87,7 @@ def test_paths_relative_to_the_working_directory(monkeypatch: pytest.MonkeyPatch
         source = opened(path)
         assert source.config["n_vocab"] == 97
         assert len(source.tensors) == 28
-        assert FORMAT.recognises(path)
+        assert claims(FORMAT, path)
 
 
 def test_files_list_what_was_and_will_be_read(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_several_without_step(tmp_path: Path) -> None:
         opened(folder)
     assert caught.value.found == "a.ckpt, b.ckpt"
     assert "--step" in (caught.value.hint or "")
-    assert FORMAT.recognises(str(folder))
+    assert claims(FORMAT, folder)
 
 
 def test_parent_of_one_run(tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_parent_of_one_run(tmp_path: Path) -> None:
     checkpoints(tmp_path / "checkpoint" / ".ipynb_checkpoints", "model-1")
     (tmp_path / "checkpoint" / "logs").mkdir()
     parent = tmp_path / "checkpoint"
-    assert FORMAT.recognises(str(parent))
+    assert claims(FORMAT, parent)
     source = opened(parent)
     assert source.path == str(parent / "run1" / "model-9")
     assert source.notes[0] == "the only run in the directory was read: run1"
@@ -309,7 +310,7 @@ def test_version_1_checkpoint(tf: Any, tmp_path: Path) -> None:
     shard = tmp_path.parent / "sharded" / "model.ckpt-5"
     os.rename(shard, f"{shard}-00000-of-00001")
     for given_path in (path, tmp_path, shard):
-        assert given_path == shard or FORMAT.recognises(str(given_path))
+        assert given_path == shard or claims(FORMAT, given_path)
         with pytest.raises(UnsupportedError, match="version 1"):
             opened(given_path)
 
@@ -319,7 +320,7 @@ def test_saved_model(tf: Any, tmp_path: Path) -> None:
     module.w = tf.Variable([1.0])
     tf.saved_model.save(module, str(tmp_path / "saved"))
     for path in (tmp_path / "saved", tmp_path / "saved" / "saved_model.pb"):
-        assert FORMAT.recognises(str(path))
+        assert claims(FORMAT, path)
         with pytest.raises(UnsupportedError, match="SavedModel"):
             opened(path)
     with pytest.raises(UnsupportedError, match="object checkpoint"):
@@ -390,8 +391,8 @@ def test_special_files_are_refused_unopened(tmp_path: Path, name: str, make: str
     folder = copied(tmp_path)
     (folder / name).unlink(missing_ok=True)
     SPECIAL[make](str(folder / name))
-    FORMAT.recognises(str(folder))
-    FORMAT.recognises(str(folder / name))
+    claims(FORMAT, folder)
+    claims(FORMAT, folder / name)
     with pytest.raises(UnsafeInputError):
         opened(folder)
     if name == "checkpoint":
@@ -402,7 +403,7 @@ def test_special_files_are_refused_unopened(tmp_path: Path, name: str, make: str
 @pytest.mark.parametrize("make", SPECIAL)
 def test_special_file_as_the_path_itself(tmp_path: Path, make: str) -> None:
     SPECIAL[make](str(tmp_path / "model.ckpt"))
-    assert not FORMAT.recognises(str(tmp_path / "model.ckpt"))
+    assert not claims(FORMAT, tmp_path / "model.ckpt")
     with pytest.raises(UnsafeInputError, match="not a regular file"):
         opened(tmp_path / "model.ckpt")
 
@@ -428,39 +429,39 @@ def test_unreadable_directory() -> None:
 
 @pytest.mark.parametrize("folder", ["hf-bin", "hf-safetensors", "hf-safetensors-sharded", "hf-bin-sharded"])
 def test_other_formats_are_not_claimed(folder: str) -> None:
-    assert not FORMAT.recognises(str(TINY / folder))
+    assert not claims(FORMAT, TINY / folder)
     for path in (TINY / folder).iterdir():
-        assert not FORMAT.recognises(str(path))
+        assert not claims(FORMAT, path)
 
 
 def test_a_checkpoint_file_of_another_program_is_not_claimed(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").write_bytes(b"\x82\xa4step\x01")  # Flax writes MessagePack under that name
-    assert not FORMAT.recognises(str(tmp_path))
-    assert not FORMAT.recognises(str(tmp_path / "checkpoint"))
+    assert not claims(FORMAT, tmp_path)
+    assert not claims(FORMAT, tmp_path / "checkpoint")
     (tmp_path / "checkpoint").write_text(says("model-1"))
-    assert FORMAT.recognises(str(tmp_path))
+    assert claims(FORMAT, tmp_path)
     (tmp_path / "checkpoint").rename(tmp_path / "renamed")
-    assert FORMAT.recognises(str(tmp_path / "renamed"))
+    assert claims(FORMAT, tmp_path / "renamed")
 
 
 def test_gpt1_is_left_to_its_own_reader(tmp_path: Path) -> None:
     for name in ("params_0.npy", "params_shapes.json", "encoder_bpe_40000.json"):
         (tmp_path / name).write_bytes(b"")
-    assert not FORMAT.recognises(str(tmp_path))
-    assert not FORMAT.recognises(str(tmp_path / "params_0.npy"))
+    assert not claims(FORMAT, tmp_path)
+    assert not claims(FORMAT, tmp_path / "params_0.npy")
 
 
 def test_a_file_named_index_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".index").write_bytes(b"")
-    assert not FORMAT.recognises(str(tmp_path))
+    assert not claims(FORMAT, tmp_path)
     with pytest.raises(InputError, match="no TensorFlow checkpoint"):
         opened(tmp_path)
 
 
 def test_what_is_not_there_is_not_claimed(tmp_path: Path) -> None:
     for name in ("", "gpt2", "openai/gpt2", "model.ckpt.index", "model.meta", "checkpoint", "nul\0byte"):
-        assert not FORMAT.recognises(str(tmp_path / name) if name else str(tmp_path))
-        assert not FORMAT.recognises(name)
+        assert not claims(FORMAT, tmp_path / name if name else tmp_path)
+        assert not claims(FORMAT, name)
 
 
 @given(st.binary(max_size=120).map(lambda tail: b"model_checkpoint_path: " + tail) | st.binary(max_size=80))

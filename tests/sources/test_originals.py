@@ -9,8 +9,8 @@ import pytest
 
 from gptconvert.model.options import Options
 from gptconvert.pipeline import open_checkpoint
-from gptconvert.sources.detect import FORMATS
 from tests.commands import command
+from tests.sources.detection import claimants
 from tests.sources.foreign import same_weights
 from tests.sources.originals import ORIGINALS
 
@@ -27,7 +27,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_formats_are_told_apart(name: str) -> None:
-    first = next(each.name for each in FORMATS if each.recognises(str(ORIGINALS / name)))
+    first = claimants(ORIGINALS / name)[0]
     assert first == {"gpt1": "openai-gpt1"}.get(name, COMMANDS[name][0])
 
 

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from gptconvert.errors import UnsupportedError, UsageError
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
-from gptconvert.model.tensors import BFLOAT16
 from gptconvert.model.transforms import cast
 from gptconvert.targets.foreign import find_candidates
 from gptconvert.targets.verification import verify

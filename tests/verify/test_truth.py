@@ -11,7 +11,7 @@ import pytest
 
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.tensors import BFLOAT16
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.transforms import cast
 from gptconvert.verify import truth as truth_module
 from gptconvert.verify.probes import Probe, make_probes

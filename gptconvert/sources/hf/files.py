@@ -15,16 +15,6 @@ from gptconvert.sources.hf import flax as flax_msgpack
 from gptconvert.sources.hf import keras as keras_h5
 
 CONFIG = "config.json"
-#: Carried along when present.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,11 @@ transformers 4 turned Flax's names and layout into PyTorch's.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TypeVar
 
-from gptconvert.containers.msgpack import Value, Walker
-from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.containers.msgpack import Value, read_msgpack
 from gptconvert.errors import InputError
 from gptconvert.model.tensors import LazyTensor, Stored, TensorSet, merge_segments
 from gptconvert.model.transforms import transpose
@@ -35,12 +32,7 @@ def read_flax(path: str) -> TensorSet:
         UnsafeInputError: it is nested without end, or holds arrays of Python objects.
         UnsupportedError: element types that are not read.
     """
-    file_size(path)
-    with _mapped(path) as data:
-        walker = Walker(data, path)
-        tree = walker.value(0)
-        if walker.at != len(data):
-            raise walker.wrong(f"{len(data) - walker.at} bytes follow the end of the data")
+    tree = read_msgpack(path)
     if not isinstance(tree, dict):
         raise InputError("not a map of parameters", path=path, found=type(tree).__name__)
     inner = tree.get("params")
@@ -55,7 +47,7 @@ def read_flax(path: str) -> TensorSet:
             others.append("/".join(parts))
     if not tensors:
         raise InputError("file holds no arrays by name", path=path, expected="Flax parameters")
-    left = f"{os.path.basename(path)}: entries that are no parameters are left out: {', '.join(others[:5])}"
+    left = f"{os.path.basename(path)}: entries that are not parameters are left out: {', '.join(others[:5])}"
     return TensorSet(tensors, (path,), (left,) if others else ())
 
 
@@ -75,18 +67,6 @@ def index_name(given: str) -> str:
     """The name under which :func:`read_flax` gives the array that a shard index calls ``given`` (``a/b/kernel``)."""
     *path, leaf = given.split("/")
     return ".".join((*path, LEAVES.get(leaf, leaf)))
-
-
-@contextmanager
-def _mapped(path: str) -> Iterator[mmap.mmap]:
-    explained = explain_file(path)
-    if explained is not None:
-        raise InputError(f"this file {explained}", path=path, expected="Flax parameters (msgpack)")
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
 
 
 def _leaves(tree: Mapping[str, Value], before: tuple[str, ...], path: str) -> Iterator[tuple[tuple[str, ...], Value]]:
@@ -124,7 +104,7 @@ def _joined(pieces: Mapping[str, Value], name: str, path: str) -> LazyTensor:
 
 
 def _numbered(value: Value, kind: type[T]) -> list[T] | None:
-    """The values of a map whose keys are "0", "1", … without a gap, in order; None: it is no such map."""
+    """The values of a map whose keys are "0", "1", … without a gap, in order; None: it is not such a map."""
     if not isinstance(value, dict) or not all(str(i) in value for i in range(len(value))):
         return None
     ordered = [value[str(i)] for i in range(len(value))]

@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 
 from gptconvert.containers.json import read_json_object
-from gptconvert.containers.missing import no_such_path
-from gptconvert.containers.untrusted import file_size, read_small
+from gptconvert.containers.untrusted import entries, file_size, no_such_path, read_small
 from gptconvert.errors import InputError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import TensorSet
 from gptconvert.sources import hub
-from gptconvert.sources.format import Format
+from gptconvert.sources.format import path_format
 from gptconvert.sources.hf.files import (
     CONFIG,
     KINDS,
-    TOKENIZER_FILES,
     Weights,
     choose_weights,
     unsupported_kind,
     weights_named,
 )
 from gptconvert.sources.hf.shards import read_sharded
+from gptconvert.sources.tokenizer_files import HUGGING_FACE, find_tokenizer
 
 #: Most bytes of a config.json.
 MAX_CONFIG = 16 << 20
@@ -39,7 +38,7 @@ def open_hf(path: str, options: Options) -> Source:
     Raises:
         InputError: files missing, damaged or inconsistent; the repository cannot be had.
         UnsupportedError: weights of a kind that is not read.
-        UnsafeInputError: files that run code, leave the directory or are no regular files.
+        UnsafeInputError: files that run code, leave the directory or are not regular files.
     """
     if os.path.lexists(path):
         if options.revision is not None:
@@ -66,7 +65,7 @@ def open_hf(path: str, options: Options) -> Source:
 
 def _open_local(path: str, options: Options) -> Source:
     directory, wanted = _split(path, options.weights_file)
-    names = list_files(directory)
+    names = entries(directory, files_only=True)
     config_path = options.hparams or os.path.join(directory, CONFIG)
     if options.hparams is None and CONFIG not in names:
         raise _no_config(directory, names)
@@ -79,16 +78,9 @@ def _open_local(path: str, options: Options) -> Source:
         tensors=_read(os.path.join(directory, weights.name), weights),
         config=config,
         config_path=config_path,
-        tokenizer=_tokenizer(directory, names),
+        tokenizer=find_tokenizer([directory], HUGGING_FACE),
         notes=tuple(notes),
     )
-
-
-def _tokenizer(directory: str, names: list[str]) -> dict[str, str]:
-    paths = {name: os.path.join(directory, name) for name in TOKENIZER_FILES if name in names}
-    for path in paths.values():
-        file_size(path)  # a named pipe must not reach those who read it later
-    return paths
 
 
 def _split(path: str, weights_file: str | None) -> tuple[str, str | None]:
@@ -109,19 +101,6 @@ def _split(path: str, weights_file: str | None) -> tuple[str, str | None]:
     return directory or ".", name
 
 
-def list_files(directory: str) -> list[str]:
-    """Names in ``directory`` that are not directories, sorted.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if not entry.is_dir())
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path=directory) from error
-
-
 def _read(path: str, weights: Weights) -> TensorSet:
     kind = weights.kind
     return read_sharded(path, kind.read, kind.index_name) if weights.sharded else kind.read(path)
@@ -137,10 +116,7 @@ def _no_config(directory: str, names: list[str]) -> InputError:
 def recognises(path: str) -> bool:
     """Whether a local path looks like a Hugging Face checkpoint."""
     if os.path.isdir(path):
-        try:
-            names = list_files(path)
-        except InputError:
-            return False
+        names = entries(path, files_only=True, quiet=True)
         standard = {name for kind in KINDS for name in (kind.default, kind.index)}
         return bool(standard.intersection(names)) or (
             CONFIG in names and (_names_model_type(os.path.join(path, CONFIG)) or any(map(unsupported_kind, names)))
@@ -159,7 +135,7 @@ def _names_model_type(path: str) -> bool:
         return False
 
 
-FORMAT = Format(
+FORMAT = path_format(
     name="hf",
     title="Hugging Face transformers (safetensors, .bin, tf_model.h5, flax_model.msgpack; directory or hub)",
     recognises=recognises,

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: ``model.safetensors.index.json`` says in which file each tensor lies.
+"""Sharded checkpoints: ``model.safetensors.index.json`` says which file holds each tensor.
 
 The index comes from outside and names files, so each name must be that of a regular file in the index's own
 directory; what each file really holds must then match the index, tensor by tensor.
@@ -7,10 +7,10 @@ directory; what each file really holds must then match the index, tensor by tens
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 
 from gptconvert.containers.json import kind, read_json_object
+from gptconvert.containers.untrusted import hub_homes, is_plain_name, is_regular, links_out
 from gptconvert.errors import InputError, UnsafeInputError
 from gptconvert.model.tensors import FileChecksum, LazyTensor, TensorSet
 
@@ -31,7 +31,7 @@ def read_sharded(
 
     Raises:
         InputError: the index is malformed, shards are missing, or they do not hold what the index says.
-        UnsafeInputError: a shard lies outside the directory or is no regular file.
+        UnsafeInputError: a shard is outside the directory or is not a regular file.
     """
     index = os.fspath(index)
     weight_map = {rename(name): shard for name, shard in read_weight_map(index).items()}
@@ -45,7 +45,7 @@ def read_sharded(
 
 
 def read_weight_map(index: str) -> dict[str, str]:
-    """Tensor name → shard file name, checked to be names of files and no paths.
+    """Tensor name → shard file name, checked to be names of files, not paths.
 
     Raises:
         InputError: too large, not JSON, no usable ``weight_map``.
@@ -60,7 +60,7 @@ def read_weight_map(index: str) -> dict[str, str]:
     if wrong:
         listed = _some(wrong)
         raise InputError("weight_map values must be file names", path=index, expected="strings", found=f"at {listed}")
-    unsafe = [shard for shard in dict.fromkeys(value.values()) if not _is_plain_name(shard)]
+    unsafe = [shard for shard in dict.fromkeys(value.values()) if not is_plain_name(shard)]
     if unsafe:
         raise UnsafeInputError(
             f"refused shard paths: {_some(unsafe)}", path=index, expected="names of files beside the index"
@@ -73,7 +73,7 @@ def shard_paths(index: str, weight_map: Mapping[str, str]) -> dict[str, str]:
 
     Raises:
         InputError: shards are missing; all of them are listed.
-        UnsafeInputError: shards are no regular files, or links that leave the directory.
+        UnsafeInputError: shards are not regular files, or links that leave the directory.
     """
     directory = os.path.dirname(index)
     paths = {name: os.path.join(directory, name) for name in sorted(set(weight_map.values()))}
@@ -84,41 +84,14 @@ def shard_paths(index: str, weight_map: Mapping[str, str]) -> dict[str, str]:
             path=index,
             hint="copy or download them into the same directory",
         )
-    links = [f"{name} → {os.readlink(path)}" for name, path in paths.items() if _escapes(path)]
+    homes = hub_homes(directory)
+    links = [f"{name} → {os.readlink(path)}" for name, path in paths.items() if links_out(path, homes)]
     if links:
         raise UnsafeInputError(f"refused shard links that leave the directory: {_some(links)}", path=index)
-    strange = [name for name, path in paths.items() if not _is_regular(path)]
+    strange = [name for name, path in paths.items() if not is_regular(path)]
     if strange:
-        raise UnsafeInputError(f"shards that are no regular files: {_some(strange)}", path=index)
+        raise UnsafeInputError(f"shards that are not regular files: {_some(strange)}", path=index)
     return paths
-
-
-def _is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and name[1:2] != ":"
-
-
-def _escapes(path: str) -> bool:
-    """Whether ``path`` is a link out of its directory.
-
-    A hub cache's links are at home: ``CACHE/REPO/snapshots/COMMIT/FILE`` → ``CACHE/REPO/blobs/…``, which may itself
-    be a link into ``CACHE/blobs/…``, the store that repositories share.
-    """
-    if not os.path.islink(path):
-        return False
-    home = os.path.realpath(os.path.dirname(path))
-    allowed, snapshots = [home], os.path.dirname(home)
-    if os.path.basename(snapshots) == "snapshots":
-        repo = os.path.dirname(snapshots)
-        allowed += [os.path.join(repo, "blobs"), os.path.join(os.path.dirname(repo), "blobs")]
-    target = os.path.realpath(path)
-    return not any(os.path.commonpath([place, target]) == place for place in allowed)
-
-
-def _is_regular(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:  # a link to nothing
-        return False
 
 
 def _check_contents(index: str, weight_map: Mapping[str, str], shards: Mapping[str, TensorSet]) -> None:

@@ -6,14 +6,13 @@ onnxruntime is given a file only after every external tensor is known to lie ins
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
+from gptconvert.containers.untrusted import file_beside, file_size
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
 
@@ -66,7 +65,7 @@ def open_onnx(path: str) -> OnnxFile:
     """
     import onnx
 
-    _require_file(path)
+    file_size(path)
     try:
         model = onnx.load_model(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no stable home
@@ -129,8 +128,12 @@ def _locate(model_path: str, tensor: Any) -> Segment:
     offset, length = int(numbers["offset"]), int(numbers["length"])
     if length != nbytes:
         raise InputError(f"external data has {length} bytes, the tensor's type and shape need {nbytes}", item=name)
-    path = _inside(model_path, entries["location"], name)
-    size = os.stat(path).st_size
+    try:
+        path = file_beside(model_path, entries["location"], "external data location")
+        size = file_size(path)
+    except GptConvertError as error:
+        error.item = name
+        raise
     if offset + length > size:
         raise InputError(
             f"external data is truncated: bytes {offset} to {offset + length} of {entries['location']}, "
@@ -145,35 +148,6 @@ def _require_filled(tensor: Any) -> None:
     expected, found = _nbytes(tensor), len(tensor.raw_data)
     if expected != found:
         raise InputError(f"data does not fill its shape: {found} bytes, {expected} are needed", item=tensor.name)
-
-
-def _inside(model_path: str, location: str, tensor: str) -> str:
-    """The path of a data file beside the model, links resolved.
-
-    A link is followed only where the model is itself a link into the same directory: that is how the Hugging Face
-    cache stores both.
-    """
-    parts = location.replace("\\", "/").split("/")
-    if os.path.isabs(location) or "\\" in location or ":" in parts[0] or ".." in parts or "\0" in location:
-        raise UnsafeInputError(f"external data location {location!r} leaves the model's directory", item=tensor)
-    path = os.path.join(os.path.dirname(model_path), location)
-    _require_file(path, tensor)
-    real, home = os.path.realpath(path), os.path.realpath(os.path.dirname(model_path) or ".")
-    homes = (home, os.path.dirname(os.path.realpath(model_path)))
-    if not any(os.path.commonpath([real, h]) == h for h in homes):
-        raise UnsafeInputError(f"external data location {location!r} links out of the model's directory", item=tensor)
-    return real
-
-
-def _require_file(path: str, tensor: str | None = None) -> None:
-    """Raises unless ``path`` is a regular file: a pipe would hang, a device never end."""
-    name = os.path.basename(path)
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        raise InputError(f"{name} cannot be read ({error.strerror})", path=path, item=tensor) from error
-    if not stat.S_ISREG(mode):
-        raise UnsafeInputError(f"{name} is not a regular file", path=path, item=tensor)
 
 
 def _dtype(tensor: Any) -> np.dtype[np.generic]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from gptconvert import __version__
-from gptconvert.containers.varint import varint
+from gptconvert.containers.protobuf import varint
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import encoded

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.model.tensors import BFLOAT16, Array, LazyTensor
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.verify.runners import Feeds, Outputs, RunError, one_line
 from reference_model.config import INPUTS, OUTPUTS, GPTConfig

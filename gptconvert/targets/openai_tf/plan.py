@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from gptconvert.containers.tf_index_writer import DATA_TYPES, Entry, bundle_index
+from gptconvert.containers.tf_index import DATA_TYPES, Entry, index_bytes
 from gptconvert.errors import UnsupportedError
 from gptconvert.families.registry import family_named
 from gptconvert.model.assembly import in_order
@@ -106,16 +106,17 @@ def _index_of(placed: tuple[Placed, ...]) -> Finish:
     """The index file, once the checksums are known; they take the same room whatever they are."""
 
     def finish(crc32c: Callable[[Placed], int], stop: threading.Event) -> bytes:
-        return bundle_index(
-            Entry(
-                name=p.name,
-                data_type=DATA_TYPES[p.tensor.dtype.newbyteorder("=")],
-                shape=p.tensor.shape,
-                offset=p.offset,
-                nbytes=p.tensor.nbytes,
-                crc32c=crc32c(p),
-            )
-            for p in placed
+        return index_bytes(
+            {
+                p.name: Entry(
+                    data_type=DATA_TYPES[p.tensor.dtype.newbyteorder("=")],
+                    shape=p.tensor.shape,
+                    offset=p.offset,
+                    nbytes=p.tensor.nbytes,
+                    crc32c=crc32c(p),
+                )
+                for p in placed
+            }
         )
 
     return finish

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from gptconvert.model.options import Level, Options
 from gptconvert.model.progress import Stage
 from gptconvert.sources import openai_gpt1, openai_tf
+from gptconvert.sources.format import Format
 from gptconvert.targets.openai_tf.plan import NAME
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.read_back import compare_checkpoints
@@ -14,7 +17,11 @@ from gptconvert.verify.report import ArtifactReport
 from gptconvert.verify.weights import WeightReport
 
 #: A file that every such folder has → how the folder is read.
-FORMATS = {"params_shapes.json": openai_gpt1.FORMAT, "hparams.json": openai_tf.FORMAT, "checkpoint": openai_tf.FORMAT}
+FORMATS: Mapping[str, Format[Any]] = {
+    "params_shapes.json": openai_gpt1.FORMAT,
+    "hparams.json": openai_tf.FORMAT,
+    "checkpoint": openai_tf.FORMAT,
+}
 
 
 def is_openai_folder(path: str) -> bool:

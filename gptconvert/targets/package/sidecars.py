@@ -13,8 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gptconvert.containers.json import read_json_object
-from gptconvert.containers.json_text import dump_json
+from gptconvert.containers.json import dump_json, read_json_object
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, PlannedFile

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptconvert.containers.json import parse_json, read_json_object
-from gptconvert.containers.json_text import dump_json
+from gptconvert.containers.json import dump_json, parse_json, read_json_object
 from gptconvert.containers.untrusted import read_small
 from gptconvert.errors import InputError
 from gptconvert.families.registry import family_named

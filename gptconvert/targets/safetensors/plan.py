@@ -1,43 +1,30 @@
-"""Safetensors in the Hugging Face layout: the file ``safetensors.torch.save_file`` would write, planned, not saved.
+"""Safetensors in the Hugging Face layout: the files that transformers' ``save_pretrained`` would write.
 
-Format (github.com/huggingface/safetensors): a little-endian uint64 with the header's length, the header in compact
-JSON padded with spaces to a multiple of 8, then the tensors without gaps. The library orders tensors by descending
-dtype (the order of its ``Dtype`` enum, roughly the width) and then by name. ``{"format": "pt"}`` is the only
-metadata: with two keys or more the library itself writes them in random order, and transformers wants this one.
+``{"format": "pt"}`` is the only metadata: transformers requires it, and the library writes several keys in random
+order.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-
-from gptconvert.containers.json_text import dump_json
+from gptconvert.containers.json import dump_json
+from gptconvert.containers.safetensors import header_bytes
 from gptconvert.errors import UnsupportedError
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.encodings import encoded
 from gptconvert.model.export import Export, PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.schemes import Scheme, expand, write_names
-from gptconvert.model.tensors import BFLOAT16, LazyTensor
+from gptconvert.model.tensors import LazyTensor
 from reference_model.config import GPTConfig
 
 NAME = "safetensors"
 FILE_PATTERN = "model{suffix}.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
-
-#: The format's name of each dtype a weight may have, in the order in which the library lays tensors out.
-DTYPES: Mapping[np.dtype[np.generic], str] = {
-    np.dtype(np.float64): "F64",
-    np.dtype(np.float32): "F32",
-    BFLOAT16: "BF16",
-    np.dtype(np.float16): "F16",
-}
-_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
@@ -76,31 +63,24 @@ def safetensors_file(path: str, tensors: Iterable[tuple[str, LazyTensor, str | N
     Raises:
         UnsupportedError: a dtype that is not a float.
     """
-    ordered = sorted(tensors, key=lambda entry: (_RANK[_native(entry[1], entry[0])], entry[0]))
-    described, offset = {}, 0
-    for name, tensor, _ in ordered:
-        kind, end = DTYPES[_native(tensor, name)], offset + tensor.nbytes
-        described[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    entries = {"__metadata__": METADATA, **described}
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    placed, nbytes = place(ordered, len(head), alignment=1)
+    entries = list(tensors)
+    by_name = {name: tensor for name, tensor, _ in entries}
+    weights = {name: weight for name, _, weight in entries}
+    _refuse_integers(by_name)
+    head, ordered = header_bytes(by_name, METADATA)
+    placed, nbytes = place(((name, by_name[name], weights[name]) for name in ordered), len(head), alignment=1)
     return PlannedFile(path, nbytes, head, placed)
 
 
-def _native(tensor: LazyTensor, name: str) -> np.dtype[np.generic]:
-    """The dtype in this machine's byte order, in which every tensor is handed out."""
-    dtype = tensor.dtype.newbyteorder("=")
-    if dtype not in DTYPES:
-        raise UnsupportedError(
-            "weights of this type have no place in a safetensors file",
-            item=name,
-            expected=", ".join(str(known) for known in DTYPES),
-            found=dtype,
-        )
-    return dtype
+def _refuse_integers(tensors: Mapping[str, LazyTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype.newbyteorder("=") not in FLOATS:
+            raise UnsupportedError(
+                "weights of this type are not written",
+                item=name,
+                expected=f"one of {', '.join(map(str, FLOATS))}",
+                found=tensor.dtype.newbyteorder("="),
+            )
 
 
 def _canonical_names(scheme: Scheme, config: GPTConfig, bare: bool) -> dict[str, str]:

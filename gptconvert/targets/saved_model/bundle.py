@@ -4,19 +4,17 @@ The first data file holds the weights and nothing else, in sorted order of their
 of 64 bytes (TensorFlow reads them at any offset): it can be written before TensorFlow has said a word, and is
 OpenAI's own data file byte for byte where that is the source. The second holds the object graph, in which TensorFlow
 looks for the variables.
-Format of strings: tensorflow/core/util/tensor_bundle/tensor_bundle.cc, ``WriteStringTensor``.
 """
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from gptconvert.containers.tf_index_writer import DATA_TYPES, DT_STRING, Entry, bundle_index, masked
-from gptconvert.containers.varint import varint
+from gptconvert.containers.tf_bundle import string_scalar
+from gptconvert.containers.tf_index import DATA_TYPES, DT_STRING, Entry, index_bytes
 from gptconvert.model.export import Placed, PlannedFile, place
 from gptconvert.model.tensors import LazyTensor
 
@@ -64,8 +62,9 @@ def plan_bundle(
     def index(crc32c: Callable[[Placed], int], stop: threading.Event) -> bytes:
         named = graph(stop)
         text, checksum = string_scalar(named.object_graph)
-        last = Entry(OBJECT_GRAPH_KEY, DT_STRING, (), 0, len(text), checksum, shard=1)
-        return bundle_index([last, *(_entry(named.keys[p.name], p, crc32c(p)) for p in placed)], shards=2)
+        entries = {named.keys[p.name]: _entry(p, crc32c(p)) for p in placed}
+        entries[OBJECT_GRAPH_KEY] = Entry(DT_STRING, (), 0, len(text), checksum, shard=1)
+        return index_bytes(entries, shards=2)
 
     return (
         PlannedFile(f"{directory}/{WEIGHTS}", size, tensors=placed),
@@ -74,19 +73,6 @@ def plan_bundle(
     )
 
 
-def _entry(key: str, placed: Placed, crc32c: int) -> Entry:
+def _entry(placed: Placed, crc32c: int) -> Entry:
     tensor = placed.tensor
-    return Entry(key, DATA_TYPES[tensor.dtype], tensor.shape, placed.offset, tensor.nbytes, crc32c)
-
-
-def string_scalar(content: bytes) -> tuple[bytes, int]:
-    """A scalar string tensor as it lies in a data file, and its CRC32C.
-
-    In the file: length as varint, checksum of the length, content. The checksums take the length as four bytes.
-    """
-    import google_crc32c
-
-    length = struct.pack("<I", len(content))
-    guard = struct.pack("<I", masked(google_crc32c.value(length)))
-    checksum: int = google_crc32c.value(length + guard + content)
-    return varint(len(content)) + guard + content, checksum
+    return Entry(DATA_TYPES[tensor.dtype], tensor.shape, placed.offset, tensor.nbytes, crc32c)

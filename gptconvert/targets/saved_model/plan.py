@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptconvert.containers.tf_index_writer import DATA_TYPES
+from gptconvert.containers.tf_index import DATA_TYPES
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import encoded

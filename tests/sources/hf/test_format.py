@@ -14,9 +14,11 @@ import pytest
 
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.options import Options
-from gptconvert.sources.hf.files import KINDS, TOKENIZER_FILES, choose_weights
+from gptconvert.sources.hf.files import KINDS, choose_weights
 from gptconvert.sources.hf.format import FORMAT, open_hf
+from gptconvert.sources.tokenizer_files import HUGGING_FACE
 from tests.helpers import FIXTURES, tiny_gpt2
+from tests.sources.detection import claims
 
 PLAIN = Options()
 
@@ -45,7 +47,7 @@ def first(path: str | Path, options: Options = PLAIN) -> float:
 
 
 def test_directory(checkpoint: Path) -> None:
-    for name in TOKENIZER_FILES:
+    for name in HUGGING_FACE:
         (checkpoint / name).write_text("{}")
     (checkpoint / "README.md").write_text("# ours")
     source = open_hf(str(checkpoint), PLAIN)
@@ -53,10 +55,10 @@ def test_directory(checkpoint: Path) -> None:
     assert (source.scheme, source.format) == ("hf", "Hugging Face, safetensors")
     assert source.config == raw
     assert source.config_path == str(checkpoint / "config.json")
-    assert source.tokenizer == {name: str(checkpoint / name) for name in TOKENIZER_FILES}
+    assert source.tokenizer == {name: str(checkpoint / name) for name in HUGGING_FACE}
     assert set(source.tensors) == set(arrays)
     assert (source.notes, source.repo, source.revision) == ((), None, None)
-    assert set(source.files) == {str(checkpoint / n) for n in ("config.json", "model.safetensors", *TOKENIZER_FILES)}
+    assert set(source.files) == {str(checkpoint / n) for n in ("config.json", "model.safetensors", *HUGGING_FACE)}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_fixtures_are_the_same_model(name: str) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "."])
 def test_file_inside_the_directory(checkpoint: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint)
-    assert FORMAT.recognises(name)
+    assert claims(FORMAT, name)
     assert len(open_hf(name, PLAIN).tensors) == len(tiny_gpt2()[1])
 
 
@@ -139,7 +141,7 @@ def test_other_name_for_the_weights(checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", ["rust_model.ot", "model-q4.gguf", "decoder.onnx"])
 def test_only_weights_of_another_kind(checkpoint: Path, name: str) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / name)
-    assert FORMAT.recognises(str(checkpoint))
+    assert claims(FORMAT, checkpoint)
     with pytest.raises(UnsupportedError, match=name):
         open_hf(str(checkpoint), PLAIN)
 
@@ -271,7 +273,7 @@ def test_unknown_path(tmp_path: Path) -> None:
 def test_recognises_directories(tmp_path: Path, files: dict[str, str], expected: bool) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    assert FORMAT.recognises(str(tmp_path)) is expected
+    assert claims(FORMAT, tmp_path) is expected
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_recognises_files(tmp_path: Path, name: str, config: bool, expected: boo
     (tmp_path / name).write_bytes(b"x")
     if config:
         (tmp_path / "config.json").write_text("{}")
-    assert FORMAT.recognises(str(tmp_path / name)) is expected
+    assert claims(FORMAT, tmp_path / name) is expected
 
 
 def test_opening_reads_headers_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ CASES: list[tuple[str, Callable[[Any], None], type[GptConvertError], str]] = [
     ("absolute", put("location", "/etc/passwd"), UnsafeInputError, "leaves"),
     ("drive", put("location", "C:secret"), UnsafeInputError, "leaves"),
     ("directory", put("location", "."), UnsafeInputError, "not a regular file"),
-    ("missing", put("location", "gone"), InputError, "cannot be read"),
+    ("missing", put("location", "gone"), InputError, "is missing"),
     ("no location", drop_location, InputError, "lack location"),
     ("beyond the end", put("offset", "99999999"), InputError, "truncated"),
     ("negative", put("offset", "-64"), InputError, "no number"),

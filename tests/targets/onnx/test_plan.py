@@ -15,8 +15,8 @@ import pytest
 
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import OPSETS, Options
-from gptconvert.model.tensors import BFLOAT16
 from gptconvert.model.transforms import cast
 from gptconvert.targets.onnx.plan import IR_VERSION, plan
 from gptconvert.targets.onnx.target import TARGET

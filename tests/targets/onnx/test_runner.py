@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptconvert.model.tensors import BFLOAT16
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.transforms import cast
 from gptconvert.targets.onnx import runner as onnx_runner
 from gptconvert.targets.onnx.file import open_onnx

@@ -11,8 +11,8 @@ import pytest
 
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
-from gptconvert.model.tensors import BFLOAT16
 from gptconvert.model.transforms import cast, transpose
 from gptconvert.publish.source_reader import StoppedError
 from gptconvert.targets.onnx.file import open_onnx

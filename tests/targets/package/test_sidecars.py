@@ -11,12 +11,12 @@ import onnx
 import pytest
 import transformers
 
-from gptconvert.containers.json_text import dump_json
+from gptconvert.containers.json import dump_json
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.options import Options
-from gptconvert.model.tensors import BFLOAT16
 from gptconvert.targets.onnx.plan import plan
 from gptconvert.targets.package.sidecars import sidecar_files, with_special_ids
 from gptconvert.targets.package.tokenizer import tokenizer_files

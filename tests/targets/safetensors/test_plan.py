@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gptconvert.errors import UnsupportedError
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.export import PlannedFile
 from gptconvert.model.options import Options
-from gptconvert.model.tensors import BFLOAT16
 from gptconvert.targets.package.sidecars import sidecar_files
 from gptconvert.targets.safetensors.plan import INDEX_FILE, safetensors_file
 from gptconvert.targets.safetensors.target import TARGET

@@ -9,39 +9,11 @@ import numpy as np
 import pytest
 
 from gptconvert.containers.tf_bundle import read_bundle
-from gptconvert.containers.tf_index import read_index
-from gptconvert.containers.tf_index_writer import Entry, bundle_index
-from gptconvert.model.tensors import BFLOAT16
-from gptconvert.targets.saved_model.bundle import OBJECT_GRAPH_KEY, plan_bundle, string_scalar
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.targets.saved_model.bundle import OBJECT_GRAPH_KEY, plan_bundle
 from gptconvert.targets.saved_model.plan import BuiltGraph
-from tests.helpers import FIXTURES, computed_tensors
+from tests.helpers import computed_tensors
 from tests.targets.saved_model.support import file_bytes
-
-#: Written by TensorFlow's own Saver.
-BUNDLES = sorted(
-    path
-    for name in ("openai-tf", "openai-tf-bf16", "openai-tf-f16", "openai-tf-sharded", "openai-tf-adam")
-    for path in (FIXTURES / "tiny-gpt2" / name).glob("*.index")
-)
-
-
-@pytest.mark.parametrize("path", BUNDLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_the_index_is_tensorflows_byte_for_byte(path: Path) -> None:
-    index = read_index(str(path.with_suffix("")))
-    entries = [Entry(n, e.dtype, e.shape, e.offset, e.nbytes, e.crc32c, e.shard) for n, e in index.tensors.items()]
-    shards = 1 + max(entry.shard for entry in entries)
-    assert bundle_index(reversed(entries), shards) == path.read_bytes()
-
-
-def test_there_are_bundles() -> None:
-    assert len(BUNDLES) >= 5
-
-
-def test_a_string_as_tensorflow_stores_it() -> None:
-    """Bytes and checksum of ``tf.constant("TensorFlow" * 20)``, as TensorFlow 2.21 wrote them in a checkpoint."""
-    stored, checksum = string_scalar(b"TensorFlow" * 20)
-    assert stored == b"\xc8\x01#yu " + b"TensorFlow" * 20
-    assert checksum == 1026572104
 
 
 def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:

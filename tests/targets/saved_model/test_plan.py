@@ -16,8 +16,9 @@ import pytest
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
-from gptconvert.model.tensors import BFLOAT16, Box, Computed
+from gptconvert.model.tensors import Box, Computed
 from gptconvert.pipeline import open_checkpoint
 from gptconvert.publish.writer import copy_of
 from gptconvert.targets.saved_model import plan as model

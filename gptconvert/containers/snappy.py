@@ -1,0 +1,58 @@
+"""Snappy's raw block format (google/snappy ``format_description.txt``), decompressed: LevelDB tables may use it."""
+
+from __future__ import annotations
+
+from gptconvert.containers.protobuf import MalformedError, read_varint
+
+
+def decompress(data: bytes) -> bytes:
+    """The content of one block.
+
+    A run of elements: literals, and copies of 1 to 64 bytes from earlier output, so the output is at most about 30
+    times the input. The length in front is compared, never allocated.
+
+    Raises:
+        MalformedError: cut off, a copy from before the start, or not as long as announced.
+    """
+    length, at = read_varint(data, 0, 32)
+    output = bytearray()
+    while at < len(data):
+        tag, at = data[at], at + 1
+        if tag & 3 == 0:
+            count, at = _literal_length(data, at, tag >> 2)
+            if at + count > len(data):
+                raise MalformedError("has a compressed block that ends inside a literal")
+            output += data[at : at + count]
+            at += count
+        else:
+            count, back, at = _copy(data, at, tag)
+            if not 0 < back <= len(output):
+                raise MalformedError("has a compressed block that copies from before its start")
+            start = len(output) - back
+            piece = output[start : start + count]  # shorter than count where the copy overlaps what it writes
+            output += (piece * (count // len(piece) + 1))[:count]
+    if len(output) != length:
+        raise MalformedError(f"has a compressed block that promises {length} bytes and holds another number")
+    return bytes(output)
+
+
+def _literal_length(data: bytes, at: int, code: int) -> tuple[int, int]:
+    """Length of a literal: in the tag itself, or in the 1 to 4 bytes after it."""
+    if code < 60:
+        return code + 1, at
+    more = code - 59
+    return _little_endian(data, at, more) + 1, at + more
+
+
+def _copy(data: bytes, at: int, tag: int) -> tuple[int, int, int]:
+    """Length and distance of a copy, and the position after it."""
+    if tag & 3 == 1:  # 4 to 11 bytes, distance of 11 bits
+        return 4 + (tag >> 2 & 7), (tag >> 5) << 8 | _little_endian(data, at, 1), at + 1
+    width = 2 if tag & 3 == 2 else 4
+    return 1 + (tag >> 2), _little_endian(data, at, width), at + width
+
+
+def _little_endian(data: bytes, at: int, width: int) -> int:
+    if at + width > len(data):
+        raise MalformedError("has a compressed block that ends inside an element")
+    return int.from_bytes(data[at : at + width], "little")

@@ -1,0 +1,42 @@
+"""Which tokenizer files lie beside a checkpoint: the names, and how they are looked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from gptconvert.containers.untrusted import file_size
+
+#: GPT-2's files: OpenAI's names first, then those that Hugging Face gave the same files.
+GPT2 = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
+#: OpenAI's names for GPT-1's files.
+GPT1 = ("encoder_bpe_40000.json", "vocab_40000.bpe")
+#: What transformers saves; the generation settings are carried along with the tokenizer.
+HUGGING_FACE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+
+
+def find_tokenizer(folders: Sequence[str], names: Iterable[str] = GPT2) -> dict[str, str]:
+    """Name → path of those of ``names`` that exist, each in the first folder that has it.
+
+    Raises:
+        UnsafeInputError: one is a named pipe or a device, and must not reach the code that reads it later.
+        InputError: one is a link to nothing, or cannot be read.
+    """
+    found = {name: first_file(os.path.join(folder, name) for folder in folders) for name in names}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def first_file(paths: Iterable[str]) -> str | None:
+    """The first of ``paths`` that exists and is not a directory. Raises as :func:`find_tokenizer`."""
+    path = next((path for path in paths if os.path.lexists(path) and not os.path.isdir(path)), None)
+    if path is not None:
+        file_size(path)
+    return path
