@@ -11,7 +11,7 @@ import pytest
 
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import LazyTensor
-from gptconvert.targets.onnx import verify as onnx_artifact
+from gptconvert.targets.onnx.verify import OnnxVerifier
 from reference_model.config import CACHED_TASKS
 from tests.families import witness
 from tests.families.bugs import BUGS, Bug
@@ -27,14 +27,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_correct_exports_pass(
-    case: Case, small: bool, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_correct_exports_pass(case: Case, small: bool, directory: Path, tmp_path: Path) -> None:
     """Weights in several pieces (separate q, k and v) come from the file, the others of a large model do not."""
-    monkeypatch.setattr(onnx_artifact, "SMALL_MODEL", 1 << 30 if small else 0)
+    verifiers = {"onnx": OnnxVerifier(small_model=1 << 30 if small else 0)}
     checkpoint = witness.checkpoint(case, directory)
     for kv_cache in (True, False) if case.task in CACHED_TASKS else (False,):
-        report = report_on(checkpoint, export(tmp_path / str(kv_cache), checkpoint, kv_cache=kv_cache))
+        path = export(tmp_path / str(kv_cache), checkpoint, kv_cache=kv_cache)
+        report = report_on(checkpoint, path, verifiers=verifiers)
         assert report.passed, report.table()
 
 

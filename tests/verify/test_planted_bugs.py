@@ -16,9 +16,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from gptconvert.errors import InputError
-from gptconvert.targets.onnx import verify as onnx_artifact
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.targets.onnx.verify import OnnxVerifier
 from gptconvert.verify.report import Report
-from tests.verify.exports import altered, attribute, edit, export, insert_after, node, report_on, tiny
 
 
 def transposed_use(model: Any) -> None:
@@ -158,30 +158,33 @@ GRAPH_BUGS: list[tuple[Callable[[Any], None], list[str]]] = [
 ]
 
 
-@pytest.fixture(autouse=True, params=["small", "large"])
-def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+Judge = Callable[[Checkpoint, Path], Report]
+
+
+@pytest.fixture(params=["small", "large"])
+def judge(request: pytest.FixtureRequest) -> Judge:
     """Large models run with the source's weights, before it is known that the file's are the same."""
-    if request.param == "large":
-        monkeypatch.setattr(onnx_artifact, "SMALL_MODEL", 0)
+    verifier = OnnxVerifier() if request.param == "small" else OnnxVerifier(small_model=0)
+    return lambda checkpoint, path: report_on(checkpoint, path, verifiers={"onnx": verifier})
 
 
 @pytest.mark.parametrize(("bug", "named"), GRAPH_BUGS, ids=lambda value: getattr(value, "__name__", ""))
-def test_bug_in_the_graph(tmp_path: Path, bug: Callable[[Any], None], named: list[str]) -> None:
+def test_bug_in_the_graph(judge: Judge, tmp_path: Path, bug: Callable[[Any], None], named: list[str]) -> None:
     checkpoint = tiny(tmp_path, n_inner=24)
     path = export(tmp_path, checkpoint)
     edit(path, bug)
-    report = report_on(checkpoint, path)
+    report = judge(checkpoint, path)
     assert not report.passed
     for words in named:
         assert words in report.table() + "\n"
 
 
 @pytest.mark.parametrize("bug", [head_reads_embedding, head_dropped])
-def test_untied_head_silently_tied(tmp_path: Path, bug: Callable[[Any], None]) -> None:
+def test_untied_head_silently_tied(judge: Judge, tmp_path: Path, bug: Callable[[Any], None]) -> None:
     checkpoint = tiny(tmp_path, tie_word_embeddings=False)
     path = export(tmp_path, checkpoint)
     edit(path, bug)
-    report = report_on(checkpoint, path)
+    report = judge(checkpoint, path)
     assert not report.passed
     assert {"head_dropped": "lm_head.weight: not in the graph"}.get(bug.__name__, "the head") in report.table()
 
@@ -199,20 +202,20 @@ CONFIG_BUGS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize("kv_cache", [True, False])
 @pytest.mark.parametrize(("right", "wrong", "named"), [b[1:] for b in CONFIG_BUGS], ids=[b[0] for b in CONFIG_BUGS])
 def test_export_of_another_architecture(
-    tmp_path: Path, right: dict[str, Any], wrong: dict[str, Any], named: str, kv_cache: bool
+    judge: Judge, tmp_path: Path, right: dict[str, Any], wrong: dict[str, Any], named: str, kv_cache: bool
 ) -> None:
     checkpoint = altered(tiny(tmp_path), **right)
     export(tmp_path / "good", checkpoint, kv_cache=kv_cache)
-    assert report_on(checkpoint, tmp_path / "good").passed
+    assert judge(checkpoint, tmp_path / "good").passed
     export(tmp_path / "bad", altered(checkpoint, **wrong), kv_cache=kv_cache)
-    report = report_on(checkpoint, tmp_path / "bad")
+    report = judge(checkpoint, tmp_path / "bad")
     assert not report.passed
     if "final_norm" in wrong:  # then its weights are not in the graph at all
         named = "ln_f.weight: not in the graph"
     assert named in report.table()
 
 
-def test_one_flipped_bit(tmp_path: Path) -> None:
+def test_one_flipped_bit(judge: Judge, tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     data = export(tmp_path, checkpoint).with_name("model.onnx_data")
     content = bytearray(data.read_bytes())
@@ -221,21 +224,21 @@ def test_one_flipped_bit(tmp_path: Path) -> None:
     offset = int(next(entry.value for entry in place if entry.key == "offset"))
     content[offset + 4 * (2 * 56 + 3)] ^= 1  # stored [in, out] = [24, 56]
     data.write_bytes(content)
-    report = report_on(checkpoint, tmp_path)
+    report = judge(checkpoint, tmp_path)
     assert not report.passed
     assert "h.1.mlp.c_fc.weight: differs from its source, first at element [2, 3]" in report.table()
 
 
-def test_truncated_data_file(tmp_path: Path) -> None:
+def test_truncated_data_file(judge: Judge, tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     data = export(tmp_path, checkpoint).with_name("model.onnx_data")
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(InputError, match="truncated") as caught:
-        report_on(checkpoint, tmp_path)
+        judge(checkpoint, tmp_path)
     assert caught.value.exit_code == 3
 
 
-def test_optimiser_gets_the_blame_where_it_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_optimiser_is_named(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gptconvert.targets.onnx import runner as onnx_runner
 
     honest = onnx_runner.OnnxRunner.run
@@ -248,7 +251,7 @@ def test_optimiser_gets_the_blame_where_it_is_due(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(onnx_runner.OnnxRunner, "run", run)
     checkpoint = tiny(tmp_path)
-    report = report_on(checkpoint, export(tmp_path, checkpoint))
+    report = judge(checkpoint, export(tmp_path, checkpoint))
     assert not report.passed
     assert "onnxruntime's graph optimisation" in report.table()
 
@@ -257,11 +260,11 @@ def _groups(report: Report) -> dict[str, bool]:
     return {group.name: group.ok for group in report.artifacts[0].runs[0].groups}
 
 
-def test_groups_tell_what_kind_of_input_goes_wrong(tmp_path: Path) -> None:
+def test_groups_tell_what_kind_of_input_goes_wrong(judge: Judge, tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
     edit(path, positions_ignore_padding)
-    groups = _groups(report_on(checkpoint, path))
+    groups = _groups(judge(checkpoint, path))
     assert {name for name, ok in groups.items() if not ok} == {
         "left padding",
         "holes",

@@ -45,8 +45,7 @@ class OnnxVerifier:
     there takes longer than all runs together.
 
     Attributes:
-        small_model: up to this many bytes of weights, the model is also run as a plain session runs it, which copies
-            them.
+        small_model: up to this many bytes of weights, a model is run as a plain session runs it, which copies them.
         runner: runs the graph.
         compare: compares weights.
     """
@@ -93,8 +92,8 @@ class OnnxVerifier:
             stage("comparing weights", 0)
             compared.result()
         if report.weights.ok:  # a run with the wrong weights proves nothing
-            runs.locate_errors(found)
-            report.runs = found
+            runs.locate_error(found)
+            report.runs = [found]
 
 
 verify = OnnxVerifier()
@@ -115,16 +114,16 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
 
 
 class Runs:
-    """Rule 2: wave by wave, one session after the other against the truth.
+    """Rule 2: the graph is run wave by wave beside the truth, each on half of the cores.
 
-    Any model is run with its weights where they are, side by side with the truth, each on half of the cores; one
-    whose copy fits easily also as a user's session runs it.
+    A small model runs as a user's plain session runs it, with weights copied into the layout of the kernels. A large
+    one runs with its weights where they are: a second copy would cost more than all runs together.
 
     Args:
         file: the checked file.
         checkpoint: weights as stored in it.
         lent: of a large model, weights not to be taken from the file, by name; None: the model is small.
-        level: how much is asked.
+        level: how many probes are run.
         stage: receives progress.
         runner: runs the graph.
     """
@@ -139,12 +138,10 @@ class Runs:
         *,
         runner: type[OnnxRunner] = OnnxRunner,
     ) -> None:
-        self.runner = runner
-        self.file, self.checkpoint, self.lent, self.stage = file, checkpoint, lent, stage
+        self.file, self.checkpoint, self.lent, self.stage, self.runner = file, checkpoint, lent, stage, runner
         self.config: GPTConfig = checkpoint.config
         self.binding: Binding = bind(file, self.config)
-        self.beside = LENT if lent else IN_PLACE
-        self.names = (self.beside, DEFAULT) if lent is None else (self.beside,)
+        self.name = DEFAULT if lent is None else LENT if lent else IN_PLACE
         self.probes = make_probes(
             self.config,
             kv_cache=bool(self.binding.past),
@@ -152,39 +149,37 @@ class Runs:
             level=level,
         )
 
-    def run(self) -> list[RunReport]:
-        """All probes on all sessions."""
-        found: dict[str, dict[str, Group]] = {name: {} for name in self.names}
+    def run(self) -> RunReport:
+        """All probes."""
+        groups: dict[str, Group] = {}
         for wave in waves(self.probes):
-            self._run_wave(wave, found)
-        return [RunReport(name, list(groups.values())) for name, groups in found.items()]
+            self._run_wave(wave, groups)
+        return RunReport(self.name, list(groups.values()))
 
-    def locate_errors(self, runs: Sequence[RunReport]) -> None:
-        """Say of runs that failed where the error begins."""
-        for run in runs:
-            if not run.ok:
-                self.stage("locating the error", 0)
-                run.first_bad = first_bad_block(self.file, self.binding, self.checkpoint, run.groups)
+    def locate_error(self, run: RunReport) -> None:
+        """Record where the error of a failed run begins."""
+        if not run.ok:
+            self.stage("locating the error", 0)
+            run.first_bad = first_bad_block(self.file, self.binding, self.checkpoint, run.groups)
 
     @functools.cached_property
-    def in_place(self) -> OnnxRunner:
+    def session(self) -> OnnxRunner:
         """The session that runs beside the truth."""
-        return self.runner(self.file, self.binding, self.config, lent=self.lent, threads=half_the_cores())
+        small = self.lent is None
+        return self.runner(
+            self.file, self.binding, self.config, prepack=small, lent=self.lent, threads=half_the_cores()
+        )
 
-    def _run_wave(self, wave: Sequence[Probe], found: dict[str, dict[str, Group]]) -> None:
-        """One wave of probes; its truth, which may be large, is gone on return."""
-        advance = self.stage(f"running {self.beside}", len(wave))
+    def _run_wave(self, wave: Sequence[Probe], groups: dict[str, Group]) -> None:
+        """One wave of probes; its truth, which may be large, is freed on return."""
+        advance = self.stage(f"running {self.name}", len(wave))
         alone = threading.Event()
         with in_background(lambda stop: self._truth(wave, stop, alone)) as computed:
-            answers = run_probes(self.in_place, wave, self.config, advance)
+            answers = run_probes(self.session, wave, self.config, advance)
             alone.set()
             self.stage("computing the truth", 0)
             truth = computed.result()
-        for name, groups in found.items():
-            if name == DEFAULT:
-                runner = self.runner(self.file, self.binding, self.config, prepack=True)
-                answers = run_probes(runner, wave, self.config, self.stage(f"running {name}", len(wave)))
-            OutputComparison(answers, self.binding.compute, truth, self.config, groups).judge()
+        OutputComparison(answers, self.binding.compute, truth, self.config, groups).judge()
 
     def _truth(self, wave: Sequence[Probe], stop: threading.Event, alone: threading.Event) -> Truth:
         """The truth, on half of the cores until it is ``alone``."""

@@ -46,7 +46,7 @@ def spied(checkpoint: Checkpoint, path: Path, **fields: Any) -> tuple[list[str],
 
 def test_a_small_model_runs_with_the_weights_in_its_file(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
-    assert spied(checkpoint, export(tmp_path, checkpoint)) == ([IN_PLACE, DEFAULT], [set(), set()])
+    assert spied(checkpoint, export(tmp_path, checkpoint)) == ([DEFAULT], [set()])
 
 
 def test_a_large_model_runs_with_the_sources(tmp_path: Path) -> None:
