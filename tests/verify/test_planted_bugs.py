@@ -19,6 +19,7 @@ from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.onnx.verify import OnnxVerifier
 from gptconvert.verify.report import Report
+from tests.verify.exports import altered, attribute, edit, export, insert_after, node, report_on, tiny
 
 
 def transposed_use(model: Any) -> None:
