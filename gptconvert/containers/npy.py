@@ -54,7 +54,7 @@ def read_npy(path: str | os.PathLike[str]) -> LazyTensor:
     Raises:
         InputError: missing, cut off, or not an array file.
         UnsafeInputError: an array of Python objects (a pickle), or no regular file.
-        UnsupportedError: elements that are no plain numbers.
+        UnsupportedError: elements that are not plain numbers.
     """
     path = os.fspath(path)
     whole = Segment(path, 0, file_size(path))

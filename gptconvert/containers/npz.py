@@ -37,7 +37,7 @@ def read_npz(path: str | os.PathLike[str], void2: np.dtype[np.generic] | None = 
     Raises:
         InputError: no archive, or a damaged one.
         UnsafeInputError: compressed members (``numpy.savez_compressed``), arrays of Python objects.
-        UnsupportedError: elements that are no plain numbers.
+        UnsupportedError: elements that are not plain numbers.
     """
     path = os.fspath(path)
     file_size(path)

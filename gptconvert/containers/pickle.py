@@ -38,7 +38,7 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A harmless value that nobody here needs, by what it is (``numpy scalar``)."""
+    """A harmless value that is not needed, by what it is (``numpy scalar``)."""
 
     what: str
 
@@ -54,7 +54,7 @@ class Rules:
     Attributes:
         calls: global → what stands in for calling it with these arguments.
         values: globals that may be named and are never called (storage types, dtypes).
-        persistent: stands in for an object that lies outside the pickle (a storage), from its id.
+        persistent: stands in for an object outside the pickle (a storage), from its id.
     """
 
     calls: Mapping[Global, Callable[[tuple[object, ...]], object]]

@@ -53,7 +53,7 @@ def read_torch(path: str | os.PathLike[str]) -> TensorSet:
 
     Raises:
         InputError: the file is damaged, not PyTorch's, or holds no tensors by name.
-        UnsafeInputError: it names anything but tensors and plain data, or is no plain archive.
+        UnsafeInputError: it names anything but tensors and plain data, or is not a plain archive.
         UnsupportedError: element types numpy cannot express.
     """
     path = os.fspath(path)
@@ -89,7 +89,7 @@ def tensors_of(file: TorchFile, state: Mapping[object, object], path: str) -> Te
 
 
 def _under(tensors: Iterable[LazyTensor], checksums: Iterable[FileChecksum]) -> tuple[FileChecksum, ...]:
-    """The checksums of the storages that these tensors lie in; all, if a tensor does not say where it lies."""
+    """The checksums of the storages that hold these tensors; all, if a tensor does not say where it is stored."""
     ordered = sorted(checksums, key=lambda checksum: checksum.segment.offset)
     starts, used = [checksum.segment.offset for checksum in ordered], set[int]()
     for tensor in tensors:
@@ -158,7 +158,7 @@ def _read_zip(path: str) -> TorchFile:
 
 
 def _root(members: Mapping[str, Member], path: str) -> str:
-    """The directory inside the archive that everything lies in, with its slash."""
+    """The directory inside the archive that holds everything, with its slash."""
     roots = [name.removesuffix("data.pkl") for name in members if name.split("/")[1:] == ["data.pkl"]]
     if len(roots) != 1:
         raise InputError(

@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Iterable
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 
-#: What to do about a file that is shorter than it says.
-FETCH_AGAIN = "the download or copy did not finish: fetch the file again"
+#: Why a file is probably shorter than it should be, and what to do about it.
+UNFINISHED = "the download or copy did not finish"
+FETCH_AGAIN = f"{UNFINISHED}: fetch the file again"
 
 _HEAD_BYTES = 512
 _TAR_MAGIC_AT = 257
@@ -72,7 +73,7 @@ def explain_bytes(head: bytes, allow: Collection[str] = ()) -> str | None:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     found: list[tuple[str, str]] = []
     if not head:
-        found.append(("empty", "is empty (0 bytes); the download or copy did not finish"))
+        found.append(("empty", f"is empty (0 bytes); {UNFINISHED}"))
     if text.startswith(_HTML_STARTS):
         found.append(("html", "is an HTML page: the download gave a web page in place of the file"))
     if text.startswith((b"<?xml", b"<error")):
@@ -81,7 +82,7 @@ def explain_bytes(head: bytes, allow: Collection[str] = ()) -> str | None:
     if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
         found.append(("tar", "is a tar archive; unpack it first"))
     if len(head) >= 64 and not any(head):
-        found.append(("zeros", "begins with nothing but zero bytes; the download or copy did not finish"))
+        found.append(("zeros", f"begins with nothing but zero bytes; {UNFINISHED}"))
     if head and not found and _is_text(head):
         start = head[:60].decode("ascii").strip().splitlines() or [""]
         found.append(("text", f"is a text file that begins with {start[0]!r}"))

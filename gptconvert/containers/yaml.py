@@ -1,4 +1,4 @@
-"""Flat YAML configurations from files nobody vouched for, several of which make up one.
+"""Flat YAML configurations, read without trust, several of which make up one.
 
 GPT-NeoX is configured by any number of YAML files, whose keys may be written with ``-`` or ``_`` and must not
 contradict each other. Only plain data is read; what makes a small file large (aliases) or ambiguous (a key twice)

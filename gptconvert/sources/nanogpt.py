@@ -1,7 +1,7 @@
 """nanoGPT's ``ckpt.pt``: a ``torch.save`` of the state dict, ``model_args`` and the state of the training run.
 
-Source: karpathy/nanoGPT ``train.py``. The optimizer's state, twice the size of the weights, lies in the same file
-and is never touched. The tokenizer is elsewhere: GPT-2's, or for characters a ``meta.pkl`` in the data directory,
+Source: karpathy/nanoGPT ``train.py``. The optimizer's state, twice the size of the weights, is in the same file
+and is never read. The tokenizer is elsewhere: GPT-2's, or for characters a ``meta.pkl`` in the data directory,
 which is a pickle and is therefore never opened.
 """
 

@@ -90,7 +90,7 @@ def locate(path: str, step: int | None) -> Located:
     Raises:
         InputError: there is none, or none of that step, or files are missing.
         UnsupportedError: weights scattered by ZeRO stage 3.
-        UnsafeInputError: a file that is no regular file.
+        UnsafeInputError: a file that is not a regular file.
         UsageError: the path names one step and ``step`` another.
     """
     if not os.path.isdir(path):

@@ -1,4 +1,4 @@
-"""Which tokenizer files lie beside a checkpoint: the names, and how they are looked for."""
+"""The tokenizer files beside a checkpoint: their names, and how they are found."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from gptconvert.errors import UnsupportedError
 from gptconvert.families.registry import family_named
 from gptconvert.model.assembly import in_order
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.encodings import encoded
 from gptconvert.model.export import Export, Finish, Placed, PlannedFile, place
 from gptconvert.model.options import Options
@@ -82,7 +83,7 @@ def why_not(checkpoint: Checkpoint) -> list[str]:
     if config.family == "gpt1" and (len(dtypes) > 1 or any(dtype.kind != "f" for dtype in dtypes)):
         names = ", ".join(sorted(map(str, dtypes)))
         reasons.append(f"its weights are {names}: one run of float32 or float16 numbers is wanted (--dtype)")
-    if config.family == "gpt2" and not dtypes <= DATA_TYPES.keys():
+    if config.family == "gpt2" and not dtypes <= {*FLOATS}:
         reasons.append(f"its weights are {', '.join(sorted(map(str, dtypes)))}")
     return reasons
 

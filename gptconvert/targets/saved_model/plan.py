@@ -12,9 +12,9 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptconvert.containers.tf_index import DATA_TYPES
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.encodings import encoded
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.options import Options
@@ -57,7 +57,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     checkpoint = encoded(checkpoint, options.dtype)
     weights = {name: stored(name, weight) for name, weight in checkpoint.weights.items()}
     for name, weight in weights.items():
-        if weight.dtype not in DATA_TYPES:
+        if weight.dtype not in FLOATS:
             raise UnsupportedError("weights of this type are not written", item=name, found=weight.dtype)
     transposed = [name for name, weight in checkpoint.weights.items() if weight is not weights[name]]
     built: list[BuiltGraph] = []
