@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
+#: What to suspect of a file that ends too early, and what to do next.
+UNFINISHED = "the download or copy did not finish"
+FETCH_AGAIN = f"{UNFINISHED}: fetch the file again"
+
 
 def printable(text: object) -> str:
     """``text`` on one line, control characters escaped: names come from files nobody vouched for."""

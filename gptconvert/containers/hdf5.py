@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gptconvert.containers.untrusted import FETCH_AGAIN, explain_file, file_size
-from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
+from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.errors import FETCH_AGAIN, InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptconvert.containers.untrusted import FETCH_AGAIN, explain_file, file_size
-from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
+from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.errors import FETCH_AGAIN, GptConvertError, InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import LazyTensor, Segment, Stored
 

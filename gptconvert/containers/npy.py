@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gptconvert.containers.untrusted import FETCH_AGAIN, explain_bytes, file_size
-from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
+from gptconvert.containers.untrusted import explain_bytes, file_size
+from gptconvert.errors import FETCH_AGAIN, InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Shape, Stored, Transposed, map_segment
 
 MAGIC = b"\x93NUMPY"

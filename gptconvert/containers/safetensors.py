@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptconvert.containers.json import kind, parse_json
-from gptconvert.containers.untrusted import FETCH_AGAIN, explain_file, file_size
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.errors import FETCH_AGAIN, InputError, UnsupportedError
 from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import LazyTensor, Segment, Shape, Stored, TensorSet
 

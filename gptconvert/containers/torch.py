@@ -18,9 +18,9 @@ from typing import BinaryIO
 
 from gptconvert.containers.pickle import MAX_BYTES, RESAVE, Opaque, load_pickle
 from gptconvert.containers.torch_objects import ByteOrder, torch_rules
-from gptconvert.containers.untrusted import FETCH_AGAIN, explain_file, file_size
+from gptconvert.containers.untrusted import explain_file, file_size
 from gptconvert.containers.zip import Member, read_members
-from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
+from gptconvert.errors import FETCH_AGAIN, GptConvertError, InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet, Transposed, map_segment
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

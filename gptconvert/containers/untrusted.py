@@ -13,11 +13,9 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterable
 
-from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
+from gptconvert.errors import UNFINISHED, GptConvertError, InputError, UnsafeInputError
 
 #: Why a file is probably shorter than it should be, and what to do about it.
-UNFINISHED = "the download or copy did not finish"
-FETCH_AGAIN = f"{UNFINISHED}: fetch the file again"
 
 _HEAD_BYTES = 512
 _TAR_MAGIC_AT = 257

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO
 
-from gptconvert.containers.untrusted import FETCH_AGAIN, file_size
-from gptconvert.errors import InputError, UnsafeInputError
+from gptconvert.containers.untrusted import file_size
+from gptconvert.errors import FETCH_AGAIN, InputError, UnsafeInputError
 from gptconvert.model.tensors import Segment
 
 #: Most bytes a central directory may have; a member costs about 100.

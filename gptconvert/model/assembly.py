@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.errors import FETCH_AGAIN, InputError, UnsupportedError
 from gptconvert.model.schemes import Order, Row, Scheme, concrete, find_prefix, sizes_of
 from gptconvert.model.shards import Parts
 from gptconvert.model.source import Run, Source
@@ -80,7 +80,7 @@ def cut(scheme: Scheme, config: GPTConfig, run: Run) -> dict[str, LazyTensor]:
             path=path,
             expected=f"{start} bytes",
             found=f"{end} bytes",
-            hint="the download or copy did not finish: fetch the file again" if end < start else None,
+            hint=FETCH_AGAIN if end < start else None,
         )
     return tensors
 

@@ -75,12 +75,12 @@ class Truth:
         self.values[name], self.noise[name] = exact, noise
 
 
-class Lane:
+class PrecisionPass:
     """The model in one type.
 
     Args:
         dtype: which.
-        scratch: room for :data:`PART_ELEMENTS` elements, which parts of weights pass through; lanes may share it.
+        scratch: room for :data:`PART_ELEMENTS` elements, which parts of weights pass through; passes may share it.
     """
 
     def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
@@ -104,7 +104,7 @@ class Lane:
         """``x @ weight.T + bias``, [..., in] → [..., out], for a weight of another type.
 
         As much of it at a time as the processor's cache holds is converted and multiplied, so that the memory never
-        sees it in this lane's type.
+        sees it in this precision's type.
         """
         rows = x.flatten(0, -2)  # (N, in)
         out = rows.new_zeros(len(rows), len(weight))  # (N, out)
@@ -123,7 +123,7 @@ class Lane:
         return out.view(*x.shape[:-1], len(weight))
 
     def _typed(self, stored: Tensor) -> Tensor:
-        """A part of a weight in this lane's type, until the next one is asked for in any lane."""
+        """A part of a weight in this precision's type, until the next one is asked for in any precision."""
         if stored.numel() > len(self._scratch):
             return stored.to(self.dtype)
         return self._scratch[: stored.numel()].view(stored.shape).copy_(stored)
@@ -166,7 +166,7 @@ class TruthPass:
 
         self.config, self.weights = checkpoint.config, checkpoint.weights
         scratch = torch.empty(PART_ELEMENTS, dtype=torch.float64)
-        self.lanes = (Lane(torch.float64, scratch), Lane(getattr(torch, compute), scratch))
+        self.passes = (PrecisionPass(torch.float64, scratch), PrecisionPass(getattr(torch, compute), scratch))
         self.taps = taps
         windowed = any(window is not None for window in self.config.attn_window)
         self.truth = Truth(Pack(probes, windowed=windowed), {}, {})
@@ -190,7 +190,7 @@ class TruthPass:
         return self.truth
 
     def _embedding(self) -> list[Tensor]:
-        """[1, N, D] in each lane. Only the rows of the tables that are asked for are read."""
+        """[1, N, D] in each precision. Only the rows of the tables that are asked for are read."""
         import torch
 
         from reference_model.model import Embedding
@@ -202,15 +202,15 @@ class TruthPass:
         tables = {name: _rows(self.weights[name], rows) for name, rows in taken.items() if name in self.weights}
         small = dataclasses.replace(self.config, vocab_size=len(ids), n_ctx=len(positions))
         xs = []
-        for lane in self.lanes:
+        for precision in self.passes:
             embedding = Embedding(small)  # so small that a meta device would only cost the import of its kernels
-            lane.fill(embedding, tables, small, "embedding.")
+            precision.fill(embedding, tables, small, "embedding.")
             xs.append(embedding(torch.from_numpy(token[None]), torch.from_numpy(position[None])))  # (1, N, D)
         self._tap("embedding", xs)
         return xs
 
     def _block(self, i: int, xs: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-        """One block in both lanes: [1, N, D] → [1, N, D]; keys and values are recorded. ``seen`` is by part."""
+        """One block in both passes: [1, N, D] → [1, N, D]; keys and values are recorded. ``seen`` is by part."""
         import torch
 
         from reference_model.model import Block
@@ -218,12 +218,12 @@ class TruthPass:
         prefix = f"h.{i}."
         stored = {name: tensor_of(w.read()) for name, w in self.weights.items() if name.startswith(prefix)}
         outs, caches = [], []
-        for lane, x in zip(self.lanes, xs, strict=True):
+        for precision, x in zip(self.passes, xs, strict=True):
             with torch.device("meta"):
                 block = Block(self.config, i)
-            lane.fill(block, stored, self.config, prefix)
-            block.attn.attend = self._in_parts(seen, self._caches(lane, i))
-            out, present = block(x, seen[0], self._angles(lane))
+            precision.fill(block, stored, self.config, prefix)
+            block.attn.attend = self._in_parts(seen, self._caches(precision, i))
+            out, present = block(x, seen[0], self._angles(precision))
             outs.append(out)
             caches.append([cache[0].transpose(0, 1).flatten(1) for cache in present])  # (N, D) each
         for part, name in enumerate(("key", "value") if len(self.cache) else ()):
@@ -235,29 +235,29 @@ class TruthPass:
             _trim_heap()
         return outs
 
-    def _angles(self, lane: Lane) -> KeyValue | None:
+    def _angles(self, precision: PrecisionPass) -> KeyValue | None:
         """For rotary positions, [1, 1, N, dim] each."""
         import torch
 
         from reference_model.model import rotary_angles
 
         rotary, positions = self.config.rotary, torch.from_numpy(self.truth.pack.positions[None])
-        return None if rotary is None else rotary_angles(rotary, positions, lane.dtype)
+        return None if rotary is None else rotary_angles(rotary, positions, precision.dtype)
 
-    def _caches(self, lane: Lane, layer: int) -> list[KeyValue | None]:
+    def _caches(self, precision: PrecisionPass, layer: int) -> list[KeyValue | None]:
         """For each part with a past, keys and values [1, H, p + n, hd] each: its past, and room for its own."""
         from torch.nn import functional
 
-        compute, caches = self.lanes[1].dtype, []
+        compute, caches = self.passes[1].dtype, []
         for part in self.truth.pack.parts:
-            cache = lane.pasts.get(part)
+            cache = precision.pasts.get(part)
             if cache is None and (past := part.past(layer, self.config)) is not None:
                 # The past is what the candidate gets: rounded to its type, then exact.
-                key, value = (tensor.to(compute).to(lane.dtype) for tensor in past)
+                key, value = (tensor.to(compute).to(precision.dtype) for tensor in past)
                 n = len(part.tokens)
                 cache = functional.pad(key, (0, 0, 0, n)), functional.pad(value, (0, 0, 0, n))
                 if part.same_past_everywhere:
-                    lane.pasts[part] = cache
+                    precision.pasts[part] = cache
             caches.append(cache)
         return caches
 
@@ -289,11 +289,11 @@ class TruthPass:
         from reference_model.model import Head, canonical_name
 
         heads = []
-        for lane in self.lanes:
+        for precision in self.passes:
             with torch.device("meta"):
                 head = Head(self.config)
             names = [canonical_name(f"head.{name}", self.config) for name, _ in head.named_parameters()]
-            lane.fill(head, {name: tensor_of(self.weights[name].read()) for name in names}, self.config, "head.")
+            precision.fill(head, {name: tensor_of(self.weights[name].read()) for name in names}, self.config, "head.")
             heads.append(head)
         whole: dict[str, Tensor] = {}
         noise: dict[str, list[Errors]] = {}
@@ -313,8 +313,8 @@ class TruthPass:
         if self.taps:
             self._keep(name, [x[0] for x in xs])
 
-    def _keep(self, name: str, lanes: Sequence[Tensor]) -> None:
-        exact, yardstick = lanes
+    def _keep(self, name: str, passes: Sequence[Tensor]) -> None:
+        exact, yardstick = passes
         self.truth.keep(name, exact, Errors.of(yardstick, exact))
 
 

@@ -136,8 +136,8 @@ def test_linear_layers_in_parts(turned: bool, elements: int, monkeypatch: pytest
     x = torch.randn(1, 5, 24, dtype=torch.float64)
     with torch.device("meta"):
         layer = nn.Linear(24, 7)
-    lane = truth_module.Lane(torch.float64, torch.empty(elements, dtype=torch.float64))
-    lane.fill(layer, stored, tiny_checkpoint().config, "")
+    precision = truth_module.PrecisionPass(torch.float64, torch.empty(elements, dtype=torch.float64))
+    precision.fill(layer, stored, tiny_checkpoint().config, "")
     with torch.no_grad():
         expected = x @ stored["weight"].double().T + stored["bias"].double()
         assert torch.allclose(layer(x), expected, rtol=0, atol=1e-13)

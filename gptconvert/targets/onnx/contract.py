@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptconvert.model.options import OPSETS
 from gptconvert.targets.onnx.file import OnnxFile
+from gptconvert.targets.onnx.plan import IR_VERSION
 from gptconvert.targets.onnx.runner import element_type
 from reference_model.config import GPTConfig
 
 NEW, PAST = "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {NEW}"
-#: Newest versions that the runtimes in use can read.
-MAX_OPSET, MAX_IR = 21, 10
 
 Table = dict[str, tuple[str, tuple[int | str, ...]]]
 
@@ -19,9 +19,9 @@ Table = dict[str, tuple[str, tuple[int | str, ...]]]
 def check_contract(file: OnnxFile, config: GPTConfig) -> list[str]:
     """What breaks the contract, one line each; tasks other than the two that have one are left alone."""
     problems = [f"operator domain {o.domain!r}" for o in file.model.opset_import if o.domain not in ("", "ai.onnx")]
-    problems += [f"opset {o.version} > {MAX_OPSET}" for o in file.model.opset_import if o.version > MAX_OPSET]
-    if file.model.ir_version > MAX_IR:
-        problems.append(f"IR version {file.model.ir_version} > {MAX_IR}")
+    problems += [f"opset {o.version} > {OPSETS[-1]}" for o in file.model.opset_import if o.version > OPSETS[-1]]
+    if file.model.ir_version > IR_VERSION:
+        problems.append(f"IR version {file.model.ir_version} > {IR_VERSION}")
     if config.task not in ("text-generation", "feature-extraction"):
         return problems
     cached = any(name.startswith("past_key_values.") for name in file.inputs())

@@ -47,11 +47,11 @@ class SavedModelVerifier:
     """Verifies a SavedModel directory.
 
     Attributes:
-        process: starts TensorFlow.
+        process: starts TensorFlow; None: :class:`TensorFlowProcess`.
         free_memory: bytes that can be had.
     """
 
-    process: Callable[[], AbstractContextManager[TensorFlowProcess]] = TensorFlowProcess
+    process: Callable[[], AbstractContextManager[TensorFlowProcess]] | None = None
     free_memory: Callable[[], int] = available_memory
 
     def __call__(self, candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
@@ -69,7 +69,7 @@ class SavedModelVerifier:
         if not weights.ok:
             return report
         require_memory(path, sum(tensor.nbytes for tensor in variables.values()), self.free_memory())
-        with self.process() as tensorflow:
+        with (self.process or TensorFlowProcess)() as tensorflow:
             stage("loading the SavedModel", 0)
             try:
                 loaded = tensorflow.ask("load", path=os.path.abspath(path))
