@@ -1,4 +1,4 @@
-"""Planned files for the tests of writing, and the check that what was written is what was planned."""
+"""Planned files and the check that they were written as planned; the smallest published output."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.export import PlannedFile, place
 from gptconvert.model.tensors import Cast, LazyTensor, Segment, Stored, Transposed, filled
 from gptconvert.model.transforms import concatenate, take_rows
+from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import WrittenFile
 from tests.helpers import content, stored_tensors
 
@@ -76,3 +77,16 @@ def make_files(directory: Path) -> list[PlannedFile]:
         PlannedFile.of_bytes("small.json", b"{}"),
         PlannedFile.of_bytes("empty", b""),
     ]
+
+
+def publish(output: Path, content: bytes = b"new", **options: object) -> Staging:
+    """Publish a directory with one file."""
+    with Staging(output, **options) as staging:  # type: ignore[arg-type]
+        (Path(staging.path) / "file").write_bytes(content)
+        staging.publish()
+    return staging
+
+
+def names(directory: Path) -> list[str]:
+    """What is in a directory."""
+    return sorted(path.name for path in directory.iterdir())

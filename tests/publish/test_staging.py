@@ -18,27 +18,8 @@ from gptconvert.errors import OutputError
 from gptconvert.publish.file_system import OS
 from gptconvert.publish.staging import Staging
 from tests.helpers import ROOT
+from tests.publish.cases import names, publish
 from tests.publishing import failing, file_system
-
-
-def publish(output: Path, content: bytes = b"new", **options: object) -> Staging:
-    with Staging(output, **options) as staging:  # type: ignore[arg-type]
-        (Path(staging.path) / "file").write_bytes(content)
-        staging.publish()
-    return staging
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """An output that exists already."""
-    output = tmp_path / "out"
-    (output / "sub").mkdir(parents=True)
-    (output / "sub" / "old").write_bytes(b"old")
-    return output
 
 
 def test_publishes_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -112,95 +93,6 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, directory: int, file
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == directory
     assert stat.S_IMODE((tmp_path / "a" / "out").stat().st_mode) == directory
     assert stat.S_IMODE((tmp_path / "a" / "out" / "file").stat().st_mode) == file
-
-
-class TestRefusals:
-    """All come from the constructor, before anything is written."""
-
-    @pytest.fixture(autouse=True)
-    def _untouched(self, tmp_path: Path) -> Iterator[None]:
-        yield
-        assert not [path for path in tmp_path.rglob("*") if "gptconvert" in path.name]
-
-    def refused(self, output: Path | str, why: str, **options: object) -> None:
-        with pytest.raises(OutputError, match=why) as caught:
-            Staging(output, **options)  # type: ignore[arg-type]
-        assert caught.value.exit_code == 6
-        assert caught.value.hint
-
-    @pytest.mark.parametrize("force", [False, True])
-    def test_files_links_and_devices(self, tmp_path: Path, old: Path, force: bool) -> None:
-        (tmp_path / "file").write_bytes(b"")
-        (tmp_path / "link").symlink_to(old)
-        (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-        os.mkfifo(tmp_path / "fifo")
-        for output in ("file", "fifo"):
-            self.refused(tmp_path / output, "is not a directory", force=force)
-        self.refused("/dev/null", "is not a directory", force=force)
-        for output in ("link", "dangling"):
-            self.refused(tmp_path / output, "symbolic link", force=force)
-
-    def test_a_full_directory_needs_force_an_empty_one_does_not(self, tmp_path: Path, old: Path) -> None:
-        self.refused(old, "not empty")
-        (tmp_path / "empty").mkdir()
-        publish(tmp_path / "empty")
-        assert names(tmp_path / "empty") == ["file"]
-
-    @pytest.mark.parametrize("force", [False, True])
-    def test_mount_points_and_the_current_directory(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
-    ) -> None:
-        self.refused("/", "mount point", force=force)
-        self.refused("/proc", "mount point", force=force)
-        (tmp_path / "here" / "inside").mkdir(parents=True)
-        monkeypatch.chdir(tmp_path / "here" / "inside")
-        self.refused(".", "current directory", force=force)
-        self.refused(tmp_path / "here", "current directory", force=True)
-
-    def test_below_a_file(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_bytes(b"")
-        self.refused(tmp_path / "file" / "out", "not a directory")
-        self.refused(tmp_path / "file" / "a" / "out", "not a directory")
-
-    def test_an_unwritable_parent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-        self.refused(tmp_path / "out", "cannot be written to")
-
-    @pytest.mark.parametrize("force", [False, True])
-    def test_outputs_that_touch_an_input(self, tmp_path: Path, force: bool) -> None:
-        source = tmp_path / "source"
-        (source / "deep").mkdir(parents=True)
-        weights = source / "deep" / "weights"
-        weights.write_bytes(b"w")
-        (tmp_path / "way").symlink_to(source)
-        for output, inputs, why in [
-            (source, [source], "is the input"),
-            (source / "out", [source], "is inside the input"),
-            (source / "deep" / "a" / "out", [source], "is inside the input"),
-            (tmp_path / "way" / "out", [source], "is inside the input"),
-            (source / "out", [tmp_path / "way"], "is inside the input"),
-        ]:
-            self.refused(output, why, inputs=[str(path) for path in inputs], force=force)
-        for output, inputs in [(source, [weights]), (source / "deep", [weights]), (source, [source / "deep"])]:
-            self.refused(output, "contains the input", inputs=[str(path) for path in inputs], force=True)
-        assert weights.read_bytes() == b"w"
-
-    def test_outputs_that_contain_an_input_by_a_link(self, tmp_path: Path) -> None:
-        """As in a hub cache: the name is in one directory, the bytes are in another."""
-        for directory in ("names", "blobs", "other"):
-            (tmp_path / directory).mkdir()
-        (tmp_path / "blobs" / "b1").write_bytes(b"w")
-        (tmp_path / "names" / "weights").symlink_to(tmp_path / "blobs" / "b1")
-        (tmp_path / "other" / "x").write_bytes(b"x")
-        inputs = [str(tmp_path / "names" / "weights")]
-        self.refused(tmp_path / "names", "contains the input", inputs=inputs, force=True)
-        self.refused(tmp_path / "blobs", "contains the input", inputs=inputs, force=True)
-        publish(tmp_path / "other", inputs=inputs, force=True)
-
-    def test_an_output_beside_an_input_file_is_fine(self, tmp_path: Path) -> None:
-        (tmp_path / "weights").write_bytes(b"w")
-        publish(tmp_path / "out", inputs=[str(tmp_path / "weights"), str(tmp_path / "missing")])
-        assert names(tmp_path) == ["out", "weights"]
 
 
 def test_free_space_is_checked_with_the_numbers_in_the_message(tmp_path: Path) -> None:
