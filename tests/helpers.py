@@ -21,6 +21,7 @@ from gptconvert.model.export import PlannedFile
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import Box, Computed, LazyTensor, Segment, Stored, TensorSet
+from gptconvert.publish.io_settings import DEFAULT_IO, IoSettings
 from gptconvert.publish.source_scan import SourceScan, TensorDigests
 
 Arrays = dict[str, NDArray[Any]]
@@ -220,7 +221,7 @@ def write_planned(directory: Path, files: Iterable[PlannedFile]) -> Path:
 
 @dataclass(frozen=True)
 class Examined:
-    """What one reading of a checkpoint found."""
+    """What a scan of a checkpoint found."""
 
     digests: TensorDigests
     notes: tuple[str, ...]
@@ -235,8 +236,9 @@ def examine(
     *,
     allow_nonfinite: bool = False,
     stop: threading.Event | None = None,
+    settings: IoSettings = DEFAULT_IO,
 ) -> Examined:
-    """Read every source tensor in use once: compare checksums, look at values, hash ``tensors``."""
+    """Run a whole scan: compare checksums, check values, hash ``tensors``."""
     scan = SourceScan(checkpoint, tensors)
-    scan.read_rest(stop)
-    return Examined(scan.digests(), scan.judge(allow_nonfinite=allow_nonfinite))
+    scan.run_unclaimed(stop, settings)
+    return Examined(scan.digests(), scan.check_results(allow_nonfinite=allow_nonfinite))

@@ -1,1 +1,1 @@
-"""Writing and publishing: planned files to bytes on disk, checked, hashed, and put in place whole or not at all."""
+"""Write planned files, check and hash the source in the same pass, and publish the directory whole or not at all."""

@@ -10,12 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 
 from gptconvert.model.tensors import Segment
+from gptconvert.publish.io_settings import DEFAULT_IO, IoSettings
 from gptconvert.publish.source_reader import StoppedError
-
-#: Bytes of one block: large enough for the disk, small enough that Ctrl-C and the progress bar keep up.
-BLOCK_BYTES = 4 << 20
-#: Blocks under way at once: one being filled, two being used, and some that even out the speeds of the threads.
-BLOCKS = 6
 
 
 class Block:
@@ -24,8 +20,8 @@ class Block:
     Attributes:
         offset: where it starts in the file.
         used: how many bytes of it are filled.
-        copies: (position in the block, where the same bytes lie in a source file).
-        hashed: (first, last + 1, what is to see these bytes).
+        copies: (position in the block, source segment that holds the same bytes).
+        digests: (start, end, hash to update with these bytes of the block).
     """
 
     def __init__(self, buffer: mmap.mmap, free: SimpleQueue[mmap.mmap], offset: int) -> None:
@@ -34,42 +30,56 @@ class Block:
         self._users, self._lock = 0, threading.Lock()
         self.offset, self.used = offset, 0
         self.copies: list[tuple[int, Segment]] = []
-        self.hashed: list[tuple[int, int, hashlib._Hash]] = []
+        self.digests: list[tuple[int, int, hashlib._Hash]] = []
 
     @property
-    def room(self) -> memoryview:
-        """What can still be filled."""
-        return self._view[self.used :]
+    def full(self) -> bool:
+        """Whether no more bytes fit."""
+        return self.used == len(self._view)
 
     @property
     def data(self) -> memoryview:
-        """What is filled."""
+        """The filled bytes."""
         return self._view[: self.used]
 
     def padded(self, alignment: int) -> memoryview:
-        """What is filled, and zeros up to a multiple of ``alignment``."""
+        """The filled bytes, and zeros up to a multiple of ``alignment``."""
         end = self.used + -self.used % alignment
         self._view[self.used : end] = bytes(end - self.used)
         return self._view[:end]
 
-    def filled(self, nbytes: int, source: Segment | None = None, hashes: Iterable[hashlib._Hash] = ()) -> None:
-        """``nbytes`` more are filled, with the bytes of ``source``; ``hashes`` are to see them."""
-        self.hashed += [(self.used, self.used + nbytes, sha) for sha in hashes]
-        if source is not None:
-            at, last = self.copies[-1] if self.copies else (0, None)
-            ends = None if last is None else (last.path, last.end, at + last.nbytes)
-            if last is not None and ends == (source.path, source.offset, self.used):
-                self.copies[-1] = at, Segment(last.path, last.offset, last.nbytes + source.nbytes)
-            else:
-                self.copies.append((self.used, source))
-        self.used += nbytes
+    def append(self, data: memoryview, source: Segment | None = None, digests: Iterable[hashlib._Hash] = ()) -> int:
+        """Append the beginning of ``data``, as much as fits; returns how many bytes.
 
-    def shared(self, users: int) -> None:
-        """From here on it belongs to ``users`` threads; each releases it once."""
+        Args:
+            data: bytes.
+            source: segment that begins with the same bytes.
+            digests: hashes to update with what was appended, later and in another thread.
+        """
+        start = self.used
+        n = min(len(data), len(self._view) - start)
+        self._view[start : start + n] = data[:n]
+        self.used += n
+        self.digests += [(start, self.used, digest) for digest in digests]
+        if source is not None:
+            self._add_copy(start, Segment(source.path, source.offset, n))
+        return n
+
+    def _add_copy(self, start: int, source: Segment) -> None:
+        """Record where a file holds the same bytes, joined to the previous record if both are contiguous."""
+        if self.copies:
+            at, last = self.copies[-1]
+            if (last.path, last.end, at + last.nbytes) == (source.path, source.offset, start):
+                self.copies[-1] = at, Segment(last.path, last.offset, last.nbytes + source.nbytes)
+                return
+        self.copies.append((start, source))
+
+    def share(self, users: int) -> None:
+        """Hand the block to ``users`` threads, each of which releases it once."""
         self._users = users
 
     def release(self) -> None:
-        """A user is done with it; the last one gives the buffer back."""
+        """End one thread's use; the last one returns the buffer to the pool."""
         with self._lock:
             self._users -= 1
             if self._users:
@@ -78,24 +88,25 @@ class Block:
         self._free.put(self._buffer)
 
 
-class Blocks:
+class BlockPool:
     """The buffers.
 
     Args:
-        stop: set by whoever fails; then no more are handed out.
+        stop: cancellation event; once set, no more blocks are handed out.
+        settings: how many blocks, and how large.
     """
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(self, stop: threading.Event, settings: IoSettings = DEFAULT_IO) -> None:
         self._stop = stop
         self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
-        for _ in range(BLOCKS):
-            self._free.put(mmap.mmap(-1, BLOCK_BYTES))  # takes memory when it is first filled
+        for _ in range(settings.block_count):
+            self._free.put(mmap.mmap(-1, settings.block_bytes))  # takes memory only when it is first filled
 
-    def take(self, offset: int) -> Block:
-        """An empty block, as soon as one is free.
+    def acquire(self, offset: int) -> Block:
+        """Wait for a free block and return it, empty.
 
         Raises:
-            StoppedError: another thread failed.
+            StoppedError: ``stop`` was set.
         """
         while not self._stop.is_set():
             try:
@@ -106,31 +117,31 @@ class Blocks:
 
 
 class Worker:
-    """A thread that does what it is handed, in order; after a failure, its own or another's, nothing more.
+    """A background thread that runs tasks in order, and skips the rest once anything has failed.
 
     Args:
-        stop: set when something fails here.
+        stop: cancellation event; set when a task fails here.
 
     Attributes:
-        error: what failed here.
+        error: what a task raised.
     """
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop, self._pool = stop, ThreadPoolExecutor(1)
         self.error: BaseException | None = None
 
-    def hand(self, work: Callable[[], None], block: Block | None = None) -> None:
-        """Do ``work`` after what came before; ``block`` is released then, whatever happens."""
-        self._pool.submit(self._do, work, block)
+    def submit(self, task: Callable[[], None], block: Block | None = None) -> None:
+        """Run ``task`` after those before it, then release ``block`` in any case."""
+        self._pool.submit(self._run, task, block)
 
     def close(self) -> None:
-        """Wait until everything is done."""
+        """Wait until every task has run or been skipped."""
         self._pool.shutdown()
 
-    def _do(self, work: Callable[[], None], block: Block | None) -> None:
+    def _run(self, task: Callable[[], None], block: Block | None) -> None:
         try:
             if not self._stop.is_set():
-                work()
+                task()
         except BaseException as error:
             self.error = error
             self._stop.set()

@@ -1,4 +1,4 @@
-"""Files whose bytes are not known when they are planned: made in a thread of their own while others are written."""
+"""Deferred files: their bytes are not known when they are planned, but made in a background thread during writing."""
 
 from __future__ import annotations
 
@@ -10,40 +10,38 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from gptconvert.model.export import Placed, PlannedFile
 from gptconvert.publish.source_reader import StoppedError
 
-#: How often who waits looks whether everything has stopped.
+#: How often a wait for a checksum looks at the cancellation event.
 POLL_SECONDS = 0.05
 
 
 class DeferredFiles:
-    """Calls every :attr:`PlannedFile.finish` of ``files``, in order.
+    """Calls every :attr:`PlannedFile.finish` of ``files``, in order, in one background thread.
 
     Args:
-        files: all that are written.
-        stop: set by whoever fails, here or elsewhere.
+        files: all files that are written.
+        stop: cancellation event, set by whichever thread fails first.
+
+    Attributes:
+        need_checksums: whether a deferred file may ask for the checksum of a placed tensor.
     """
 
     def __init__(self, files: Iterable[PlannedFile], stop: threading.Event) -> None:
         files = list(files)
+        deferred = [file for file in files if file.finish is not None]
         self._stop = stop
-        self._wanted = any(file.finish is not None for file in files)
+        self.need_checksums = bool(deferred)
         self._checksums: dict[int, Future[int]] = {
-            id(placed): Future() for file in files if self._wanted for placed in file.tensors
+            id(placed): Future() for file in files if deferred for placed in file.tensors
         }
         self._pool = ThreadPoolExecutor(1)
-        unfinished = [file for file in files if file.finish is not None]
-        self._contents = [(file, self._pool.submit(self._finish, file)) for file in unfinished]
+        self._contents = [(file, self._pool.submit(self._finish, file)) for file in deferred]
 
-    @property
-    def wanted(self) -> bool:
-        """Whether anybody asks for checksums."""
-        return self._wanted
-
-    def tell(self, placed: Placed, crc32c: int) -> None:
-        """The unmasked CRC32C of a placed tensor's bytes."""
+    def set_checksum(self, placed: Placed, crc32c: int) -> None:
+        """Provide the unmasked CRC-32C of a placed tensor's bytes."""
         self._checksums[id(placed)].set_result(crc32c)
 
     def contents(self) -> Sequence[tuple[PlannedFile, bytes]]:
-        """The files and their bytes.
+        """The deferred files and their bytes, once all are made.
 
         Raises:
             StoppedError: another thread failed.
@@ -65,14 +63,14 @@ class DeferredFiles:
         if self._stop.is_set() or file.finish is None:
             raise StoppedError
         try:
-            return file.finish(self._crc32c, self._stop)
+            return file.finish(self._wait_for_checksum, self._stop)
         except BaseException:
-            if self._stop.is_set():  # it failed because it was told to stop
+            if self._stop.is_set():  # it was cancelled, and fails because of that
                 raise StoppedError from None
             self._stop.set()
             raise
 
-    def _crc32c(self, placed: Placed) -> int:
+    def _wait_for_checksum(self, placed: Placed) -> int:
         while not self._stop.is_set():
             try:
                 return self._checksums[id(placed)].result(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""What tensors hold: NaN and infinities, nothing but zeros, values too large for the dtype asked for."""
+"""Checks of tensor values: NaN and infinities, all zeros, overflow in a cast to a narrower dtype."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from gptconvert.model.tensors import (
     Transposed,
 )
 
-#: Exponent bits of the 16-bit floats; all are set in NaN and infinities alone. Ten times as fast as numpy.isfinite.
+#: Exponent bits of the 16-bit floats: all set only in NaN and infinities. Ten times as fast as numpy.isfinite.
 _EXPONENT = {np.dtype(np.float16): np.uint16(0x7C00), BFLOAT16: np.uint16(0x7F80)}
 
 
 def is_float(dtype: np.dtype[np.generic]) -> bool:
-    """Whether the type has a NaN; ml_dtypes' types count, whose ``kind`` does not tell."""
+    """Whether the dtype can hold a NaN; by name, because ``kind`` does not say it for those of ml_dtypes."""
     return "float" in dtype.name
 
 
-def finite(array: Array) -> NDArray[np.bool_]:
-    """Element by element: neither NaN nor infinite."""
+def is_finite(array: Array) -> NDArray[np.bool_]:
+    """Element by element, whether it is neither NaN nor infinite; as numpy.isfinite, for every dtype."""
     mask = _EXPONENT.get(array.dtype)
     if mask is not None:
         return np.asarray((array.view(np.uint16) & mask) != mask)
@@ -41,16 +41,16 @@ def finite(array: Array) -> NDArray[np.bool_]:
 
 
 def raw_bytes(array: Array) -> memoryview:
-    """A contiguous array's bytes; not all dtypes have a buffer of their own."""
+    """A contiguous array's bytes, also for dtypes without a buffer interface."""
     return array.reshape(-1).view(np.uint8).data
 
 
-class Values:
-    """Looks at a tensor's values as its bytes pass by.
+class FiniteCheck:
+    """Checks a tensor's values as its bytes are read.
 
     Attributes:
         nonfinite: how many elements are NaN or infinite.
-        first: index of the first of them in the flattened tensor.
+        first: index of the first of these in the flattened tensor.
         nonzero: whether any element is not zero.
     """
 
@@ -59,16 +59,16 @@ class Values:
         self._dtype, self._seen, self._rest = dtype, 0, b""
 
     def update(self, data: bytes) -> None:
-        """The next bytes; they may end inside an element."""
+        """Check the next bytes, which may end inside an element."""
         if self._rest or len(data) % self._dtype.itemsize:
             data = self._rest + data
             whole = len(data) - len(data) % self._dtype.itemsize
             data, self._rest = data[:whole], data[whole:]
-        self.look(np.frombuffer(data, self._dtype))
+        self.update_array(np.frombuffer(data, self._dtype))
 
-    def look(self, array: Array) -> None:
-        """The next elements."""
-        good = finite(array)
+    def update_array(self, array: Array) -> None:
+        """Check the next elements."""
+        good = is_finite(array)
         if not good.all():
             if not self.nonfinite:
                 self.first = self._seen + int(np.argmin(good))
@@ -76,8 +76,8 @@ class Values:
         self._seen += array.size
         self.nonzero = self.nonzero or bool(array.any())
 
-    def complaint(self, shape: Shape) -> str | None:
-        """What is wrong with the values seen, in words; None: nothing."""
+    def problem(self, shape: Shape) -> str | None:
+        """What is wrong with the values, in words; None if all are finite."""
         if not self.nonfinite:
             return None
         where = [int(i) for i in np.unravel_index(self.first, shape)] if shape else []
@@ -85,10 +85,10 @@ class Values:
 
 
 def checked_chunks(name: str, tensor: LazyTensor, max_bytes: int = CHUNK_BYTES) -> Iterator[Array]:
-    """``tensor.chunks()``, refusing values that a cast inside makes infinite.
+    """The chunks of ``tensor``, refusing finite values that one of its casts makes infinite.
 
     Raises:
-        UnsupportedError: the dtype asked for cannot hold a value of ``name``.
+        UnsupportedError: a value does not fit the dtype it is cast to. The error names the tensor ``name``.
     """
     casts, chunks = _casts(tensor), tensor.chunks(max_bytes)
     while True:
@@ -96,14 +96,14 @@ def checked_chunks(name: str, tensor: LazyTensor, max_bytes: int = CHUNK_BYTES) 
             chunk = next(chunks, None)
         if chunk is None:
             return
-        if casts and not finite(chunk).all():
+        if casts and not is_finite(chunk).all():
             for cast in casts:
                 _refuse_overflow(name, cast)
         yield chunk
 
 
 def _casts(tensor: LazyTensor) -> list[Cast]:
-    """Every narrowing float cast that ``tensor`` is made with."""
+    """Every cast to a float dtype on the way to ``tensor``."""
     if isinstance(tensor, Cast):
         inner = _casts(tensor.base)
         return [tensor, *inner] if is_float(tensor.dtype) else inner
@@ -115,13 +115,13 @@ def _casts(tensor: LazyTensor) -> list[Cast]:
 
 
 def _refuse_overflow(name: str, cast: Cast) -> None:
-    """Raise if a finite value became infinite; values infinite before are none of our business here."""
+    """Raise if the cast makes a finite value infinite; values infinite before it are not checked here."""
     largest: Any = 0.0
     for chunk in cast.base.chunks():
-        magnitudes = np.abs(chunk[finite(chunk)])
+        magnitudes = np.abs(chunk[is_finite(chunk)])
         largest = max(largest, magnitudes.max(initial=0))
     with np.errstate(over="ignore"):
-        fits = bool(finite(np.asarray(largest, cast.base.dtype).reshape(1).astype(cast.dtype)).all())
+        fits = bool(is_finite(np.asarray(largest, cast.base.dtype).reshape(1).astype(cast.dtype)).all())
     if not fits:
         raise UnsupportedError(
             f"a value is too large for {cast.dtype.name}",

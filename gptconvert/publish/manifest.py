@@ -1,4 +1,4 @@
-"""What a published directory says of itself: ``manifest.json``, ``SHA256SUMS``, and proof that the input held still.
+"""The description of a published directory, ``manifest.json`` and ``SHA256SUMS``, and the check for changed inputs.
 
 Nothing here depends on when, where or on which machine the conversion ran: no dates, no directories, no host names.
 """
@@ -26,12 +26,12 @@ MANIFEST_FILE, SUMS_FILE = "manifest.json", "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was asked for.
+    """What the conversion was given.
 
     Attributes:
         targets: as in ``--to``.
-        options: every option that shapes what is written, those given to the source too.
-        libraries: installed distributions that had a hand in the bytes (``onnx``, ``tokenizers`` …).
+        options: every option that shapes the output, including those of the source: ``Options.recorded()``.
+        libraries: installed distributions whose version can change the bytes (``onnx``, ``tokenizers`` …).
     """
 
     targets: Iterable[str]
@@ -53,10 +53,10 @@ def manifest_files(
     Args:
         checkpoint: what was exported.
         planned: the files that hold tensors, as planned.
-        written: what became of them.
-        recipe: what was asked for.
+        written: the record of writing them.
+        recipe: targets, options and libraries.
         also: further published files (a model card, files that other programs wrote).
-        verification: its result; None: not verified.
+        verification: the report; None if not verified.
 
     Raises:
         ValueError: ``verification`` or an option holds NaN or an infinity.
@@ -116,7 +116,7 @@ def _sums(files: Iterable[WrittenFile], manifest: PlannedFile) -> bytes:
 
 @dataclass(frozen=True)
 class FileState:
-    """What changes when somebody writes to a file or replaces it."""
+    """What changes when a file is written to or replaced."""
 
     nbytes: int
     mtime_ns: int
@@ -124,7 +124,7 @@ class FileState:
 
 
 def snapshot(paths: Iterable[str]) -> dict[str, FileState | None]:
-    """The state of every path; None for those that are not there."""
+    """The state of every path; None for those that do not exist."""
     found: dict[str, FileState | None] = {}
     for path in paths:
         try:
@@ -139,14 +139,14 @@ def snapshot(paths: Iterable[str]) -> dict[str, FileState | None]:
 def check_inputs_unchanged(
     before: Mapping[str, FileState | None], after: Mapping[str, FileState | None] | None = None
 ) -> None:
-    """Refuse a result whose input was written to in_background.
+    """Refuse a result whose input changed in the meantime.
 
     Args:
-        before: :func:`snapshot` from before the first byte was read.
-        after: the same from afterwards; None: taken now.
+        before: :func:`snapshot` taken before the first byte was read.
+        after: another, taken afterwards; None: take it now.
 
     Raises:
-        InputError: files changed; all are named.
+        InputError: files changed. Names all of them.
     """
     after = snapshot(before) if after is None else after
     changed = [path for path, state in before.items() if after.get(path) != state]
@@ -154,5 +154,5 @@ def check_inputs_unchanged(
         raise InputError(
             f"input changed while it was being read: {', '.join(sorted(map(os.path.basename, changed)))}",
             path=changed[0],
-            hint="wait until whatever writes it (a training run, a download) is done, then convert again",
+            hint="wait until the training run or download that writes it is finished, then convert again",
         )

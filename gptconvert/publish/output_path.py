@@ -1,4 +1,4 @@
-"""Whether a path may become the output: nothing here writes."""
+"""Whether a path may become the output. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _NOT_A_DIRECTORY = "name a directory that does not exist yet"
 
 
 def preflight(output: str, inputs: Iterable[str] = (), force: bool = False) -> None:
-    """Refuse outputs that cannot be written, or that would harm something.
+    """Refuse an output that cannot be written, or that would overwrite something.
 
     Args:
         output: the directory to be published.
-        inputs: files and directories it must not be, contain or (for directories) lie in.
-        force: whether it may exist and hold something.
+        inputs: files and directories that it must not be, contain or (for directories) be inside.
+        force: whether it may exist and contain files.
 
     Raises:
-        OutputError: it is refused; the message says why.
+        OutputError: the output is refused; the message says why.
     """
     output = os.path.abspath(output)
-    for path in inputs:  # first: nobody should be told to try --force on an input
-        _check_apart(output, path)
+    for path in inputs:  # first: the other errors suggest --force, which must not be used on an input
+        _check_separate(output, path)
     _check_what_is_there(output, force)
     _check_parent(output)
 
 
 def existing_ancestor(path: str) -> str:
-    """The nearest of ``path`` and its parents that exists."""
+    """``path``, or its nearest parent that exists."""
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path
@@ -42,13 +42,13 @@ def _check_what_is_there(output: str, force: bool) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise OutputError(f"cannot be looked at ({error.strerror})", path=output) from error
+        raise OutputError(f"cannot be examined ({error.strerror})", path=output) from error
     if not stat.S_ISDIR(status.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a directory"
         raise OutputError(f"output exists and is {kind}", path=output, hint=_NOT_A_DIRECTORY)
     if os.path.ismount(output) or _contains(status, os.curdir):
-        # A rename can replace neither a mount point nor, safely, the directory somebody stands in.
-        kind = "a mount point" if os.path.ismount(output) else "the current directory, or holds it"
+        # A rename cannot replace a mount point, nor safely a process's current directory.
+        kind = "a mount point" if os.path.ismount(output) else "the current directory, or contains it"
         raise OutputError(f"output is {kind}", path=output, hint=f"name a directory inside it: {output}/model")
     if not os.access(output, os.R_OK | os.X_OK):
         raise OutputError("output exists and cannot be read", path=output)
@@ -58,40 +58,44 @@ def _check_what_is_there(output: str, force: bool) -> None:
         )
 
 
-def _check_apart(output: str, path: str) -> None:
+def _check_separate(output: str, path: str) -> None:
     if not os.path.exists(path):
         return
     source = os.stat(path)
     inside = stat.S_ISDIR(source.st_mode) and _contains(source, output)
     found = os.stat(output) if os.path.exists(output) else None
     same = found is not None and os.path.samestat(found, source)
-    holds = found is not None and _contains(found, path)
-    if same or inside or holds:
-        how = "is" if same else "lies inside" if inside else "holds"
+    contains = found is not None and _contains(found, path)
+    if same or inside or contains:
+        relation = "is" if same else "is inside" if inside else "contains"
         raise OutputError(
-            f"output {how} the input {path}", path=output, hint="name an output directory apart from the input"
+            f"output {relation} the input {path}",
+            path=output,
+            hint="name an output directory separate from the input",
         )
 
 
 def _check_parent(output: str) -> None:
     parent = existing_ancestor(os.path.dirname(output))
     if not os.path.isdir(parent):
-        raise OutputError("output lies below something that is not a directory", path=parent, hint=_NOT_A_DIRECTORY)
+        raise OutputError("output is below something that is not a directory", path=parent, hint=_NOT_A_DIRECTORY)
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError("directory cannot be written to", path=parent, hint="choose another output, or its rights")
+        raise OutputError(
+            "directory cannot be written to", path=parent, hint="name another output, or change its permissions"
+        )
 
 
 def _contains(directory: os.stat_result, path: str) -> bool:
-    """Whether ``path`` or one of its parents is that directory; by identity, whatever the names and mounts."""
+    """Whether ``path`` or one of its parents is that directory, compared by inode, so that links do not matter."""
     return any(os.path.samestat(directory, status) for status in _ancestry(path))
 
 
 def _ancestry(path: str) -> Iterator[os.stat_result]:
-    """``path`` and its parents, by its own name and, where that leads through links, by where it really lies."""
-    for way in {os.path.abspath(path), os.path.realpath(path)}:
+    """``path`` and its parents, as named and, if that path contains links, as resolved."""
+    for current in {os.path.abspath(path), os.path.realpath(path)}:
         while True:
-            if os.path.exists(way):
-                yield os.stat(way)
-            if way == os.path.dirname(way):
+            if os.path.exists(current):
+                yield os.stat(current)
+            if current == os.path.dirname(current):
                 break
-            way = os.path.dirname(way)
+            current = os.path.dirname(current)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as exceptions, so that everything opened and staged is cleaned up on the way out."""
+"""SIGINT and SIGTERM as exceptions, so that open files and staging directories are cleaned up on the way out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(SystemExit):
-    """A signal asked the program to stop; uncaught, the process exits with the shell's code for it.
+    """A signal interrupted the program. Uncaught, it exits the process with the shell's code for that signal.
 
     Attributes:
         signum: the signal.
@@ -25,18 +25,18 @@ class Interrupted(SystemExit):
 
 
 class _State:
-    """Between handler and main thread; handlers run in the main thread only, so no lock is needed."""
+    """Shared by handler and main thread; handlers run only in the main thread, so no lock is needed."""
 
-    holding = 0
-    waiting: int | None = None
+    hold_depth = 0
+    pending: int | None = None
     raised = False
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
     if _State.raised:
-        return  # already unwinding: a second Ctrl-C must not interrupt the cleaning up
-    if _State.holding:
-        _State.waiting = _State.waiting or signum
+        return  # already unwinding: a second Ctrl-C must not interrupt the clean-up
+    if _State.hold_depth:
+        _State.pending = _State.pending or signum
         return
     _State.raised = True
     raise Interrupted(signum)
@@ -44,17 +44,17 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Within: SIGINT and SIGTERM raise :class:`Interrupted`, once. Afterwards: handlers as they were.
+    """Raise :class:`Interrupted`, once, on SIGINT or SIGTERM inside the context; restore the handlers afterwards.
 
-    A signal that is ignored (``nohup``, background jobs) stays ignored. Outside the main thread, where Python
-    delivers no signals, nothing happens.
+    A signal that is ignored (``nohup``, background jobs) stays ignored. Does nothing outside the main thread, where
+    Python runs no handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _handle) for number in heeded}
-    _State.raised, _State.waiting = False, None
+    handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _handle) for number in handled}
+    _State.raised, _State.pending = False, None
     try:
         yield
     finally:
@@ -64,15 +64,15 @@ def raising() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Within: a signal waits for the end, so that two steps which belong together both happen."""
+    """Delay signals until the end of the context, so that steps that belong together all happen."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.holding += 1
+    _State.hold_depth += 1
     try:
         yield
     finally:
-        _State.holding -= 1
-    if not _State.holding and _State.waiting is not None:
-        signum, _State.waiting = _State.waiting, None
+        _State.hold_depth -= 1
+    if not _State.hold_depth and _State.pending is not None:
+        signum, _State.pending = _State.pending, None
         _handle(signum, None)

@@ -11,48 +11,56 @@ from contextlib import contextmanager
 from gptconvert.errors import OutputError
 from gptconvert.model.export import PlannedFile
 from gptconvert.model.tensors import Segment
-from gptconvert.publish import fileops
-from gptconvert.publish.blocks import BLOCK_BYTES, Block
-from gptconvert.publish.source_reader import SourceReader, truncated
-
-#: Larger files go to the disk directly even if they will be read at once.
-MOST_CACHED = 1 << 30
+from gptconvert.publish.blocks import Block
+from gptconvert.publish.file_system import ALIGNMENT, FileSystem
+from gptconvert.publish.io_settings import DEFAULT_IO, IoSettings
+from gptconvert.publish.source_reader import SourceReader, truncated_error
 
 
 class Sink:
-    """A file being written. Its methods are called in the writing thread, but for :meth:`abandon`.
+    """A file being written. The writing thread calls its methods, except :meth:`abandon`.
 
     Args:
         directory: of the output.
         file: the plan.
-        reader: for copies.
-        cached: whether the file will be read at once, and so is to be in the page cache if it is not large: then the
-            kernel copies what it can. Else blocks go straight to the disk where they can.
+        reader: opens the source files that blocks are copied from.
+        cached: whether the file will be read next. Then it goes through the page cache unless it is large, and the
+            kernel copies what it can. Otherwise blocks go straight to the disk where the system supports that.
+        settings: the file system, and which sizes count as large.
 
     Attributes:
-        sha: of the file's bytes; others fill it.
-        computed: of each tensor that is not copied but computed, by name; others fill these too.
+        digest: of the file's bytes; the hashing thread updates it.
+        tensor_digests: of each computed (not copied) tensor, by name; updated likewise.
     """
 
-    def __init__(self, directory: str, file: PlannedFile, reader: SourceReader, *, cached: bool) -> None:
+    def __init__(
+        self,
+        directory: str,
+        file: PlannedFile,
+        reader: SourceReader,
+        *,
+        cached: bool,
+        settings: IoSettings = DEFAULT_IO,
+    ) -> None:
         self.directory, self.file, self.reader = directory, file, reader
-        self.cached = file.nbytes <= MOST_CACHED if cached else file.nbytes < BLOCK_BYTES
-        self.sha = hashlib.sha256()
-        self.computed: dict[str, hashlib._Hash] = {}
+        self.file_system = settings.file_system
+        self.cached = file.nbytes <= settings.cached_up_to if cached else file.nbytes < settings.direct_from
+        self.digest = hashlib.sha256()
+        self.tensor_digests: dict[str, hashlib._Hash] = {}
         self.descriptor, self.position, self.direct = -1, 0, False
 
     def open(self) -> None:
-        """Create the file and the directories it lies in."""
-        with self._failing():
-            _make_parents(self.directory, self.file.path)
-            self.descriptor = fileops.create(os.path.join(self.directory, self.file.path))
-            fileops.allocate(self.descriptor, self.file.nbytes)
+        """Create the file and its parent directories."""
+        with self._os_errors():
+            _make_parents(self.file_system, self.directory, self.file.path)
+            self.descriptor = self.file_system.create(os.path.join(self.directory, self.file.path))
+            self.file_system.allocate(self.descriptor, self.file.nbytes)
             if not self.cached:
-                self.direct = fileops.bypass_cache(self.descriptor, True)
+                self.direct = self.file_system.bypass_cache(self.descriptor, True)
 
     def write(self, block: Block) -> None:
-        """The next block."""
-        with self._failing():
+        """Write the next block."""
+        with self._os_errors():
             if self.direct:
                 self._write_directly(block)
             else:
@@ -60,15 +68,15 @@ class Sink:
             self.position += block.used
 
     def close(self) -> None:
-        """Everything is written: force it to the disk."""
-        with self._failing():
+        """Force the complete file to the disk and close it."""
+        with self._os_errors():
             if self.direct:
-                fileops.truncate(self.descriptor, self.file.nbytes)  # the last block was padded
-            fileops.sync(self.descriptor)
+                self.file_system.truncate(self.descriptor, self.file.nbytes)  # the last block was padded
+            self.file_system.sync(self.descriptor)
             self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the file as it is."""
+        """Close the file as it is."""
         self.reader.close()
         if self.descriptor >= 0:
             os.close(self.descriptor)
@@ -76,47 +84,50 @@ class Sink:
 
     def _write_directly(self, block: Block) -> None:
         try:
-            fileops.write(self.descriptor, block.padded(fileops.ALIGNMENT), block.offset)
+            self.file_system.write(self.descriptor, block.padded(ALIGNMENT), block.offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # Not in this file system, or not at this alignment (after a write that fell short).
-            self.direct = fileops.bypass_cache(self.descriptor, False)
-            fileops.write(self.descriptor, block.data, block.offset)
+            # Not supported by this file system, or not at this alignment (after a write that fell short).
+            self.direct = self.file_system.bypass_cache(self.descriptor, False)
+            self.file_system.write(self.descriptor, block.data, block.offset)
 
     def _write_cached(self, block: Block) -> None:
         at = 0
         for start, segment in block.copies:
-            fileops.write(self.descriptor, block.data[at:start], block.offset + at)
+            self.file_system.write(self.descriptor, block.data[at:start], block.offset + at)
             self._copy(segment, block.offset + start)
             at = start + segment.nbytes
-        fileops.write(self.descriptor, block.data[at:], block.offset + at)
+        self.file_system.write(self.descriptor, block.data[at:], block.offset + at)
 
     def _copy(self, segment: Segment, offset: int) -> None:
         source, done = self.reader.open(segment.path), 0
         while done < segment.nbytes:
-            n = fileops.copy(source, segment.offset + done, self.descriptor, offset + done, segment.nbytes - done)
+            n = self.file_system.copy(
+                source, segment.offset + done, self.descriptor, offset + done, segment.nbytes - done
+            )
             if not n:
-                raise truncated(segment.path, segment.end, segment.offset + done)
+                raise truncated_error(segment.path, segment.end, segment.offset + done)
             done += n
 
     @contextmanager
-    def _failing(self) -> Iterator[None]:
+    def _os_errors(self) -> Iterator[None]:
+        """Report the system's errors as :class:`OutputError`."""
         try:
             yield
         except OSError as error:
-            space = os.statvfs(self.directory)
+            free = self.file_system.free_bytes(self.directory)
             raise OutputError(
                 f"cannot be written ({error.strerror})",
                 path=self.file.path,
                 expected=f"{self.file.nbytes} bytes",
-                found=f"{self.position} bytes written, {space.f_bavail * space.f_frsize} bytes free",
+                found=f"{self.position} bytes written, {free} bytes free",
                 hint="free some space, or name an output on another disk",
             ) from error
 
 
-def _make_parents(directory: str, relative: str) -> None:
+def _make_parents(file_system: FileSystem, directory: str, relative: str) -> None:
     for name in os.path.dirname(relative).split("/"):
         directory = os.path.join(directory, name)
         if not os.path.isdir(directory):
-            fileops.make_directory(directory)
+            file_system.make_directory(directory)

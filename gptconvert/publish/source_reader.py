@@ -1,4 +1,4 @@
-"""Input files read block by block, and hashed whole."""
+"""Files read block by block, and whole-file digests."""
 
 from __future__ import annotations
 
@@ -17,21 +17,17 @@ import google_crc32c
 
 from gptconvert.errors import InputError
 from gptconvert.model.tensors import Segment
-from gptconvert.publish import fileops
-
-#: Small enough to stay in a core's cache while every consumer looks at it, large enough to hide Python.
-BLOCK_BYTES = 1 << 20
-#: Files up to this size are hashed in no time.
-SMALL_BYTES = 64 << 20
+from gptconvert.publish.file_system import ALIGNMENT
+from gptconvert.publish.io_settings import DEFAULT_IO, IoSettings
 
 
 class StoppedError(Exception):
-    """Another thread failed; its error is the one to report."""
+    """The cancellation event was set: another thread failed, and its error is the one to report."""
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What tells a whole file from others.
+    """Identifies the content of a whole file.
 
     Attributes:
         nbytes: its size.
@@ -45,14 +41,15 @@ class FileDigest:
 
 
 class SourceReader:
-    """Reads input files block by block; the file used last stays open.
+    """Reads input files block by block; keeps the last one open.
 
     Args:
-        stop: when set, reading raises :class:`StoppedError`.
+        stop: cancellation event; once set, reading raises :class:`StoppedError`.
+        settings: the file system, and how much to read at once.
     """
 
-    def __init__(self, stop: threading.Event | None = None) -> None:
-        self._stop = stop or threading.Event()
+    def __init__(self, stop: threading.Event | None = None, settings: IoSettings = DEFAULT_IO) -> None:
+        self._stop, self._settings = stop or threading.Event(), settings
         self._path, self._descriptor = "", -1
 
     def __enter__(self) -> Self:
@@ -64,57 +61,72 @@ class SourceReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file used last."""
+        """Close the file that is open."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor, self._path = -1, ""
 
     def open(self, path: str) -> int:
-        """A descriptor for reading; it belongs to this object.
+        """A descriptor for reading; it stays this object's to close.
 
         Raises:
             InputError: the file cannot be opened.
-            StoppedError: asked to stop.
+            StoppedError: ``stop`` was set.
         """
         if self._stop.is_set():
             raise StoppedError
         if self._path != path:
             self.close()
-            with _readable(path):
-                self._descriptor, self._path = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
+            with _as_input_error(path):
+                self._descriptor, self._path = self._settings.file_system.open_source(path), path
         return self._descriptor
 
     def read(self, path: str, nbytes: int, offset: int) -> bytes:
-        """At most ``nbytes``; none at the end of the file.
+        """Read up to ``nbytes``; empty at the end of the file.
 
         Raises:
             InputError: the file cannot be read.
-            StoppedError: asked to stop.
+            StoppedError: ``stop`` was set.
         """
-        with _readable(path):
-            return fileops.read(self.open(path), nbytes, offset)
+        with _as_input_error(path):
+            return self._settings.file_system.read(self.open(path), nbytes, offset)
 
     def blocks(self, segments: Iterable[Segment], nbytes: int | None = None) -> Iterator[bytes]:
-        """The bytes of ``segments``, one after the other, at most ``nbytes`` (default :data:`BLOCK_BYTES`) at once.
+        """The bytes of ``segments``, in order, up to ``nbytes`` at once (default :attr:`IoSettings.read_bytes`).
 
         Raises:
-            InputError: a file cannot be read or has become too short.
+            InputError: a file cannot be read, or is shorter than a segment says.
+            StoppedError: ``stop`` was set.
         """
-        return _in_blocks(self.read, segments, nbytes or BLOCK_BYTES)
+        return _in_blocks(self.read, segments, nbytes or self._settings.read_bytes)
+
+    def whole(self, path: str) -> Iterator[bytes]:
+        """All bytes of a file, block by block.
+
+        Raises:
+            InputError: the file cannot be read.
+            StoppedError: ``stop`` was set.
+        """
+        offset = 0
+        while data := self.read(path, self._settings.read_bytes, offset):
+            yield data
+            offset += len(data)
 
 
 class ReadBack:
-    """Reads what was written, from the disk unless it is in the page cache anyway: what nobody reads next shall not
-    take the place of what somebody does.
+    """Reads written files: from the page cache if they are in it, otherwise past it.
+
+    What is compared once should not evict from the cache what is used next.
 
     Args:
-        stop: when set, reading raises :class:`StoppedError`.
+        stop: cancellation event; once set, reading raises :class:`StoppedError`.
+        settings: the file system, and how much to read at once.
     """
 
-    def __init__(self, stop: threading.Event | None = None) -> None:
-        self._files = SourceReader(stop)
+    def __init__(self, stop: threading.Event | None = None, settings: IoSettings = DEFAULT_IO) -> None:
+        self._files, self._settings = SourceReader(stop, settings), settings
         self._path, self._direct = "", False
-        self._room = memoryview(b"")
+        self._buffer = memoryview(b"")
 
     def __enter__(self) -> Self:
         return self
@@ -125,37 +137,37 @@ class ReadBack:
         self._files.close()
 
     def blocks(self, segments: Iterable[Segment]) -> Iterator[memoryview]:
-        """The bytes of ``segments``, one after the other; each block is valid until the next is asked for.
+        """The bytes of ``segments``, in order; each block is valid only until the next is read.
 
         Raises:
-            InputError: a file cannot be read or has become too short.
+            InputError: a file cannot be read, or is shorter than a segment says.
+            StoppedError: ``stop`` was set.
         """
-        return _in_blocks(self._read, segments, BLOCK_BYTES)
+        return _in_blocks(self._read, segments, self._settings.read_bytes)
 
     def _read(self, path: str, nbytes: int, offset: int) -> memoryview:
-        descriptor = self._files.open(path)
-        with _readable(path):
+        file_system, descriptor = self._settings.file_system, self._files.open(path)
+        with _as_input_error(path):
             if self._path != path:
-                self._direct = not fileops.is_cached(descriptor) and fileops.bypass_cache(descriptor, True)
+                self._direct = not file_system.is_cached(descriptor) and file_system.bypass_cache(descriptor, True)
                 self._path = path
             try:
-                return self._filled(descriptor, nbytes, offset)
+                return self._read_into_buffer(descriptor, nbytes, offset)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._direct = fileops.bypass_cache(
-                    descriptor, False
-                )  # this file system finds out late that it cannot
-                return self._filled(descriptor, nbytes, offset)
+                # Some file systems accept direct I/O and then refuse to read.
+                self._direct = file_system.bypass_cache(descriptor, False)
+                return self._read_into_buffer(descriptor, nbytes, offset)
 
-    def _filled(self, descriptor: int, nbytes: int, offset: int) -> memoryview:
-        before = offset % fileops.ALIGNMENT if self._direct else 0
-        room = before + nbytes
-        room += -room % fileops.ALIGNMENT if self._direct else 0
-        if len(self._room) < room:
-            self._room = memoryview(mmap.mmap(-1, room))  # begins at a page
-        found = fileops.read_into(descriptor, self._room[:room], offset - before)
-        return self._room[before : min(found, before + nbytes)]
+    def _read_into_buffer(self, descriptor: int, nbytes: int, offset: int) -> memoryview:
+        before = offset % ALIGNMENT if self._direct else 0
+        size = before + nbytes
+        size += -size % ALIGNMENT if self._direct else 0
+        if len(self._buffer) < size:
+            self._buffer = memoryview(mmap.mmap(-1, size))  # page-aligned
+        found = self._settings.file_system.read_into(descriptor, self._buffer[:size], offset - before)
+        return self._buffer[before : min(found, before + nbytes)]
 
 
 Data = TypeVar("Data", bytes, memoryview)
@@ -167,56 +179,61 @@ def _in_blocks(read: Callable[[str, int, int], Data], segments: Iterable[Segment
         while offset < segment.end:
             data = read(segment.path, min(nbytes, segment.end - offset), offset)
             if not data:
-                raise truncated(segment.path, segment.end, offset)
+                raise truncated_error(segment.path, segment.end, offset)
             yield data
             offset += len(data)
 
 
 @contextmanager
-def _readable(path: str) -> Iterator[None]:
+def _as_input_error(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path=path) from error
 
 
-def truncated(path: str, expected: int, found: int) -> InputError:
+def truncated_error(path: str, expected: int, found: int) -> InputError:
     """The error for a file that ends too early."""
     return InputError("file is truncated", path=path, expected=f"{expected} bytes", found=f"{found} bytes")
 
 
 def digest_files(
-    paths: Iterable[str], stop: threading.Event | None = None, *, thorough: bool = True
+    paths: Iterable[str],
+    stop: threading.Event | None = None,
+    *,
+    thorough: bool = True,
+    settings: IoSettings = DEFAULT_IO,
 ) -> dict[str, FileDigest]:
     """Size and digest of whole files.
 
     Args:
-        paths: which.
-        stop: when set, reading ends with :class:`StoppedError`.
-        thorough: SHA-256 of all of them, not of those up to :data:`SMALL_BYTES` alone.
+        paths: the files.
+        stop: cancellation event; once set, reading raises :class:`StoppedError`.
+        thorough: use SHA-256 for every file, not only for those up to :attr:`IoSettings.sha256_up_to`.
+        settings: the file system, and how much to read at once.
 
     Raises:
         InputError: a file cannot be read.
     """
     found = {}
-    with SourceReader(stop) as reader:
+    with SourceReader(stop, settings) as reader:
         for path in paths:
-            hashing = thorough or not reader.read(path, 1, SMALL_BYTES)
-            found[path] = (_sha256 if hashing else _crc32c)(reader, path)
+            use_sha256 = thorough or not reader.read(path, 1, settings.sha256_up_to)
+            found[path] = (_sha256 if use_sha256 else _crc32c)(reader.whole(path))
     return found
 
 
-def _sha256(reader: SourceReader, path: str) -> FileDigest:
-    sha, offset = hashlib.sha256(), 0
-    while data := reader.read(path, BLOCK_BYTES, offset):
-        sha.update(data)
-        offset += len(data)
-    return FileDigest(offset, sha.hexdigest())
+def _sha256(blocks: Iterable[bytes]) -> FileDigest:
+    digest, nbytes = hashlib.sha256(), 0
+    for block in blocks:
+        digest.update(block)
+        nbytes += len(block)
+    return FileDigest(nbytes, digest.hexdigest())
 
 
-def _crc32c(reader: SourceReader, path: str) -> FileDigest:
-    value, offset = 0, 0
-    while data := reader.read(path, BLOCK_BYTES, offset):
-        value = google_crc32c.extend(value, data)
-        offset += len(data)
-    return FileDigest(offset, f"{value:08x}", "crc32c")
+def _crc32c(blocks: Iterable[bytes]) -> FileDigest:
+    value, nbytes = 0, 0
+    for block in blocks:
+        value = google_crc32c.extend(value, block)
+        nbytes += len(block)
+    return FileDigest(nbytes, f"{value:08x}", "crc32c")

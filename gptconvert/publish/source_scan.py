@@ -1,8 +1,8 @@
-"""One reading of the source: checksums compared, values looked at, bytes hashed.
+"""The checksum pass over the source: recorded checksums compared, values checked, bytes hashed; each byte read once.
 
-Every stored tensor passes once through the cache in small blocks, and each block is shown to
-whoever wants it: the container's own checksum, the search for NaN and infinities, SHA-256. Digests are kept by where
-the bytes lie, so a tensor that is exported as it is stored is not read again.
+Stored tensors pass through the processor's cache in small blocks, and every consumer takes each block from there: the
+container's own checksum, the check for NaN and infinities, SHA-256. Digests are kept by location, so a tensor that is
+exported as stored is not read again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import google_crc32c
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet, merge_segments
-from gptconvert.publish.finite import Values, checked_chunks, is_float, raw_bytes
+from gptconvert.publish.finite import FiniteCheck, checked_chunks, is_float, raw_bytes
+from gptconvert.publish.io_settings import DEFAULT_IO, IoSettings
 from gptconvert.publish.source_reader import SourceReader, StoppedError
 
 _ALGORITHMS: Mapping[str, Callable[[bytes, int], int]] = {
@@ -27,49 +28,50 @@ _ALGORITHMS: Mapping[str, Callable[[bytes, int], int]] = {
     "crc32c": lambda data, crc: int(google_crc32c.extend(crc, data)),
 }
 _DAMAGED = "the file is damaged, or files of different checkpoints were mixed; fetch it again"
-#: Last parts of the names of tensors that are all zero in many healthy models.
+#: Last parts of the names of tensors that are all zeros in many healthy models.
 _MAY_BE_ZERO = {"b", "bias", "beta"}
 
-Place = tuple[Segment, ...]
+#: Where a tensor's bytes are stored: segments of files, contiguous ones merged.
+Location = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
 class TensorDigests:
-    """SHA-256 of stored bytes, by where they lie.
+    """SHA-256 of stored bytes.
 
     Attributes:
-        by_place: merged segments → hex digest.
+        by_location: merged segments → hex digest.
     """
 
-    by_place: Mapping[Place, str]
+    by_location: Mapping[Location, str]
 
     def of(self, tensor: LazyTensor) -> str | None:
-        """The digest of a tensor's row-major bytes, if they lie in files and were read."""
-        place = tensor.segments()
-        return None if place is None else self.by_place.get(merge_segments(place))
+        """The digest of a tensor's row-major bytes, if they are stored in files and were hashed."""
+        segments = tensor.segments()
+        return None if segments is None else self.by_location.get(merge_segments(segments))
 
 
-def sha256_of(name: str, tensor: LazyTensor) -> str:
+def sha256_of(name: str, tensor: LazyTensor, settings: IoSettings = DEFAULT_IO) -> str:
     """SHA-256 of a tensor's row-major bytes, read or computed now.
 
     Raises:
         InputError: its file cannot be read.
         UnsupportedError: a cast in it overflows.
     """
-    sha, place = hashlib.sha256(), tensor.segments()
-    if place is None:
+    digest, segments = hashlib.sha256(), tensor.segments()
+    if segments is None:
         for chunk in checked_chunks(name, tensor):
-            sha.update(raw_bytes(chunk))
+            digest.update(raw_bytes(chunk))
     else:
-        with SourceReader() as reader:
-            for block in reader.blocks(place):
-                sha.update(block)
-    return sha.hexdigest()
+        with SourceReader(settings=settings) as reader:
+            for block in reader.blocks(segments):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass
-class _Checksum:
-    """A recorded checksum being recomputed."""
+class _RunningChecksum:
+    """A checksum recorded in the container, being recomputed."""
 
     recorded: FileChecksum
     value: int = 0
@@ -91,166 +93,184 @@ class _Checksum:
 
 
 @dataclass
-class Reading:
-    """What is wanted of one run of bytes."""
+class ScanTask:
+    """The consumers of the bytes at one location, or of one computed tensor's values.
 
-    place: Place
+    Attributes:
+        location: of the bytes; empty for a computed tensor.
+        name: of the tensor in the source.
+        tensor: the tensor stored there; None if only a checksum or a digest needs the bytes.
+        finite: checks the values.
+        checksums: recorded checksums to compare.
+        sha256: to be updated with every byte.
+    """
+
+    location: Location
     name: str = ""
     tensor: LazyTensor | None = None
-    values: Values | None = None
-    checksums: list[_Checksum] = field(default_factory=list)
+    finite: FiniteCheck | None = None
+    checksums: list[_RunningChecksum] = field(default_factory=list)
     sha256: hashlib._Hash | None = None
 
     def update(self, data: bytes) -> None:
-        """The next bytes, from the first to the last without a gap."""
-        self.check(data)
+        """Feed the next bytes to every consumer; from the first byte to the last, without a gap."""
+        self.update_checks(data)
         if self.sha256 is not None:
             self.sha256.update(data)
 
-    def check(self, data: bytes) -> None:
-        """The same without SHA-256, which costs ten times as much: who shows the bytes may have it done elsewhere."""
+    def update_checks(self, data: bytes) -> None:
+        """Feed every consumer but SHA-256, which costs ten times as much and can run in another thread."""
         for checksum in self.checksums:
             checksum.update(data)
-        if self.values is not None:
-            self.values.update(data)
+        if self.finite is not None:
+            self.finite.update(data)
 
 
 class SourceScan:
-    """Everything that is to be found out about the bytes of the source tensors in use, each read once.
+    """All checks of the source tensors in use, planned so that each byte is read once.
 
-    Who reads bytes for another purpose may take what is wanted of them (:meth:`take`) and show them;
-    :meth:`read_rest` reads the others.
+    Code that reads bytes for another purpose can :meth:`claim` their task and feed it; :meth:`run_unclaimed` reads
+    the rest.
 
     Args:
         checkpoint: what is exported; its dropped tensors are not read.
-        tensors: those whose bytes are to be hashed; ones that lie in no file are passed over.
+        tensors: to be hashed; those not stored in a file are skipped.
     """
 
     def __init__(self, checkpoint: Checkpoint, tensors: Iterable[LazyTensor] = ()) -> None:
         used = {name: t for name, t in checkpoint.source.tensors.items() if name not in checkpoint.dropped}
-        readings: dict[Place, Reading] = {}
+        tasks: dict[Location, ScanTask] = {}
         for name, tensor in used.items():
             if isinstance(tensor, Stored):
-                _want_checks(readings, name, tensor)
-        for recorded in _relevant(checkpoint.source.tensors, used):
-            _reading(readings, (recorded.segment,)).checksums.append(_Checksum(recorded))
+                _add_checks(tasks, name, tensor)
+        for recorded in _checksums_in_use(checkpoint.source.tensors, used):
+            _task_at(tasks, (recorded.segment,)).checksums.append(_RunningChecksum(recorded))
         for tensor in tensors:
-            if (place := tensor.segments()) is not None and tensor.nbytes:
-                _reading(readings, place).sha256 = hashlib.sha256()
-        self._all = list(readings.values())
-        self._free = readings
-        self._looked_at = [Reading((), n, t, Values(t.dtype)) for n, t in used.items() if not isinstance(t, Stored)]
+            if (segments := tensor.segments()) is not None and tensor.nbytes:
+                _task_at(tasks, segments).sha256 = hashlib.sha256()
+        self._stored = list(tasks.values())
+        self._unclaimed = tasks
+        self._computed = [
+            ScanTask((), name, tensor, FiniteCheck(tensor.dtype))
+            for name, tensor in used.items()
+            if not isinstance(tensor, Stored)
+        ]
 
-    def take(self, place: Place) -> Reading | None:
-        """What is wanted of just these bytes, for who will show them; None: nothing, or it was taken before."""
-        return self._free.pop(merge_segments(place), None)
+    def claim(self, segments: Location) -> ScanTask | None:
+        """Take over feeding the task of exactly these bytes; None if it does not exist or is claimed already."""
+        return self._unclaimed.pop(merge_segments(segments), None)
 
-    def read_rest(self, stop: threading.Event | None = None) -> None:
-        """Read what nobody took.
+    def run_unclaimed(self, stop: threading.Event | None = None, settings: IoSettings = DEFAULT_IO) -> None:
+        """Read the bytes of all tasks that were not claimed, and check computed tensors.
+
+        Args:
+            stop: cancellation event.
+            settings: the file system, and how much to read at once.
 
         Raises:
             InputError: a file cannot be read.
-            StoppedError: asked to stop.
+            StoppedError: ``stop`` was set.
         """
-        with SourceReader(stop) as reader:
-            for reading in sorted(self._free.values(), key=lambda r: (r.place[0].path, r.place[0].offset)):
-                for block in reader.blocks(reading.place):
-                    reading.update(block)
-        self._free = {}
-        for reading in self._looked_at:
-            _look(reading, stop)
+        with SourceReader(stop, settings) as reader:
+            for task in sorted(self._unclaimed.values(), key=lambda t: (t.location[0].path, t.location[0].offset)):
+                for block in reader.blocks(task.location):
+                    task.update(block)
+        self._unclaimed = {}
+        for task in self._computed:
+            _check_computed(task, stop)
 
-    def judge(self, *, allow_nonfinite: bool = False) -> tuple[str, ...]:
-        """Once every byte was seen: what the user should know about the values.
+    def check_results(self, *, allow_nonfinite: bool = False) -> tuple[str, ...]:
+        """Evaluate the checks once every task is complete; returns notes for the user.
 
         Raises:
-            InputError: checksums do not match, or values are not finite. All tensors are listed.
+            InputError: checksums do not match, or values are not finite. Lists all tensors.
         """
-        return _judge([*self._all, *self._looked_at], allow_nonfinite)
+        return _check_results([*self._stored, *self._computed], allow_nonfinite)
 
     def digests(self) -> TensorDigests:
-        """What was hashed, once every byte was."""
-        digests = {r.place: r.sha256.hexdigest() for r in self._all if r.sha256}
+        """The digests, once every task is complete."""
+        digests = {task.location: task.sha256.hexdigest() for task in self._stored if task.sha256}
         return TensorDigests({(): hashlib.sha256().hexdigest()} | digests)
 
 
-def _reading(readings: dict[Place, Reading], place: Place) -> Reading:
-    place = merge_segments(place)
-    return readings.setdefault(place, Reading(place))
+def _task_at(tasks: dict[Location, ScanTask], segments: Location) -> ScanTask:
+    location = merge_segments(segments)
+    return tasks.setdefault(location, ScanTask(location))
 
 
-def _want_checks(readings: dict[Place, Reading], name: str, tensor: Stored) -> None:
+def _add_checks(tasks: dict[Location, ScanTask], name: str, tensor: Stored) -> None:
+    """Plan the check of a stored tensor's values and of the checksum recorded for it."""
     if not tensor.nbytes:
         return
-    reading = _reading(readings, tensor.parts)
-    if reading.tensor is None:
-        reading.name, reading.tensor = name, tensor
-        reading.values = Values(tensor.dtype) if is_float(tensor.dtype) else None
+    task = _task_at(tasks, tensor.parts)
+    if task.tensor is None:
+        task.name, task.tensor = name, tensor
+        task.finite = FiniteCheck(tensor.dtype) if is_float(tensor.dtype) else None
     if tensor.crc32c is not None:
         recorded = FileChecksum(tensor.parts[0], "crc32c", tensor.crc32c, name)
-        reading.checksums.append(_Checksum(recorded))
+        task.checksums.append(_RunningChecksum(recorded))
 
 
-def _look(reading: Reading, stop: threading.Event | None) -> None:
-    """Values of a tensor that its container does not store plainly."""
-    tensor, values = reading.tensor, reading.values
-    if tensor is None or values is None or not is_float(tensor.dtype):
+def _check_computed(task: ScanTask, stop: threading.Event | None) -> None:
+    """Check the values of a tensor that its container does not store as plain bytes."""
+    tensor, finite = task.tensor, task.finite
+    if tensor is None or finite is None or not is_float(tensor.dtype):
         return
     for chunk in tensor.chunks():
         if stop is not None and stop.is_set():
             raise StoppedError
-        values.look(chunk)
+        finite.update_array(chunk)
 
 
-def _relevant(tensors: TensorSet, used: Mapping[str, LazyTensor]) -> list[FileChecksum]:
-    """Recorded checksums, less those of bytes that only dropped tensors lie in."""
-    needed = _Spans(tensor for tensor in used.values())
-    dropped = _Spans(tensor for name, tensor in tensors.items() if name not in used)
+def _checksums_in_use(tensors: TensorSet, used: Mapping[str, LazyTensor]) -> list[FileChecksum]:
+    """The recorded checksums, except those of bytes that only dropped tensors use."""
+    needed = _ByteRanges(used.values())
+    dropped = _ByteRanges(tensor for name, tensor in tensors.items() if name not in used)
     return [c for c in tensors.checksums if c.segment in needed or c.segment not in dropped]
 
 
-class _Spans:
-    """Which bytes of which files stored tensors take."""
+class _ByteRanges:
+    """The byte ranges that stored tensors occupy in files."""
 
     def __init__(self, tensors: Iterable[LazyTensor]) -> None:
-        parts = [part for tensor in tensors if isinstance(tensor, Stored) for part in tensor.parts]
         self._by_path: dict[str, list[tuple[int, int]]] = {}
-        for part in parts:
+        for part in (part for tensor in tensors if isinstance(tensor, Stored) for part in tensor.parts):
             self._by_path.setdefault(part.path, []).append((part.offset, part.end))
-        for spans in self._by_path.values():
-            spans.sort()
+        for ranges in self._by_path.values():
+            ranges.sort()
 
     def __contains__(self, segment: Segment) -> bool:
-        spans = self._by_path.get(segment.path, [])
-        before = bisect_right(spans, (segment.end - 1, segment.end))
-        # Tensors may share bytes, so the span that begins last need not be the one that reaches furthest.
-        return any(end > segment.offset for _, end in spans[:before])
+        """Whether any range overlaps ``segment``."""
+        ranges = self._by_path.get(segment.path, [])
+        before = bisect_right(ranges, (segment.end - 1, segment.end))
+        # Tensors may share bytes, so the range that starts last need not reach furthest.
+        return any(end > segment.offset for _, end in ranges[:before])
 
 
-def _judge(readings: Iterable[Reading], allow_nonfinite: bool) -> tuple[str, ...]:
-    """Notes on what was seen; raises what must not be."""
+def _check_results(tasks: Iterable[ScanTask], allow_nonfinite: bool) -> tuple[str, ...]:
     notes: list[str] = []
     problems: list[InputError] = []
-    for reading in readings:
-        wrong = [problem for c in reading.checksums if (problem := c.problem()) is not None]
-        problems += wrong
-        if wrong or reading.values is None or reading.tensor is None:
+    for task in tasks:
+        mismatches = [error for c in task.checksums if (error := c.problem()) is not None]
+        problems += mismatches
+        if mismatches or task.finite is None or task.tensor is None:
             continue
-        path = reading.place[0].path if reading.place else None
-        complaint = reading.values.complaint(reading.tensor.shape)
-        if complaint is not None and allow_nonfinite:
-            notes.append(f"{reading.name}: {complaint}")
-        elif complaint is not None:
-            hint = "the checkpoint is damaged or its training diverged; --allow-nonfinite converts it all the same"
-            problems.append(InputError(complaint, path=path, item=reading.name, hint=hint))
-        elif not reading.values.nonzero and reading.name.replace("/", ".").split(".")[-1] not in _MAY_BE_ZERO:
-            notes.append(f"{reading.name} is all zeros")
+        problem = task.finite.problem(task.tensor.shape)
+        if problem is not None and allow_nonfinite:
+            notes.append(f"{task.name}: {problem}")
+        elif problem is not None:
+            path = task.location[0].path if task.location else None
+            hint = "the checkpoint is damaged or its training diverged; convert it anyway with --allow-nonfinite"
+            problems.append(InputError(problem, path=path, item=task.name, hint=hint))
+        elif not task.finite.nonzero and task.name.replace("/", ".").split(".")[-1] not in _MAY_BE_ZERO:
+            notes.append(f"{task.name} is all zeros")
     if problems:
-        raise _together(problems)
+        raise _combined(problems)
     return tuple(notes)
 
 
-def _together(problems: list[InputError]) -> InputError:
+def _combined(problems: list[InputError]) -> InputError:
+    """One error that lists all problems."""
     if len(problems) == 1:
         return problems[0]
     lines = [f"{len(problems)} tensors are damaged", *(f"  {problem}" for problem in problems)]

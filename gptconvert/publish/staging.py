@@ -1,7 +1,7 @@
-"""Publish a directory whole or not at all.
+"""Publish a directory as a whole or not at all.
 
-Everything is written into a hidden directory beside the target, forced to disk, and renamed: before the rename
-nobody sees anything, after it everybody sees everything. A failed or interrupted run leaves the target as it was.
+Everything is written into a hidden directory beside the target, forced to disk, and renamed: nothing is visible
+before the rename, and everything after it. A failed or interrupted run leaves the target as it was.
 (Why each fsync: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.)
 """
 
@@ -17,10 +17,11 @@ from types import TracebackType
 from typing import Self
 
 from gptconvert.errors import OutputError
-from gptconvert.publish import fileops, signals
+from gptconvert.publish import signals
+from gptconvert.publish.file_system import OS, FileSystem
 from gptconvert.publish.output_path import existing_ancestor, preflight
 
-#: Free space asked for, relative to the bytes planned: directories, block rounding and the file system's own needs.
+#: Free space required per planned byte: room for directories, block rounding and the file system's own data.
 SPACE_FACTOR = 1.02
 _LONGEST_KEY = 180
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
@@ -29,42 +30,50 @@ _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 class Staging:
     """A directory to write into, which takes the target's place on :meth:`publish`.
 
-    Use as a context manager: leaving it without having published, for whatever reason, removes what was written
-    and leaves the target untouched. One process at a time works on one target.
+    Use it as a context manager: leaving it without having published, for whatever reason, removes what was written
+    and leaves the target untouched. Only one process at a time can work on one target.
 
     Args:
-        output: the directory to publish. Missing parents are made when publishing.
-        inputs: files and directories the output must not replace, contain or lie in.
+        output: the directory to publish. Missing parents are created when publishing.
+        inputs: files and directories that the output must not replace, contain or be inside.
         force: whether a directory at ``output`` may be replaced.
+        file_system: does the work.
 
     Attributes:
         path: the directory to write into; exists inside the ``with`` block.
         notes: what the user should know afterwards (one sentence each).
 
     Raises:
-        OutputError: the output is refused, locked, or cannot be made; on construction, before anything is written,
-            wherever that can be known.
+        OutputError: the output is refused, locked, or cannot be created; where possible on construction, before
+            anything is written.
     """
 
-    def __init__(self, output: str | os.PathLike[str], *, inputs: Iterable[str] = (), force: bool = False) -> None:
+    def __init__(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        inputs: Iterable[str] = (),
+        force: bool = False,
+        file_system: FileSystem = OS,
+    ) -> None:
         self.output = os.path.abspath(os.fspath(output))
         self.notes: list[str] = []
         self._inputs, self._force = tuple(inputs), force
+        self._file_system = file_system
         preflight(self.output, self._inputs, force)
-        self._site = _Site(existing_ancestor(os.path.dirname(self.output)), self.output)
-        self.path = f"{self._site.stem}-{secrets.token_hex(3)}"
+        self._workspace = _Workspace(file_system, existing_ancestor(os.path.dirname(self.output)), self.output)
+        self.path = f"{self._workspace.stem}-{secrets.token_hex(3)}"
         self._lock: int | None = None
         self._made_parents: list[str] = []
         self._published = False
 
     def require_space(self, nbytes: int) -> None:
-        """Refuse to begin if ``nbytes`` will not fit.
+        """Refuse to start if ``nbytes`` will not fit.
 
         Raises:
-            OutputError: too little is free.
+            OutputError: not enough space is free.
         """
-        space = os.statvfs(self._site.parent)
-        free, needed = space.f_bavail * space.f_frsize, int(nbytes * SPACE_FACTOR)
+        free, needed = self._file_system.free_bytes(self._workspace.parent), int(nbytes * SPACE_FACTOR)
         if free < needed:
             raise OutputError(
                 "not enough free space",
@@ -77,11 +86,11 @@ class Staging:
     def __enter__(self) -> Self:
         try:
             with signals.held(), _as_output_error(self.output, "cannot be prepared"):
-                self._clean_up_above()
-                self._lock = self._site.acquire()
-                self._site.clean_up()
+                self._clean_up_ancestors()
+                self._lock = self._workspace.acquire()
+                self._workspace.clean_up()
                 preflight(self.output, self._inputs, self._force)
-                fileops.make_directory(self.path)
+                self._file_system.make_directory(self.path)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -94,13 +103,13 @@ class Staging:
             self._discard(error)
 
     def publish(self) -> None:
-        """Force everything to disk and put it in the target's place.
+        """Force everything to disk and move it to the target's place.
 
         Raises:
-            OutputError: it could not be done; the target is as it was.
+            OutputError: publishing failed; the target is as it was.
         """
         with _as_output_error(self.output, "cannot be published"):
-            _sync_tree(self.path)
+            _sync_tree(self._file_system, self.path)
             with signals.held():
                 self._make_parents()
                 replaced = self._swap()
@@ -108,18 +117,18 @@ class Staging:
             if replaced is not None:
                 self._remove_replaced(replaced)
 
-    def _clean_up_above(self) -> None:
-        """A killed run may have worked further up, if the parents did not exist then."""
-        above = self._site.parent
+    def _clean_up_ancestors(self) -> None:
+        """Undo killed runs that worked in a directory further up, because the parents did not exist then."""
+        above = self._workspace.parent
         while above != os.path.dirname(above):
             above = os.path.dirname(above)
-            site = _Site(above, self.output)
-            if os.path.lexists(site.lock_path):
-                lock = site.acquire()
+            workspace = _Workspace(self._file_system, above, self.output)
+            if os.path.lexists(workspace.lock_path):
+                lock = workspace.acquire()
                 try:
-                    site.clean_up()
+                    workspace.clean_up()
                 finally:
-                    fileops.unlock(site.lock_path, lock)
+                    self._file_system.unlock(workspace.lock_path, lock)
 
     def _make_parents(self) -> None:
         missing, parent = [], os.path.dirname(self.output)
@@ -127,73 +136,73 @@ class Staging:
             missing.append(parent)
             parent = os.path.dirname(parent)
         for directory in reversed(missing):
-            fileops.make_directory(directory)
+            self._file_system.make_directory(directory)
             self._made_parents.append(directory)
-            fileops.sync_path(os.path.dirname(directory))
+            self._file_system.sync_path(os.path.dirname(directory))
 
     def _swap(self) -> str | None:
-        """Put the staged directory in place; returns where the directory it replaced now is, if it replaced one."""
+        """Move the staged directory into place; returns the new path of the directory it replaced, if any."""
         if not (self._force and _is_directory(self.output) and os.listdir(self.output)):
-            _undoable(fileops.rename, self.path, self.output, self._sync_parents)
+            _move_or_undo(self._file_system.rename, self.path, self.output, self._sync_parents)
             return None
         try:
-            _undoable(fileops.exchange, self.path, self.output, self._sync_parents)
+            _move_or_undo(self._file_system.exchange, self.path, self.output, self._sync_parents)
             return self.path
         except OSError as error:
             if error.errno not in _NO_EXCHANGE:
                 raise
-        fileops.rename(self.output, self._site.aside)
+        self._file_system.rename(self.output, self._workspace.aside)
         try:
-            _undoable(fileops.rename, self.path, self.output, self._sync_parents)
+            _move_or_undo(self._file_system.rename, self.path, self.output, self._sync_parents)
         except BaseException:
-            fileops.rename(self._site.aside, self.output)
+            self._file_system.rename(self._workspace.aside, self.output)
             raise
-        return self._site.aside
+        return self._workspace.aside
 
     def _sync_parents(self) -> None:
-        for directory in {os.path.dirname(self.output), self._site.parent}:
-            fileops.sync_path(directory)
+        for directory in {os.path.dirname(self.output), self._workspace.parent}:
+            self._file_system.sync_path(directory)
 
     def _remove_replaced(self, path: str) -> None:
         try:
-            fileops.remove_tree(path)
+            self._file_system.remove_tree(path)
         except OSError as error:
             self.notes.append(f"the replaced output could not be removed ({error.strerror}): {path}")
 
     def _discard(self, error: BaseException | None) -> None:
-        """Remove whatever is not published, and the lock last. Must not hide the error that led here."""
+        """Remove everything not published, and the lock last, without masking ``error``, the reason for leaving."""
         for step in (self._remove_staged, self._remove_parents, self._release):
             try:
                 step()
             except OSError as problem:
                 if error is not None:
-                    error.add_note(f"cleaning up after this failed too: {problem}")
+                    error.add_note(f"the clean-up after this error failed too: {problem}")
 
     def _remove_staged(self) -> None:
         if not self._published and self._lock is not None and os.path.isdir(self.path):
-            fileops.remove_tree(self.path)
+            self._file_system.remove_tree(self.path)
 
     def _remove_parents(self) -> None:
         while self._made_parents and not self._published:
-            fileops.remove_directory(self._made_parents.pop())
+            self._file_system.remove_directory(self._made_parents.pop())
 
     def _release(self) -> None:
         if self._lock is not None:
             descriptor, self._lock = self._lock, None
-            fileops.unlock(self._site.lock_path, descriptor)
+            self._file_system.unlock(self._workspace.lock_path, descriptor)
 
 
-class _Site:
-    """The hidden names beside which an output is made, in ``parent``, the nearest directory that exists.
+class _Workspace:
+    """The hidden files and directories of one output, in ``parent``, the nearest parent directory that exists.
 
     Attributes:
-        stem: what all of them begin with.
-        lock_path: held by the process at work.
-        aside: where a replaced output lies for a moment, on systems without an atomic exchange.
+        stem: the path that all of them start with.
+        lock_path: the lock file of the process at work.
+        aside: the path of a replaced output between two renames, on systems without an atomic exchange.
     """
 
-    def __init__(self, parent: str, output: str) -> None:
-        self.parent, self.output = parent, output
+    def __init__(self, file_system: FileSystem, parent: str, output: str) -> None:
+        self._file_system, self.parent, self.output = file_system, parent, output
         self.stem = os.path.join(parent, f".{_key(os.path.relpath(output, parent))}.gptconvert")
         self.lock_path, self.aside = f"{self.stem}.lock", f"{self.stem}-replaced"
 
@@ -203,7 +212,7 @@ class _Site:
         Raises:
             OutputError: another process holds it.
         """
-        lock = fileops.lock(self.lock_path)
+        lock = self._file_system.lock(self.lock_path)
         if lock is None:
             raise OutputError(
                 f"locked by pid {_first_line(self.lock_path)}",
@@ -213,21 +222,21 @@ class _Site:
         return lock
 
     def clean_up(self) -> None:
-        """Undo what killed runs left. We hold the lock, so nobody is at work in any of it."""
+        """Undo what killed runs left behind. The caller holds the lock, so no other process is using it."""
         if os.path.isdir(self.aside):
-            # Killed between two renames: the old output must come back.
+            # A run was killed between two renames: restore the old output.
             if os.path.lexists(self.output):
-                fileops.remove_tree(self.aside)
+                self._file_system.remove_tree(self.aside)
             else:
-                fileops.rename(self.aside, self.output)
+                self._file_system.rename(self.aside, self.output)
         stale = re.compile(re.escape(os.path.basename(self.stem)) + r"-[0-9a-f]{6}")
         for name in os.listdir(self.parent):
             if stale.fullmatch(name):
-                fileops.remove_tree(os.path.join(self.parent, name))
+                self._file_system.remove_tree(os.path.join(self.parent, name))
 
 
-def _undoable(move: Callable[[str, str], None], source: str, target: str, confirm: Callable[[], None]) -> None:
-    """``move``, then ``confirm``; if confirming fails, move back."""
+def _move_or_undo(move: Callable[[str, str], None], source: str, target: str, confirm: Callable[[], None]) -> None:
+    """Call ``move``, then ``confirm``; if ``confirm`` fails, move back."""
     move(source, target)
     try:
         confirm()
@@ -237,7 +246,7 @@ def _undoable(move: Callable[[str, str], None], source: str, target: str, confir
 
 
 def _key(relative: str) -> str:
-    """The output's path below the directory that exists, as one file name."""
+    """The output's path, relative to the parent that exists, as one file name."""
     key = relative.replace("%", "%25").replace("/", "%2F")
     if len(os.fsencode(key)) <= _LONGEST_KEY:
         return key
@@ -256,12 +265,12 @@ def _first_line(path: str) -> str:
     return "unknown"
 
 
-def _sync_tree(root: str) -> None:
-    """Every file and directory in ``root``, the root last. Files already on disk cost nothing."""
+def _sync_tree(file_system: FileSystem, root: str) -> None:
+    """Force every file and directory in ``root`` to disk, the root last. Files already there cost nothing."""
     for directory, _, names in os.walk(root, topdown=False):
         for name in names:
-            fileops.sync_path(os.path.join(directory, name))
-        fileops.sync_path(directory)
+            file_system.sync_path(os.path.join(directory, name))
+        file_system.sync_path(directory)
 
 
 @contextmanager

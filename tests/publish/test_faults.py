@@ -1,4 +1,4 @@
-"""Every operation on the file system fails once, falls short once, and is the last one before a crash once."""
+"""Every file operation fails once, falls short once, and is the last one before a crash once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import pytest
 
 from gptconvert.errors import GptConvertError, InputError, OutputError
 from tests.helpers import ROOT
-from tests.publishing import OLD, SCENARIOS, convert, faults, leftovers, prepare, tree
+from tests.publishing import OLD, SCENARIOS, FaultyFileSystem, convert, leftovers, prepare, tree
 
-#: Operations that tidy up. Where one of them fails something stays behind, and the next run must remove it.
-TIDYING = {"remove", "unlink", "rmdir"}
+#: If one of these fails, something is left behind, and the next run must remove it.
+CLEAN_UP = {"remove", "unlink", "rmdir"}
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """On a memory file system where there is one: thousands of fsyncs follow."""
+    """On a memory file system if there is one: thousands of fsyncs follow."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as directory:
         yield Path(directory) / "root"
@@ -50,21 +50,22 @@ def test_a_failing_operation_leaves_the_old_output_or_the_new_one(root: Path, sc
             return nbytes
 
         error: GptConvertError | None = None
-        with faults(act, scenario) as seen:
-            try:
-                convert(checkpoint, output)
-            except GptConvertError as caught:
-                error = caught
-        failed = seen[n] if n < len(seen) else None
-        # A reading that fails is an input's or, of what was just written, an output's; all else is the output's.
-        assert error is None or isinstance(error, OutputError) or (failed == "read" and isinstance(error, InputError))
+        faulty = FaultyFileSystem(act, scenario)
+        try:
+            convert(checkpoint, output, faulty)
+        except GptConvertError as caught:
+            error = caught
+        failed = faulty.seen[n] if n < len(faulty.seen) else None
+        # Only inputs are opened and read; all other operations work on the output.
+        expected = InputError if failed in ("open", "read") else OutputError
+        assert error is None or isinstance(error, expected), (n, failed, error)
         assert tree(output) == (new if error is None else old), (n, failed, error)
         if failed is None:
             assert error is None
             break
         if failed == "exchange" and scenario == "replace-without-exchange":
-            assert error is None  # it always fails there, and there is another way
-        elif failed in TIDYING:
+            assert error is None  # it always fails in this scenario, and two renames replace it
+        elif failed in CLEAN_UP:
             convert(checkpoint, output)
             assert tree(output) == new
         else:
@@ -81,8 +82,7 @@ def test_short_reads_writes_and_copies_change_nothing(root: Path, scenario: str)
     new = tree(output)
 
     checkpoint, output = prepare(root, scenario)
-    with faults(_half, scenario):
-        convert(checkpoint, output)
+    convert(checkpoint, output, FaultyFileSystem(_half, scenario))
 
     assert tree(output) == new
     assert not leftovers(root)
@@ -100,7 +100,7 @@ def test_a_crash_at_any_operation_leaves_the_old_output_or_the_new_one(root: Pat
     reports = json.loads(run.stdout)
     assert len(reports) > 40
     for report in reports:
-        # Without an atomic exchange there is a moment, between two renames, in which the old output lies aside.
+        # Without an atomic exchange, the old output is set aside for a moment, between two renames.
         aside = scenario == "replace-without-exchange" and report["state"] == "absent"
         fine = {"old", "new"}
         assert report["state"] in fine or aside, report

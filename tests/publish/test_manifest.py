@@ -1,4 +1,4 @@
-"""manifest.json and SHA256SUMS: true, complete, and the same wherever and whenever they are made."""
+"""manifest.json and SHA256SUMS: correct, complete, and the same wherever and whenever they are made."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import pytest
 from gptconvert import __version__
 from gptconvert.errors import InputError
 from gptconvert.model.export import PlannedFile, place
+from gptconvert.model.options import Options
 from gptconvert.model.tensors import Cast
 from gptconvert.publish.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
 from gptconvert.publish.writer import WrittenFile, write_and_digest, write_files
 from tests.helpers import checkpoint_of, openai_hparams, openai_layout, tiny_gpt2
 
 
-def convert(source: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """A checkpoint with optimizer slots, written raw and in bfloat16, with its manifest; returns that."""
+def convert(source: Path, out: Path, recorded: dict[str, object] | None = None, **options: Any) -> dict[str, Any]:
+    """Write a checkpoint with a dropped tensor, as stored and in bfloat16, and its manifest; returns the manifest."""
     source.mkdir(parents=True)
     out.mkdir(parents=True)
     raw, arrays = tiny_gpt2(n_inner=None)
@@ -54,7 +55,7 @@ def convert(source: Path, out: Path, **options: Any) -> dict[str, Any]:
     written = write_and_digest(str(out), files, checkpoint)
     (out / "extra").write_bytes(b"extra")
     also = [WrittenFile("extra", 5, hashlib.sha256(b"extra").hexdigest())]
-    recipe = Recipe(("safetensors", "onnx"), {"opset": 21, "dtype": None}, ("onnx", "numpy"))
+    recipe = Recipe(("safetensors", "onnx"), recorded or {"opset": 21, "dtype": None}, ("onnx", "numpy"))
     made = manifest_files(checkpoint, files, written, recipe, also=also, **options)
     assert [file.path for file in made] == ["manifest.json", "SHA256SUMS"]
     write_files(str(out), made)
@@ -71,7 +72,7 @@ def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_says_what_was_made_from_what(tmp_path: Path, out: Path) -> None:
+def test_describes_source_options_and_versions(tmp_path: Path, out: Path) -> None:
     manifest = convert(tmp_path / "source", out, verification={"passed": True})
     assert manifest["schema_version"] == 1
     assert manifest["tool"] == {"name": "gptconvert", "version": __version__}
@@ -89,6 +90,18 @@ def test_says_what_was_made_from_what(tmp_path: Path, out: Path) -> None:
         {"name": n, "size": (tmp_path / "source" / n).stat().st_size, "sha256": sha(tmp_path / "source" / n)}
         for n in names
     ]
+
+
+def test_lists_every_option_that_shapes_the_output(tmp_path: Path, out: Path) -> None:
+    """Flat, those of the source too; not the ones that do not change any byte."""
+    options = Options(dtype="fp16", activation="tanh", trim_vocab=90, hparams="/home/me/hparams.json", force=True)
+    recorded = convert(tmp_path / "source", out, recorded=options.recorded())["options"]
+    assert recorded == options.recorded()
+    assert (recorded["dtype"], recorded["activation"], recorded["trim_vocab"]) == ("fp16", "tanh", 90)
+    assert recorded["hparams"] == "hparams.json"
+    assert recorded["opset"] == Options().opset
+    assert "force" not in recorded
+    assert all(value is None or isinstance(value, bool | int | str) for value in recorded.values())
 
 
 def test_lists_every_file_and_tensor(tmp_path: Path, out: Path) -> None:
@@ -130,7 +143,7 @@ def test_is_the_same_anywhere_at_any_time(tmp_path: Path) -> None:
         assert os.uname().nodename.encode() not in content
 
 
-def test_refuses_numbers_json_has_not(tmp_path: Path, out: Path) -> None:
+def test_refuses_numbers_that_json_cannot_express(tmp_path: Path, out: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         convert(tmp_path / "source", out, verification={"ratio": float("nan")})
 

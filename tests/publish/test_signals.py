@@ -39,7 +39,7 @@ def test_a_signal_unwinds(number: int, code: int) -> None:
     assert (caught.value.code, caught.value.signum) == (code, number)
 
 
-def test_a_second_signal_does_not_disturb_the_cleaning_up() -> None:
+def test_a_second_signal_does_not_interrupt_the_clean_up() -> None:
     steps = []
     with pytest.raises(signals.Interrupted), signals.raising():
         try:
@@ -70,7 +70,7 @@ def test_an_error_while_a_signal_waits_is_not_hidden() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise ZeroDivisionError
     with signals.raising(), signals.held():
-        pass  # and it is forgotten
+        pass  # the pending signal was discarded
 
 
 def test_ignored_signals_stay_ignored() -> None:
@@ -83,7 +83,7 @@ def test_ignored_signals_stay_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_other_threads_may_use_it() -> None:
+def test_does_nothing_in_other_threads() -> None:
     seen = []
 
     def work() -> None:
@@ -97,7 +97,7 @@ def test_other_threads_may_use_it() -> None:
     assert seen == [before]
 
 
-#: Converts without end: a source that grows as it is copied would not do, a slow progress callback does.
+#: Converts again and again, slowed down by the progress callback.
 ENDLESS = """
 import sys, time
 from pathlib import Path
@@ -125,7 +125,7 @@ with signals.raising():
 
 @BOTH
 @pytest.mark.parametrize("delay", [0.0, 0.03])
-def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, number: int, code: int, delay: float) -> None:
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, number: int, code: int, delay: float) -> None:
     from tests.publishing import OLD, leftovers, tree
 
     root = tmp_path / "root"

@@ -1,15 +1,15 @@
-"""Reading back what was written: the same bytes from the page cache and from the disk, and the cache left alone."""
+"""Reading files, and reading back what was written: from the page cache or past it, the bytes are the same."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from gptconvert.errors import InputError
 from gptconvert.model.tensors import Segment
-from gptconvert.publish import fileops, source_reader
-from gptconvert.publish.source_reader import ReadBack, StoppedError
+from gptconvert.publish.file_system import OS, FileSystem
+from gptconvert.publish.io_settings import IoSettings
+from gptconvert.publish.source_reader import FileDigest, ReadBack, SourceReader, StoppedError, digest_files
+from tests.publishing import FaultyFileSystem, at_most, failing, file_system
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 50_001, np.uint8).tobytes()
 
@@ -29,8 +31,8 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "f")
 
 
-def forget(path: str) -> None:
-    """Force a file to the disk and out of the page cache."""
+def evict(path: str) -> None:
+    """Force a file to the disk and evict it from the page cache."""
     descriptor = os.open(path, os.O_RDWR)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -40,19 +42,19 @@ def forget(path: str) -> None:
 def cached(path: str) -> bool:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return fileops.is_cached(descriptor)
+        return OS.is_cached(descriptor)
     finally:
         os.close(descriptor)
 
 
 @pytest.fixture
 def cold(file: str) -> str:
-    """A file that is not in the page cache, in a file system that can be read past it."""
-    forget(file)
+    """A file that is not cached, in a file system that supports direct I/O."""
+    evict(file)
     descriptor = os.open(file, os.O_RDONLY)
-    can = fileops.bypass_cache(descriptor, True)
+    supported = OS.bypass_cache(descriptor, True)
     os.close(descriptor)
-    if cached(file) or not can:
+    if cached(file) or not supported:
         pytest.skip("this file system keeps everything in memory")
     return file
 
@@ -61,13 +63,9 @@ def cold(file: str) -> str:
 @given(offset=st.integers(0, 50_000), nbytes=st.integers(1, 50_001), block=st.sampled_from([1, 511, 4096, 10_000]))
 def test_any_segment(file: str, offset: int, nbytes: int, block: int) -> None:
     segment = Segment(file, offset, min(nbytes, len(CONTENT) - offset))
-    forget(file)
-    before, source_reader.BLOCK_BYTES = source_reader.BLOCK_BYTES, block if nbytes < 1000 else max(block, 511)
-    try:
-        with ReadBack() as reader:
-            assert b"".join(bytes(b) for b in reader.blocks([segment])) == CONTENT[offset : segment.end]
-    finally:
-        source_reader.BLOCK_BYTES = before
+    evict(file)
+    with ReadBack(settings=IoSettings(read_bytes=block if nbytes < 1000 else max(block, 511))) as reader:
+        assert b"".join(bytes(b) for b in reader.blocks([segment])) == CONTENT[offset : segment.end]
 
 
 def test_what_is_read_does_not_enter_the_page_cache(cold: str) -> None:
@@ -76,7 +74,7 @@ def test_what_is_read_does_not_enter_the_page_cache(cold: str) -> None:
     assert not cached(cold)
 
 
-def test_a_file_whose_beginning_was_read_is_not_in_the_page_cache(cold: str) -> None:
+def test_a_file_is_not_cached_because_its_beginning_was_read(cold: str) -> None:
     descriptor = os.open(cold, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     os.pread(descriptor, 100, 0)
@@ -86,38 +84,39 @@ def test_a_file_whose_beginning_was_read_is_not_in_the_page_cache(cold: str) -> 
     assert cached(cold)
 
 
-def test_what_is_in_the_page_cache_is_taken_from_there(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_file_is_read_from_the_cache(file: str) -> None:
     Path(file).read_bytes()
-    monkeypatch.setattr(fileops, "bypass_cache", lambda *_: pytest.fail("it is there already"))
-    with ReadBack() as reader:
+    caching = file_system(bypass_cache=lambda *_: pytest.fail("it is cached"))
+    with ReadBack(settings=IoSettings(caching)) as reader:
         assert b"".join(bytes(b) for b in reader.blocks([Segment(file, 7, 9000)])) == CONTENT[7:9007]
 
 
-def test_a_file_system_without_a_way_past_the_cache(cold: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fileops, "bypass_cache", lambda *_: False)
-    with ReadBack() as reader:
+def test_a_file_system_without_direct_io(cold: str) -> None:
+    with ReadBack(settings=IoSettings(file_system(bypass_cache=lambda *_: False))) as reader:
         assert b"".join(bytes(b) for b in reader.blocks([Segment(cold, 7, 9000)])) == CONTENT[7:9007]
 
 
-def test_a_file_system_that_finds_out_late(cold: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, refused = os.preadv, []
+class LateRefusal(FileSystem):
+    """Accepts direct I/O and then refuses to read, except at the start of a file."""
 
-    def preadv(descriptor: int, buffers: Any, offset: int) -> int:
+    refused = 0
+
+    def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and offset:
-            refused.append(offset)
+            self.refused += 1
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(descriptor, buffers, offset)
+        return super().read_into(descriptor, buffer, offset)
 
-    monkeypatch.setattr(os, "preadv", preadv)
-    monkeypatch.setattr(source_reader, "BLOCK_BYTES", 9000)
-    with ReadBack() as reader:
+
+def test_a_file_system_that_refuses_late(cold: str) -> None:
+    late = LateRefusal()
+    with ReadBack(settings=IoSettings(late, read_bytes=9000)) as reader:
         assert b"".join(bytes(b) for b in reader.blocks([Segment(cold, 7, 30_000)])) == CONTENT[7:30_007]
-    assert len(refused) == 1
+    assert late.refused == 1
 
 
-def test_short_reads(cold: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fileops, "fault", lambda operation, nbytes: min(nbytes, 4096))
-    with ReadBack() as reader:
+def test_short_reads(cold: str) -> None:
+    with ReadBack(settings=IoSettings(FaultyFileSystem(at_most(4096)))) as reader:
         assert b"".join(bytes(b) for b in reader.blocks([Segment(cold, 5000, 30_000)])) == CONTENT[5000:35_000]
 
 
@@ -128,26 +127,19 @@ def test_several_files(tmp_path: Path, file: str) -> None:
         assert [bytes(block) for block in blocks] == [CONTENT[:10], b"ther", CONTENT[10:13]]
 
 
-def test_truncated_missing_and_unreadable(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_missing_and_unreadable(file: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="truncated; expected 50002 bytes, found 50001 bytes"), ReadBack() as reader:
         list(reader.blocks([Segment(file, 50_000, 2)]))
     with pytest.raises(InputError, match="truncated; expected 50011 bytes"), ReadBack() as reader:
         list(reader.blocks([Segment(file, 50_010, 1)]))
     with pytest.raises(InputError, match="No such file"), ReadBack() as reader:
         list(reader.blocks([Segment(str(tmp_path / "nothing"), 0, 1)]))
-    monkeypatch.setattr(fileops, "read_into", failing(errno.EIO))
-    with pytest.raises(InputError, match="Input/output error"), ReadBack() as reader:
+    broken = IoSettings(file_system(read_into=failing(errno.EIO)))
+    with pytest.raises(InputError, match="Input/output error"), ReadBack(settings=broken) as reader:
         list(reader.blocks([Segment(file, 0, 1)]))
 
 
-def failing(code: int) -> Callable[..., Any]:
-    def act(*_: object) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    return act
-
-
-def test_stops_when_told(file: str) -> None:
+def test_stops_when_cancelled(file: str) -> None:
     stop = threading.Event()
     with ReadBack(stop) as reader:
         blocks = reader.blocks([Segment(file, 0, 10), Segment(file, 10, 10)])
@@ -157,8 +149,55 @@ def test_stops_when_told(file: str) -> None:
             next(blocks)
 
 
-def test_where_it_cannot_be_told_what_is_cached(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_cannot_say_what_is_cached(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import ctypes
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert cached(file)
+
+
+class TestSourceReader:
+    @pytest.mark.parametrize("read_bytes", [2, 1 << 20])
+    def test_keeps_one_file_open(self, tmp_path: Path, read_bytes: int) -> None:
+        for name in "ab":
+            (tmp_path / name).write_bytes(b"12345")
+        with SourceReader(settings=IoSettings(read_bytes=read_bytes)) as reader:
+            first = reader.open(str(tmp_path / "a"))
+            assert reader.open(str(tmp_path / "a")) == first
+            segments = [Segment(str(tmp_path / n), 1, 3) for n in "aba"]
+            assert b"".join(reader.blocks(segments)) == b"234234234"
+
+
+@pytest.mark.parametrize("read_bytes", [7, 1 << 20])
+class TestDigestFiles:
+    def test_whole_files(self, tmp_path: Path, read_bytes: int) -> None:
+        (tmp_path / "a").write_bytes(b"x" * 1000)
+        (tmp_path / "b").write_bytes(b"")
+        paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+        assert digest_files(paths, settings=IoSettings(read_bytes=read_bytes)) == {
+            paths[0]: FileDigest(1000, hashlib.sha256(b"x" * 1000).hexdigest()),
+            paths[1]: FileDigest(0, hashlib.sha256().hexdigest()),
+        }
+
+    def test_large_files_get_a_checksum_if_nothing_is_verified(self, tmp_path: Path, read_bytes: int) -> None:
+        small, large = b"s" * 999, b"l" * 1000
+        (tmp_path / "small").write_bytes(small)
+        (tmp_path / "large").write_bytes(large)
+        paths = [str(tmp_path / "small"), str(tmp_path / "large")]
+        io = IoSettings(read_bytes=read_bytes, sha256_up_to=999)
+        assert digest_files(paths, thorough=False, settings=io) == {
+            paths[0]: FileDigest(999, hashlib.sha256(small).hexdigest()),
+            paths[1]: FileDigest(1000, f"{google_crc32c.value(large):08x}", "crc32c"),
+        }
+        assert digest_files(paths, settings=io)[paths[1]] == FileDigest(1000, hashlib.sha256(large).hexdigest())
+
+    def test_missing_files(self, tmp_path: Path, read_bytes: int) -> None:
+        with pytest.raises(InputError, match="cannot be read"):
+            digest_files([str(tmp_path / "nothing")], settings=IoSettings(read_bytes=read_bytes))
+
+    def test_stops_when_cancelled(self, tmp_path: Path, read_bytes: int) -> None:
+        stop = threading.Event()
+        stop.set()
+        (tmp_path / "f").write_bytes(b"content")
+        with pytest.raises(StoppedError):
+            digest_files([str(tmp_path / "f")], stop, settings=IoSettings(read_bytes=read_bytes))

@@ -1,4 +1,4 @@
-"""One reading of the source: checksums, values, digests; and only of what is used."""
+"""The scan of the source: checksums, values and digests, of the tensors in use only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import threading
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,6 @@ import google_crc32c
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gptconvert.errors import InputError
@@ -22,12 +22,13 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Cast, FileChecksum, LazyTensor, Segment, Stored, TensorSet, Transposed
 from gptconvert.model.transforms import concatenate, take_rows
-from gptconvert.publish import fileops, source_reader
-from gptconvert.publish.finite import Values, finite, is_float
-from gptconvert.publish.source_reader import FileDigest, SourceReader, StoppedError, digest_files
-from gptconvert.publish.source_scan import sha256_of
-from tests.helpers import computed_tensors, examine, source_of, stored_tensors
-from tests.helpers import openai_checkpoint as tiny
+from gptconvert.publish.file_system import OS
+from gptconvert.publish.io_settings import IoSettings
+from gptconvert.publish.source_reader import StoppedError
+from gptconvert.publish.source_scan import SourceScan, sha256_of
+from tests import helpers
+from tests.helpers import Examined, computed_tensors, openai_checkpoint, source_of, stored_tensors
+from tests.publishing import file_system
 
 
 def sha(array: NDArray[Any]) -> str:
@@ -35,7 +36,7 @@ def sha(array: NDArray[Any]) -> str:
 
 
 def checkpoint(tensors: TensorSet, dropped: tuple[str, ...] = ()) -> Checkpoint:
-    """A checkpoint of which only the source's tensors matter."""
+    """A checkpoint in which only the source's tensors matter."""
     config: Any = None
     return Checkpoint(config, tensors.tensors, source_of({}, tensors), dropped=dict.fromkeys(dropped, "not needed"))
 
@@ -45,13 +46,17 @@ def arrays(**extra: NDArray[Any]) -> dict[str, NDArray[Any]]:
     return {"wte": rng.normal(size=(9, 4)).astype("f4"), "h0/w": rng.normal(size=(4, 5)).astype("f4")} | extra
 
 
-@pytest.fixture(autouse=True, params=[7, 1 << 20], ids=["tiny blocks", "real blocks"])
-def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_reader, "BLOCK_BYTES", request.param)
+Examine = Callable[..., Examined]
+
+
+@pytest.fixture(params=[7, 1 << 20], ids=["tiny blocks", "real blocks"])
+def examine(request: pytest.FixtureRequest) -> Examine:
+    """Runs a whole scan, with small or real reads."""
+    return partial(helpers.examine, settings=IoSettings(read_bytes=request.param))
 
 
 class TestDigests:
-    def test_of_stored_sliced_and_stacked_tensors(self, tmp_path: Path) -> None:
+    def test_of_stored_sliced_and_stacked_tensors(self, tmp_path: Path, examine: Examine) -> None:
         data = arrays(empty=np.zeros((0, 3), "f4"))
         tensors = stored_tensors(tmp_path / "s", data)
         wte, w = tensors["wte"], tensors["h0/w"]
@@ -65,7 +70,7 @@ class TestDigests:
         assert digests.of(stacked) == sha(np.concatenate([picked, data["wte"]]))
         assert digests.of(tensors["empty"]) == sha(data["empty"])
 
-    def test_are_found_by_place_not_by_object(self, tmp_path: Path) -> None:
+    def test_are_found_by_location_not_by_object(self, tmp_path: Path, examine: Examine) -> None:
         """Other shape, other parts, same bytes."""
         data = arrays()
         tensors = stored_tensors(tmp_path / "s", data)
@@ -74,28 +79,35 @@ class TestDigests:
         digests = examine(checkpoint(tensors), [tensors["wte"]])
         assert digests.of(Stored(halves, np.dtype("f4"), (36,))) == sha(data["wte"])
 
-    def test_computed_tensors_have_none(self, tmp_path: Path) -> None:
+    def test_computed_tensors_have_none(self, tmp_path: Path, examine: Examine) -> None:
         tensors = stored_tensors(tmp_path / "s", arrays())
         turned = Transposed(tensors["wte"])
         assert examine(checkpoint(tensors), [turned]).of(turned) is None
 
-    def test_each_byte_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("read_bytes", [7, 1 << 20])
+    def test_each_byte_is_read_once(self, tmp_path: Path, read_bytes: int) -> None:
         data = arrays()
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data)
         read: list[int] = []
-        real = fileops.read
-        monkeypatch.setattr(fileops, "read", lambda *args: (read.append(args[1]), real(*args))[1])
+
+        def counting(descriptor: int, nbytes: int, offset: int) -> bytes:
+            data = OS.read(descriptor, nbytes, offset)
+            read.append(len(data))
+            return data
+
         (part,) = tensors["wte"].segments() or ()
         halves = (Segment(part.path, part.offset, 16), Segment(part.path, part.offset + 16, part.nbytes - 16))
-        examine(checkpoint(tensors), [*tensors.values(), Stored(halves, np.dtype("f4"), (36,))])
+        io = IoSettings(file_system(read=counting), read_bytes=read_bytes)
+        helpers.examine(checkpoint(tensors), [*tensors.values(), Stored(halves, np.dtype("f4"), (36,))], settings=io)
         assert sum(read) == sum(array.nbytes for array in data.values())
 
-    def test_sha256_of_any_tensor(self, tmp_path: Path) -> None:
-        data = arrays()
+    @pytest.mark.parametrize("read_bytes", [7, 1 << 20])
+    def test_sha256_of_any_tensor(self, tmp_path: Path, read_bytes: int) -> None:
+        data, io = arrays(), IoSettings(read_bytes=read_bytes)
         tensors = stored_tensors(tmp_path / "s", data)
-        assert sha256_of("t", tensors["wte"]) == sha(data["wte"])
-        assert sha256_of("t", Transposed(tensors["wte"])) == sha(data["wte"].T)
-        assert sha256_of("t", Cast(tensors["wte"], BFLOAT16)) == sha(data["wte"].astype(BFLOAT16))
+        assert sha256_of("t", tensors["wte"], io) == sha(data["wte"])
+        assert sha256_of("t", Transposed(tensors["wte"]), io) == sha(data["wte"].T)
+        assert sha256_of("t", Cast(tensors["wte"], BFLOAT16), io) == sha(data["wte"].astype(BFLOAT16))
 
 
 def _with_checksums(tensors: TensorSet, data: dict[str, NDArray[Any]], wrong: str | None = None) -> TensorSet:
@@ -110,13 +122,13 @@ def _with_checksums(tensors: TensorSet, data: dict[str, NDArray[Any]], wrong: st
 
 
 class TestChecksums:
-    def test_right_ones_pass(self, tmp_path: Path) -> None:
+    def test_right_ones_pass(self, tmp_path: Path, examine: Examine) -> None:
         data = arrays()
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data)
         assert examine(checkpoint(tensors)).notes == ()
 
     @pytest.mark.parametrize("byte", [1, 100, 1 + 9 * 4 * 4, -1])
-    def test_one_flipped_bit_names_tensor_and_file(self, tmp_path: Path, byte: int) -> None:
+    def test_one_flipped_bit_names_tensor_and_file(self, tmp_path: Path, byte: int, examine: Examine) -> None:
         data = arrays()
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data)
         content = bytearray((tmp_path / "s").read_bytes())
@@ -129,14 +141,14 @@ class TestChecksums:
         assert "mixed" in str(caught.value.hint)
         assert caught.value.exit_code == 3
 
-    def test_of_a_tensor_exported_in_slices(self, tmp_path: Path) -> None:
-        """The checksum is of the whole, whatever becomes of its parts."""
+    def test_of_a_tensor_exported_in_slices(self, tmp_path: Path, examine: Examine) -> None:
+        """The checksum covers the whole tensor, even if only a slice is exported."""
         data = arrays()
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data, wrong="wte")
         with pytest.raises(InputError, match="checksum"):
             examine(checkpoint(tensors), [take_rows(tensors["wte"], [(0, 1)])])
 
-    def test_all_damaged_tensors_are_listed(self, tmp_path: Path) -> None:
+    def test_all_damaged_tensors_are_listed(self, tmp_path: Path, examine: Examine) -> None:
         data = arrays(nan=np.full(3, np.nan, "f4"))
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data, wrong="wte")
         with pytest.raises(InputError, match="2 tensors are damaged") as caught:
@@ -144,7 +156,7 @@ class TestChecksums:
         assert "wte: crc32c" in str(caught.value)
         assert "nan: 3 of 3 values" in str(caught.value)
 
-    def test_dropped_tensors_are_not_read(self, tmp_path: Path) -> None:
+    def test_dropped_tensors_are_not_read(self, tmp_path: Path, examine: Examine) -> None:
         data = arrays(adam=np.full(3, np.nan, "f4"))
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data, wrong="adam")
         with pytest.raises(InputError, match="adam"):
@@ -152,8 +164,8 @@ class TestChecksums:
         assert examine(checkpoint(tensors, dropped=("adam",))).notes == ()
 
     @pytest.mark.parametrize("algorithm", ["crc32", "crc32c"])
-    def test_of_a_run_of_bytes(self, tmp_path: Path, algorithm: str) -> None:
-        """As in a zip: the run may hold several tensors and more."""
+    def test_of_a_run_of_bytes(self, tmp_path: Path, algorithm: str, examine: Examine) -> None:
+        """As in a zip: the run may contain several tensors and more."""
         data = arrays()
         tensors = stored_tensors(tmp_path / "s", data)
         content = (tmp_path / "s").read_bytes()
@@ -168,7 +180,7 @@ class TestChecksums:
             with pytest.raises(InputError, match=f"archive/data/0: {algorithm} checksum does not match"):
                 examine(case)
 
-    def test_of_bytes_that_only_dropped_tensors_use_is_passed_over(self, tmp_path: Path) -> None:
+    def test_of_bytes_that_only_dropped_tensors_use_is_skipped(self, tmp_path: Path, examine: Examine) -> None:
         tensors = stored_tensors(tmp_path / "s", arrays())
         (used,), (unused,) = tensors["wte"].segments() or (), tensors["h0/w"].segments() or ()
         elsewhere = Segment(str(tmp_path / "s"), 0, 1)
@@ -185,13 +197,13 @@ class TestChecksums:
         assert fails(Segment(used.path, used.end - 1, 2))
         assert fails(Segment(used.path, used.offset, used.nbytes + unused.nbytes))
         assert not fails(unused)
-        assert fails(elsewhere)  # bytes of no known tensor may be what a computed one is made of
+        assert fails(elsewhere)  # a computed tensor may be made of bytes that belong to no stored one
 
 
 class TestValues:
     @pytest.mark.parametrize("dtype", ["f4", "f8", "f2", ">f4", "bfloat16", "float8_e5m2"])
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    def test_not_finite(self, tmp_path: Path, dtype: str, bad: float) -> None:
+    def test_not_finite(self, tmp_path: Path, dtype: str, bad: float, examine: Examine) -> None:
         kind = np.dtype(getattr(ml_dtypes, dtype)) if dtype[0] in "bf" and len(dtype) > 3 else np.dtype(dtype)
         array = np.ones((3, 5), kind)
         array[1, 2] = array[2, 4] = bad
@@ -204,28 +216,28 @@ class TestValues:
         notes = examine(checkpoint(tensors), allow_nonfinite=True).notes
         assert notes == ("w: 2 of 15 values are NaN or infinite, the first at [1, 2]",)
 
-    def test_large_values_whose_sum_overflows_are_fine(self, tmp_path: Path) -> None:
+    def test_large_values_whose_sum_overflows_are_fine(self, tmp_path: Path, examine: Examine) -> None:
         array = np.full(100, np.finfo(np.float32).max)
         assert examine(checkpoint(stored_tensors(tmp_path / "s", {"w": array}))).notes == ()
 
-    def test_integers_have_no_nan(self, tmp_path: Path) -> None:
+    def test_integers_have_no_nan(self, tmp_path: Path, examine: Examine) -> None:
         array = np.array([0x7FC00000, -1], np.int32)
         assert examine(checkpoint(stored_tensors(tmp_path / "s", {"w": array}))).notes == ()
 
-    def test_of_tensors_that_lie_in_no_file(self) -> None:
+    def test_of_computed_tensors(self, examine: Examine) -> None:
         tensors = computed_tensors({"w": np.array([[1, 2], [np.inf, 4]], np.float32), "step": np.array([7])})
         with pytest.raises(InputError, match=r"w: 1 of 4 values are NaN or infinite, the first at \[1, 0\]"):
             examine(checkpoint(tensors))
 
-    def test_all_zeros_are_noted_except_in_biases(self, tmp_path: Path) -> None:
+    def test_all_zeros_are_noted_except_in_biases(self, tmp_path: Path, examine: Examine) -> None:
         zeros = {name: np.zeros((2, 3), "f4") for name in ("h.0.w", "ln/g", "h/b", "h.0.bias", "ln.beta")}
         zeros["almost"] = np.array([0, 0, 0, 1e-45], np.float32)
         zeros["half"] = np.zeros(3, BFLOAT16)
         notes = examine(checkpoint(stored_tensors(tmp_path / "s", zeros))).notes
         assert set(notes) == {"h.0.w is all zeros", "ln/g is all zeros", "half is all zeros"}
 
-    def test_elements_that_straddle_files(self, tmp_path: Path) -> None:
-        """GPT-1's shards end where they like."""
+    def test_elements_that_straddle_files(self, tmp_path: Path, examine: Examine) -> None:
+        """GPT-1's shards end at arbitrary bytes."""
         data = np.array([1, np.nan, 3], np.float32).tobytes()
         (tmp_path / "a").write_bytes(data[:6])
         (tmp_path / "b").write_bytes(data[6:])
@@ -235,86 +247,50 @@ class TestValues:
             examine(checkpoint(tensors))
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.binary(min_size=0, max_size=64), st.sampled_from(["f2", "f4", "f8", "bfloat16"]), st.integers(1, 9))
-def test_finite_agrees_with_numpy_on_any_bits(data: bytes, dtype: str, step: int) -> None:
-    kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
-    data = data[: len(data) - len(data) % kind.itemsize]
-    array = np.frombuffer(data, kind)
-    wide = array.astype(np.float64)
-    assert (finite(array) == np.isfinite(wide)).all()
-    values = Values(kind)
-    for start in range(0, len(data), step):
-        values.update(data[start : start + step])
-    assert values.nonfinite == (~np.isfinite(wide)).sum()
-    assert values.nonzero == bool((wide != 0).any())
-    if values.nonfinite:
-        assert values.first == int(np.flatnonzero(~np.isfinite(wide))[0])
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, BFLOAT16, ml_dtypes.float8_e4m3fn])
-def test_is_float(dtype: Any) -> None:
-    assert is_float(np.dtype(dtype))
-    assert not is_float(np.dtype(np.int32))
-    assert not is_float(np.dtype(np.bool_))
-
-
-class TestReading:
-    def test_whole_files(self, tmp_path: Path) -> None:
-        (tmp_path / "a").write_bytes(b"x" * 1000)
-        (tmp_path / "b").write_bytes(b"")
-        paths = [str(tmp_path / "a"), str(tmp_path / "b")]
-        assert digest_files(paths) == {
-            paths[0]: FileDigest(1000, hashlib.sha256(b"x" * 1000).hexdigest()),
-            paths[1]: FileDigest(0, hashlib.sha256().hexdigest()),
-        }
-
-    def test_large_files_are_summed_where_nothing_is_proven(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(source_reader, "SMALL_BYTES", 999)
-        small, large = b"s" * 999, b"l" * 1000
-        (tmp_path / "small").write_bytes(small)
-        (tmp_path / "large").write_bytes(large)
-        paths = [str(tmp_path / "small"), str(tmp_path / "large")]
-        assert digest_files(paths, thorough=False) == {
-            paths[0]: FileDigest(999, hashlib.sha256(small).hexdigest()),
-            paths[1]: FileDigest(1000, f"{google_crc32c.value(large):08x}", "crc32c"),
-        }
-        assert digest_files(paths)[paths[1]] == FileDigest(1000, hashlib.sha256(large).hexdigest())
-
-    def test_missing_and_truncated_files(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="cannot be read"):
-            digest_files([str(tmp_path / "nothing")])
-        tensors = stored_tensors(tmp_path / "s", arrays())
-        (tmp_path / "s").write_bytes(b"short")
-        with pytest.raises(InputError, match="truncated; expected 145 bytes, found 5 bytes"):
-            examine(checkpoint(tensors))
-
-    def test_stops_when_told(self, tmp_path: Path) -> None:
-        stop = threading.Event()
-        stop.set()
-        tensors = stored_tensors(tmp_path / "s", arrays())
-        with pytest.raises(StoppedError):
-            examine(checkpoint(tensors), stop=stop)
-        with pytest.raises(StoppedError):
-            digest_files(tensors.files, stop)
-        with pytest.raises(StoppedError):
-            examine(checkpoint(computed_tensors(arrays())), stop=stop)
-
-    def test_keeps_one_file_open(self, tmp_path: Path) -> None:
-        for name in "ab":
-            (tmp_path / name).write_bytes(b"12345")
-        with SourceReader() as reader:
-            first = reader.open(str(tmp_path / "a"))
-            assert reader.open(str(tmp_path / "a")) == first
-            segments = [Segment(str(tmp_path / n), 1, 3) for n in "aba"]
-            assert b"".join(reader.blocks(segments)) == b"234234234"
-
-
-def test_a_real_checkpoint_is_clean(tmp_path: Path) -> None:
-    case = tiny(tmp_path)
+def test_a_real_checkpoint_is_clean(tmp_path: Path, examine: Examine) -> None:
+    case = openai_checkpoint(tmp_path)
     digests = examine(case, case.weights.values())
     stored = [weight for weight in case.weights.values() if weight.segments() is not None]
     assert len(stored) > 10
     assert all(digests.of(weight) == sha(weight.read()) for weight in stored)
+
+
+def test_stops_when_cancelled(tmp_path: Path, examine: Examine) -> None:
+    stop = threading.Event()
+    stop.set()
+    for tensors in (stored_tensors(tmp_path / "s", arrays()), computed_tensors(arrays())):
+        with pytest.raises(StoppedError):
+            examine(checkpoint(tensors), stop=stop)
+
+
+def test_truncated_files(tmp_path: Path, examine: Examine) -> None:
+    tensors = stored_tensors(tmp_path / "s", arrays())
+    (tmp_path / "s").write_bytes(b"short")
+    with pytest.raises(InputError, match="truncated; expected 145 bytes, found 5 bytes"):
+        examine(checkpoint(tensors))
+
+
+class TestClaims:
+    """Code that reads bytes anyway can feed their checks."""
+
+    def test_claimed_bytes_are_not_read_again(self, tmp_path: Path) -> None:
+        data = arrays()
+        tensors = stored_tensors(tmp_path / "s", data)
+        scan = SourceScan(checkpoint(tensors), [tensors["wte"]])
+        segments = tensors["wte"].segments() or ()
+        task = scan.claim(segments)
+        assert task is not None
+        assert scan.claim(segments) is None
+        (tmp_path / "s").write_bytes(b"?" * segments[0].end + data["h0/w"].tobytes())
+        raw = data["wte"].tobytes()
+        task.update(raw[:5])
+        task.update(raw[5:])
+        scan.run_unclaimed()
+        assert scan.digests().of(tensors["wte"]) == sha(data["wte"])
+        assert scan.check_results() == ()
+
+    def test_there_is_nothing_to_claim_for_other_bytes(self, tmp_path: Path) -> None:
+        tensors = stored_tensors(tmp_path / "s", arrays())
+        (segment,) = tensors["wte"].segments() or ()
+        scan = SourceScan(checkpoint(tensors))
+        assert scan.claim((Segment(segment.path, segment.offset, segment.nbytes - 1),)) is None

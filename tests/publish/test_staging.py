@@ -1,4 +1,4 @@
-"""Staging: what it refuses before writing, what it leaves behind, and who may work on one output."""
+"""Staging: what it refuses before writing, what it leaves behind, and one process at a time for each output."""
 
 from __future__ import annotations
 
@@ -10,33 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptconvert.errors import OutputError
-from gptconvert.publish import fileops
+from gptconvert.publish.file_system import OS
 from gptconvert.publish.staging import Staging
 from tests.helpers import ROOT
-
-
-def publish(output: Path, content: bytes = b"new", **options: object) -> Staging:
-    with Staging(output, **options) as staging:  # type: ignore[arg-type]
-        (Path(staging.path) / "file").write_bytes(content)
-        staging.publish()
-    return staging
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """An output that is already there."""
-    output = tmp_path / "out"
-    (output / "sub").mkdir(parents=True)
-    (output / "sub" / "old").write_bytes(b"old")
-    return output
+from tests.publish.cases import names, publish
+from tests.publishing import failing, file_system
 
 
 def test_publishes_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -45,7 +28,7 @@ def test_publishes_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").read_bytes() == b"new"
 
 
-def test_works_beside_the_target_and_shows_nothing_before(tmp_path: Path) -> None:
+def test_works_beside_the_target_which_appears_only_when_published(tmp_path: Path) -> None:
     with Staging(tmp_path / "out") as staging:
         assert Path(staging.path).parent == tmp_path
         assert re.fullmatch(r"\.out\.gptconvert-[0-9a-f]{6}", Path(staging.path).name)
@@ -74,19 +57,19 @@ def test_any_exception_leaves_everything_as_it_was(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_everything_is_on_the_disk_before_it_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_it_is_visible(tmp_path: Path) -> None:
     """Files, then the directories that name them, then the rename, then the directory that names the output."""
     done: list[str] = []
-    real = fileops.sync_path
 
-    def record(path: str) -> None:
+    def sync_path(path: str) -> None:
         done.append(path)
-        real(path)
+        OS.sync_path(path)
 
-    monkeypatch.setattr(fileops, "sync_path", record)
-    rename = fileops.rename
-    monkeypatch.setattr(fileops, "rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
-    with Staging(tmp_path / "a" / "out") as staging:
+    def rename(source: str, target: str) -> None:
+        done.append("rename")
+        OS.rename(source, target)
+
+    with Staging(tmp_path / "a" / "out", file_system=file_system(sync_path=sync_path, rename=rename)) as staging:
         (Path(staging.path) / "deep").mkdir()
         (Path(staging.path) / "deep" / "file").write_bytes(b"new")
         (Path(staging.path) / "file").write_bytes(b"new")
@@ -103,7 +86,7 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, directory: int, file
     before = os.umask(umask)
     try:
         with Staging(tmp_path / "a" / "out") as staging:
-            os.close(fileops.create(os.path.join(staging.path, "file")))
+            os.close(OS.create(os.path.join(staging.path, "file")))
             staging.publish()
     finally:
         os.umask(before)
@@ -112,104 +95,9 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, directory: int, file
     assert stat.S_IMODE((tmp_path / "a" / "out" / "file").stat().st_mode) == file
 
 
-class TestRefusals:
-    """Every one comes from the constructor: nothing has been written."""
-
-    @pytest.fixture(autouse=True)
-    def _untouched(self, tmp_path: Path) -> Iterator[None]:
-        yield
-        assert not [path for path in tmp_path.rglob("*") if "gptconvert" in path.name]
-
-    def refused(self, output: Path | str, why: str, **options: object) -> None:
-        with pytest.raises(OutputError, match=why) as caught:
-            Staging(output, **options)  # type: ignore[arg-type]
-        assert caught.value.exit_code == 6
-        assert caught.value.hint
-
-    @pytest.mark.parametrize("force", [False, True])
-    def test_files_links_and_devices(self, tmp_path: Path, old: Path, force: bool) -> None:
-        (tmp_path / "file").write_bytes(b"")
-        (tmp_path / "link").symlink_to(old)
-        (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-        os.mkfifo(tmp_path / "fifo")
-        for output in ("file", "fifo"):
-            self.refused(tmp_path / output, "is not a directory", force=force)
-        self.refused("/dev/null", "is not a directory", force=force)
-        for output in ("link", "dangling"):
-            self.refused(tmp_path / output, "symbolic link", force=force)
-
-    def test_a_full_directory_needs_force_an_empty_one_does_not(self, tmp_path: Path, old: Path) -> None:
-        self.refused(old, "not empty")
-        (tmp_path / "empty").mkdir()
-        publish(tmp_path / "empty")
-        assert names(tmp_path / "empty") == ["file"]
-
-    @pytest.mark.parametrize("force", [False, True])
-    def test_mount_points_and_the_directory_one_stands_in(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
-    ) -> None:
-        self.refused("/", "mount point", force=force)
-        self.refused("/proc", "mount point", force=force)
-        (tmp_path / "here" / "inside").mkdir(parents=True)
-        monkeypatch.chdir(tmp_path / "here" / "inside")
-        self.refused(".", "current directory", force=force)
-        self.refused(tmp_path / "here", "current directory", force=True)
-
-    def test_below_a_file(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_bytes(b"")
-        self.refused(tmp_path / "file" / "out", "not a directory")
-        self.refused(tmp_path / "file" / "a" / "out", "not a directory")
-
-    def test_an_unwritable_parent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-        self.refused(tmp_path / "out", "cannot be written to")
-
-    @pytest.mark.parametrize("force", [False, True])
-    def test_outputs_that_touch_an_input(self, tmp_path: Path, force: bool) -> None:
-        source = tmp_path / "source"
-        (source / "deep").mkdir(parents=True)
-        weights = source / "deep" / "weights"
-        weights.write_bytes(b"w")
-        (tmp_path / "way").symlink_to(source)
-        for output, inputs, why in [
-            (source, [source], "is the input"),
-            (source / "out", [source], "lies inside the input"),
-            (source / "deep" / "a" / "out", [source], "lies inside the input"),
-            (tmp_path / "way" / "out", [source], "lies inside the input"),
-            (source / "out", [tmp_path / "way"], "lies inside the input"),
-        ]:
-            self.refused(output, why, inputs=[str(path) for path in inputs], force=force)
-        for output, inputs in [(source, [weights]), (source / "deep", [weights]), (source, [source / "deep"])]:
-            self.refused(output, "holds the input", inputs=[str(path) for path in inputs], force=True)
-        assert weights.read_bytes() == b"w"
-
-    def test_outputs_that_hold_an_input_by_a_link(self, tmp_path: Path) -> None:
-        """As in a hub cache: the name lies in one directory, the bytes in another."""
-        for directory in ("names", "blobs", "other"):
-            (tmp_path / directory).mkdir()
-        (tmp_path / "blobs" / "b1").write_bytes(b"w")
-        (tmp_path / "names" / "weights").symlink_to(tmp_path / "blobs" / "b1")
-        (tmp_path / "other" / "x").write_bytes(b"x")
-        inputs = [str(tmp_path / "names" / "weights")]
-        self.refused(tmp_path / "names", "holds the input", inputs=inputs, force=True)
-        self.refused(tmp_path / "blobs", "holds the input", inputs=inputs, force=True)
-        publish(tmp_path / "other", inputs=inputs, force=True)
-
-    def test_an_output_beside_an_input_file_is_fine(self, tmp_path: Path) -> None:
-        (tmp_path / "weights").write_bytes(b"w")
-        publish(tmp_path / "out", inputs=[str(tmp_path / "weights"), str(tmp_path / "missing")])
-        assert names(tmp_path) == ["out", "weights"]
-
-
-def test_free_space_is_checked_with_the_numbers_in_the_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.statvfs(tmp_path)
-    free = 10 * real.f_frsize
-    fields = list(real)
-    fields[4] = 10
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(fields))
-    with Staging(tmp_path / "a" / "out") as staging:
+def test_free_space_is_checked_with_the_numbers_in_the_message(tmp_path: Path) -> None:
+    free = 40_000
+    with Staging(tmp_path / "a" / "out", file_system=file_system(free_bytes=lambda path: free)) as staging:
         staging.require_space(int(free / 1.03))
         with pytest.raises(OutputError, match=f"expected {free * 102 // 100} bytes, found {free} bytes"):
             staging.require_space(free)
@@ -235,7 +123,7 @@ class TestParents:
             second.publish()
         assert names(tmp_path) == ["a", "b"]
 
-    def test_nor_do_names_that_look_like_paths(self, tmp_path: Path) -> None:
+    def test_names_that_look_like_paths_do_not_either(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "a" / "out") as first, Staging(tmp_path / "a%2Fout") as second:
             first.publish()
             second.publish()
@@ -251,40 +139,32 @@ class TestParents:
 
 
 class TestForce:
-    @pytest.fixture(params=["exchange", "two renames"], autouse=True)
-    def _way(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(first: str, second: str) -> None:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    @pytest.fixture(params=["exchange", "two renames"])
+    def operations(self, request: pytest.FixtureRequest) -> dict[str, Any]:
+        """Replaced operations of the file system."""
+        return {"exchange": failing(errno.EINVAL)} if request.param == "two renames" else {}
 
-        if request.param == "two renames":
-            monkeypatch.setattr(fileops, "exchange", refuse)
-
-    def test_replaces_and_never_merges(self, tmp_path: Path, old: Path) -> None:
-        publish(old, force=True)
+    def test_replaces_and_never_merges(self, tmp_path: Path, old: Path, operations: dict[str, Any]) -> None:
+        publish(old, force=True, file_system=file_system(**operations))
         assert names(old) == ["file"]
         assert names(tmp_path) == ["out"]
 
-    def test_keeps_the_old_one_until_the_new_one_is_whole(self, tmp_path: Path, old: Path) -> None:
-        with Staging(old, force=True) as staging:
+    def test_keeps_the_old_one_until_the_new_one_is_complete(self, old: Path, operations: dict[str, Any]) -> None:
+        with Staging(old, force=True, file_system=file_system(**operations)) as staging:
             (Path(staging.path) / "file").write_bytes(b"new")
             assert (old / "sub" / "old").read_bytes() == b"old"
             staging.publish()
             assert names(old) == ["file"]
 
-    def test_says_so_if_the_old_one_cannot_be_removed(
-        self, tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def refuse(path: str) -> None:
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-
-        monkeypatch.setattr(fileops, "remove_tree", refuse)
-        staging = publish(old, force=True)
+    def test_notes_that_the_old_one_cannot_be_removed(self, old: Path, operations: dict[str, Any]) -> None:
+        stuck = file_system(**operations, remove_tree=failing(errno.EACCES))
+        staging = publish(old, force=True, file_system=stuck)
         assert names(old) == ["file"]
         assert "could not be removed" in staging.notes[0]
 
 
 class TestWithoutForce:
-    def test_what_appears_meanwhile_is_not_replaced(self, tmp_path: Path) -> None:
+    def test_an_output_that_appears_meanwhile_is_not_replaced(self, tmp_path: Path) -> None:
         output = tmp_path / "out"
         with pytest.raises(OutputError, match="cannot be published"), Staging(output) as staging:
             output.mkdir()
@@ -348,7 +228,7 @@ class TestLock:
             yield process
             process.kill()
 
-    def test_the_second_process_is_told_who_the_first_is(self, tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    def test_the_second_process_names_the_first(self, tmp_path: Path, holder: subprocess.Popen[str]) -> None:
         with pytest.raises(OutputError, match=f"locked by pid {holder.pid}") as caught:
             publish(tmp_path / "out")
         assert caught.value.exit_code == 6
@@ -356,33 +236,12 @@ class TestLock:
         assert holder.returncode == 0
         assert names(tmp_path) == ["out"]
 
-    def test_a_killed_process_holds_nothing(self, tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    def test_a_killed_process_holds_no_lock(self, tmp_path: Path, holder: subprocess.Popen[str]) -> None:
         holder.kill()
         holder.wait()
-        assert len(names(tmp_path)) == 2  # its directory and its lock file
+        assert len(names(tmp_path)) == 2  # its staging directory and its lock file
         publish(tmp_path / "out")
         assert names(tmp_path) == ["out"]
-
-    def test_a_lock_file_removed_by_its_owner_is_not_taken(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Between our opening it and our locking it, its owner finishes; a third process makes a new one."""
-        path, opened = str(tmp_path / "lock"), []
-        real = os.open
-
-        def racing(name: str, *rest: int) -> int:
-            descriptor = real(name, *rest)
-            if not opened:
-                os.unlink(name)
-            opened.append(name)
-            return descriptor
-
-        monkeypatch.setattr(os, "open", racing)
-        descriptor = fileops.lock(path)
-        assert descriptor is not None
-        assert len(opened) == 2
-        assert os.path.samestat(os.fstat(descriptor), os.stat(path))
-        os.close(descriptor)
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "a\nb", "with space", "50%2F", "ü" * 127])

@@ -1,0 +1,251 @@
+"""Every way in which this program changes the file system, one small method each.
+
+They are together so that a test can make any single operation fail, fall short, or be the last one before a crash:
+what is published must be whole in every case. The idea is SQLite's (sqlite.org/testing.html).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+
+#: Writes and reads that bypass the page cache must be multiples of this: the largest sector of disks in use.
+ALIGNMENT = 4096
+#: Bytes copied at once where the kernel cannot copy by itself.
+COPY_BYTES = 8 << 20
+#: Pages sampled to estimate whether a file is cached; the first pages of a file just opened always are.
+SAMPLES = 9
+#: Errors by which a file system or kernel says that it does not support an operation, not that it failed.
+_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSOCK, errno.EPERM}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+#: (source, source offset, target, target offset, bytes) → bytes copied, perhaps fewer.
+CopyMethod = Callable[[int, int, int, int, int], int]
+
+
+def copy_in_kernel(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+    """Copy with ``copy_file_range``, which may share blocks instead of moving bytes."""
+    return os.copy_file_range(source, target, nbytes, source_offset, target_offset)
+
+
+def copy_by_sendfile(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+    """Copy with ``sendfile``, from page cache to page cache."""
+    os.lseek(target, target_offset, os.SEEK_SET)
+    return os.sendfile(target, source, source_offset, nbytes)
+
+
+def copy_by_read(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+    """Copy through this process's memory, which works everywhere."""
+    return os.pwrite(target, os.pread(source, min(nbytes, COPY_BYTES), source_offset), target_offset)
+
+
+#: Fastest first; macOS has only the last.
+COPY_METHODS: tuple[CopyMethod, ...] = (
+    *((copy_in_kernel, copy_by_sendfile) if hasattr(os, "copy_file_range") else ()),
+    copy_by_read,
+)
+
+
+class FileSystem:
+    """The operating system's file operations.
+
+    Tests override single methods to plant faults. Every method may raise :class:`OSError`.
+
+    Args:
+        copy_methods: ways of copying, tried in order until one is supported.
+    """
+
+    def __init__(self, copy_methods: tuple[CopyMethod, ...] = COPY_METHODS) -> None:
+        self._copy_methods = copy_methods
+
+    def make_directory(self, path: str) -> None:
+        """Create a directory; the umask decides its mode."""
+        os.mkdir(path, 0o777)
+
+    def create(self, path: str) -> int:
+        """Create a file and open it for writing and reading; the umask decides its mode."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def open_source(self, path: str) -> int:
+        """Open a file for reading."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def free_bytes(self, path: str) -> int:
+        """Space that an ordinary user may still fill in the file system that holds ``path``."""
+        space = os.statvfs(path)
+        return space.f_bavail * space.f_frsize
+
+    def bypass_cache(self, descriptor: int, enable: bool) -> bool:
+        """Switch direct I/O, past the page cache, on or off; returns whether it is on now.
+
+        Direct I/O needs buffers, offsets and lengths that are multiples of :data:`ALIGNMENT`. Not every system and
+        file system supports it.
+        """
+        if not hasattr(os, "O_DIRECT"):
+            return False
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | (os.O_DIRECT if enable else 0))
+        except OSError:
+            return False
+        return enable
+
+    def allocate(self, descriptor: int, nbytes: int) -> None:
+        """Give an empty file its final size, and blocks on the disk, so that a full disk fails now and not later."""
+        if nbytes == 0:
+            return
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            os.ftruncate(descriptor, nbytes)
+
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        """Write all of ``data`` at ``offset``."""
+        view = memoryview(data).cast("B")
+        while view:
+            written = self.write_some(descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+    def write_some(self, descriptor: int, data: memoryview, offset: int) -> int:
+        """Write the beginning of ``data`` at ``offset``; returns how many bytes the system accepted."""
+        return os.pwrite(descriptor, data, offset)
+
+    def truncate(self, descriptor: int, nbytes: int) -> None:
+        """Cut the file to ``nbytes``."""
+        os.ftruncate(descriptor, nbytes)
+
+    def read(self, descriptor: int, nbytes: int, offset: int) -> bytes:
+        """Read up to ``nbytes`` at ``offset``; fewer where the file ends or the system falls short."""
+        return os.pread(descriptor, nbytes, offset)
+
+    def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        """Fill ``buffer`` from ``offset`` on; returns how many bytes, as :meth:`read` may fall short."""
+        return os.preadv(descriptor, [buffer], offset)
+
+    def is_cached(self, descriptor: int) -> bool:
+        """Whether a file is in the page cache, judged by a sample of its pages; True if the system cannot say."""
+        import ctypes
+
+        import numpy as np
+
+        in_core, size = getattr(ctypes.CDLL(None), "mincore", None), os.fstat(descriptor).st_size
+        if in_core is None or not size:
+            return True
+        mapped = np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)  # for its address
+        answer = (ctypes.c_ubyte * 1)()
+        for sample in range(SAMPLES):
+            offset = (size - 1) * sample // (SAMPLES - 1)
+            page = mapped.ctypes.data + offset - offset % mmap.PAGESIZE
+            if not in_core(ctypes.c_void_p(page), ctypes.c_size_t(1), answer) and not answer[0] & 1:
+                return False
+        return True
+
+    def copy(self, source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
+        """Copy up to ``nbytes`` between two open files, inside the kernel if possible.
+
+        Returns:
+            how many bytes were copied; 0 only at the end of the source.
+        """
+        for method in self._copy_methods:
+            try:
+                copied = method(source, source_offset, target, target_offset, nbytes)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                continue
+            # Some file systems answer 0 to copy_file_range although there is data: only a read finds the end.
+            if copied or method is self._copy_methods[-1]:
+                return copied
+        return 0
+
+    def sync(self, descriptor: int) -> None:
+        """Wait until the file's bytes are on the disk."""
+        os.fsync(descriptor)
+
+    def sync_path(self, path: str) -> None:
+        """:meth:`sync` a file or directory by name (a directory's bytes are its entries)."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the answer of file systems that cannot sync directories
+                raise
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename atomically; replaces an empty directory, never anything else."""
+        os.rename(source, target)
+
+    def exchange(self, first: str, second: str) -> None:
+        """Swap two names atomically.
+
+        Raises:
+            OSError: ``ENOSYS``, ``EINVAL`` or ``EOPNOTSUPP`` if the system or file system cannot.
+        """
+        import ctypes
+
+        rename_at = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if rename_at is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if rename_at(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), first, None, second)
+
+    def remove_directory(self, path: str) -> None:
+        """Remove an empty directory."""
+        os.rmdir(path)
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a directory and everything in it."""
+        shutil.rmtree(path)
+
+    def remove_file(self, path: str) -> None:
+        """Remove a file."""
+        os.unlink(path)
+
+    def lock(self, path: str) -> int | None:
+        """Lock the file at ``path``, created if absent, and write this process's id into it.
+
+        The kernel releases the lock when the process ends, in whatever way; so a lock is never stale, only its file.
+
+        Returns:
+            the descriptor that holds the lock; None if another process does.
+
+        Raises:
+            OSError: the file system does not support locks.
+        """
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its owner may have removed the file between our open and our lock; a lock on it protects nothing.
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+                        return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def unlock(self, path: str, descriptor: int) -> None:
+        """Remove the lock file while it is still locked, then release the lock."""
+        try:
+            self.remove_file(path)
+        finally:
+            os.close(descriptor)
+
+
+#: The default of every function that takes one.
+OS = FileSystem()

@@ -1,0 +1,16 @@
+"""What the tests of staging and of its refusals share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """An output that exists already."""
+    output = tmp_path / "out"
+    (output / "sub").mkdir(parents=True)
+    (output / "sub" / "old").write_bytes(b"old")
+    return output

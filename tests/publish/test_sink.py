@@ -1,0 +1,114 @@
+"""One file being written: past the page cache or through it, the bytes are the same."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from gptconvert.errors import OutputError
+from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.export import PlannedFile
+from gptconvert.model.tensors import Cast
+from gptconvert.publish.file_system import ALIGNMENT, FileSystem
+from gptconvert.publish.io_settings import IoSettings
+from gptconvert.publish.writer import write_files
+from tests.publish.cases import check, planned, stored
+from tests.publishing import FaultyFileSystem, at_most, failing
+
+
+class DirectIo(FaultyFileSystem):
+    """Records direct I/O being switched: (enable, whether it is on).
+
+    Reads, writes and copies may fall short.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        super().__init__(at_most(limit))
+        self.switched: list[tuple[bool, bool]] = []
+
+    def bypass_cache(self, descriptor: int, enable: bool) -> bool:
+        self.switched.append((enable, super().bypass_cache(descriptor, enable)))
+        return self.switched[-1][1]
+
+
+class LateRefusal(DirectIo):
+    """Accepts direct I/O and then refuses to write, except at the start of a file."""
+
+    refused = 0
+
+    def write_some(self, descriptor: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and offset:
+            self.refused += 1
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return super().write_some(descriptor, data, offset)
+
+
+def small_blocks(file_system: FileSystem, cached_up_to: int = 1 << 30) -> IoSettings:
+    """Settings with which every file is large enough for direct I/O."""
+    return IoSettings(
+        file_system, block_bytes=2 * ALIGNMENT, copy_read_bytes=1000, direct_from=1, cached_up_to=cached_up_to
+    )
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> PlannedFile:
+    a, b = stored(tmp_path / "s", 5000, 3001)
+    return planned("f", [b, Cast(a, BFLOAT16), a], b"head", alignment=64, tail=9)
+
+
+class TestDirectIo:
+    @pytest.mark.parametrize("limit", [1 << 30, 5000, 4096])
+    def test_same_bytes(self, tmp_path: Path, large: PlannedFile, limit: int) -> None:
+        (written,) = write_files(str(tmp_path), [large], cached=False, settings=small_blocks(DirectIo(limit)))
+        check(tmp_path, large, written)
+
+    def test_is_switched_on_once(self, tmp_path: Path, large: PlannedFile) -> None:
+        direct = DirectIo()
+        (written,) = write_files(str(tmp_path), [large], cached=False, settings=small_blocks(direct))
+        check(tmp_path, large, written)
+        assert direct.switched == [(True, True)]
+        assert "copy" not in direct.seen, "the kernel copies through the page cache"
+
+    def test_not_for_files_that_are_read_next(self, tmp_path: Path, large: PlannedFile) -> None:
+        direct = DirectIo()
+        write_files(str(tmp_path), [large], settings=small_blocks(direct))
+        assert direct.switched == []
+        assert "copy" in direct.seen
+
+    def test_for_large_files_even_if_they_are_read_next(self, tmp_path: Path, large: PlannedFile) -> None:
+        direct = DirectIo()
+        io = small_blocks(direct, cached_up_to=large.nbytes - 1)
+        (written,) = write_files(str(tmp_path), [large], settings=io)
+        check(tmp_path, large, written)
+        assert direct.switched == [(True, True)]
+
+    def test_not_for_small_files(self, tmp_path: Path, large: PlannedFile) -> None:
+        direct = DirectIo()
+        (written,) = write_files(
+            str(tmp_path), [large], cached=False, settings=IoSettings(direct, direct_from=large.nbytes + 1)
+        )
+        check(tmp_path, large, written)
+        assert direct.switched == []
+
+    def test_a_file_system_without_it(self, tmp_path: Path, large: PlannedFile) -> None:
+        direct = DirectIo()
+        direct.bypass_cache = lambda descriptor, enable: False  # type: ignore[method-assign]
+        (written,) = write_files(str(tmp_path), [large], cached=False, settings=small_blocks(direct))
+        check(tmp_path, large, written)
+
+    def test_a_file_system_that_refuses_late(self, tmp_path: Path, large: PlannedFile) -> None:
+        late = LateRefusal()
+        (written,) = write_files(str(tmp_path), [large], cached=False, settings=small_blocks(late))
+        check(tmp_path, large, written)
+        assert (late.refused, late.switched) == (1, [(True, True), (False, False)])
+
+    def test_a_full_disk_is_not_tried_again(self, tmp_path: Path, large: PlannedFile) -> None:
+        full = DirectIo()
+        full.write_some = failing(errno.ENOSPC)  # type: ignore[method-assign]
+        with pytest.raises(OutputError, match="No space left"):
+            write_files(str(tmp_path), [large], cached=False, settings=small_blocks(full))
+        assert full.switched == [(True, True)]
