@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"
 #: Real-format data that lies beside the repository on some machines; tests skip where it is absent.
 REAL_GPT2 = ROOT.parent / "shared" / "data" / "openai-gpt2"
+NO_RELEASED_FILES = "OpenAI's released files are not beside the repository"
 
 #: GPT-2 in its smallest honest form: odd sizes, n_inner != 4 D.
 TINY: Mapping[str, object] = {

@@ -12,6 +12,7 @@ import pytest
 from gptconvert import errors, pipeline
 from gptconvert.model.options import Options
 from tests.commands import SHARED, TINY, TRAINED, command, tree
+from tests.helpers import NO_RELEASED_FILES
 
 #: Distance of float32 logits of size ~10 from float64 truth; the gate itself is tighter.
 NOISE = 2e-5
@@ -90,7 +91,7 @@ def test_round_trip_through_our_own_safetensors_gives_the_same_graph(tmp_path: P
     assert tree(tmp_path / "a/onnx") == tree(tmp_path / "b/onnx")
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="OpenAI's own files are not here")
+@pytest.mark.skipif(not SHARED.exists(), reason=NO_RELEASED_FILES)
 def test_openais_own_checkpoint_computes_what_openais_code_computes(tmp_path: Path) -> None:
     oracle = np.load(SHARED / "openai-gpt2/oracle.npz")
     checkpoint = pipeline.open_checkpoint(str(SHARED / "openai-gpt2/model.ckpt"), format="openai-tf")

@@ -24,7 +24,7 @@ from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, Uns
 from gptconvert.model.tensors import Joined, Stored, TensorSet
 from tests.containers import bundle_bytes as made
 from tests.containers.damage import damaged
-from tests.helpers import FIXTURES, REAL_GPT2
+from tests.helpers import FIXTURES, NO_RELEASED_FILES, REAL_GPT2
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -34,13 +34,6 @@ ARRAYS = {
     "b/c": np.arange(5, dtype=np.int64),
     "b/d": np.float16([[1.5]]),
 }
-
-
-@pytest.fixture(scope="module")
-def tf() -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    return pytest.importorskip("tensorflow")
 
 
 def by_tensorflow(tf: Any, prefix: str) -> Arrays:
@@ -87,7 +80,7 @@ def test_fixtures_cover_shards_pieces_and_types() -> None:
     assert names >= {"openai-tf", "openai-tf-sharded", "openai-tf-partitioned", "openai-tf-bf16", "openai-tf-f16"}
 
 
-@pytest.mark.skipif(not REAL_GPT2.exists(), reason="no real data beside the repository")
+@pytest.mark.skipif(not REAL_GPT2.exists(), reason=NO_RELEASED_FILES)
 def test_reads_real_data_as_tensorflow_does(tf: Any) -> None:
     prefix = str(REAL_GPT2 / "model.ckpt")
     assert_same(read_bundle(prefix), by_tensorflow(tf, prefix))

@@ -15,7 +15,7 @@ from gptconvert.model.schemes import expand, write_names
 from gptconvert.targets.onnx.plan import plan
 from tests.families import witness
 from tests.families.witness import Case
-from tests.helpers import ROOT, Arrays, checkpoint_of, computed_tensors, source_of, write_planned
+from tests.helpers import NO_RELEASED_FILES, ROOT, Arrays, checkpoint_of, computed_tensors, source_of, write_planned
 
 REAL = ROOT.parent / "shared" / "data" / "openai-gpt1"
 #: Within a layer, in the order of params_shapes.json.
@@ -87,7 +87,7 @@ def test_the_rows_are_in_the_order_of_the_files(tmp_path: Path) -> None:
     assert sorted(in_order) == sorted(b.stored[0] for b in expand(rows, config))
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="no released data beside the repository")
+@pytest.mark.skipif(not REAL.exists(), reason=NO_RELEASED_FILES)
 def test_openais_own_numbers(tmp_path: Path) -> None:
     """Float64 against OpenAI's float32: nothing but its rounding; the ONNX graph likewise."""
     import onnxruntime
@@ -108,7 +108,7 @@ def test_openais_own_numbers(tmp_path: Path) -> None:
         assert np.abs(found[:, -expected.shape[1] :] - expected).max() < 4e-6 * np.abs(expected).max()
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="no released data beside the repository")
+@pytest.mark.skipif(not REAL.exists(), reason=NO_RELEASED_FILES)
 def test_a_wrong_number_of_heads_shows() -> None:
     source = source_of({}, computed_tensors(released(REAL)), scheme="openai-gpt1")
     oracle = np.load(REAL / "oracle.npz")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,8 +43,6 @@ def export(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     """A directory with all three artifacts and a tokenizer of one word per id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    if importlib.util.find_spec("tensorflow") is None:
-        pytest.skip("TensorFlow is not installed")
     directory = tmp_path_factory.mktemp("export")
     for target in (onnx, safetensors, saved_model):
         write(directory, target.plan(checkpoint, Options())[0].files)

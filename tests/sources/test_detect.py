@@ -17,7 +17,7 @@ from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.sources.detect import FORMATS, LOOKALIKES, open_source
 from gptconvert.sources.hf import format as hf
-from tests.helpers import FIXTURES, REAL_GPT2
+from tests.helpers import FIXTURES, NO_RELEASED_FILES, REAL_GPT2
 from tests.sources.detection import claimants
 
 PLAIN = Options()
@@ -114,7 +114,7 @@ def test_files(name: str) -> None:
     assert open_source(TINY / name, PLAIN).scheme == "hf"
 
 
-@pytest.mark.skipif(not REAL_GPT2.exists(), reason="real data is not here")
+@pytest.mark.skipif(not REAL_GPT2.exists(), reason=NO_RELEASED_FILES)
 @pytest.mark.parametrize("name", ["", "model.ckpt", "model.ckpt.index", "checkpoint"])
 def test_real_gpt2(name: str) -> None:
     assert open_source(REAL_GPT2 / name, PLAIN).scheme == "openai-tf"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.families.trainers.neox import BIASES
@@ -26,11 +27,6 @@ STEPS = {"neox-pipeline": "global_step150", "neox-sequential": "global_step20"}
 YML = {"neox-pipeline": "configs/tiny.yml", "neox-sequential": "global_step20/configs/tiny.yml"}
 
 pytestmark = pytest.mark.usefixtures("no_hang")
-
-
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    return pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -165,8 +161,6 @@ def layer(folder: Path, number: int, rank: int) -> Path:
 
 
 def resave(path: Path, change: Any) -> None:
-    import torch
-
     state = torch.load(path, weights_only=True)
     change(state)
     torch.save(state, path)
@@ -224,14 +218,14 @@ DAMAGES: list[tuple[Any, type[GptConvertError], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "kind", "words"), DAMAGES)
-def test_bad_files(tmp_path: Path, torch: Any, damage: Any, kind: type[GptConvertError], words: str) -> None:
+def test_bad_files(tmp_path: Path, damage: Any, kind: type[GptConvertError], words: str) -> None:
     folder = copied(tmp_path, "neox-pipeline")
     damage(folder)
     with pytest.raises(kind, match=words):
         understood(folder)
 
 
-def test_another_programs_deepspeed_checkpoint(tmp_path: Path, torch: Any) -> None:
+def test_another_programs_deepspeed_checkpoint(tmp_path: Path) -> None:
     torch.save({"module": {"transformer.wte.weight": torch.ones(2)}}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(UnsupportedError, match="another program wrote it"):
         opened(tmp_path)
@@ -240,7 +234,7 @@ def test_another_programs_deepspeed_checkpoint(tmp_path: Path, torch: Any) -> No
         opened(tmp_path)
 
 
-def test_newer_names_of_the_mlp(tmp_path: Path, torch: Any) -> None:
+def test_newer_names_of_the_mlp(tmp_path: Path) -> None:
     folder = copied(tmp_path, "neox-pipeline")
 
     def renamed(state: dict[str, Any]) -> None:
@@ -254,7 +248,7 @@ def test_newer_names_of_the_mlp(tmp_path: Path, torch: Any) -> None:
     assert difference(understood(folder), PIPELINE) < NOISE
 
 
-def test_a_head_split_over_its_columns(tmp_path: Path, torch: Any) -> None:
+def test_a_head_split_over_its_columns(tmp_path: Path) -> None:
     """``output-layer-parallelism: row`` of older versions of the trainer."""
     folder = copied(tmp_path, "neox-pipeline")
     whole = torch.cat([torch.load(layer(folder, 6, rank))["final_linear.weight"] for rank in range(3)])
@@ -263,7 +257,7 @@ def test_a_head_split_over_its_columns(tmp_path: Path, torch: Any) -> None:
     assert difference(understood(folder), PIPELINE) < NOISE
 
 
-def test_a_tied_head_saved_twice_is_compared(tmp_path: Path, torch: Any) -> None:
+def test_a_tied_head_saved_twice_is_compared(tmp_path: Path) -> None:
     from gptconvert.pipeline import check_tied
 
     folder = reconfigured(tmp_path, "neox-pipeline", no_weight_tying="false")
@@ -276,7 +270,7 @@ def test_a_tied_head_saved_twice_is_compared(tmp_path: Path, torch: Any) -> None
         check_tied(understood(folder))
 
 
-def test_norms_that_differ_are_averaged_and_said(tmp_path: Path, torch: Any) -> None:
+def test_norms_that_differ_are_averaged_and_said(tmp_path: Path) -> None:
     folder = copied(tmp_path, "neox-pipeline")
     resave(layer(folder, 2, 1), lambda state: state["input_layernorm.weight"].add_(3))
     checkpoint, before = understood(folder), understood(PIPELINE)
@@ -286,7 +280,7 @@ def test_norms_that_differ_are_averaged_and_said(tmp_path: Path, torch: Any) -> 
     assert any("1 norms that should be the same" in note and "mean" in note for note in checkpoint.notes)
 
 
-def test_biases_that_differ_where_each_rank_has_the_whole(tmp_path: Path, torch: Any) -> None:
+def test_biases_that_differ_where_each_rank_has_the_whole(tmp_path: Path) -> None:
     folder = copied(tmp_path, "neox-sequential")
     path = folder / "global_step20" / "mp_rank_01_model_states.pt"
     state = torch.load(path, weights_only=False)

@@ -18,7 +18,7 @@ from gptconvert.model.tensors import Stored
 from gptconvert.sources import openai_gpt1 as gpt1_npy
 from gptconvert.sources import openai_tf
 from tests.families import witness
-from tests.helpers import ROOT
+from tests.helpers import NO_RELEASED_FILES, ROOT
 from tests.sources.originals import BUG, NOISE, ORIGINALS, copied, difference, opened, plant, understood
 
 FOLDER = ORIGINALS / "gpt1"
@@ -31,7 +31,7 @@ def test_the_logits_are_transformers() -> None:
     assert difference(understood(FOLDER, n_head=3), FOLDER) < NOISE
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="no released data beside the repository")
+@pytest.mark.skipif(not REAL.exists(), reason=NO_RELEASED_FILES)
 def test_openais_own_numbers() -> None:
     checkpoint = understood(REAL, n_head=4)
     oracle = np.load(REAL / "oracle.npz")

@@ -28,13 +28,6 @@ TINY = FIXTURES / "tiny-gpt2"
 pytestmark = pytest.mark.usefixtures("no_hang")
 
 
-@pytest.fixture(scope="module")
-def tf() -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    return pytest.importorskip("tensorflow")
-
-
 def opened(path: str | Path, **options: Any) -> Source:
     return FORMAT.open(str(path), Options(**options))
 
@@ -412,7 +405,7 @@ def test_unreadable_directory() -> None:
     import tempfile
 
     if os.geteuid() != 0:
-        pytest.skip("needs to change the user")
+        pytest.skip("needs root")
     os.seteuid(65534)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from gptconvert.model.options import Options
 from gptconvert.pipeline import open_checkpoint
 from gptconvert.targets.openai_tf.plan import FOLDER, plan, why_not
 from tests.commands import command
-from tests.helpers import FIXTURES, REAL_GPT2, checkpoint_of, tiny_gpt2, write_planned
+from tests.helpers import FIXTURES, NO_RELEASED_FILES, REAL_GPT2, checkpoint_of, tiny_gpt2, write_planned
 from tests.sources.foreign import ORIGINALS, same_weights
 from tests.verify.exports import report_on
 
@@ -53,7 +53,7 @@ def published(source: Path | str, output: Path, targets: tuple[str, ...] = ("ope
     return output / FOLDER
 
 
-@pytest.mark.skipif(not REAL_GPT2.exists(), reason="real data is not here")
+@pytest.mark.skipif(not REAL_GPT2.exists(), reason=NO_RELEASED_FILES)
 def test_real_gpt2_comes_back_byte_for_byte(tmp_path: Path) -> None:
     folder = published(REAL_GPT2, tmp_path / "back")
     names = ["checkpoint", "encoder.json", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "vocab.bpe"]
@@ -63,7 +63,7 @@ def test_real_gpt2_comes_back_byte_for_byte(tmp_path: Path) -> None:
     assert json.loads((folder / "hparams.json").read_text()) == json.loads((REAL_GPT2 / "hparams.json").read_text())
 
 
-@pytest.mark.skipif(not REAL_GPT1.exists(), reason="real data is not here")
+@pytest.mark.skipif(not REAL_GPT1.exists(), reason=NO_RELEASED_FILES)
 def test_real_gpt1_comes_back_byte_for_byte(tmp_path: Path) -> None:
     folder = published(REAL_GPT1, tmp_path / "back", n_head=4)
     for path in REAL_GPT1.glob("[!o]*.*"):
@@ -110,10 +110,8 @@ def test_from_every_trainer(tmp_path: Path, source: str, request_: dict[str, Any
     assert same_weights(open_checkpoint(str(folder), Options(n_head=3)), theirs)
 
 
-def test_tensorflow_restores_it(tmp_path: Path) -> None:
+def test_tensorflow_restores_it(tmp_path: Path, tf: Any) -> None:
     """By tf.train.load_checkpoint, and by the Saver into variables of a graph, from a source that was transposed."""
-    import tensorflow as tf
-
     folder = published(ORIGINALS / "llmc" / "gpt2_fp32.bin", tmp_path / "back")
     assert tf.train.latest_checkpoint(str(folder)) == str(folder / "model.ckpt")
     reader = tf.train.load_checkpoint(str(folder))

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+import yaml
 
+from gptconvert.cli.convert import convert
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.export import PlannedFile
+from gptconvert.model.export import Export
 from gptconvert.model.options import Options
-from gptconvert.targets.package.model_card import card
+from gptconvert.targets.onnx.plan import plan as plan_onnx
+from gptconvert.targets.package.model_card import model_card
 from gptconvert.targets.package.sidecars import sidecar_files
-from gptconvert.targets.safetensors.plan import TARGET as SAFETENSORS
-from tests.helpers import FIXTURES, checkpoint_of, openai_checkpoint, tiny_gpt2, write_planned
+from gptconvert.targets.safetensors.plan import plan as plan_safetensors
+from gptconvert.targets.target import CardFacts
+from gptconvert.verify.report import ArtifactReport, Report
+from gptconvert.verify.weights import WeightReport
+from tests.helpers import FIXTURES, checkpoint_of, openai_checkpoint, openai_layout, tiny_gpt2, write_planned
 
-CHECKED = {
+#: Where each target's artifact is, as a plan would say.
+PATHS = {"onnx": "onnx/model.onnx", "safetensors": "model.safetensors", "tf": "saved_model"}
+
+CHECKED: dict[str, Any] = {
     "passed": True,
     "rule": {"max_rmse_ratio": 4.0, "max_abs_ratio": 8.0},
     "artifacts": [
@@ -33,12 +44,29 @@ CHECKED = {
 }
 
 
-def text(checkpoint: Checkpoint, *targets: str, verification: Any = None, files: Any = (), **options: Any) -> str:
-    return card(checkpoint, targets or ("onnx",), Options(**options), verification or {}, files).decode()
+def text(
+    checkpoint: Checkpoint,
+    *targets: str,
+    verification: Any = None,
+    files: Mapping[str, int] | None = None,
+    paths: Mapping[str, str] = PATHS,
+    **options: Any,
+) -> str:
+    """The card of these targets' exports. Options given when opening stand; no verification means that it was off.
+
+    Args:
+        files: path → bytes of the directory; None: a directory with a tokenizer.
+        paths: target → where its artifact is.
+    """
+    targets = targets or ("onnx",)
+    given = Options(targets=targets, verify="default" if verification else None, **options)
+    exports = tuple(Export(name, paths[name], checkpoint, ()) for name in targets)
+    found = {"tokenizer.json": 1} if files is None else files
+    facts = CardFacts(checkpoint, exports, given.opened_with(checkpoint.options), found)
+    return model_card(facts, verification or {}).decode()
 
 
 def front_matter(card_text: str) -> dict[str, Any]:
-    yaml = pytest.importorskip("yaml")
     assert card_text.startswith("---\n")
     found: dict[str, Any] = yaml.safe_load(card_text.split("---\n")[1])
     return found
@@ -82,8 +110,7 @@ def test_front_matter_survives_any_name(repo: str) -> None:
 
 
 def test_hub_library_reads_it(tiny: Checkpoint) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    read = hub.ModelCard(text(tiny, "safetensors"))
+    read = huggingface_hub.ModelCard(text(tiny, "safetensors"))
     assert read.data.library_name == "transformers"
     assert read.data.license is None
     assert read.text.strip().startswith("# GPT-2")
@@ -103,10 +130,6 @@ def test_command_repeats_the_options() -> None:
 
 
 def test_command_is_one_that_the_program_takes(tiny: Checkpoint) -> None:
-    cli = pytest.importorskip("gptconvert.cli")
-    convert = getattr(pytest.importorskip("gptconvert.cli.convert"), "convert", None)
-    if convert is None or not hasattr(cli, "main"):
-        pytest.skip("no convert command yet")
     full = {"dtype": "fp16", "opset": 18, "kv_cache": False, "single_file": True, "max_shard_size": 7}
     words = command(text(tiny, "onnx", "safetensors", **full)).split()[2:]
     convert.make_context("convert", words, resilient_parsing=False)
@@ -114,8 +137,6 @@ def test_command_is_one_that_the_program_takes(tiny: Checkpoint) -> None:
 
 def test_heads_are_repeated_where_no_configuration_has_them(tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2(n_inner=None)
-    from tests.helpers import openai_layout
-
     guessed = checkpoint_of(
         {}, openai_layout(arrays), tmp_path, scheme="openai-tf", request=Options(n_head=int(str(raw["n_head"])))
     )
@@ -134,7 +155,7 @@ def test_unverified_is_said_plainly(tiny: Checkpoint) -> None:
 def test_verdicts_are_shown_without_what_differs_from_run_to_run(tiny: Checkpoint) -> None:
     checked = text(tiny, verification=CHECKED)
     assert "| `onnx/model.onnx` | 28 of 28 | 2 of 2 |" in checked
-    assert "| `model.safetensors` | 29 of 29 | weights only |" in checked
+    assert "| `model.safetensors` | 29 of 29 | not computed |" in checked
     assert "at most 4 times" in checked
     assert "1.25" not in checked
     bad = {"passed": False, "artifacts": [{"path": "a|b", "runs": [{"groups": [{"ok": False}, {"ok": True}]}]}]}
@@ -144,19 +165,30 @@ def test_verdicts_are_shown_without_what_differs_from_run_to_run(tiny: Checkpoin
     assert "within rounding noise" not in failed
 
 
+def test_only_what_was_checked_is_claimed(tiny: Checkpoint) -> None:
+    """An artifact whose outputs were not computed is named, and the rule on outputs names only those that ran."""
+    onnx, safetensors = ({**CHECKED, "artifacts": [artifact]} for artifact in CHECKED["artifacts"])
+    alone = text(tiny, "safetensors", verification=safetensors)
+    assert "The outputs of `model.safetensors` were not computed" in alone
+    assert "within rounding noise" not in alone
+    assert "were not computed" not in text(tiny, verification=onnx)
+    both = text(tiny, "onnx", "safetensors", verification=CHECKED)
+    assert "The outputs of `model.safetensors` were not computed" in both
+    assert "Every output of `onnx/model.onnx` is within rounding noise" in both
+
+
 def test_a_real_report_is_understood(tiny: Checkpoint) -> None:
-    report = pytest.importorskip("gptconvert.verify.report")
-    weights = pytest.importorskip("gptconvert.verify.weights").WeightReport(expected=28, equal=28)
-    artifact = report.ArtifactReport("safetensors", "model.safetensors", weights, computes=False, seconds=3.5)
-    found = report.Report("default", [artifact])
+    weights = WeightReport(expected=28, equal=28)
+    artifact = ArtifactReport("safetensors", "model.safetensors", weights, computes=False, seconds=3.5)
+    found = Report("default", [artifact])
     assert found.passed
     with_figures = text(tiny, verification=found.as_dict())
-    assert "| `model.safetensors` | 28 of 28 | weights only |" in with_figures
+    assert "| `model.safetensors` | 28 of 28 | not computed |" in with_figures
     assert with_figures == text(tiny, verification=found.as_dict(figures=False))
 
 
 def test_architecture_and_files(tiny: Checkpoint) -> None:
-    files = [PlannedFile.of_bytes("config.json", b"{}"), PlannedFile("model.safetensors", 12345678)]
+    files = {"config.json": 2, "model.safetensors": 12345678}
     result = text(tiny, "safetensors", files=files)
     parameters = sum(int(np.prod(weight.shape)) for weight in tiny.weights.values())
     assert f"| Parameters | {parameters:,} |" in result
@@ -188,21 +220,20 @@ def test_snippets_offered(tiny: Checkpoint) -> None:
     def titles(*targets: str, **options: Any) -> list[str]:
         return list(snippets(text(tiny, *targets, **options)))
 
-    everything = ["onnxruntime", "transformers", "optimum", "transformers.js", "onnxruntime-genai"]
+    everything = ["onnxruntime", "optimum", "transformers.js", "onnxruntime-genai", "transformers"]
     assert titles("onnx", "safetensors") == everything
     assert titles("onnx", kv_cache=False) == ["onnxruntime"]
     assert titles("safetensors") == ["transformers"]
     assert "## Use" not in text(tiny, "tf")
     assert "--xla" in command(text(tiny, "tf", xla=True))
-    no_tokenizer = [PlannedFile("onnx/model.onnx", 1), PlannedFile("model.safetensors", 1)]
+    no_tokenizer = {"onnx/model.onnx": 1, "model.safetensors": 1}
     result = text(tiny, "onnx", "safetensors", files=no_tokenizer)
     assert list(snippets(result)) == ["onnxruntime", "transformers"]
     assert "tokenizer" not in "".join(snippets(result).values()).lower()
 
 
 def test_graph_and_type_are_those_planned(tiny: Checkpoint) -> None:
-    files = [PlannedFile(name, 1) for name in ("onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data", "tokenizer.json")]
-    found = snippets(text(tiny, "onnx", files=files))
+    found = snippets(text(tiny, "onnx", paths={"onnx": "onnx/model_fp16.onnx"}))
     assert '"onnx/model_fp16.onnx"' in found["onnxruntime"]
     assert 'dtype: "fp16"' in found["transformers.js"]
 
@@ -214,18 +245,15 @@ def test_python_snippets_run(
     kv_cache: bool, tokenized: bool, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The onnxruntime and transformers snippets, as written, in the directory they stand in."""
-    pytest.importorskip("transformers")
-    onnx = pytest.importorskip("gptconvert.targets.onnx.plan")
     found = {name: str(FIXTURES / "gpt2-stdlib" / name) for name in ("encoder.json", "vocab.bpe")}
-    if not Path(found["vocab.bpe"]).exists():
-        pytest.skip("fixtures not made yet")
     raw, arrays = tiny_gpt2(vocab_size=2003, bos_token_id=2002, eos_token_id=2002)
     checkpoint = checkpoint_of(raw, arrays, request=Options(task=task), tokenizer=found if tokenized else {})
-    options, targets = Options(kv_cache=kv_cache), ["onnx", "safetensors"]
-    files = [*onnx.TARGET.plan(checkpoint, options), *SAFETENSORS.plan(checkpoint, options)]
-    files += sidecar_files(checkpoint, options, targets, [file.path for file in files])
+    options = Options(kv_cache=kv_cache, targets=("onnx", "safetensors")).opened_with(checkpoint.options)
+    exports = (*plan_onnx(checkpoint, options), *plan_safetensors(checkpoint, options))
+    files = [*(file for export in exports for file in export.files), *sidecar_files(exports, options)]
     monkeypatch.chdir(write_planned(tmp_path, files))
-    found = snippets(card(checkpoint, targets, options, {}, files).decode())
+    facts = CardFacts(checkpoint, exports, options, {file.path: file.nbytes for file in files})
+    found = snippets(model_card(facts, {}).decode())
     space: dict[str, Any] = {}
     exec(found["onnxruntime"], space)
     output = space["logits" if task == "text-generation" else "last_hidden_state"]

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
+import tokenizers
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptconvert.errors import InputError, UnsafeInputError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.package.tokenizer import end_token_id, parse_merges, tokenizer_files
-from tests.helpers import FIXTURES, REAL_GPT2, checkpoint_of, tiny_gpt2
-
-transformers = pytest.importorskip("transformers")
-regex = pytest.importorskip("regex")
-tokenizers = pytest.importorskip("tokenizers")
+from tests.helpers import FIXTURES, NO_RELEASED_FILES, REAL_GPT2, checkpoint_of, tiny_gpt2
 
 END = "<|endoftext|>"
 PUBLISHED = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
@@ -84,7 +83,7 @@ def released(request: pytest.FixtureRequest) -> dict[str, str]:
     """encoder.json and vocab.bpe: OpenAI's, and a small one in the same form."""
     directory = REAL_GPT2 if request.param == "real" else FIXTURES / "gpt2-stdlib"
     if not (directory / "vocab.bpe").exists():
-        pytest.skip(f"no {directory.name} here")
+        pytest.skip(NO_RELEASED_FILES)
     return {name: str(directory / name) for name in ("encoder.json", "vocab.bpe")}
 
 

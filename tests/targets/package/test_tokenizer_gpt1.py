@@ -13,16 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.package.tokenizer import tokenizer_files
 from gptconvert.targets.package.tokenizer_gpt1 import OriginalTokenizer, standardise
-from tests.helpers import ROOT
+from tests.helpers import NO_RELEASED_FILES, ROOT
 from tests.targets.package.test_tokenizer_word_end import gpt1
 from tests.targets.package.word_end import MERGES, NEWLINE, OPENAI, REAL, UNKNOWN, symbols, write_pair
-
-tokenizers = pytest.importorskip("tokenizers")
 
 needs_the_extra = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("ftfy", "spacy")),
@@ -45,7 +44,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not REAL.exists():
-        pytest.skip("OpenAI's own files are not here")
+        pytest.skip(NO_RELEASED_FILES)
     return written(gpt1({name: str(REAL / name) for name in OPENAI}, 40478), tmp_path_factory.mktemp("real"))
 
 

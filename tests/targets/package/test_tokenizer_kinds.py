@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import transformers
 
 from gptconvert import pipeline
 from gptconvert.model.checkpoint import Checkpoint
@@ -21,9 +23,6 @@ from tests.families import witness
 from tests.helpers import checkpoint_of
 from tests.targets.package.test_tokenizer import CORPUS as GENERAL
 from tests.targets.package.test_tokenizer import PUBLISHED, write_all
-
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
 END, PAD = "<|endoftext|>", "<|padding|>"
 CORPUS = [

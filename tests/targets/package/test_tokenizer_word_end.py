@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,13 +22,10 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.package.tokenizer import end_token_id, tokenizer_files
 from tests.commands import command
-from tests.helpers import checkpoint_of
+from tests.helpers import NO_RELEASED_FILES, checkpoint_of
 from tests.targets.package.test_tokenizer import CORPUS as GENERAL
 from tests.targets.package.test_tokenizer import PUBLISHED, write_all
 from tests.targets.package.word_end import HUGGING_FACE, OPENAI, REAL, SIZE, UNKNOWN, symbols, write_pair
-
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
 CORPUS = [
     *GENERAL,
@@ -70,7 +69,7 @@ def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if request.param == "odd":
         return write_pair(tmp_path_factory.mktemp("odd"))
     if not REAL.exists():
-        pytest.skip("OpenAI's own files are not here")
+        pytest.skip(NO_RELEASED_FILES)
     return {name: str(REAL / name) for name in OPENAI}
 
 
@@ -312,7 +311,7 @@ def test_a_prompt_of_nothing_but_space(exported: Path) -> None:
         generate(str(exported), " \n ", Sampling(1))
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="OpenAI's own files are not here")
+@pytest.mark.skipif(not REAL.exists(), reason=NO_RELEASED_FILES)
 def test_openais_own_directory(tmp_path: Path) -> None:
     checkpoint = pipeline.open_checkpoint(str(REAL), Options(n_head=4))
     pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(verify=None))

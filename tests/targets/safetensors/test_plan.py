@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.dtypes import BFLOAT16
@@ -20,6 +22,7 @@ from gptconvert.targets.safetensors.target import TARGET
 from reference_model.model import GPT
 from tests.helpers import (
     FIXTURES,
+    NO_RELEASED_FILES,
     REAL_GPT2,
     checkpoint_of,
     computed_tensors,
@@ -29,9 +32,6 @@ from tests.helpers import (
     torch_weights,
     write_planned,
 )
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 IDS = torch.tensor([[0, 96, 5, 17, 42, 3, 88], [96, 1, 2, 3, 50, 60, 70]])
 #: What differs between the models every check below runs on.
@@ -121,8 +121,6 @@ def test_output_equals_what_transformers_saved(shards: str, tmp_path: Path) -> N
     from safetensors.numpy import load_file
 
     directory = FIXTURES / "tiny-gpt2" / shards
-    if not directory.is_dir():
-        pytest.skip("fixtures not made yet")
     paths = sorted(directory.glob("*.safetensors"))
     arrays = {name: array for path in paths for name, array in load_file(path).items()}
     raw = json.loads((directory / "config.json").read_text())
@@ -242,7 +240,7 @@ def test_nothing_is_read_when_planning(tmp_path: Path) -> None:
 def test_real_files_match_what_openai_computed(tmp_path: Path) -> None:
     """The real-format checkpoint through its reader, against OpenAI's own logits."""
     if not REAL_GPT2.is_dir():
-        pytest.skip("no real-format data beside the repository")
+        pytest.skip(NO_RELEASED_FILES)
     from gptconvert.families.registry import understand
     from gptconvert.model.options import Options
     from gptconvert.sources.openai_tf import FORMAT

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from tests.targets.saved_model.support import Shared
 @pytest.fixture(scope="session")
 def tensorflow() -> Iterator[TensorFlowProcess]:
     """One TensorFlow for all tests here."""
-    if importlib.util.find_spec("tensorflow") is None:
-        pytest.skip("TensorFlow is not installed")
     with TensorFlowProcess() as process:
         yield process
 
