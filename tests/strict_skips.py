@@ -1,8 +1,8 @@
-"""A skip that nobody planned for fails the run: in CI (``CI=true``), or with ``--strict-skips``.
+"""Fails the run on an unexpected skip: in CI (``CI=true``), or with ``--strict-skips``.
 
-``allowed_skips.txt`` lists the reasons that are expected, one a line, and after `` ; `` the environments in which they
-are (a marker as in requirements: ``python_version >= "3.14"``). A missing package, a missing fixture or a renamed path
-would otherwise turn tests off without a trace.
+``allowed_skips.txt`` lists the expected reasons, one per line, each with an optional environment marker after
+`` ; ``, as in a requirements file. Without this, a missing package, a missing fixture or a renamed path would turn
+tests off unnoticed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,85 @@
+"""Continue several prompts at once with the KV cache: onnxruntime and tokenizers, nothing else.
+
+    python examples/decode_loop.py EXPORT PROMPT [PROMPT ...]
+
+EXPORT is a directory that gptconvert wrote: ``onnx/model.onnx``, ``tokenizer.json`` and ``config.json``. Decoding is
+greedy. Prompts of different lengths are padded on the left, so that the last token of every row is in the last column
+and one decode step serves the whole batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+NEW_TOKENS = 24
+
+
+def pad_left(rows: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and attention mask, int64 [B, S]; the mask is 0 at padding."""
+    length = max(map(len, rows))
+    ids = np.array([[pad] * (length - len(row)) + row for row in rows], np.int64)
+    mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows], np.int64)
+    return ids, mask
+
+
+def decode(
+    session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray, stop: int | None, new_tokens: int
+) -> np.ndarray:
+    """Greedy continuation of a left-padded batch, [B, at most new_tokens]; ``stop`` from where a row has ended.
+
+    Args:
+        session: graph with KV cache.
+        ids: prompts, [B, S].
+        mask: 0 at padding, [B, S].
+        stop: token that ends a row; None: rows do not end.
+        new_tokens: upper bound. The longest prompt and these must fit the model's context.
+    """
+    names = [output.name for output in session.get_outputs()]  # logits, present.0.key, present.0.value, …
+    cache = {  # [B, H, P, D] per layer, for key and value; P, the number of cached tokens, is 0 before the prompt
+        item.name: np.zeros((len(ids), item.shape[1], 0, item.shape[3]), np.float32)
+        for item in session.get_inputs()
+        if item.name.startswith("past_key_values.")
+    }
+    ended = np.zeros(len(ids), bool)
+    positions = (mask.cumsum(1) - 1).clip(0)  # of real tokens; at padding, any valid position will do
+    written = []
+    for _ in range(new_tokens):
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        outputs = dict(zip(names, session.run(names, {**feed, **cache}), strict=True))
+        cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+        chosen = outputs["logits"][:, -1].argmax(-1)  # [B]: padding is on the left, so the last column is every row's
+        if stop is not None:
+            chosen[ended] = stop
+            ended |= chosen == stop
+        written.append(chosen)
+        if ended.all():
+            break
+        ids = chosen[:, None]  # from here on one token per row; the mask covers cached and new tokens
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+        positions = positions[:, -1:] + 1
+    return np.stack(written, axis=1)
+
+
+def main(directory: str, *prompts: str, new_tokens: int = NEW_TOKENS) -> list[str]:
+    """Print and return every prompt with its continuation."""
+    tokenizer = Tokenizer.from_file(str(Path(directory, "tokenizer.json")))
+    stop = json.loads(Path(directory, "config.json").read_text()).get("eos_token_id")
+    session = onnxruntime.InferenceSession(Path(directory, "onnx/model.onnx"), providers=["CPUExecutionProvider"])
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    ids, mask = pad_left(rows, pad=0 if stop is None else stop)
+    written = decode(session, ids, mask, stop, new_tokens)
+    texts = [tokenizer.decode([*row, *new]) for row, new in zip(rows, written.tolist(), strict=True)]
+    print("\n".join(texts))
+    return texts
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
