@@ -71,7 +71,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did."""
+    """What a conversion did.
+
+    Attributes:
+        output: the published directory.
+        checkpoint: as exported.
+        files: everything in the directory, with sizes and digests.
+        report: of the verification; None: it was skipped.
+        notes: what the user should know (one sentence each).
+    """
 
     output: str
     checkpoint: Checkpoint

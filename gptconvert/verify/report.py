@@ -53,6 +53,7 @@ class ArtifactReport:
         runs: rule 2, once per runtime; empty for artifacts that do not compute.
         problems: what was wrong besides: names, types and shapes of the contract, a configuration that differs.
         probes: what was asked.
+        computes: whether outputs have to be computed; otherwise weights alone decide.
         seconds: wall time.
         greedy: what it generated greedily, if it generates by itself; for others to be held against.
     """

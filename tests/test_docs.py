@@ -1,0 +1,58 @@
+"""Pages that are generated say what the code says, and links between pages lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+PAGES = sorted(
+    path for pattern in ("*.md", "docs/*.md", "examples/*.md", ".github/**/*.md") for path in ROOT.glob(pattern)
+)
+
+
+def test_api_page_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.render(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    local = [target for target in targets if target and not target.startswith(("https://", "http://", "mailto:"))]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/[^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_no_page_shows_an_api_that_is_gone() -> None:
+    gone = re.compile(
+        r"OpenOptions|TargetOptions|\bRequest\(|gptconvert\.tokenizer|gptconvert/tokenizer|sources/sniff"
+    )
+    assert [str(page.relative_to(ROOT)) for page in PAGES if gone.search(page.read_text(encoding="utf-8"))] == []
+
+
+def test_python_modules_and_files_that_pages_name_exist() -> None:
+    """Paths and dotted names in code spans: ``gptconvert/pipeline.py``, ``gptconvert.targets.registry``."""
+    missing = []
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":  # names what was there at the time
+            continue
+        text = page.read_text(encoding="utf-8")
+        paths = re.findall(r"`((?:gptconvert|reference_model|tests|fixtures|benchmarks|examples)/[\w./-]+)`", text)
+        modules = re.findall(r"(?:from|import) ((?:gptconvert|reference_model)[\w.]*)", text)
+        paths = [path for path in (*paths, *(name.replace(".", "/") for name in modules)) if "NAME" not in path]
+        found = [(ROOT / p).exists() or (ROOT / f"{p}.py").exists() for p in paths]
+        missing += [f"{page.name}: {p}" for p, there in zip(paths, found, strict=True) if not there]
+    assert missing == []
