@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 DEMO_SOURCE := fixtures/gpt2-stdlib
 DEMO_OUTPUT := demo-out
 
-.PHONY: demo test lint bench bench-scale fixtures clean
+.PHONY: demo test test-fast lint docs bench bench-scale fixtures clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/base: pyproject.toml constraints.txt
@@ -34,6 +34,12 @@ lint: $(VENV)/dev  ## Lint, type-check, check the import rules
 
 test: lint  ## Lint and run all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-fast: $(VENV)/dev  ## Run the tests that are not marked slow: under 90 s
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+
+docs: $(VENV)/dev  ## Write docs/api.md from the docstrings
+	$(BIN)/python docs/make_api.py
 
 bench: $(VENV)/dev  ## Measure against cp and PyTorch; needs about 30 GB of disk
 	$(BIN)/python -m benchmarks

@@ -44,6 +44,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_readme_commands_run_as_written(tmp_path: Path) -> None:
     (block,) = re.findall(r"```\n(.*?)```", (EXAMPLES / "README.md").read_text(), re.DOTALL)
     commands = [shlex.split(line) for line in block.splitlines()]
@@ -56,6 +57,7 @@ def test_readme_commands_run_as_written(tmp_path: Path) -> None:
         assert done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_usage_without_arguments(name: str) -> None:
     done = run(f"examples/{name}.py")

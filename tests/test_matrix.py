@@ -29,7 +29,15 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "originals/llmc/gpt2_bf16.bin": (),
     "originals/megatron": (),
 }
-STORAGE = [[], ["--dtype", "fp32"], ["--dtype", "fp16"], ["--dtype", "bf16"], ["--no-kv-cache"]]
+STORAGE = [
+    pytest.param([], marks=pytest.mark.tensorflow),
+    ["--dtype", "fp32"],
+    ["--dtype", "fp16"],
+    pytest.param(["--dtype", "bf16"], marks=pytest.mark.tensorflow),
+    ["--no-kv-cache"],
+]
+
+pytestmark = pytest.mark.slow
 
 
 def targets_of(source: str, capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -9,6 +9,8 @@ from tests.strict_skips import ALLOWED, allowed_here
 
 pytest_plugins = ["pytester"]
 
+pytestmark = pytest.mark.slow
+
 TESTS = """
 import pytest
 

@@ -17,6 +17,8 @@ from tests.helpers import ROOT
 
 #: What a user has who did not ask for the extra; an editable install would bring the whole environment back.
 LEFT_OUT = ("tensorflow*", "keras*", "tensorboard*", "tf_keras*", "*.pth", "__editable__*", "__pycache__")
+pytestmark = pytest.mark.slow
+
 EXTRA = "pip install 'gptconvert[tf]'"
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]

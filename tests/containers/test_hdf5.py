@@ -133,9 +133,13 @@ BAD: Sequence[tuple[Any, type[GptConvertError], str]] = [
     (absent, InputError, "missing from the file"),
     (a_group, InputError, "a group where a weight should be"),
 ]
+SLOW = pytest.mark.slow  # compresses 512 MiB of zeros
 
 
-@pytest.mark.parametrize(("make", "error", "message"), BAD, ids=[make.__name__ for make, _, _ in BAD])
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [pytest.param(*row, id=row[0].__name__, marks=SLOW if row[0] is huge_chunk else ()) for row in BAD],
+)
 def test_38_39_bad_datasets(tmp_path: Path, make: Any, error: type[GptConvertError], message: str) -> None:
     with pytest.raises(error, match=message):
         read(file_with(tmp_path / "w.h5", make))

@@ -134,6 +134,7 @@ BOMBS: dict[str, tuple[bytes, tuple[str, str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_cost_little(tmp_path: Path, name: str) -> None:
     """Each in a process of its own with 1 GiB of address space and a minute: a crash must not take pytest along."""

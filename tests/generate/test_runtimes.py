@@ -24,6 +24,8 @@ from gptconvert.targets.target import Runtime
 from tests.families.witness import Case, reference
 from tests.targets.saved_model.support import understood, write
 
+pytestmark = pytest.mark.tensorflow
+
 PROMPT, NEW = [5, 6, 7, 50, 3], 12
 
 

@@ -28,8 +28,7 @@ def test_pytorch_has_them(row: ElementType) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ELEMENT_TYPES if row.tensorflow], ids=lambda row: row.dtype.name)
-def test_tensorflow_has_them(row: ElementType) -> None:
-    tf: Any = pytest.importorskip("tensorflow")
+def test_tensorflow_has_them(row: ElementType, tf: Any) -> None:
     assert tf.dtypes.as_dtype(row.tensorflow).as_numpy_dtype == row.dtype.type
 
 

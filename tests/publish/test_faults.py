@@ -34,6 +34,7 @@ def _half(number: int, operation: str, nbytes: int) -> int:
     return max(1, nbytes // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["enospc", "eio"])
 def test_a_failing_operation_leaves_the_old_output_or_the_new_one(root: Path, scenario: str, code: int) -> None:
@@ -88,6 +89,7 @@ def test_short_reads_writes_and_copies_change_nothing(root: Path, scenario: str)
     assert not leftovers(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_crash_at_any_operation_leaves_the_old_output_or_the_new_one(root: Path, scenario: str) -> None:
     run = subprocess.run(

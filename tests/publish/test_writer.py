@@ -244,6 +244,7 @@ write_files(sys.argv[1], [PlannedFile("f", end, b"", placed)])
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """Copy and convert a tensor of 192 MiB within 96 MiB of private memory, including two threads' stacks."""
     run = subprocess.run(

@@ -20,6 +20,8 @@ from gptconvert.sources.hub import is_repo_id
 from tests.helpers import FIXTURES, ROOT
 from tests.sources.hub_server import COMMIT, OLDER, Hub, serve
 
+pytestmark = pytest.mark.slow
+
 REPO = "org/tiny"
 SINGLE = FIXTURES / "tiny-gpt2" / "hf-safetensors"
 SHARDED = FIXTURES / "tiny-gpt2" / "hf-safetensors-sharded"

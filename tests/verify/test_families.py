@@ -25,7 +25,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("saved")
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["small", "large"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_correct_exports_pass(case: Case, small: bool, directory: Path, tmp_path: Path) -> None:
     """Weights in several pieces (separate q, k and v) come from the file, the others of a large model do not."""
@@ -37,6 +37,7 @@ def test_correct_exports_pass(case: Case, small: bool, directory: Path, tmp_path
         assert report.passed, report.table()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BY_TASK, ids=str)
 def test_another_eps_is_noticed_through_every_head(case: Case, directory: Path, tmp_path: Path) -> None:
     checkpoint = witness.checkpoint(case, directory)
@@ -58,6 +59,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in BY_TASK if c.task in HEADS], ids=str)
 def test_a_wrong_head(case: Case, directory: Path, tmp_path: Path) -> None:
     """Right by name, wrong by content; then wrong in what is done with it."""
@@ -82,6 +84,7 @@ def disown(model: Any) -> None:
     model.producer_name = "somebody"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_a_family_misunderstood(bug: Bug, directory: Path, tmp_path: Path) -> None:
     """Rule 2 alone: the outputs tell, whatever the file says of its weights."""

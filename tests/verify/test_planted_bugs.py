@@ -162,7 +162,7 @@ GRAPH_BUGS: list[tuple[Callable[[Any], None], list[str]]] = [
 Judge = Callable[[Checkpoint, Path], Report]
 
 
-@pytest.fixture(params=["small", "large"])
+@pytest.fixture(params=["small", pytest.param("large", marks=pytest.mark.slow)])
 def judge(request: pytest.FixtureRequest) -> Judge:
     """Large models run with the source's weights, before it is known that the file's are the same."""
     verifier = OnnxVerifier() if request.param == "small" else OnnxVerifier(small_model=0)

@@ -204,6 +204,7 @@ print(max(peaks))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_layers() -> None:
     """24 more layers are 170 MB in float32 and 340 MB in float64; one block's worth of slack is allowed."""
     peaks = []

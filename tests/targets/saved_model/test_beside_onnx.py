@@ -20,6 +20,8 @@ from gptconvert.targets.verification import verify_exports
 from gptconvert.verify.runners import Feeds, Outputs, RunError
 from tests.helpers import FIXTURES
 
+pytestmark = pytest.mark.tensorflow
+
 NAME = "greedy as onnx/model.onnx"
 
 

@@ -19,6 +19,8 @@ from reference_model.config import GPTConfig
 from tests.helpers import FIXTURES, ROOT
 from tests.targets.saved_model.support import write
 
+pytestmark = pytest.mark.tensorflow
+
 TEXT = (ROOT / "docs/serving.md").read_text()
 GENERATE, REPLY, LAST = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL))
 

@@ -17,6 +17,8 @@ import pytest
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from tests.helpers import FIXTURES, ROOT
 
+pytestmark = pytest.mark.tensorflow
+
 SOURCE = FIXTURES / "tiny-gpt2/openai-tf"
 #: A TensorFlow whose import takes longer than any test waits.
 SLOW = """

@@ -34,6 +34,8 @@ from tests.helpers import ROOT
 from tests.targets.saved_model.support import file_bytes, turned, understood, write
 from tests.verify.exports import report_on
 
+pytestmark = pytest.mark.tensorflow
+
 #: A graph may be off so many times as far as the reference model in float32, plus so many units in the last place.
 TIMES, ULPS = 8, 8 * 2.0**-23
 LM = Case("gpt2")

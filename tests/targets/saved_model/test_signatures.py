@@ -16,6 +16,8 @@ from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowPr
 from tests.families.witness import Case, reference
 from tests.targets.saved_model.support import understood, write
 
+pytestmark = pytest.mark.tensorflow
+
 PROMPT = np.array([[7, 3, 50, 51, 9]] * 4)
 #: Nothing masked, padding left, right, a hole.
 MASK = np.array([[1] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 1]])

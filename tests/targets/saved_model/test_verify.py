@@ -21,6 +21,8 @@ from gptconvert.verify.report import ArtifactReport
 from tests.families.witness import Case
 from tests.targets.saved_model.support import Shared, understood, write
 
+pytestmark = pytest.mark.tensorflow
+
 Arrays = Mapping[str, Any]
 
 
