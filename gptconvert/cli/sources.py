@@ -34,8 +34,8 @@ FORMAT_COMMANDS: Mapping[str, FormatCommand] = {
         "Convert OpenAI's own checkpoint SOURCE.",
         """\b
 SOURCE is a prefix (model.ckpt), a directory, the `checkpoint` file or the
-.index file. Directories of gpt-2-simple and nshepperd's fork work too, and so
-does GPT-1's directory (params_0.npy …).
+.index file. Directories of gpt-2-simple and nshepperd's fork work too, and
+so does GPT-1's directory (params_0.npy …).
 
 \b
 Example:
@@ -59,8 +59,8 @@ Example:
     "mesh-tf": FormatCommand(
         "Convert GPT-Neo's original checkpoint SOURCE.",
         """\b
-SOURCE is a prefix, a directory, the `checkpoint` file or the .index file, with
-the model's config.json beside it (or --hparams FILE).
+SOURCE is a prefix, a directory, the `checkpoint` file or the .index file,
+with the model's config.json beside it (or --hparams FILE).
 
 \b
 Example:
@@ -84,9 +84,10 @@ Example:
     "neox": FormatCommand(
         "Convert the GPT-NeoX checkpoint SOURCE.",
         """\b
-SOURCE is the directory of a run (with `latest` and configs/) or of one step.
-The files of all ranks must be present. The configuration is configs/*.yml, or
---hparams FILE. The vocabulary stays padded unless --trim-vocab is given.
+SOURCE is the directory of a run (with `latest` and configs/) or of one
+step. The files of all ranks must be present. The configuration is
+configs/*.yml, or --hparams FILE. The vocabulary stays padded unless
+--trim-vocab is given.
 
 \b
 Example:
@@ -97,9 +98,9 @@ Example:
     "nanogpt": FormatCommand(
         "Convert the nanoGPT checkpoint SOURCE.",
         """\b
-SOURCE is a ckpt.pt or its directory. The file does not record which GELU the
-model was trained with: erf since June 2023, tanh before. Its pickle is read as
-data; nothing in it is executed, and meta.pkl is not opened.
+SOURCE is a ckpt.pt or its directory. The file does not record which GELU
+the model was trained with: erf since June 2023, tanh before. Its pickle is
+read as data; nothing in it is executed, and meta.pkl is not opened.
 
 \b
 Example:
@@ -110,9 +111,10 @@ Example:
     "llmc": FormatCommand(
         "Convert the llm.c model SOURCE.",
         """\b
-SOURCE is a model file of version 1, 3 or 5 (gpt2_124M.bin, gpt2_124M_bf16.bin,
-log124M/model_00018865.bin) or a directory that contains one; if it contains
-several, choose with --weights-file. Rows that pad the vocabulary are dropped.
+SOURCE is a model file of version 1, 3 or 5 (gpt2_124M.bin,
+gpt2_124M_bf16.bin, log124M/model_00018865.bin) or a directory that contains
+one; if it contains several, choose with --weights-file. Rows that pad the
+vocabulary are dropped.
 
 \b
 Example:
@@ -123,8 +125,9 @@ Example:
     "megatron": FormatCommand(
         "Convert the Megatron-LM GPT-2 checkpoint SOURCE.",
         """\b
-SOURCE is a model_optim_rng.pt, its mp_rank_00, or the directory of a run. Only
-models that were not split over devices are read, of checkpoint version 0 to 3.
+SOURCE is a model_optim_rng.pt, its mp_rank_00, or the directory of a run.
+Only models that were not split over devices are read, of checkpoint version
+0 to 3.
 
 \b
 Example:
