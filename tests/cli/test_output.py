@@ -46,6 +46,11 @@ def test_a_file_name_that_is_not_utf8_leaves_one_object(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["file"].endswith("/\udcff")
 
 
+def test_errors_have_the_documented_keys(capsys: Any, tmp_path: Path) -> None:
+    error = command(capsys, "inspect", tmp_path / "nothing", "--json").json["error"]
+    assert list(error) == ["kind", "exit_code", "message", "file", "tensor", "expected", "found", "hint"]
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 def test_verbose_shows_every_probe_group(capsys: Any, tmp_path: Path, verbose: bool) -> None:
     flags = ("-v",) if verbose else ()
