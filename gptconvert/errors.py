@@ -68,7 +68,7 @@ class GptConvertError(Exception):
             "exit_code": self.exit_code,
             "message": self.message,
             "file": self.path,
-            "item": self.item,
+            "tensor": self.item,  # the key's name is part of the schema
             "expected": self.expected,
             "found": self.found,
             "hint": self.hint,

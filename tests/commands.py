@@ -11,6 +11,7 @@ from gptconvert.cli import run
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = REPOSITORY / "fixtures" / "tiny-gpt2"
+ORIGINALS = REPOSITORY / "fixtures" / "originals"
 TRAINED = REPOSITORY / "fixtures" / "gpt2-stdlib"
 SHARED = REPOSITORY.parent / "shared" / "data"
 

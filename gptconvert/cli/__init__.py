@@ -1,9 +1,8 @@
-"""The command line: one file per command, imported only when it runs, so that ``--help`` comes in a blink."""
+"""The command line: one file per command, imported only when it runs, so that ``--help`` stays fast."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -12,25 +11,25 @@ from collections.abc import Mapping, Sequence
 import click
 
 from gptconvert import __version__
+from gptconvert.cli.output import print_json
 from gptconvert.errors import GptConvertError, printable
 
-#: command → (module, attribute, one line for the list of commands).
-COMMANDS: Mapping[str, tuple[str, str, str]] = {
-    "openai-tf": ("convert", "openai_tf", "Convert OpenAI's own checkpoints: GPT-2 bundles, GPT-1 arrays."),
-    "hf": ("convert", "hf", "Convert a Hugging Face directory or hub repository."),
-    "mesh-tf": ("convert", "mesh_tf", "Convert GPT-Neo's original checkpoint (Mesh-TensorFlow)."),
-    "mesh-jax": ("convert", "mesh_jax", "Convert GPT-J's original checkpoint (mesh-transformer-jax)."),
-    "neox": ("convert", "neox", "Convert a GPT-NeoX checkpoint (DeepSpeed)."),
-    "nanogpt": ("convert", "nanogpt", "Convert a nanoGPT checkpoint (ckpt.pt)."),
-    "llmc": ("convert", "llmc", "Convert an llm.c model file (.bin)."),
-    "megatron": ("convert", "megatron", "Convert a Megatron-LM GPT-2 checkpoint."),
-    "convert": ("convert", "convert", "Convert any supported checkpoint; the format is detected."),
-    "inspect": ("inspect", "inspect", "Show configuration and tensors; reads headers only."),
-    "verify": ("verify", "verify", "Check an existing export against its checkpoint."),
-    "generate": ("generate", "generate", "Continue a text with an exported model."),
-    "formats": ("formats", "formats", "List what can be read, and what it can become."),
+#: command → (module, one line for the list of commands). The module holds the command, or makes it by its name.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "openai-tf": ("convert", "Convert OpenAI's own checkpoints: GPT-2 bundles, GPT-1 arrays."),
+    "hf": ("convert", "Convert a Hugging Face directory or hub repository."),
+    "mesh-tf": ("convert", "Convert GPT-Neo's original checkpoint (Mesh-TensorFlow)."),
+    "mesh-jax": ("convert", "Convert GPT-J's original checkpoint (mesh-transformer-jax)."),
+    "neox": ("convert", "Convert a GPT-NeoX checkpoint (DeepSpeed)."),
+    "nanogpt": ("convert", "Convert a nanoGPT checkpoint (ckpt.pt)."),
+    "llmc": ("convert", "Convert an llm.c model file (.bin)."),
+    "megatron": ("convert", "Convert a Megatron-LM GPT-2 checkpoint."),
+    "convert": ("convert", "Convert any supported checkpoint; the format is detected."),
+    "inspect": ("inspect", "Show configuration and tensors; reads headers only."),
+    "verify": ("verify", "Check an existing export against its checkpoint."),
+    "generate": ("generate", "Continue a text with an exported model."),
+    "formats": ("formats", "List what can be read, and what it can become."),
 }
-SCHEMA_VERSION = 1
 EPILOG = """\b
 Exit codes: 0 ok, 2 usage, 3 input invalid, 4 unsupported, 5 verification failed
 (nothing published), 6 output, 7 unsafe input refused, 130/143 interrupted.
@@ -52,13 +51,13 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module, attribute, _ = COMMANDS[name]
-        command: click.Command = getattr(importlib.import_module(f"gptconvert.cli.{module}"), attribute)
+        module = importlib.import_module(f"gptconvert.cli.{COMMANDS[name][0]}")
+        command: click.Command = getattr(module, name, None) or module.format_command(name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
+            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -145,7 +144,7 @@ def _report(error: GptConvertError, code: int, as_json: bool, kind: str | None =
     """The error, once, on stderr; with ``--json`` also as the one object on stdout."""
     if as_json:
         fields = {**error.as_dict(), "exit_code": code, **({"kind": kind} if kind else {})}
-        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "ok": False, "error": fields}, indent=2))
+        print_json({"ok": False, "error": fields})
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
     if error.hint:
         click.echo(f"  hint: {printable(error.hint)}", err=True)

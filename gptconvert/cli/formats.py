@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import click
 
+from gptconvert.cli.options import DEBUG, DISPLAY, JSON, Command, own
 from gptconvert.cli.output import print_json, table
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--markdown", is_flag=True, help="Print the tables of docs/formats.md.")
+@click.command(cls=Command)
+@JSON
+@own("--markdown", is_flag=True, group=DISPLAY, help="Print the tables of docs/formats.md.")
+@DEBUG
 def formats(as_json: bool, markdown: bool) -> None:
-    """What can be read, and what it can become: generated from the registries, so it is what the code does."""
+    """List what can be read, and what it can become, from the registries."""
     from gptconvert.pipeline import matrix
 
     found = matrix()

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import click
 
-from gptconvert.cli.options import quieten
+from gptconvert.cli.options import DEBUG, JSON, Command, Decorator, own, quieten
+from gptconvert.cli.output import print_json
+from gptconvert.targets.registry import RUNTIMES
+
+RUNTIME, SAMPLING = "Runtime", "Sampling"
 
 
-@click.command(epilog="Greedy unless --temperature, --top-k, --top-p or --seed is given.")
+def _sampling(flag: str, kind: Any, metavar: str, text: str, **settings: Any) -> Decorator:
+    return own(flag, type=kind, metavar=metavar, help=text, group=SAMPLING, show_default=True, **settings)
+
+
+@click.command(cls=Command, epilog="Greedy unless --temperature, --top-k, --top-p or --seed is given.")
 @click.argument("directory", type=click.Path())
 @click.argument("prompt")
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=50, show_default=True, help="Stop after this many."
-)
-@click.option("--temperature", type=click.FloatRange(min=0), help="Divides the logits; 0 is greedy. [default: 1]")
-@click.option("--top-k", type=click.IntRange(min=1), help="Sample among this many best tokens.")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the best with this probability."
-)
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of the sampling; the same seed gives the same text.")
-@click.option(
+@own(
     "--runtime",
-    type=click.Choice(["onnx", "tf", "torch"]),
+    type=click.Choice(list(RUNTIMES)),
     default="onnx",
     show_default=True,
-    help="What runs which artifact: onnxruntime onnx/, TensorFlow saved_model/, PyTorch model.safetensors.",
+    group=RUNTIME,
+    help="Run onnx/ with onnxruntime, saved_model/ with TensorFlow, or model.safetensors with PyTorch.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@_sampling("--max-new-tokens", click.IntRange(min=1), "N", "Stop after this many tokens.", default=50)
+@_sampling("--temperature", click.FloatRange(min=0), "X", "Divide the logits by this; 0 is greedy.", default_text="1")
+@_sampling("--top-k", click.IntRange(min=1), "N", "Sample among the N most likely tokens.")
+@_sampling("--top-p", click.FloatRange(0, 1, min_open=True), "P", "Sample among the likeliest tokens of this total.")
+@_sampling("--seed", click.IntRange(min=0), "N", "Seed the sampling; the same seed gives the same text.")
+@JSON
+@DEBUG
 def generate(
     directory: str,
     prompt: str,
@@ -53,7 +58,7 @@ def generate(
     if as_json:
         text = "".join(running.pieces)
         fields = {"prompt": prompt, "text": text, "prompt_ids": running.prompt, "ids": running.ids}
-        click.echo(json.dumps({"schema_version": 1, "ok": True, **fields}, indent=2))
+        print_json({"ok": True, **fields})
         return
     click.echo(prompt, nl=False)
     for piece in running.pieces:

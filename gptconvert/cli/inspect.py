@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from gptconvert.cli import options
+from gptconvert.cli.config_in_words import config_in_words
 from gptconvert.cli.output import human_bytes, note, print_json, table
 from gptconvert.errors import printable
 
+#: Of the names dropped for one reason, this many are shown.
+MOST_DROPPED = 4
 
-@click.command()
+
+@click.command(cls=options.Command)
 @click.argument("source")
-@options.OPENING
-@options.HUB
-@options.TASK
-@options.ACTIVATION
-@click.option("--tensors/--no-tensors", default=True, help="List every tensor.")
-@options.OUTPUT_FORMAT
-def inspect(source: str, tensors: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+@options.options_of("source", "checkpoint")
+@options.own(
+    "--tensors/--no-tensors",
+    default=None,
+    group=options.DISPLAY,
+    show_default=True,
+    default_text="one line per kind of tensor",
+    help="List every tensor, or none.",
+)
+@options.JSON
+@options.QUIET
+@options.DEBUG
+def inspect(source: str, tensors: bool | None, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what SOURCE is: configuration, tensors, sizes, types, and what a conversion would drop.
 
     Only headers are read, so a checkpoint of any size is inspected at once.
@@ -33,23 +44,47 @@ def inspect(source: str, tensors: bool, as_json: bool, quiet: bool, **given: Any
         return
     for text in found["notes"]:
         note(text, quiet)
-    click.echo(f"{found['title']}  ({found['format']})")
-    click.echo(f"  {found['parameters']:,} parameters, {human_bytes(found['bytes'])}, {', '.join(found['dtypes'])}")
-    click.echo()
-    click.echo(table([(key, printable(_short(value))) for key, value in found["config"].items()]))
-    if tensors:
-        rows = [(t["name"], t["dtype"], "×".join(map(str, t["shape"])) or "scalar") for t in found["tensors"]]
-        rows = [(printable(a), b, c) for a, b, c in rows]
-        click.echo()
-        click.echo(table([("tensor", "type", "shape"), *rows]))
-    if found["dropped"]:
-        click.echo()
-        click.echo("Would be dropped")
-        click.echo(table([(printable(name), why) for name, why in found["dropped"].items()]))
+    click.echo("\n\n".join(filter(None, _sections(found, tensors))))
 
 
-def _short(value: object) -> str:
-    """A value on one line; a tuple of equal entries once."""
-    if isinstance(value, (list, tuple)) and value and all(entry == value[0] for entry in value):
-        return f"{value[0]} in each of {len(value)} layers"
-    return str(value)
+def _sections(found: Mapping[str, Any], tensors: bool | None) -> list[str]:
+    size = f"{found['parameters']:,} parameters, {human_bytes(found['bytes'])}, {', '.join(found['dtypes'])}"
+    revision = f", revision {printable(found['revision'])}" if found["revision"] else ""
+    head = f"{found['title']}  ({found['format']}{revision})\n  {size}"
+    rows = [*config_in_words(found["config"]), ("tokenizer", ", ".join(found["tokenizer"]) or "none")]
+    words = table([(key, printable(text)) for key, text in rows])
+    listed = "" if tensors is False else _tensor_table(found["tensors"], every=bool(tensors))
+    return [head, words, listed, _dropped(found["dropped"], every=bool(tensors))]
+
+
+def _tensor_table(tensors: Sequence[Mapping[str, Any]], *, every: bool) -> str:
+    """Every tensor, or one line for each kind: the same name in all layers, type and shape."""
+    from gptconvert.model.schemes import grouped
+
+    kinds: dict[tuple[str, str], dict[str, int]] = {}
+    for t in tensors:
+        kinds.setdefault((t["dtype"], "×".join(map(str, t["shape"])) or "scalar"), {})[t["name"]] = t["bytes"]
+    lines = {}  # first name → line, to list the kinds in the file's order
+    for (dtype, shape), sizes in kinds.items():
+        for name, names in ({n: [n] for n in sizes} if every else grouped(sizes, to="..")).items():
+            nbytes = human_bytes(sum(sizes[n] for n in names))
+            lines[names[0]] = (printable(name), dtype, shape, nbytes)
+    rows = [lines[t["name"]] for t in tensors if t["name"] in lines]
+    return table([("tensor", "type", "shape", "size" if every else "total size"), *rows], right=(3,))
+
+
+def _dropped(dropped: Mapping[str, str], *, every: bool) -> str:
+    """What a conversion leaves out, by reason; all names, or the first few with layer numbers folded."""
+    from gptconvert.model.schemes import grouped
+
+    reasons: dict[str, list[str]] = {}
+    for name, why in dropped.items():
+        reasons.setdefault(why, []).append(name)
+    lines = ["Would be dropped"] if reasons else []
+    for why, names in reasons.items():
+        shown = names if every else list(grouped(names, to=".."))
+        most = len(shown) if every else MOST_DROPPED
+        lines.append(f"  {len(names)} {'tensor' if len(names) == 1 else 'tensors'}: {why}")
+        lines += [f"    {printable(name)}" for name in shown[:most]]
+        lines += [f"    … {len(shown) - most} more kinds (--tensors lists all)"] if len(shown) > most else []
+    return "\n".join(lines)

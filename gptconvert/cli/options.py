@@ -1,4 +1,4 @@
-"""Options that several commands share, each written once."""
+"""Click options from the table in :mod:`gptconvert.model.options`, and those that only the command line has."""
 
 from __future__ import annotations
 
@@ -7,19 +7,77 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
-if TYPE_CHECKING:
-    from gptconvert.model.options import Options
+from gptconvert.errors import UsageError
+from gptconvert.model.options import DEFAULTS, FIELDS, INFO, Group, OptionInfo, Options, Stage
+from gptconvert.targets.registry import TARGETS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+DISPLAY = "Display"
+#: Sections of the help, in order.
+GROUPS: tuple[str, ...] = (*get_args(Group), "Runtime", "Sampling", DISPLAY)
+#: Width of the column of flags: the longest that help does not put on a line of its own.
+FLAGS_WIDTH = 24
+#: Stands for "-" while lines are wrapped, so that no flag and no name is split.
+UNBROKEN_HYPHEN = "\N{NON-BREAKING HYPHEN}"
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+class Option(click.Option):
+    """An option that belongs to a section of the help, and may describe its default in words."""
+
+    def __init__(self, *args: Any, group: str, default_text: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group, self.default_text = group, default_text
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """What the help shows in brackets: the default alone. Ranges are in the text, where they matter."""
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        if self.default_text is not None:
+            extra["default"] = self.default_text
+        return extra
+
+
+class Command(click.Command):
+    """A command whose help lists its options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                flags, text = record
+                group = getattr(parameter, "group", DISPLAY)  # click's own --help has none
+                sections[group].append((flags.ljust(FLAGS_WIDTH), text.replace("-", UNBROKEN_HYPHEN)))
+        for name, records in sections.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records, col_max=FLAGS_WIDTH)
+        formatter.buffer = [text.replace(UNBROKEN_HYPHEN, "-") for text in formatter.buffer]
+
+
+def size_in_bytes(value: str | int) -> int:
+    """``5GB``, ``500MB``, ``1GiB`` or a number of bytes."""
+    text = str(value).strip()
+    number = text.rstrip("KMGIBkmgib")
+    try:
+        size = int(float(number) * UNITS[text[len(number) :].upper()])
+    except (KeyError, ValueError, OverflowError):
+        raise click.BadParameter("a size is a number and KB, MB, GB, KiB, MiB or GiB, such as 5GB") from None
+    if size < 1:
+        raise click.BadParameter("must be positive")
+    return size
+
 
 def stack(*decorators: Decorator) -> Decorator:
-    """Several decorators as one, applied so that help lists them in the order given."""
+    """Several decorators as one, applied so that the help lists them in the order given."""
 
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.reduce(lambda f, d: d(f), reversed(decorators), function)
@@ -27,99 +85,82 @@ def stack(*decorators: Decorator) -> Decorator:
     return apply
 
 
-OUTPUT_FORMAT = stack(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr."),
-    click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
-)
+def own(*declarations: str, group: str, **settings: Any) -> Decorator:
+    """An option that only the command line has."""
+    return click.option(*declarations, cls=Option, group=group, **settings)
 
-OPENING = stack(
-    click.option("--step", type=click.IntRange(min=0), help="Which training step, if the directory holds several."),
-    click.option(
-        "--hparams", type=click.Path(), help="Configuration file to use instead of the one beside the weights."
-    ),
-    click.option("--n-head", type=click.IntRange(min=1), help="Number of heads, if the format does not record it."),
-    click.option(
-        "--trim-vocab", type=click.IntRange(min=1), metavar="N", help="Keep N ids; the rest pad the vocabulary."
-    ),
-    click.option("--weights-file", metavar="NAME", help="Which weights file to read, if there are several."),
-)
 
-HUB = stack(
-    click.option("--revision", help="Hub branch, tag or commit. The resolved commit is recorded."),
-    click.option("--cache-dir", type=click.Path(file_okay=False), help="Hub cache directory."),
-    click.option("--offline", is_flag=True, help="Use the hub cache only; never the network."),
-)
+def option(name: str) -> Decorator:
+    """The option of a field of :class:`Options`."""
+    info, default = INFO[name], DEFAULTS[name]
+    settings: dict[str, Any] = {"help": info.help, "default_text": info.default_text, "show_default": True}
+    flag = info.flag
+    if isinstance(default, bool):
+        flag = f"{flag}/{_negated(flag)}" if default else flag
+        settings |= {"is_flag": True, "show_default": default}
+    elif name == "targets":
+        settings |= {"multiple": True, "type": click.Choice(list(TARGETS))}
+    elif name == "verify":  # the level may be left out
+        settings |= {"is_flag": False, "flag_value": default, "type": _type(info)}
+    else:
+        settings |= {"type": _type(info), "metavar": info.metavar}
+    return own(flag, name, group=info.group, default=default, **settings)
 
-#: Equal to the names in ``gptconvert.targets.registry``, which a test checks; importing it would slow ``--help``.
-TARGETS = ("onnx", "safetensors", "tf", "openai-tf")
-RUNTIMES = ("onnx", "tf", "torch")
-#: Parameters that say what the command line prints, or where to.
-COMMAND_LINE_ONLY = frozenset({"output", "no_verify", "dry_run", "as_json", "quiet", "tensors", "full"})
 
-#: Equal to ``reference_model.config.TASKS``, which a test checks; importing it would cost every ``--help``.
-TASKS = (
-    "text-generation",
-    "feature-extraction",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "multiple-choice",
-)
-TASK = stack(
-    click.option(
-        "--task", type=click.Choice(TASKS), help="What the model is for; default: what the checkpoint's heads say."
-    ),
-    click.option(
-        "--pad-token-id", type=click.IntRange(min=0), help="Token that text classification takes for padding."
-    ),
-)
+def options_of(*stages: Stage, only: Iterable[str] = FIELDS) -> Decorator:
+    """The options of these stages, in the table's order, as far as they are among ``only``."""
+    chosen = {*only}
+    return stack(*(option(name) for name in FIELDS if INFO[name].stage in stages and name in chosen))
 
-ACTIVATION = click.option(
-    "--activation",
-    type=click.Choice(["tanh", "erf"]),
-    help="Formula of GELU, for nanoGPT and Megatron-LM files, which may not record it.",
-)
 
-VERIFY_LEVEL = click.option(
-    "--verify",
-    "verify",
-    is_flag=False,
-    flag_value="default",
-    default="default",
-    type=click.Choice(["default", "full"]),
-    help="How thoroughly to verify: default, or full (all lengths up to the context).",
+def _negated(flag: str) -> str:
+    return flag.replace("--", "--no-", 1)
+
+
+def _type(info: OptionInfo) -> Any:
+    """How the value of an option is checked."""
+    if info.metavar == "N":
+        numbers: Any = info.choices or (info.minimum, None)
+        return click.IntRange(numbers[0], numbers[-1])
+    if info.choices:
+        return click.Choice([str(choice) for choice in info.choices])
+    kinds: dict[str, Any] = {"SIZE": size_in_bytes, "FILE": click.Path(), "DIR": click.Path(file_okay=False)}
+    return kinds.get(info.metavar or "", click.STRING)
+
+
+NO_VERIFY = own("--no-verify", is_flag=True, group="Verification", help="Skip verification.")
+JSON = own(
+    "--json", "as_json", is_flag=True, group=DISPLAY, help="Print one JSON object on stdout, and nothing else."
 )
+QUIET = own("-q", "--quiet", is_flag=True, group=DISPLAY, help="Print no progress and no notes.")
+VERBOSE = own("-v", "--verbose", is_flag=True, group=DISPLAY, help="Print the figures of every probe group.")
+DEBUG = own("--debug", is_flag=True, expose_value=False, group=DISPLAY, help="Show the traceback of an error.")
 
 
 def chosen(given: dict[str, Any], **more: object) -> Options:
-    """What a command was given, as one value. Parameters of the command line alone are left out."""
-    from gptconvert.model.options import FIELDS, Options
+    """What a command was given, as one value. Parameters of the command line alone are left out.
 
-    unknown = {*given} - {*FIELDS} - COMMAND_LINE_ONLY
-    if unknown:
-        raise TypeError(f"command-line parameters without an option: {', '.join(sorted(unknown))}")
+    Raises:
+        UsageError: options contradict each other, or do not apply to the targets.
+    """
     values = {name: given[name] for name in FIELDS if name in given} | more
-    values["targets"] = tuple(dict.fromkeys(values.get("targets", ("onnx",))))
+    if "targets" in values:
+        values["targets"] = tuple(dict.fromkeys(values["targets"]))
+    named = _named_on_the_command_line()
     if given.get("no_verify"):
+        if "verify" in named:
+            raise UsageError(f"--no-verify contradicts --verify {values['verify']}", hint="drop one of them")
         values["verify"] = None
-    return Options(**values)
+    options = Options(**values)
+    options.check_targets(named)
+    return options
 
 
-def size_in_bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """``5GB``, ``500MB``, ``1GiB`` or a number of bytes."""
-    if value is None:
-        return None
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-    number = value.strip().rstrip("KMGIBkmgib")
-    unit = value.strip()[len(number) :].upper()
-    try:
-        size = int(float(number) * units[unit])
-    except (KeyError, ValueError):
-        raise click.BadParameter("a size is a number and KB, MB, GB, KiB, MiB or GiB, such as 5GB") from None
-    if size < 1:
-        raise click.BadParameter("must be positive")
-    return size
+def _named_on_the_command_line() -> frozenset[str]:
+    context = click.get_current_context()
+    return frozenset(
+        name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    )
 
 
 def quieten() -> None:

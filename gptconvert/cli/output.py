@@ -10,13 +10,12 @@ from typing import Any
 import click
 
 from gptconvert.errors import printable
-
-SCHEMA_VERSION = 1
+from gptconvert.model.schema import SCHEMA_VERSION
 
 
 def print_json(fields: Mapping[str, object]) -> None:
-    """The one object of ``--json``."""
-    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False))
+    """The one object of ``--json``, in ASCII: any terminal encoding holds it, and file names that are not UTF-8."""
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2))
 
 
 def note(text: str, quiet: bool = False) -> None:

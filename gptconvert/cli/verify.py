@@ -10,17 +10,19 @@ from gptconvert.cli import options
 from gptconvert.cli.output import Progress, note, print_json
 
 
-@click.command()
+@click.command(cls=options.Command)
 @click.argument("source")
 @click.argument("artifact", type=click.Path())
-@click.option("--full", is_flag=True, help="All probes, up to the whole context; slow for large models.")
-@options.OPENING
-@options.HUB
-@options.TASK
-@options.ACTIVATION
-@options.OUTPUT_FORMAT
-def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Check ARTIFACT, a directory or graph exported by anyone, against the checkpoint SOURCE.
+@options.options_of("source", "checkpoint")
+@options.own(
+    "--full", is_flag=True, group="Verification", help="Test all lengths up to the context; slow for large models."
+)
+@options.JSON
+@options.QUIET
+@options.VERBOSE
+@options.DEBUG
+def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
+    """Check ARTIFACT, a directory or graph exported by any program, against the checkpoint SOURCE.
 
     Exit code 0: every weight is the checkpoint's and every output is within rounding noise. 5: not so.
     """
@@ -38,6 +40,6 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, *
     if as_json:
         print_json({"ok": report.passed, "verification": report.as_dict()})
     else:
-        click.echo(report.table())
+        click.echo(report.table(verbose=verbose))
     if not report.passed:
         raise click.exceptions.Exit(5)

@@ -1,23 +1,28 @@
 """Every choice a user can make about a conversion, in one value.
 
 An :class:`Options` travels with the checkpoint it opened, so the manifest and the model card's command can name each
-choice that shaped the output. The table below says of each field how the command line spells it, whether it changes
-the bytes that are written, and which targets read it.
+choice that shaped the output. :data:`INFO` is the one table of options: the command line and its help, the card's
+command, the manifest and the check for options that do not apply all follow it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gptconvert.errors import UsageError
+from reference_model.config import TASKS
 
 Level = Literal["default", "full"]
 #: When a field takes effect: opening files, understanding the checkpoint, writing targets, or running.
 Stage = Literal["source", "checkpoint", "output", "run"]
+#: Section of the help that lists the option.
+Group = Literal["Source", "Checkpoint", "Output", "ONNX", "safetensors and TensorFlow", "Verification"]
+#: What the value of an option is; the command line shows the word and checks the value accordingly.
+Metavar = Literal["N", "SIZE", "FILE", "DIR", "NAME", "REVISION", "TASK"]
 
 #: ONNX operator sets that the graphs are written for.
 OPSETS = range(17, 22)
@@ -32,22 +37,36 @@ class OptionInfo:
     Attributes:
         flag: the command line's spelling.
         stage: when it takes effect.
+        group: section of the help.
+        help: for the command line, in the imperative.
+        metavar: kind of value; None: a flag, or one of ``choices``.
+        default_text: the default in words, where None stands for it.
         shapes: whether it changes what is written; the manifest and the card's command name those that do.
         targets: targets that read it; empty: all.
         choices: allowed values; empty: any.
+        minimum: smallest allowed number.
         placeholder: written in the card's command in place of a local path.
     """
 
     flag: str
     stage: Stage
+    group: Group
+    help: str
+    metavar: Metavar | None = None
+    default_text: str | None = None
     shapes: bool = True
     targets: frozenset[str] = frozenset()
     choices: tuple[object, ...] = ()
+    minimum: int = 0
     placeholder: str | None = None
 
 
-def _info(flag: str, stage: Stage, **info: Any) -> Mapping[str, OptionInfo]:
-    return {"info": OptionInfo(flag, stage, **info)}
+def _option(default: object, flag: str, stage: Stage, group: Group, about: str, **info: Any) -> Any:
+    """A field of :class:`Options` with its row of the table."""
+    return field(default=default, metadata={"info": OptionInfo(flag, stage, group, about, **info)})
+
+
+_ONNX, _SAFETENSORS, _TF = frozenset({"onnx"}), frozenset({"safetensors"}), frozenset({"tf"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,36 +101,172 @@ class Options:
         UsageError: a value outside a field's choices.
     """
 
-    step: int | None = field(default=None, metadata=_info("--step", "source"))
-    hparams: str | None = field(default=None, metadata=_info("--hparams", "source", placeholder="HPARAMS"))
-    weights_file: str | None = field(default=None, metadata=_info("--weights-file", "source"))
-    revision: str | None = field(
-        default=None, metadata=_info("--revision", "source", shapes=False)
-    )  # the resolved commit is recorded
-    cache_dir: str | None = field(default=None, metadata=_info("--cache-dir", "source", shapes=False))
-    offline: bool = field(default=False, metadata=_info("--offline", "source", shapes=False))
-    task: str | None = field(default=None, metadata=_info("--task", "checkpoint"))
-    n_head: int | None = field(default=None, metadata=_info("--n-head", "checkpoint"))
-    pad_token_id: int | None = field(default=None, metadata=_info("--pad-token-id", "checkpoint"))
-    activation: str | None = field(
-        default=None, metadata=_info("--activation", "checkpoint", choices=("tanh", "erf"))
+    step: int | None = _option(
+        None,
+        "--step",
+        "source",
+        "Source",
+        "Read this training step, if there are several.",
+        metavar="N",
+        default_text="latest",
     )
-    trim_vocab: int | None = field(default=None, metadata=_info("--trim-vocab", "checkpoint"))
-    targets: tuple[str, ...] = field(default=("onnx",), metadata=_info("--to", "output"))
-    dtype: str | None = field(default=None, metadata=_info("--dtype", "output", choices=("fp32", "fp16", "bf16")))
-    opset: int = field(
-        default=OPSETS[-1], metadata=_info("--opset", "output", targets=frozenset({"onnx"}), choices=tuple(OPSETS))
+    hparams: str | None = _option(
+        None,
+        "--hparams",
+        "source",
+        "Checkpoint",
+        "Read the configuration from this file.",
+        metavar="FILE",
+        default_text="beside the weights",
+        placeholder="HPARAMS",
     )
-    kv_cache: bool = field(default=True, metadata=_info("--kv-cache", "output", targets=frozenset({"onnx"})))
-    single_file: bool = field(default=False, metadata=_info("--single-file", "output", targets=frozenset({"onnx"})))
-    max_shard_size: int = field(
-        default=SHARD_BYTES, metadata=_info("--max-shard-size", "output", targets=frozenset({"safetensors"}))
+    weights_file: str | None = _option(
+        None,
+        "--weights-file",
+        "source",
+        "Source",
+        "Read this weights file, if the directory has several.",
+        metavar="NAME",
     )
-    xla: bool = field(default=False, metadata=_info("--xla", "output", targets=frozenset({"tf"})))
-    verify: Level | None = field(default="default", metadata=_info("--verify", "run", choices=("default", "full")))
-    force: bool = field(default=False, metadata=_info("--force", "run", shapes=False))
-    allow_nonfinite: bool = field(default=False, metadata=_info("--allow-nonfinite", "run"))
-    strict: bool = field(default=False, metadata=_info("--strict", "run", shapes=False))
+    # Not recorded itself: the resolved commit is.
+    revision: str | None = _option(
+        None,
+        "--revision",
+        "source",
+        "Source",
+        "Read this hub branch, tag or commit. The resolved commit is recorded.",
+        metavar="REVISION",
+        default_text="main",
+        shapes=False,
+    )
+    cache_dir: str | None = _option(
+        None,
+        "--cache-dir",
+        "source",
+        "Source",
+        "Keep hub files in this directory.",
+        metavar="DIR",
+        default_text="the hub library's",
+        shapes=False,
+    )
+    offline: bool = _option(
+        False, "--offline", "source", "Source", "Use hub files from the cache only; never the network.", shapes=False
+    )
+    task: str | None = _option(
+        None,
+        "--task",
+        "checkpoint",
+        "Checkpoint",
+        f"Export the model with this head: {', '.join(TASKS)}.",
+        metavar="TASK",
+        default_text="from the checkpoint",
+        choices=TASKS,
+    )
+    n_head: int | None = _option(
+        None,
+        "--n-head",
+        "checkpoint",
+        "Checkpoint",
+        "Set the number of heads, if the checkpoint does not record it.",
+        metavar="N",
+        minimum=1,
+        default_text="width / 64",
+    )
+    pad_token_id: int | None = _option(
+        None,
+        "--pad-token-id",
+        "checkpoint",
+        "Checkpoint",
+        "Treat this token as padding in text classification.",
+        metavar="N",
+        default_text="from the checkpoint",
+    )
+    activation: str | None = _option(
+        None,
+        "--activation",
+        "checkpoint",
+        "Checkpoint",
+        "Set the formula of GELU, if the checkpoint does not record it.",
+        choices=("tanh", "erf"),
+        default_text="erf for nanoGPT, tanh for Megatron-LM",
+    )
+    trim_vocab: int | None = _option(
+        None,
+        "--trim-vocab",
+        "checkpoint",
+        "Checkpoint",
+        "Keep the first N token ids; drop the rows that pad the vocabulary.",
+        metavar="N",
+        minimum=1,
+        default_text="all",
+    )
+    targets: tuple[str, ...] = _option(
+        ("onnx",), "--to", "output", "Output", "Write this format; repeat the option for several."
+    )
+    dtype: str | None = _option(
+        None,
+        "--dtype",
+        "output",
+        "Output",
+        "Store the weights in this type.",
+        choices=("fp32", "fp16", "bf16"),
+        default_text="as stored",
+    )
+    opset: int = _option(
+        OPSETS[-1],
+        "--opset",
+        "output",
+        "ONNX",
+        f"Write this ONNX operator set, {OPSETS[0]} to {OPSETS[-1]}.",
+        metavar="N",
+        targets=_ONNX,
+        choices=tuple(OPSETS),
+    )
+    kv_cache: bool = _option(
+        True, "--kv-cache", "output", "ONNX", "Make keys and values inputs and outputs of the graph.", targets=_ONNX
+    )
+    single_file: bool = _option(
+        False,
+        "--single-file",
+        "output",
+        "ONNX",
+        "Store the weights inside the graph file (below 2 GiB).",
+        targets=_ONNX,
+    )
+    max_shard_size: int = _option(
+        SHARD_BYTES,
+        "--max-shard-size",
+        "output",
+        "safetensors and TensorFlow",
+        "Split safetensors files above this size, such as 500MB or 2GiB.",
+        metavar="SIZE",
+        minimum=1,
+        default_text="5GB",
+        targets=_SAFETENSORS,
+    )
+    xla: bool = _option(
+        False,
+        "--xla",
+        "output",
+        "safetensors and TensorFlow",
+        "Add jit-compiled signatures of fixed shape to the SavedModel.",
+        targets=_TF,
+    )
+    verify: Literal["default", "full"] | None = _option(
+        "default",
+        "--verify",
+        "run",
+        "Verification",
+        "Verify at this level; full tests all lengths up to the context.",
+        choices=("default", "full"),
+    )
+    force: bool = _option(
+        False, "--force", "run", "Output", "Replace an existing output once the new one is complete.", shapes=False
+    )
+    allow_nonfinite: bool = _option(
+        False, "--allow-nonfinite", "run", "Verification", "Convert weights that contain NaN or infinities."
+    )
+    strict: bool = _option(False, "--strict", "run", "Verification", "Treat notes as errors.", shapes=False)
 
     def __post_init__(self) -> None:
         for name, info, value in self._entries():
@@ -131,19 +286,22 @@ class Options:
             if value != DEFAULTS[name] and (not stages or info.stage in stages)
         }
 
-    def check_targets(self) -> None:
+    def check_targets(self, named: Container[str] = ()) -> None:
         """Refuse options that none of the targets reads.
+
+        Args:
+            named: fields given explicitly: these are refused even if they repeat the default.
 
         Raises:
             UsageError: there are some; all are named.
         """
         unused = [
-            info for info in self.given("output").values() if info.targets and not info.targets & {*self.targets}
+            f"{_words(info, value)[0]} has no effect without {' or '.join(f'--to {t}' for t in sorted(info.targets))}"
+            for name, info, value in self._entries()
+            if info.targets and not info.targets & {*self.targets} and (name in named or value != DEFAULTS[name])
         ]
         if unused:
-            flags = ", ".join(_spelled(info, self) for info in unused)
-            needed = " or ".join(f"--to {target}" for info in unused for target in sorted(info.targets))
-            raise UsageError(f"{flags} has no effect without {needed}", hint="add the target, or drop the option")
+            raise UsageError("; ".join(unused), hint="add the target, or drop the option")
 
     def opened_with(self, opened: Options) -> Options:
         """These options for a checkpoint that is open already: what it was opened with stands.
@@ -182,15 +340,9 @@ class Options:
             yield name, INFO[name], getattr(self, name)
 
 
-INFO: Mapping[str, OptionInfo] = {field.name: field.metadata["info"] for field in dataclasses.fields(Options)}
+INFO: Mapping[str, OptionInfo] = {f.name: f.metadata["info"] for f in dataclasses.fields(Options)}
 FIELDS: tuple[str, ...] = tuple(INFO)
-DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in dataclasses.fields(Options)}
-
-
-def _spelled(info: OptionInfo, options: Options) -> str:
-    """The flag as the user must have given it."""
-    value = next(getattr(options, name) for name, known in INFO.items() if known is info)
-    return _words(info, value)[0]
+DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(Options)}
 
 
 def _words(info: OptionInfo, value: object) -> list[str]:

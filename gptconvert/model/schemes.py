@@ -341,15 +341,30 @@ def _sort_out(
 
 def collapse(names: Iterable[str]) -> list[str]:
     """Names with layer numbers folded: ``h.{0-3}.ln_1.weight``."""
-    layers: dict[str, list[int]] = {}
+    return list(grouped(names))
+
+
+def grouped(names: Iterable[str], to: str = "-") -> dict[str, list[str]]:
+    """Names with layer numbers folded → the names that each stands for, in the order of first appearance.
+
+    Args:
+        names: all different.
+        to: between the first and the last number of a run.
+    """
+    groups: dict[str, list[tuple[int, str]]] = {}
     for name in names:
-        match = re.search(r"(?<=[./h])[0-9]{1,9}(?=[./])", name)
+        match = re.search(r"(?:(?<=[./h])|(?<=layer_))[0-9]{1,9}(?=[./])", name)
         template = name if match is None else f"{name[: match.start()]}{{}}{name[match.end() :]}"
-        layers.setdefault(template, []).extend([] if match is None else [int(match[0])])
-    return [t if "{}" not in t else t.replace("{}", _runs(sorted(n))) for t, n in layers.items()]
+        groups.setdefault(template, []).append((-1 if match is None else int(match[0]), name))
+    return {
+        template if "{}" not in template else template.replace("{}", _runs(sorted(i for i, _ in found), to)): [
+            name for _, name in found
+        ]
+        for template, found in groups.items()
+    }
 
 
-def _runs(numbers: list[int]) -> str:
+def _runs(numbers: list[int], to: str) -> str:
     """[0, 1, 2, 5] → ``{0-2,5}``; a single number stays bare."""
     if len(numbers) == 1:
         return str(numbers[0])
@@ -359,7 +374,7 @@ def _runs(numbers: list[int]) -> str:
             runs[-1][1] = n
         else:
             runs.append([n, n])
-    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
+    return "{" + ",".join(str(a) if a == b else f"{a}{to}{b}" for a, b in runs) + "}"
 
 
 def _some(names: list[str], most: int = 6) -> str:

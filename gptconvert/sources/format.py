@@ -62,7 +62,8 @@ class Format(Generic[Located]):
         """
         ignored = [i.flag for n, i in options.given("source", "checkpoint").items() if n not in self.accepts | ALWAYS]
         if ignored:
-            raise UsageError(f"{', '.join(ignored)} does not apply to {self.title} files", path=path)
+            verb = "does" if len(ignored) == 1 else "do"
+            raise UsageError(f"{', '.join(ignored)} {verb} not apply to {self.title} files", path=path)
 
 
 def path_format(

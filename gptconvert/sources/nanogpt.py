@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from gptconvert.containers.torch import TorchFile, read_if_torch, read_torch_pickle, tensors_of
 from gptconvert.containers.untrusted import no_such_path
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.sources.format import Format
@@ -55,10 +55,19 @@ def find_nanogpt(path: str, options: Options) -> TorchFile:
     Raises:
         InputError: no such file, or a damaged one.
         UnsafeInputError: its pickle names anything but tensors and plain data.
+        UsageError: both the path and ``options.weights_file`` name a file.
     """
+    return read_torch_pickle(_checkpoint_file(path, options))
+
+
+def _checkpoint_file(path: str, options: Options) -> str:
     if not os.path.lexists(path):
         raise no_such_path(path)
-    return read_torch_pickle(os.path.join(path, options.weights_file or CHECKPOINT) if os.path.isdir(path) else path)
+    if os.path.isdir(path):
+        return os.path.join(path, options.weights_file or CHECKPOINT)
+    if options.weights_file is not None:
+        raise UsageError("--weights-file needs a directory", path=path)
+    return path
 
 
 def locate_nanogpt(path: str, options: Options) -> TorchFile | None:
@@ -68,6 +77,8 @@ def locate_nanogpt(path: str, options: Options) -> TorchFile | None:
         return find_nanogpt(path, options)
     file = None if os.path.isdir(path) else read_if_torch(path)
     ours = file is not None and isinstance(file.tree, dict) and {MODEL, ARGUMENTS} <= file.tree.keys()
+    if ours:
+        _checkpoint_file(path, options)
     return file if ours else None
 
 

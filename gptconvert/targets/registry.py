@@ -1,4 +1,4 @@
-"""The targets, listed once. A target's module is imported when it is asked for."""
+"""The targets, listed once. A target's module is imported on first use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import importlib
 import importlib.util
 from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import TYPE_CHECKING
 
 from gptconvert.errors import UnsupportedError, UsageError
-from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.targets.target import Target
+
+if TYPE_CHECKING:  # the command line reads the names below, and must start fast
+    from gptconvert.model.checkpoint import Checkpoint
+    from gptconvert.targets.target import Target
 
 #: ``--to`` name → module that holds its ``TARGET``.
 TARGETS: Mapping[str, str] = {

@@ -126,9 +126,14 @@ class Report:
             "artifacts": [artifact.as_dict(figures) for artifact in self.artifacts],
         }
 
-    def table(self) -> str:
-        """For people."""
-        lines = [line for artifact in self.artifacts for line in _artifact_lines(artifact)]
+    def table(self, *, verbose: bool = False) -> str:
+        """For people: one line per artifact and runtime, or every probe group.
+
+        Args:
+            verbose: with every probe group; a verification that failed always shows them.
+        """
+        verbose = verbose or not self.passed
+        lines = [line for artifact in self.artifacts for line in _artifact_lines(artifact, verbose)]
         verdict = "verified" if self.passed else "VERIFICATION FAILED" if self.artifacts else "nothing to verify"
         return "\n".join([*lines, verdict])
 
@@ -137,13 +142,13 @@ def _group_dict(group: Group, figures: bool) -> dict[str, object]:
     fields: dict[str, object] = {"group": group.name, "ok": group.ok, "tokens": group.tokens}
     if not figures:
         return fields
-    shown = [group.worst(presents=False), group.worst(presents=True), *group.measures.values()]
+    shown = [*_shown(group), *group.measures.values()]
     measures = {m.tensor: m.as_dict() for i, m in enumerate(shown) if m is not None and (i < 2 or not m.ok)}
     similarity = {"similarity": group.similarity.as_dict()} if group.similarity.tokens else {}
     return {**fields, "problems": list(group.problems), "measures": list(measures.values()), **similarity}
 
 
-def _artifact_lines(artifact: ArtifactReport) -> list[str]:
+def _artifact_lines(artifact: ArtifactReport, verbose: bool) -> list[str]:
     weights = artifact.weights
     required = "" if weights.strict else " found as stored"
     lines = [f"{artifact.path}  ({artifact.kind})"]
@@ -154,10 +159,19 @@ def _artifact_lines(artifact: ArtifactReport) -> list[str]:
     if artifact.problems:
         lines += ["  contract: FAIL", *_some(artifact.problems)]
     for run in artifact.runs:
-        lines += _run_lines(run)
+        lines += _run_lines(run) if verbose else [_run_line(run)]
     if artifact.computes and not artifact.runs:
         lines.append("  outputs: not run, for the reasons above")
     return lines
+
+
+def _run_line(run: RunReport) -> str:
+    """A run on one line: how many groups passed, and the largest R of the verbose table."""
+    passed = sum(group.ok for group in run.groups)
+    shown = [(m.ratio, group.name) for group in run.groups for m in _shown(group) if m is not None]
+    worst, name = max(shown, default=(None, ""))
+    where = "" if worst is None else f", worst R {_ratio(worst)} ({name})"
+    return f"  {run.runtime}: {passed} of {len(run.groups)} probe groups within noise{where}"
 
 
 def _run_lines(run: RunReport) -> list[str]:
@@ -176,18 +190,25 @@ def _run_lines(run: RunReport) -> list[str]:
 
 
 def _group_row(group: Group) -> tuple[str, ...]:
-    main, cache = group.worst(presents=False), group.worst(presents=True)
+    main, cache = _shown(group)
     top = f"{group.similarity.top1:.1%}" if group.similarity.tokens else "-"
     largest = "-" if main is None else f"{main.error_max:.1e}"
     verdict = "ok" if group.ok else "FAIL"
-    return group.name, str(group.tokens), _ratio(main), largest, _ratio(cache), top, verdict
+    return group.name, str(group.tokens), _r_of(main), largest, _r_of(cache), top, verdict
 
 
-def _ratio(measure: Measure | None) -> str:
+def _shown(group: Group) -> tuple[Measure | None, Measure | None]:
+    """The measures nearest to failing: of the task's outputs, of keys and values."""
+    return group.worst(presents=False), group.worst(presents=True)
+
+
+def _r_of(measure: Measure | None) -> str:
+    return "-" if measure is None else _ratio(measure.ratio)
+
+
+def _ratio(ratio: float) -> str:
     """R, in units of the rounding noise."""
-    if measure is None:
-        return "-"
-    return f"{measure.ratio:.2f}" if measure.ratio < 1000 else f"{measure.ratio:.1e}"
+    return f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.1e}"
 
 
 def _mark(ok: bool) -> str:

@@ -7,6 +7,7 @@ conversion does not change the one the weights came with, and the checkpoint doe
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def _command(facts: CardFacts) -> str:
     source = facts.checkpoint.source
     words = ["gptconvert", "convert", printable(source.repo) if source.repo else "CHECKPOINT"]
     words += ["--revision", printable(source.revision)] if source.repo and source.revision else []
-    return " ".join([*words, *map(printable, facts.options.command_words()), "-o", "OUTPUT"])
+    return shlex.join([*words, *map(printable, facts.options.command_words()), "-o", "OUTPUT"])
 
 
 def _architecture(facts: CardFacts) -> str:

@@ -1,0 +1,100 @@
+"""An architecture in the words people use for it, for ``gptconvert inspect``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+#: Names of the activations' formulas.
+ACTIVATIONS = {"gelu_tanh": "GELU (tanh approximation)", "gelu_erf": "GELU (exact, erf)"}
+RESIDUALS = {
+    "serial": "attention then MLP",
+    "parallel": "attention and MLP in parallel",
+    "parallel_one_norm": "attention and MLP in parallel, after one norm",
+}
+
+
+def config_in_words(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(property, words) for what matters about an architecture.
+
+    Args:
+        config: ``GPTConfig.as_dict()``.
+    """
+    return [(name, words(config)) for name, words in ROWS.items()]
+
+
+def _width(config: Mapping[str, Any]) -> str:
+    heads, width = config["n_head"], config["n_embd"]
+    return f"{width}, {heads} heads of {width // heads}, MLP of {config['n_inner']}"
+
+
+def _vocabulary(config: Mapping[str, Any]) -> str:
+    special = [(name, config[f"{name}_token_id"]) for name in ("bos", "eos", "pad")]
+    return ", ".join([f"{config['vocab_size']} tokens", *(f"{n} {i}" for n, i in special if i is not None)])
+
+
+def _positions(config: Mapping[str, Any]) -> str:
+    rotary = config["rotary"]
+    if rotary is None:
+        return "learned"
+    pairs = "interleaved pairs" if rotary["interleaved"] else "split in halves"
+    head_dim = config["n_embd"] // config["n_head"]
+    return f"rotary on {rotary['dim']} of {head_dim} features, {pairs}, base {rotary['base']:g}"
+
+
+def _attention(config: Mapping[str, Any]) -> str:
+    reach = _per_layer(config["attn_window"], lambda window: "full" if window is None else f"last {window} tokens")
+    return f"{reach}; scores {_scale(config)}"
+
+
+def _scale(config: Mapping[str, Any]) -> str:
+    """The factor of query·key."""
+    scales, head_dim = config["attn_scale"], config["n_embd"] // config["n_head"]
+    usual = head_dim**-0.5
+    if all(math.isclose(scale, usual) for scale in scales):
+        return f"divided by √{head_dim}"
+    if all(math.isclose(scale, usual / (i + 1)) for i, scale in enumerate(scales)):
+        return f"divided by √{head_dim} and by the layer's number (from 1)"
+    return _per_layer(scales, lambda scale: "not scaled" if scale == 1 else f"times {scale:.4g}")
+
+
+def _per_layer(values: Sequence[Any], words: Callable[[Any], str]) -> str:
+    """A property of every layer: once if it is constant, else its period or how many layers have which value."""
+    period = next(p for p in range(1, len(values) + 1) if all(v == values[i % p] for i, v in enumerate(values)))
+    if period == 1:
+        return words(values[0])
+    if period <= 4:
+        return f"{', '.join(map(words, values[:period]))}, in turn"
+    counts = {value: values.count(value) for value in values}
+    return ", ".join(f"{words(value)} in {n} {'layer' if n == 1 else 'layers'}" for value, n in counts.items())
+
+
+def _norms(config: Mapping[str, Any]) -> str:
+    where = "before" if config["norm_position"] == "pre" else "after"
+    final = ", and at the end" if config["final_norm"] else ""
+    return f"{where} attention and MLP{final}, epsilon {config['norm_eps']:g}"
+
+
+def _head(config: Mapping[str, Any]) -> str:
+    task = config["task"]
+    if task not in ("text-generation", "multiple-choice"):
+        return (
+            f"{config['n_labels']} labels" if config["n_labels"] else "none" if task == "feature-extraction" else task
+        )
+    bias = ", with bias" if config["head_bias"] else ""
+    return ("the token embedding (tied)" if config["tied_head"] else "weights of its own") + bias
+
+
+ROWS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "task": lambda config: config["task"],
+    "layers": lambda config: f"{config['n_layer']}, each {RESIDUALS[config['residual']]}",
+    "width": _width,
+    "context": lambda config: f"{config['n_ctx']} tokens",
+    "vocabulary": _vocabulary,
+    "activation": lambda config: ACTIVATIONS.get(config["activation"], config["activation"]),
+    "positions": _positions,
+    "attention": _attention,
+    "norms": _norms,
+    "head": _head,
+}

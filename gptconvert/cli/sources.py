@@ -1,0 +1,138 @@
+"""The commands named after a checkpoint format: what each is for, which options it offers, and its help.
+
+``reads`` equals ``Format.accepts`` of the format, which a test checks; importing the readers would slow ``--help``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FormatCommand:
+    """One command.
+
+    Attributes:
+        about: first line of its help.
+        epilog: last part of its help.
+        reads: options of the source and of the checkpoint that the format reads, besides :data:`ALWAYS`.
+    """
+
+    about: str
+    epilog: str
+    reads: frozenset[str]
+
+
+#: Options that apply to every local checkpoint.
+ALWAYS = frozenset({"task", "trim_vocab"})
+#: Options of downloads; only ``hf`` downloads.
+HUB = frozenset({"revision", "cache_dir", "offline"})
+
+FORMAT_COMMANDS: Mapping[str, FormatCommand] = {
+    "openai-tf": FormatCommand(
+        "Convert OpenAI's own checkpoint SOURCE.",
+        """\b
+SOURCE is a prefix (model.ckpt), a directory, the `checkpoint` file or the
+.index file. Directories of gpt-2-simple and nshepperd's fork work too, and
+so does GPT-1's directory (params_0.npy …).
+
+\b
+Example:
+  gptconvert openai-tf ./models/124M --to onnx --to safetensors -o gpt2
+""",
+        frozenset({"step", "hparams", "n_head"}),
+    ),
+    "hf": FormatCommand(
+        "Convert the Hugging Face checkpoint SOURCE: a directory or a hub repository.",
+        """\b
+SOURCE is a directory, a weights file with config.json beside it, or a hub
+repository. A token is taken from HF_TOKEN or the login of the hub's own
+tools. No code from a repository is ever run, and no pickle executed.
+
+\b
+Example:
+  gptconvert hf distilgpt2 --to onnx -o distilgpt2-onnx
+""",
+        frozenset({"hparams", "weights_file", "pad_token_id"}) | HUB,
+    ),
+    "mesh-tf": FormatCommand(
+        "Convert GPT-Neo's original checkpoint SOURCE.",
+        """\b
+SOURCE is a prefix, a directory, the `checkpoint` file or the .index file,
+with the model's config.json beside it (or --hparams FILE).
+
+\b
+Example:
+  gptconvert mesh-tf ./GPT3_XL --to onnx
+""",
+        frozenset({"step", "hparams"}),
+    ),
+    "mesh-jax": FormatCommand(
+        "Convert GPT-J's original checkpoint SOURCE.",
+        """\b
+SOURCE is the directory that contains shard_0 …, or the one that contains
+step_N. Without the training run's JSON file beside it, or --hparams FILE, a
+checkpoint of GPT-J 6B's sizes is read as GPT-J 6B.
+
+\b
+Example:
+  gptconvert mesh-jax ./step_383500 --to safetensors --dtype fp16
+""",
+        frozenset({"step", "hparams"}),
+    ),
+    "neox": FormatCommand(
+        "Convert the GPT-NeoX checkpoint SOURCE.",
+        """\b
+SOURCE is the directory of a run (with `latest` and configs/) or of one
+step. The files of all ranks must be present. The configuration is
+configs/*.yml, or --hparams FILE. The vocabulary stays padded unless
+--trim-vocab is given.
+
+\b
+Example:
+  gptconvert neox ./20B_checkpoints --to safetensors
+""",
+        frozenset({"step", "hparams"}),
+    ),
+    "nanogpt": FormatCommand(
+        "Convert the nanoGPT checkpoint SOURCE.",
+        """\b
+SOURCE is a ckpt.pt or its directory. The file does not record which GELU
+the model was trained with: erf since June 2023, tanh before. Its pickle is
+read as data; nothing in it is executed, and meta.pkl is not opened.
+
+\b
+Example:
+  gptconvert nanogpt ./out-shakespeare/ckpt.pt --to onnx --activation erf
+""",
+        frozenset({"weights_file", "n_head", "activation"}),
+    ),
+    "llmc": FormatCommand(
+        "Convert the llm.c model SOURCE.",
+        """\b
+SOURCE is a model file of version 1, 3 or 5 (gpt2_124M.bin,
+gpt2_124M_bf16.bin, log124M/model_00018865.bin) or a directory that contains
+one; if it contains several, choose with --weights-file. Rows that pad the
+vocabulary are dropped.
+
+\b
+Example:
+  gptconvert llmc gpt2_124M_bf16.bin --to safetensors
+""",
+        frozenset({"weights_file"}),
+    ),
+    "megatron": FormatCommand(
+        "Convert the Megatron-LM GPT-2 checkpoint SOURCE.",
+        """\b
+SOURCE is a model_optim_rng.pt, its mp_rank_00, or the directory of a run.
+Only models that were not split over devices are read, of checkpoint version
+0 to 3.
+
+\b
+Example:
+  gptconvert megatron ./release/mp_rank_00/model_optim_rng.pt --to onnx
+""",
+        frozenset({"step", "n_head", "activation"}),
+    ),
+}

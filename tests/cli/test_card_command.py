@@ -1,0 +1,122 @@
+"""The model card's command, run again, makes the same bytes: for every option that shapes what is written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptconvert.model.options import INFO
+from tests.commands import ORIGINALS, TINY, command, tree
+
+Words = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conversion.
+
+    Attributes:
+        source: checkpoint; a function makes it in an empty directory.
+        words: of the command line, besides the source and the output.
+        verified: whether to verify it, which takes its time.
+    """
+
+    source: Path | Callable[[Path], Path]
+    words: Words
+    verified: bool = False
+
+
+def without_hparams(directory: Path) -> Path:
+    """An OpenAI checkpoint that does not record its number of heads."""
+    shutil.copytree(TINY / "openai-tf", directory / "bare")
+    (directory / "bare" / "hparams.json").unlink()
+    return directory / "bare"
+
+
+def with_a_nan(directory: Path) -> Path:
+    """Weights of which one is NaN."""
+    shutil.copytree(TINY / "hf-safetensors", directory / "nan")
+    path = directory / "nan" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4:] = b"\x00\x00\xc0\x7f"
+    path.write_bytes(content)
+    return directory / "nan"
+
+
+def with_a_space(directory: Path) -> Path:
+    """A directory with two model files, the name of one with a space."""
+    (directory / "models").mkdir()
+    for name in ("fp32", "bf16"):
+        shutil.copy(ORIGINALS / "llmc" / f"gpt2_{name}.bin", directory / "models" / f"gpt2 {name}.bin")
+    return directory / "models"
+
+
+NANOGPT, OPENAI, HF = ORIGINALS / "nanogpt", TINY / "openai-tf", TINY / "hf-safetensors"
+HPARAMS = OPENAI / "hparams.json"
+#: Field of ``Options`` → a conversion with a value of it that is not the default.
+CASES: dict[str, Case] = {
+    "step": Case(TINY / "openai-tf-adam", ("--step", 10)),
+    "hparams": Case(without_hparams, ("--hparams", HPARAMS)),
+    "weights_file": Case(with_a_space, ("--weights-file", "gpt2 bf16.bin")),
+    "task": Case(HF, ("--task", "feature-extraction")),
+    "n_head": Case(without_hparams, ("--n-head", 3)),
+    "pad_token_id": Case(HF, ("--pad-token-id", 5, "--to", "safetensors")),
+    "activation": Case(NANOGPT, ("--activation", "tanh")),
+    "trim_vocab": Case(NANOGPT, ("--trim-vocab", 90)),
+    "targets": Case(OPENAI, ("--to", "safetensors", "--to", "openai-tf")),
+    "dtype": Case(OPENAI, ("--dtype", "fp16", "--to", "onnx", "--to", "safetensors")),
+    "opset": Case(OPENAI, ("--opset", 17)),
+    "kv_cache": Case(OPENAI, ("--no-kv-cache",)),
+    "single_file": Case(OPENAI, ("--single-file",)),
+    "max_shard_size": Case(OPENAI, ("--max-shard-size", "30KB", "--to", "safetensors")),
+    "xla": Case(OPENAI, ("--xla", "--to", "tf")),
+    "verify": Case(OPENAI, ("--verify", "full"), verified=True),
+    "allow_nonfinite": Case(with_a_nan, ("--allow-nonfinite", "--to", "safetensors")),
+}
+
+
+def printed_command(output: Path) -> list[str]:
+    """The words of the command in a model card."""
+    found = re.search(r"^```sh\n(gptconvert .*)\n```$", (output / "README.md").read_text(), re.MULTILINE)
+    assert found is not None
+    return shlex.split(found[1])[1:]
+
+
+def run_twice(capsys: Any, directory: Path, form: str, source: Path, words: Words) -> list[str]:
+    """Convert, run the card's command, compare every file; returns the card's words."""
+    first, second = directory / "first", directory / "second"
+    done = command(capsys, form, source, *words, "-o", first)
+    assert done.code == 0, done.err
+    places = {"CHECKPOINT": source, "OUTPUT": second, "HPARAMS": HPARAMS}
+    printed = printed_command(first)
+    again = command(capsys, *(places.get(word, word) for word in printed))
+    assert again.code == 0, again.err
+    assert tree(second) == tree(first)
+    return printed
+
+
+def test_every_option_that_shapes_the_output_has_a_case() -> None:
+    assert set(CASES) == {name for name, info in INFO.items() if info.shapes}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_card_command(capsys: Any, tmp_path: Path, name: str) -> None:
+    case, flag = CASES[name], INFO[name].flag
+    source = case.source(tmp_path) if callable(case.source) else case.source
+    words = case.words if case.verified else (*case.words, "--no-verify")
+    printed = run_twice(capsys, tmp_path, "convert", source, words)
+    assert flag in printed or flag.replace("--", "--no-") in printed
+
+
+def test_several_options_at_once(capsys: Any, tmp_path: Path) -> None:
+    words = ("--activation", "tanh", "--trim-vocab", 90, "--to", "onnx")
+    printed = run_twice(capsys, tmp_path, "nanogpt", NANOGPT, words)
+    expected = "convert CHECKPOINT --to onnx --activation tanh --trim-vocab 90 -o OUTPUT"
+    assert printed == expected.split()
