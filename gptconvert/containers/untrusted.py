@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterable
 
 from gptconvert.errors import UNFINISHED, GptConvertError, InputError, UnsafeInputError
 
-
 _HEAD_BYTES = 512
 _TAR_MAGIC_AT = 257
 
