@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.containers.tf_index import Entry, index_bytes
-from gptconvert.families.gpt2 import OPENAI_TF, _openai_config
 from gptconvert.families.registry import family_named
 from gptconvert.model.assembly import in_order
 from gptconvert.model.dtypes import BFLOAT16
@@ -59,8 +58,9 @@ def openai_checkpoint(size: str, root: Path) -> Path:
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     hparams = SIZES[size]
-    config, _, _ = _openai_config(dict(hparams), None, {}, Options())
-    shapes = {bound.stored[0]: bound.shape for bound in expand(OPENAI_TF.rows, config)}
+    family = family_named("gpt2")
+    config, _, _ = family.read_config("openai-tf", hparams, None, {}, Options())
+    shapes = {bound.stored[0]: bound.shape for bound in expand(family.scheme("openai-tf").rows, config)}
     random, entries, offset = np.random.default_rng(0), dict[str, Entry](), 0
     with open(directory / "model.ckpt.data-00000-of-00001", "wb") as file:
         for name in sorted(shapes):
@@ -111,7 +111,7 @@ class Large:
         (self._write_hf if self.source == "hf" else self._write_mesh_jax)(folder)
 
     def _config(self) -> GPTConfig:
-        config, _, _ = family_named(self.family).read_config["hf"](self._raw(), None, {}, Options())
+        config, _, _ = family_named(self.family).read_config("hf", self._raw(), None, {}, Options())
         return config
 
     def _raw(self) -> dict[str, object]:

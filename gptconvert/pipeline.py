@@ -281,7 +281,7 @@ def matrix() -> dict[str, Any]:
             {
                 "name": family.name,
                 "title": family.title,
-                "sources": sorted({scheme.partition(":")[0] for scheme in family.read_config}),
+                "sources": sorted({scheme.name.partition(":")[0] for scheme in family.schemes}),
                 "targets": [t.name for t in targets if not t.families or family.name in t.families],
                 "tasks": sorted(family.heads),
             }

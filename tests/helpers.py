@@ -97,7 +97,7 @@ def openai_layout(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
 def openai_hparams(raw: Mapping[str, object]) -> dict[str, object]:
     """The hparams.json of a model whose config.json is ``raw``."""
     named = {"n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_head": "n_head"}
-    return {ours: raw[theirs] for ours, theirs in {**named, "n_layer": "n_layer"}.items()}
+    return {stored: raw[key] for stored, key in {**named, "n_layer": "n_layer"}.items()}
 
 
 def stored_tensors(

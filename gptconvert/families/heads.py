@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.families.family import ConfigKeys
+from gptconvert.families.keys import SUMMARY_KEYS
+from gptconvert.model.config_table import Reading
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import Drop, Row
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied
 from gptconvert.model.tensors import LazyTensor
 from reference_model.config import LABELLED_TASKS, GPTConfig
 
@@ -25,14 +26,6 @@ HEAD_TENSORS: Mapping[str, tuple[str, ...]] = {
 }
 #: Number of labels of the tasks where it is no choice.
 FIXED_LABELS: Mapping[str, int] = {"question-answering": 2, "multiple-choice": 1}
-#: How a double-heads model makes its one score per choice. Only the values they all have are implemented.
-SUMMARY_KEYS: Mapping[str, object] = {
-    "summary_type": "cls_index",
-    "summary_use_proj": True,
-    "summary_activation": None,
-    "summary_proj_to_labels": True,
-    "summary_first_dropout": 0.1,
-}
 
 
 def own_lm_head(config: GPTConfig) -> bool:
@@ -76,6 +69,44 @@ HEAD_DROPS = (
     Drop(r"qa_outputs\.(weight|bias)", "question-answering head", when=_not_for("question-answering")),
     Drop(r"multiple_choice_head\.summary\.(weight|bias)", "multiple-choice head", when=_not_for("multiple-choice")),
 )
+
+
+#: A language-model head that is not the embedding.
+LM_HEAD = Row("lm_head.weight", "lm_head.weight", "V D", when=own_lm_head, head=True)
+
+
+def hf_scheme(
+    *rows: Row,
+    anchor: str = "wte.weight",
+    body: str = "transformer.",
+    attention: str = r"h\.\d+\.attn",
+    drops: tuple[Drop, ...] = (),
+    tied: tuple[Tied, ...] | None = None,
+    lm_head: Row = LM_HEAD,
+) -> Scheme:
+    """A family's names in Hugging Face's files: the body's ``rows``, and what all families have in common.
+
+    Args:
+        rows: the transformer body's.
+        anchor: a tensor that every file has.
+        body: the prefix of the body's names.
+        attention: pattern of the name of an attention module, which may hold mask buffers.
+        drops: further known tensors that carry nothing.
+        tied: repeated tensors; None: a language-model head that is the embedding.
+        lm_head: the row of a language-model head that is not the embedding.
+    """
+    names = (*lm_head.names, *lm_head.aliases)
+    masks = (Drop(rf"{attention}\.bias", "causal mask buffer"), Drop(rf"{attention}\.masked_bias", "mask constant"))
+    return Scheme(
+        name="hf",
+        anchor=anchor,
+        prefixes=(body, "", f"module.{body}", "module."),
+        body=body,
+        write_prefix=body,
+        rows=(*rows, lm_head, *HEAD_ROWS),
+        drops=(*drops, *masks, *HEAD_DROPS),
+        tied=tied or tuple(Tied(name, "wte.weight", "V D", when=tied_lm_head) for name in names),
+    )
 
 
 def choose_task(
@@ -161,41 +192,35 @@ def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors
 
 
 def head_fields(
-    heads: Mapping[str, str],
-    keys: ConfigKeys,
-    tensors: Mapping[str, LazyTensor],
-    request: Options,
-    *,
-    tied: bool,
+    heads: Mapping[str, str], reading: Reading, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[dict[str, object], list[str]]:
     """The fields of :class:`GPTConfig` that a task decides, from config.json, and notes for the user.
 
     Raises:
         UnsupportedError: see :func:`choose_task`; or a double-heads model of an unusual make.
     """
-    task = choose_task(heads, keys.raw, keys.path, tensors, request, tied=tied)
+    task = choose_task(heads, reading.raw, reading.path, tensors, request, tied=reading.values["tied_head"])
     if task == "multiple-choice":
-        _require_plain_summary(keys)
-    declared = keys.optional_integer("pad_token_id")
-    pad = declared if request.pad_token_id is None else request.pad_token_id
+        _require_plain_summary(reading)
+    pad = reading.values["pad_token_id"] if request.pad_token_id is None else request.pad_token_id
     notes = []
     if task == "text-classification" and pad is None:
         notes.append(
             "no pad_token_id is known, so the last token of every sequence is classified: right for one sequence "
             "at a time, wrong for padded batches (--pad-token-id)"
         )
-    labels = count_labels(task, keys.raw, keys.path, tensors)
-    return {"task": task, "n_labels": labels, "tied_head": tied, "pad_token_id": pad}, notes
+    labels = count_labels(task, reading.raw, reading.path, tensors)
+    return {"task": task, "n_labels": labels, "pad_token_id": pad}, notes
 
 
-def _require_plain_summary(keys: ConfigKeys) -> None:
-    wrong = {k: keys.raw[k] for k, v in SUMMARY_KEYS.items() if k in keys.raw and keys.raw[k] != v}
+def _require_plain_summary(reading: Reading) -> None:
+    wrong = {k: reading.raw[k] for k, v in SUMMARY_KEYS.items() if k in reading.raw and reading.raw[k] != v}
     wrong.pop("summary_first_dropout", None)
     if wrong:
         listed = ", ".join(f"{key} = {value!r}"[:120] for key, value in wrong.items())
         raise UnsupportedError(
             f"multiple-choice head not implemented: {listed}",
-            path=keys.path,
+            path=reading.path,
             hint="only a linear score of the token that mc_token_ids names is",
         )
 

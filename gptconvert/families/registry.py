@@ -33,7 +33,7 @@ def family_of(source: Source) -> Family:
         InputError: nothing says which family it is.
     """
     declared = source.config.get("model_type")
-    able = [family for family in FAMILIES if source.scheme in family.read_config]
+    able = [family for family in FAMILIES if family.reads(source.scheme)]
     if declared is not None:
         for family in able:
             if declared in family.model_types:
@@ -74,7 +74,7 @@ def understand(source: Source, options: Options) -> Checkpoint:
     scheme = family.scheme(source.scheme)
     try:
         named = assemble(scheme, source)
-        config, carried, notes = family.read_config[source.scheme](source.config, source.config_path, named, options)
+        config, carried, notes = family.read_config(source.scheme, source.config, source.config_path, named, options)
         tensors = named if source.run is None else cut(scheme, config, source.run)
         resolved = resolve(scheme, config, tensors, path=source.path)
     except InputError as error:

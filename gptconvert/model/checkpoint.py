@@ -21,7 +21,7 @@ class Checkpoint:
         source: where it came from, in its own names; every tensor whole.
         prefix: what stood before the tensor names in the file.
         dropped: file name → why it carries nothing.
-        carried: harmless keys of the source's config.json, passed on to ours.
+        carried: harmless keys of the source's config.json, written to the output's.
         notes: decisions the user should know (one sentence each).
         options: what the user chose when opening it.
     """

@@ -29,7 +29,7 @@ class Row:
     Attributes:
         canonical: canonical name template (``h.{i}.attn.c_attn.weight``).
         stored: the file's name template, or several whose canonical forms are stacked along axis 0 (q, k, v).
-        shape: shape of each of ``stored``, in symbols: ``"1 D 3D"``.
+        shape: shape of each of ``stored``, in symbols and sums of them: ``"1 D 3D"``, ``"C+2 D"``.
         steps: transforms from the file's layout to the canonical one, in order.
         when: whether a model of this configuration has the tensor at all.
         absent: value that stands for the tensor where the file may leave it out (nanoGPT's ``bias=False``).
@@ -175,9 +175,19 @@ def sizes_of(config: GPTConfig) -> dict[str, int]:
 
 
 def concrete(shape: str, sizes: Sizes) -> Shape:
-    """``"1 D 3D"`` with D = 24 → (1, 24, 72)."""
-    found = (re.fullmatch(r"(\d*)([A-Z]?)", word) for word in shape.split())
-    return tuple(int(m[1] or 1) * (sizes[m[2]] if m[2] else 1) for m in found if m is not None)
+    """``"1 D 3D C+2"`` with C = 40, D = 24 → (1, 24, 72, 42).
+
+    Raises:
+        ValueError: a word is not a sum of numbers and of symbols with a factor.
+    """
+    return tuple(_axis(word, shape, sizes) for word in shape.split())
+
+
+def _axis(word: str, shape: str, sizes: Sizes) -> int:
+    terms = [re.fullmatch(r"(\d+)|(\d*)([A-Z])", term) for term in word.split("+")]
+    if any(m is None or (m[3] is not None and m[3] not in sizes) for m in terms):
+        raise ValueError(f"{word!r} of the shape {shape!r} is not a size: expected one such as 3, D, 3D or C+2")
+    return sum(int(m[1]) if m[3] is None else int(m[2] or 1) * sizes[m[3]] for m in terms if m is not None)
 
 
 def expand(rows: Iterable[Row], config: GPTConfig, prefix: str = "", head_prefix: str = "") -> list[Bound]:

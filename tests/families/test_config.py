@@ -33,7 +33,7 @@ def read(
     """The configuration of a tiny model with ``keys`` on top; a key that is ... is left out."""
     raw = {"model_type": TYPES[family], **witness.TINY[family], **keys}
     raw = {key: value for key, value in raw.items() if value is not ...}
-    return family_named(family).read_config["hf"](raw, "config.json", found or {}, request or Options())
+    return family_named(family).read_config("hf", raw, "config.json", found or {}, request or Options())
 
 
 def config(family: str, **keys: object) -> GPTConfig:
@@ -82,7 +82,7 @@ def test_impossible_sizes_are_refused_with_their_key(family: str, value: object)
 @pytest.mark.parametrize("value", [0, -3, 7, 1 << 30])
 @pytest.mark.parametrize("size", ["heads", "width", "layers"])
 def test_no_size_makes_it_stumble(family: str, size: str, value: int) -> None:
-    """Zero, negative and enormous sizes end in an error of ours, whatever is computed from them on the way."""
+    """Zero, negative and enormous sizes are refused by a named error, whatever is computed from them on the way."""
     names = {"heads": ("n_head", "num_heads", "num_attention_heads"), "width": ("n_embd", "hidden_size")}
     names["layers"] = ("n_layer", "num_layers", "num_hidden_layers")
     key = next(name for name in names[size] if name in witness.TINY[family])
@@ -98,7 +98,7 @@ def test_missing_sizes_are_the_released_models(family: str) -> None:
     import transformers
 
     kind = getattr(transformers, family_named(family).heads["text-generation"]).config_class()
-    made = family_named(family).read_config["hf"]({"model_type": TYPES[family]}, None, {}, Options())[0]
+    made = family_named(family).read_config("hf", {"model_type": TYPES[family]}, None, {}, Options())[0]
     assert made.vocab_size == kind.vocab_size
     assert made.n_ctx == kind.max_position_embeddings
     assert (made.n_embd, made.n_layer, made.n_head) == (
@@ -175,9 +175,9 @@ def test_neo_attention_patterns(types: object, layers: int, expected: tuple[int 
     assert made.attn_window == expected
     assert made.attn_scale == (1.0,) * layers
     out = written("gpt_neo", made)
-    theirs = GPTNeoConfig(attention_types=types, num_layers=layers).attention_layers
-    assert out["attention_layers"] == theirs
-    assert GPTNeoConfig.expand_attention_types_params(out["attention_types"]) == theirs
+    expected = GPTNeoConfig(attention_types=types, num_layers=layers).attention_layers
+    assert out["attention_layers"] == expected
+    assert GPTNeoConfig.expand_attention_types_params(out["attention_types"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def arrays(width: int = 64, **extra: tuple[int, ...]) -> dict[str, LazyTensor]:
 
 
 def gpt1_sizes(found: dict[str, LazyTensor], request: Options | None = None, **raw: object) -> Any:
-    return family_named("gpt1").read_config["openai-gpt1"](raw, None, found, request or Options())
+    return family_named("gpt1").read_config("openai-gpt1", raw, None, found, request or Options())
 
 
 def test_gpt1_sizes_come_from_the_shapes() -> None:

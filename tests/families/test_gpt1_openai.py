@@ -53,11 +53,11 @@ def openai_layout(arrays: Arrays) -> Arrays:
 
 def test_the_arrays_are_the_same_model_as_transformers(tmp_path: Path) -> None:
     raw, arrays = witness.saved(Case("gpt1"), tmp_path)
-    theirs = checkpoint_of(raw, arrays)
-    ours = checkpoint_of({}, openai_layout(arrays), scheme="openai-gpt1", request=Options(n_head=3))
-    assert ours.config == theirs.config.__class__(**{**vars_of(theirs.config), **ids_of(ours.config)})
-    assert all(np.array_equal(ours.weights[n].read(), w.read()) for n, w in theirs.weights.items())
-    written = write_names(family_named("gpt1").scheme("openai-gpt1"), ours.config, theirs.weights)
+    expected = checkpoint_of(raw, arrays)
+    found = checkpoint_of({}, openai_layout(arrays), scheme="openai-gpt1", request=Options(n_head=3))
+    assert found.config == expected.config.__class__(**{**vars_of(expected.config), **ids_of(found.config)})
+    assert all(np.array_equal(found.weights[n].read(), w.read()) for n, w in expected.weights.items())
+    written = write_names(family_named("gpt1").scheme("openai-gpt1"), found.config, expected.weights)
     assert {n: a.read().tobytes() for n, a in written.items()} == {
         n: a.tobytes() for n, a in openai_layout(arrays).items()
     }
@@ -99,8 +99,8 @@ def test_openais_own_numbers(tmp_path: Path) -> None:
     for task, output in (("text-generation", "logits"), ("feature-extraction", "last_hidden_state")):
         checkpoint = understand(source, Options(n_head=4, task=task))
         expected = oracle["logits_last"] if output == "logits" else oracle["hidden"]
-        ours = witness.our_outputs(witness.reference(checkpoint), inputs)[output]
-        assert np.abs(ours[:, -expected.shape[1] :] - expected).max() < 2e-6 * np.abs(expected).max()
+        found = witness.our_outputs(witness.reference(checkpoint), inputs)[output]
+        assert np.abs(found[:, -expected.shape[1] :] - expected).max() < 2e-6 * np.abs(expected).max()
         files = plan(checkpoint, Options(kv_cache=False))[0].files
         write_planned(tmp_path / task, files)
         session = onnxruntime.InferenceSession(tmp_path / task / files[0].path, providers=["CPUExecutionProvider"])
@@ -114,5 +114,5 @@ def test_a_wrong_number_of_heads_shows() -> None:
     oracle = np.load(REAL / "oracle.npz")
     inputs = {"input_ids": oracle["ids"].astype(np.int64)}
     checkpoint = understand(source, Options(n_head=2))
-    ours = witness.our_outputs(witness.reference(checkpoint), inputs)["logits"][:, -4:]
-    assert np.abs(ours - oracle["logits_last"]).max() > 1e-4 * np.abs(oracle["logits_last"]).max()
+    found = witness.our_outputs(witness.reference(checkpoint), inputs)["logits"][:, -4:]
+    assert np.abs(found - oracle["logits_last"]).max() > 1e-4 * np.abs(oracle["logits_last"]).max()

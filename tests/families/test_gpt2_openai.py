@@ -15,7 +15,6 @@ from gptconvert.families.registry import understand
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
-from gptconvert.model.transforms import drop_leading_axis
 from gptconvert.sources.openai_tf import FORMAT
 from tests.helpers import FIXTURES, Arrays, computed_tensors, openai_hparams, openai_layout, source_of, tiny_gpt2
 
@@ -66,16 +65,6 @@ def test_what_adam_left_behind_is_dropped_by_name() -> None:
 def test_step_10_and_20_differ() -> None:
     early, late = (understand(opened(TINY / "openai-tf-adam", step=step), Options()).weights for step in (10, 20))
     assert any(early[name].read().tobytes() != late[name].read().tobytes() for name in early)
-
-
-def test_leading_axis_of_values_that_lie_in_no_one_place() -> None:
-    """Pieces of a partitioned variable along another axis; what is left may be a scalar."""
-    for array in (np.arange(24.0).reshape(1, 4, 6), np.arange(5.0)[None], np.float32([7])):
-        tensor = drop_leading_axis(computed_tensors({"x": array})["x"])
-        assert (tensor.shape, tensor.nbytes) == (array.shape[1:], array.nbytes)
-        whole, chunked = tensor.read(), b"".join(chunk.tobytes() for chunk in tensor.chunks(16))
-        assert isinstance(whole, np.ndarray)
-        assert whole.tobytes() == chunked == array.tobytes()
 
 
 # --- what else savers write ---------------------------------------------------------------------------------------
@@ -175,7 +164,7 @@ def test_heads_as_asked() -> None:
 
 
 def test_heads_are_asked_for_where_64_does_not_divide() -> None:
-    with pytest.raises(UsageError, match="24 is no multiple of 64") as caught:
+    with pytest.raises(UsageError, match="24 is not a multiple of 64") as caught:
         understood(variables(), hparams=False)
     assert "--n-head" in (caught.value.hint or "")
 

@@ -263,17 +263,16 @@ def our_outputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return outputs
 
 
-def gap(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Any) -> float:
-    """The largest difference over all of ``theirs``, in units of the largest value, at real tokens.
+def gap(found: Mapping[str, Any], expected: Mapping[str, Any], mask: Any) -> float:
+    """The largest difference over all of ``expected``, in units of the largest value, at real tokens.
 
     What a padded query computes is nobody's business, and the two worlds differ there.
     """
     worst = 0.0
-    for name, expected in theirs.items():
-        found = ours[name]
-        assert found.shape == expected.shape, (name, found.shape, expected.shape)
-        real = real_tokens(name, expected, mask)
-        difference = np.abs(found - expected)[real].max() / np.abs(expected[real]).max()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, (name, found[name].shape, value.shape)
+        real = real_tokens(name, value, mask)
+        difference = np.abs(found[name] - value)[real].max() / np.abs(value[real]).max()
         worst = max(worst, np.inf if np.isnan(difference) else difference)
     return float(worst)
 

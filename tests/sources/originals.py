@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gptconvert.families import registry
+from gptconvert.families.family import Family
 from gptconvert.families.registry import understand
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
@@ -43,10 +44,12 @@ def understood(path: str | Path, options: Options | None = None, **request: Any)
 
 def plant(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Scheme], Scheme]) -> None:
     """Replace the name table ``name`` for the duration of a test."""
-    families = tuple(
-        replace(family, schemes=tuple(change(each) if each.name == name else each for each in family.schemes))
-        for family in registry.FAMILIES
-    )
+
+    def changed(family: Family) -> Family:
+        trainers = (replace(t, scheme=change(t.scheme)) if t.scheme.name == name else t for t in family.trainers)
+        return replace(family, hf=change(family.hf) if name == "hf" else family.hf, trainers=tuple(trainers))
+
+    families = tuple(changed(family) for family in registry.FAMILIES)
     monkeypatch.setattr(registry, "FAMILIES", families)
 
 

@@ -16,7 +16,7 @@ import pytest
 from fixtures import originals as writers
 from fixtures.make_originals import JAX_CONFIG, jax_config, jax_model, write_golden
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
-from gptconvert.families.gptj import MESH_JAX
+from gptconvert.families.trainers.mesh_jax import MESH_JAX
 from gptconvert.model import shards
 from gptconvert.model.assembly import in_order
 from gptconvert.model.dtypes import BFLOAT16
@@ -238,8 +238,8 @@ def test_without_a_configuration_the_released_sizes_are_told_by_the_shapes() -> 
 
     table = filled(0.0, np.dtype(np.float32), (50400, 4096))
     layers = {f"{SCOPE}layer_{i}/~/linear_3/w": table for i in range(28)}
-    read = family_named("gptj").read_config["mesh-jax"]
-    config, _, notes = read({}, None, {EMBEDDING: table, **layers}, Options())
+    family, tensors = family_named("gptj"), {EMBEDDING: table, **layers}
+    config, _, notes = family.read_config("mesh-jax", {}, None, tensors, Options())
     assert (config.n_head, config.n_ctx, config.rotary.dim, config.head_dim) == (16, 2048, 64, 256)  # type: ignore[union-attr]
     assert "GPT-J 6B" in notes[0]
 

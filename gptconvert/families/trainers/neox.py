@@ -10,14 +10,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.families.family import ConfigKeys, ReadConfig, per_layer, usual_scale
-from gptconvert.families.heads import choose_task, own_lm_head, tied_lm_head
-from gptconvert.model.options import Options
+from gptconvert.families.family import ConfigInput, Layout, ReadConfig
+from gptconvert.families.heads import own_lm_head, tied_lm_head
+from gptconvert.families.keys import table
+from gptconvert.model.config_kinds import FLAG, NUMBER, OPTIONAL_WHOLE, TEXT, WHOLE, Kind, choice, flag
+from gptconvert.model.config_table import Key, Values
 from gptconvert.model.schemes import Condition, Drop, Row, Scheme, Tied, Variant
 from gptconvert.model.shards import COLUMNS, EITHER, ROWS, SUM, Copies
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import DeinterleaveHeads
-from reference_model.config import GPTConfig, Rotary
+from reference_model.config import Rotary
 
 BY_HEAD = (DeinterleaveHeads(),)
 QKV, DENSE = "layers.{i}.attention.query_key_value", "layers.{i}.attention.dense"
@@ -205,94 +207,91 @@ HARMLESS = frozenset(
 )
 
 
-def neox_config(heads: Mapping[str, str]) -> ReadConfig:
-    """The reader of the trainer's configuration, for a family with these tasks."""
-
-    def read(
-        raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor], request: Options
-    ) -> tuple[GPTConfig, dict[str, object], list[str]]:
-        keys = ConfigKeys(raw, path)
-        task = choose_task(heads, {}, path, tensors, request, tied=True)
-        config, notes = _config(keys, tensors, task)
-        keys.finish(harmless=HARMLESS, unused=UNUSED)
-        return config, {}, notes
-
-    return read
-
-
-def _config(keys: ConfigKeys, tensors: Mapping[str, LazyTensor], task: str) -> tuple[GPTConfig, list[str]]:
-    width, layers = keys.integer("hidden_size"), keys.integer("num_layers")
-    heads = keys.integer("num_attention_heads")
-    _require_plain_attention(keys, heads)
-    for key, default, only in (("pos_emb", "learned", "rotary"), ("norm", "layernorm", "layernorm")):
-        keys.choice(key, default, {only: None})
-    activation, notes = _activation(keys)
-    bias = keys.boolean("use_bias_in_attn_linear", True)
-    vocabulary = _rows(tensors, "word_embeddings.weight")
-    end = END_OF_TEXT.get(keys.text("tokenizer_type", "GPT2BPETokenizer"))
-    end = end if end is not None and vocabulary is not None and end < vocabulary else None
-    share, base = keys.number("rotary_pct", 1.0), keys.number("rotary_emb_base", 10000.0)
-    config = keys.build(
-        family="gpt_neox",
-        vocab_size=vocabulary or 0,
-        n_ctx=keys.integer("max_position_embeddings"),
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        n_inner=_rows(tensors, *(f"{name}.weight".replace("{i}", "0") for name in (UP, NEW_UP))) or 4 * width,
-        activation=activation,
-        norm_eps=keys.number("layernorm_epsilon", 1e-5),
-        attn_scale=per_layer(usual_scale(width, heads), layers),
-        attn_window=per_layer(None, layers),
-        residual="parallel" if keys.boolean("gpt_j_residual", False) else "serial",
-        rotary=Rotary(dim=int(width // heads * share) if heads > 0 else 0, base=base),
-        qkv_bias=bias,
-        attn_out_bias=bias,
-        tied_head=not keys.boolean("no_weight_tying", False),
-        task=task,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
-    return config, notes
-
-
-def _activation(keys: ConfigKeys) -> tuple[str, list[str]]:
-    """The formula, and a note where published conversions have another."""
-    activation = keys.choice("activation", "gelu", ACTIVATIONS)
-    if not keys.boolean("bias_gelu_fusion", False) or activation != "gelu_erf":
-        return activation, []
-    note = "bias_gelu_fusion means the tanh GELU, which is used here; Pythia's files on the hub say the one with erf"
-    return "gelu_tanh", [note]
-
-
-def _require_plain_attention(keys: ConfigKeys, heads: int) -> None:
-    """Refuse other attention than that of every query to every key before it, by as many heads of each.
+def _plain_attention(key: str, pattern: object) -> None:
+    """Refuse other attention than that of every query to every key before it.
 
     Raises:
-        InputError: ``attention_config`` is malformed.
+        InputError: the pattern is malformed.
         UnsupportedError: another kind.
     """
-    groups = keys.optional_integer("num_kv_heads")
-    if groups not in (None, heads):
-        raise UnsupportedError(
-            "grouped-query attention is not implemented", path=keys.path, item="num_kv_heads", found=groups
-        )
-    keys.seen.add("attention_config")
-    pattern = keys.raw.get("attention_config")
-    items = [] if pattern is None else pattern if isinstance(pattern, list) else [pattern]
+    items = pattern if isinstance(pattern, list) else [pattern]
     kinds = [item[0] if isinstance(item, list) and item else None for item in items]
     if not all(isinstance(kind, list) for kind in kinds):
-        raise InputError("wrong attention pattern", path=keys.path, item="attention_config", found=f"{pattern!r:.80}")
+        raise InputError("wrong attention pattern", item=key, found=f"{pattern!r:.80}")
     strange = sorted({str(name) for kind in kinds for name in kind or ()} - {"global", "flash"})
     if strange:
         raise UnsupportedError(
-            f"attention of kind {', '.join(strange)} is not implemented",
-            path=keys.path,
-            item="attention_config",
-            expected="global or flash",
+            f"attention of kind {', '.join(strange)} is not implemented", item=key, expected="global or flash"
         )
+
+
+def _rotary(values: Values) -> Rotary:
+    width, heads = values["n_embd"], values["n_head"]
+    return Rotary(dim=int(width // heads * values["share"]) if heads > 0 else 0, base=values["base"])
+
+
+def _activation(values: Values) -> str:
+    """The formula: the fused kernel is the tanh GELU."""
+    return "gelu_tanh" if _is_fused(values) else str(values["activation"])
+
+
+def _is_fused(values: Values) -> bool:
+    return bool(values["fused_gelu"]) and values["activation"] == "gelu_erf"
+
+
+def _end_of_text(values: Values) -> int | None:
+    end = END_OF_TEXT.get(values["tokenizer"])
+    return end if end is not None and end < values["vocab_size"] else None
+
+
+OPTIONS = table(
+    Key("max_position_embeddings", "n_ctx", WHOLE),
+    Key("hidden_size", "n_embd", WHOLE),
+    Key("num_layers", "n_layer", WHOLE),
+    Key("num_attention_heads", "n_head", WHOLE),
+    Key("num_kv_heads", "kv_heads", OPTIONAL_WHOLE, None),
+    Key("attention_config", None, Kind(_plain_attention, nullable=True), None),
+    Key("pos_emb", None, choice({"rotary": None}), "learned"),
+    Key("rotary_pct", "share", NUMBER, 1.0),
+    Key("rotary_emb_base", "base", NUMBER, 10000.0),
+    Key("norm", None, choice({"layernorm": None}), "layernorm"),
+    Key("layernorm_epsilon", "norm_eps", NUMBER, 1e-5),
+    Key("activation", "activation", choice(ACTIVATIONS), "gelu"),
+    Key("bias_gelu_fusion", "fused_gelu", FLAG, False),
+    Key("use_bias_in_attn_linear", "qkv_bias", FLAG, True),
+    Key("gpt_j_residual", "residual", flag("parallel", "serial"), False),
+    Key("no_weight_tying", "tied_head", flag(False, True), False),
+    Key("tokenizer_type", "tokenizer", TEXT, "GPT2BPETokenizer"),
+    harmless=HARMLESS,
+    unused=UNUSED,
+    derived={
+        "activation": _activation,
+        "rotary": _rotary,
+        "attn_out_bias": lambda v: v["qkv_bias"],
+        "bos_token_id": _end_of_text,
+        "eos_token_id": _end_of_text,
+    },
+)
+
+
+def read(given: ConfigInput) -> ReadConfig:
+    """From the trainer's options; the sizes of the vocabulary and of the MLP from the shapes."""
+    reading = OPTIONS.read(given.raw, given.path)
+    groups = reading.values["kv_heads"]
+    if groups not in (None, reading.values["n_head"]):
+        raise UnsupportedError(
+            "grouped-query attention is not implemented", path=given.path, item="num_kv_heads", found=groups
+        )
+    vocabulary = _rows(given.tensors, "word_embeddings.weight") or 0
+    inner = _rows(given.tensors, *(f"{name}.weight".replace("{i}", "0") for name in (UP, NEW_UP))) or None
+    config = given.config(reading, vocab_size=vocabulary, n_inner=inner)
+    fused = "bias_gelu_fusion means the tanh GELU, which is used here; Pythia's files on the hub say the one with erf"
+    return ReadConfig(config, {}, [fused] if _is_fused(reading.values) else [])
 
 
 def _rows(tensors: Mapping[str, LazyTensor], *names: str) -> int | None:
     """Rows of the first of these tensors that is here."""
     return next((tensors[name].shape[0] for name in names if name in tensors and tensors[name].shape), None)
+
+
+LAYOUT = Layout(NEOX, read)

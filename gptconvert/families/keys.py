@@ -1,0 +1,111 @@
+"""Keys that the configurations of several families share, as fragments of their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from gptconvert.model.config_kinds import FLAG, NUMBER, SIZE, TOKEN, WHOLE, choice
+from gptconvert.model.config_table import ConfigTable, Key, Values
+from reference_model.config import GPTConfig
+
+#: Keys of every model type that change no output of a forward pass.
+HARMLESS = frozenset(
+    """architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path task_specific_params
+    id2label label2id num_labels problem_type output_attentions output_hidden_states return_dict use_return_dict
+    output_past use_cache gradient_checkpointing initializer_range torchscript finetuning_task language
+    tokenizer_class prefix license _commit_hash _num_labels transformers.js_config use_bfloat16 n_special
+    predict_special_tokens embd_pdrop resid_pdrop attn_pdrop
+    attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens sep_token_id decoder_start_token_id""".split()
+)
+#: Features that no GPT here has → the value that switches them off.
+UNUSED: Mapping[str, object] = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "tie_encoder_decoder": False,
+    "cross_attention_hidden_size": None,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+    "tf_legacy_loss": False,
+    "quantization_config": None,
+    "rope_scaling": None,
+    "auto_map": None,
+}
+#: How a double-heads model makes its one score per choice. Only these values are implemented.
+SUMMARY_KEYS: Mapping[str, object] = {
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "summary_activation": None,
+    "summary_proj_to_labels": True,
+    "summary_first_dropout": 0.1,
+}
+#: What transformers writes for every model.
+ALWAYS: Mapping[str, object] = {"initializer_range": 0.02, "use_cache": True}
+#: Hugging Face's activations, by exact formula.
+ACTIVATION = choice(
+    {
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "gelu": "gelu_erf",
+        "gelu_python": "gelu_erf",
+        "relu": "relu",
+        "silu": "silu",
+        "swish": "silu",
+        "tanh": "tanh",
+    }
+)
+
+
+def table(
+    *keys: Key,
+    harmless: Collection[str] = (),
+    unused: Mapping[str, object] | None = None,
+    writes: Mapping[str, object] | None = None,
+    derived: Mapping[str, Callable[[Values], object]] | None = None,
+) -> ConfigTable:
+    """A table of these keys, with the harmless and the unused ones that any configuration may mention."""
+    return ConfigTable(keys, HARMLESS | {*harmless}, {**UNUSED, **(unused or {})}, writes or {}, derived or {})
+
+
+def vocabulary_keys(size: int, *, tied: bool, bos: int | None, eos: int | None) -> tuple[Key, ...]:
+    """config.json's keys of the vocabulary, with the defaults of one model type."""
+    return (
+        Key("vocab_size", "vocab_size", WHOLE, size),
+        Key("tie_word_embeddings", "tied_head", FLAG, tied),
+        Key("bos_token_id", "bos_token_id", TOKEN, bos),
+        Key("eos_token_id", "eos_token_id", TOKEN, eos),
+        Key("pad_token_id", "pad_token_id", TOKEN, None),
+    )
+
+
+def size_keys(width: int, layers: int, heads: int) -> tuple[Key, ...]:
+    """config.json's keys of width, depth and heads under GPT-2's names, with the defaults of one model type."""
+    return (
+        Key("n_embd", "n_embd", WHOLE, width, aliases=("hidden_size",)),
+        Key("n_layer", "n_layer", WHOLE, layers, aliases=("num_hidden_layers",)),
+        Key("n_head", "n_head", WHOLE, heads, aliases=("num_attention_heads",)),
+    )
+
+
+def inner_key(name: str) -> Key:
+    """The inner width of the MLP; null stands for 4 D."""
+    return Key(name, "n_inner", SIZE, None, of=_inner_width)
+
+
+def _inner_width(config: GPTConfig) -> int | None:
+    return None if config.n_inner == 4 * config.n_embd else config.n_inner
+
+
+#: The small number that norms add to the variance, under GPT-2's name.
+NORM_EPS = Key("layer_norm_epsilon", "norm_eps", NUMBER, 1e-5)
+
+
+def dropouts(rate: float) -> dict[str, object]:
+    """Dropout rates under GPT-2's names: harmless, and always written."""
+    return dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), rate)

@@ -1,0 +1,71 @@
+"""GPT-Neo's attention: which layers see every key and which only those nearby, and scores that are not scaled.
+
+Source: Hugging Face ``GPTNeoConfig`` (``attention_types``, ``attention_layers``); EleutherAI/gpt-neo has the former.
+"""
+
+from __future__ import annotations
+
+from gptconvert.errors import InputError
+from gptconvert.model.config_table import Values, per_layer
+from reference_model.config import GPTConfig
+
+#: The released pattern.
+DEFAULT = [[["global", "local"], 12]]
+
+
+def unscaled(values: Values) -> tuple[float, ...]:
+    """The factor of scores per layer: the usual 1 / √(features per head) went into the initial values of q."""
+    return per_layer(1.0, values["n_layer"])
+
+
+def windows(values: Values) -> tuple[int | None, ...]:
+    """How many keys a query sees, per layer, from ``attention_types``, ``attention_layers`` and ``window``.
+
+    Raises:
+        InputError: a pattern is malformed, the two contradict each other, or one is not as long as the model is deep.
+    """
+    types, listed, layers = values["attention_types"], values["attention_layers"], values["n_layer"]
+    if types is None and listed is None:
+        types = DEFAULT
+    kinds = expanded(types, layers) if types is not None else listed
+    if listed is not None and listed != kinds:
+        raise InputError("attention_types and attention_layers contradict each other")
+    if not isinstance(kinds, list) or not all(kind in ("global", "local") for kind in kinds) or len(kinds) != layers:
+        raise InputError(
+            "wrong attention pattern",
+            item="attention_types" if types is not None else "attention_layers",
+            expected=f"{layers} layers of 'global' or 'local'",
+            found=repr(types if types is not None else listed)[:80],
+        )
+    return tuple(None if kind == "global" else values["window"] for kind in kinds)
+
+
+def expanded(types: object, layers: int) -> list[str] | None:
+    """[[["global", "local"], 2]] → ["global", "local", "global", "local"]; None if it is malformed or too long."""
+    kinds: list[str] = []
+    for item in types if isinstance(types, list) else [None]:
+        if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], list):
+            return None
+        pattern, times = item
+        if not isinstance(times, int) or len(pattern) * times > layers:
+            return None
+        kinds += pattern * times
+    return kinds
+
+
+def attention_layers(config: GPTConfig) -> list[str]:
+    """``global`` or ``local`` for every layer."""
+    return ["global" if window is None else "local" for window in config.attn_window]
+
+
+def attention_types(config: GPTConfig) -> list[object]:
+    """The same as the shortest pattern that repeats, and how often."""
+    kinds = attention_layers(config)
+    lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+    length = next(n for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
+    return [[kinds[:length], len(kinds) // length]]
+
+
+def window(config: GPTConfig) -> int:
+    """The window of local layers; the released one where there are none."""
+    return next((window for window in config.attn_window if window is not None), 256)

@@ -1,0 +1,93 @@
+"""GPT-2 as nanoGPT saves it.
+
+Source: karpathy/nanoGPT ``model.py`` and ``train.py`` (names, ``model_args``; GELU by erf since June 2023).
+"""
+
+from __future__ import annotations
+
+from gptconvert.errors import InputError
+from gptconvert.families.family import ConfigInput, Layout, ReadConfig
+from gptconvert.families.heads import own_lm_head, tied_lm_head
+from gptconvert.families.keys import table
+from gptconvert.families.trainers.linear import GELUS, SHAPES
+from gptconvert.families.trainers.sizes import gpt2_end, required_sizes, stated_heads
+from gptconvert.model.config_kinds import FLAG, WHOLE
+from gptconvert.model.config_table import Key
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied, collapse, expand
+from reference_model.config import GPTConfig
+
+#: ``bias=False`` leaves out every bias; a bias of zeros is the same thing.
+NANOGPT = Scheme(
+    name="nanogpt",
+    anchor="wte.weight",
+    prefixes=("transformer.", "_orig_mod.transformer.", "module.transformer.", "_orig_mod.module.transformer."),
+    body="transformer.",
+    write_prefix="transformer.",
+    rows=(
+        *(Row(name, name, shape, absent=0.0 if name.endswith(".bias") else None) for name, shape in SHAPES.items()),
+        Row("lm_head.weight", "lm_head.weight", "V D", when=own_lm_head, head=True),
+    ),
+    drops=(
+        Drop(r"h\.\d+\.attn\.bias", "causal mask buffer"),
+        Drop(r"lm_head\.weight", "language-model head", when=lambda c: not c.has_lm_head),
+    ),
+    tied=(Tied("lm_head.weight", "wte.weight", "V D", when=tied_lm_head),),
+)
+
+MODEL_ARGS = table(
+    Key("vocab_size", "vocab_size", WHOLE),
+    Key("block_size", "n_ctx", WHOLE),
+    Key("n_embd", "n_embd", WHOLE),
+    Key("n_layer", "n_layer", WHOLE),
+    Key("n_head", "n_head", WHOLE, None),
+    Key("bias", "has_bias", FLAG, True),
+    harmless=("dropout",),
+    derived={"bos_token_id": gpt2_end, "eos_token_id": gpt2_end},
+)
+
+
+def read(given: ConfigInput) -> ReadConfig:
+    """From ``model_args``; what older files leave out is taken from the shapes."""
+    sizes = required_sizes(NANOGPT, given.tensors, given.path)
+    reading = MODEL_ARGS.read(given.raw, given.path, defaults=sizes.fields)
+    heads, notes = stated_heads(given, reading, "model_args does not give it")
+    tied, asked = _is_tied(given, sizes.prefix), given.options.activation
+    config = given.config(reading, tied=tied, n_head=heads, activation=GELUS[asked or "erf"], tied_head=tied)
+    _check_biases(given, config, sizes.prefix, has_bias=reading.values["has_bias"])
+    if not reading.values["has_bias"]:
+        notes.append("bias=False: the biases that the files do not have are written as zeros, which changes nothing")
+    if not tied:
+        notes.append("lm_head.weight is stored apart from the embedding: it is kept as a head of its own")
+    if asked is None:
+        notes.append(
+            "nanoGPT's files do not say which GELU the model was trained with: erf is taken, nanoGPT's own since "
+            "June 2023 (for older models: --activation tanh)"
+        )
+    return ReadConfig(config, {}, notes)
+
+
+def _is_tied(given: ConfigInput, prefix: str) -> bool:
+    """Whether the head is absent, or stored in the same bytes as the embedding."""
+    head = given.tensors.get(prefix.removesuffix("transformer.") + "lm_head.weight")
+    return head is None or head.segments() == given.tensors[f"{prefix}wte.weight"].segments() is not None
+
+
+def _check_biases(given: ConfigInput, config: GPTConfig, prefix: str, *, has_bias: bool) -> None:
+    """All biases or none: a row that may be absent must not hide a damaged file.
+
+    Raises:
+        InputError: the tensors contradict ``model_args``.
+    """
+    rows = (row for row in NANOGPT.rows if row.absent is not None)
+    names = [bound.stored[0] for bound in expand(rows, config, prefix)]
+    wrong = [name for name in names if (name in given.tensors) != has_bias]
+    if wrong:
+        raise InputError(
+            f"model_args says bias={has_bias}, and these biases are {'missing' if has_bias else 'there'}: "
+            f"{', '.join(collapse(wrong)[:8])}",
+            path=given.path,
+            item="bias",
+        )
+
+
+LAYOUT = Layout(NANOGPT, read)

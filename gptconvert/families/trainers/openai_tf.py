@@ -1,0 +1,104 @@
+"""GPT-2 as OpenAI released it: a TensorFlow checkpoint and ``hparams.json``.
+
+Source: openai/gpt-2 ``src/model.py``. Linear layers are convolutions of width 1, [1, in, out].
+"""
+
+from __future__ import annotations
+
+from gptconvert.errors import InputError, UsageError
+from gptconvert.families.family import ConfigInput, Layout, ReadConfig
+from gptconvert.families.keys import table
+from gptconvert.families.trainers.sizes import heads_of_width, table_sizes
+from gptconvert.model.config_kinds import WHOLE
+from gptconvert.model.config_table import Key, Values
+from gptconvert.model.schemes import Drop, Row, Scheme
+from gptconvert.model.transforms import DropLeadingAxis, Transpose
+
+CONV_TF = (DropLeadingAxis(), Transpose())
+
+#: Last part of a slot variable's name: the optimizer's own, or that of a moment.
+OPTIMIZER_SLOT = (
+    r"(?i:\w*(?:adam|adafactor|momentum|rmsprop|adagrad|adadelta|ftrl|lamb|lars|novograd|yogi|lion)\w*"
+    r"|(?:ExponentialMovingAverage|grad_accum\w*|accumulator|m|v|vr|vc)(?:_\d+)?)"
+)
+
+OPENAI_TF = Scheme(
+    name="openai-tf",
+    anchor="model/wte",
+    prefixes=None,
+    rows=(
+        Row("wte.weight", "model/wte", "V D"),
+        Row("wpe.weight", "model/wpe", "C D"),
+        Row("h.{i}.ln_1.weight", "model/h{i}/ln_1/g", "D"),
+        Row("h.{i}.ln_1.bias", "model/h{i}/ln_1/b", "D"),
+        Row("h.{i}.attn.c_attn.weight", "model/h{i}/attn/c_attn/w", "1 D 3D", CONV_TF),
+        Row("h.{i}.attn.c_attn.bias", "model/h{i}/attn/c_attn/b", "3D"),
+        Row("h.{i}.attn.c_proj.weight", "model/h{i}/attn/c_proj/w", "1 D D", CONV_TF),
+        Row("h.{i}.attn.c_proj.bias", "model/h{i}/attn/c_proj/b", "D"),
+        Row("h.{i}.ln_2.weight", "model/h{i}/ln_2/g", "D"),
+        Row("h.{i}.ln_2.bias", "model/h{i}/ln_2/b", "D"),
+        Row("h.{i}.mlp.c_fc.weight", "model/h{i}/mlp/c_fc/w", "1 D F", CONV_TF),
+        Row("h.{i}.mlp.c_fc.bias", "model/h{i}/mlp/c_fc/b", "F"),
+        Row("h.{i}.mlp.c_proj.weight", "model/h{i}/mlp/c_proj/w", "1 F D", CONV_TF),
+        Row("h.{i}.mlp.c_proj.bias", "model/h{i}/mlp/c_proj/b", "D"),
+        Row("ln_f.weight", "model/ln_f/g", "D"),
+        Row("ln_f.bias", "model/ln_f/b", "D"),
+    ),
+    drops=(
+        # What an optimizer adds lies outside model/ or hangs, under its own name, below one of the variables above.
+        # Anything else in there could be part of the model (an adapter, say) and is not dropped.
+        Drop(
+            r"(?:.*/)?model/(?:wte|wpe|ln_f/[gb]|h\d+/(?:ln_[12]/[gb]|attn/c_(?:attn|proj)/[wb]|mlp/c_(?:fc|proj)/[wb]))/"
+            rf"{OPTIMIZER_SLOT}",
+            "optimizer slot",
+        ),
+        Drop(r"(?:.*/)?(?:global_step|beta\d_power|step|learning_rate)", "training counter"),
+        Drop(r"(?!(?:.*/)?model/).+", "not a model variable"),
+    ),
+)
+
+
+def _last_id(values: Values) -> object:
+    """``<|endoftext|>`` is the last entry of OpenAI's vocabularies."""
+    return values["vocab_size"] - 1
+
+
+HPARAMS = table(
+    Key("n_vocab", "vocab_size", WHOLE),
+    Key("n_ctx", "n_ctx", WHOLE, 1024),
+    Key("n_embd", "n_embd", WHOLE, 768),
+    Key("n_head", "n_head", WHOLE, 12),
+    Key("n_layer", "n_layer", WHOLE, 12),
+    harmless=("res_dropout", "attn_dropout", "embed_dropout", "dtype"),
+    derived={"bos_token_id": _last_id, "eos_token_id": _last_id},
+)
+
+
+def read(given: ConfigInput) -> ReadConfig:
+    """From ``hparams.json``, or from the shapes."""
+    raw, asked = given.raw, given.options.n_head
+    sizes, notes = ({}, []) if raw else _inferred(given)
+    if raw and asked is not None and raw.get("n_head") != asked:
+        raise UsageError(
+            "--n-head contradicts the checkpoint's own hparams.json",
+            path=given.path,
+            expected=raw.get("n_head"),
+            found=asked,
+        )
+    return ReadConfig(given.config(HPARAMS.read(raw, given.path, defaults=sizes)), {}, notes)
+
+
+def _inferred(given: ConfigInput) -> tuple[dict[str, int], list[str]]:
+    """The sizes from the shapes, which do not tell the number of heads, and a note that says so."""
+    sizes = table_sizes(OPENAI_TF, given.tensors)
+    if sizes is None:
+        raise InputError(
+            "no hparams.json, and no model/wte and model/wpe to take the sizes from",
+            hint="this is not OpenAI's GPT-2 variable scheme; pass --hparams FILE if it is",
+        )
+    heads, how = heads_of_width(sizes.fields["n_embd"], given.options, "hparams.json is missing")
+    note = f"hparams.json is missing: sizes taken from the shapes, n_head = {heads} ({how})"
+    return {**sizes.fields, "n_head": heads}, [note]
+
+
+LAYOUT = Layout(OPENAI_TF, read)

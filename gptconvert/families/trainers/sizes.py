@@ -1,0 +1,117 @@
+"""Sizes that a trainer's configuration leaves out: from the shapes of tensors, from options, or by convention."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gptconvert.errors import InputError, UsageError
+from gptconvert.families.family import ConfigInput
+from gptconvert.model.config_table import Reading, Values
+from gptconvert.model.options import Options
+from gptconvert.model.schemes import Scheme, collapse, find_prefix
+from gptconvert.model.tensors import LazyTensor
+
+#: Sizes of the vocabulary that GPT-2's tokenizer has, as it is and padded to a multiple of 64.
+GPT2_VOCABULARIES = (50257, 50304)
+GPT2_END = 50256
+
+
+@dataclass(frozen=True)
+class TableSizes:
+    """Sizes that the shapes of the token and position tables tell, and the number of layers.
+
+    Attributes:
+        prefix: what stands before the names in these files.
+        fields: field of ``GPTConfig`` → size.
+    """
+
+    prefix: str
+    fields: Mapping[str, int]
+
+
+def table_sizes(scheme: Scheme, tensors: Mapping[str, LazyTensor]) -> TableSizes | None:
+    """Vocabulary, context, width and depth of a model under the names of ``scheme``; None without both tables."""
+    prefix = find_prefix(scheme, tensors)
+    tables = [tensors.get(f"{prefix or ''}{name}") for name in _table_names(scheme)]
+    shapes = [() if tensor is None else tensor.shape for tensor in tables]
+    if prefix is None or [len(shape) for shape in shapes] != [2, 2]:
+        return None
+    stems = {n.partition("{i}")[0] for row in scheme.rows for n in (*row.names, *row.aliases) if "{i}" in n}
+    layer = re.compile(f"{re.escape(prefix)}(?:{'|'.join(map(re.escape, sorted(stems)))})([0-9]{{1,5}})[./]")
+    layers = max((int(m[1]) for name in tensors if (m := layer.match(name))), default=-1) + 1
+    (vocabulary, width), (context, _) = shapes
+    return TableSizes(prefix, {"vocab_size": vocabulary, "n_ctx": context, "n_embd": width, "n_layer": layers})
+
+
+def required_sizes(scheme: Scheme, tensors: Mapping[str, LazyTensor], path: str | None) -> TableSizes:
+    """As :func:`table_sizes`.
+
+    Raises:
+        InputError: there are no token and position tables.
+    """
+    sizes = table_sizes(scheme, tensors)
+    if sizes is None:
+        tables = ", ".join(f"…{name}" for name in _table_names(scheme))
+        raise InputError(
+            f"no token and position tables ({tables}) of two axes each",
+            path=path,
+            found=", ".join(collapse(sorted(tensors))[:6]) or "no tensors",
+        )
+    return sizes
+
+
+def _table_names(scheme: Scheme) -> list[str]:
+    rows = {row.canonical: row for row in scheme.rows}
+    return [rows[canonical].names[0] for canonical in ("wte.weight", "wpe.weight")]
+
+
+def heads_of_width(width: int, options: Options, missing: str) -> tuple[int, str]:
+    """The number of heads where no file records it: ``--n-head``, else by OpenAI's head size of 64.
+
+    Args:
+        width: D.
+        options: the user's choices.
+        missing: why it is not known, for messages.
+
+    Returns:
+        the number, and how it was found.
+
+    Raises:
+        UsageError: it must be given, or what was given does not divide the width.
+    """
+    if options.n_head is None:
+        if width % 64 or not width:
+            raise UsageError(
+                f"{missing} and the number of heads is not in the weights (n_embd {width} is not a multiple of 64, "
+                "OpenAI's head size)",
+                hint="pass --n-head N or --hparams FILE",
+            )
+        return width // 64, f"{width} / 64, OpenAI's head size"
+    if options.n_head < 1 or width % options.n_head:
+        raise UsageError(
+            f"--n-head {options.n_head} does not divide the embedding's width", expected=f"a divisor of {width}"
+        )
+    return options.n_head, "as asked"
+
+
+def stated_heads(given: ConfigInput, reading: Reading, missing: str) -> tuple[int, list[str]]:
+    """The number of heads, and a note where no file states it.
+
+    Raises:
+        UsageError: see :func:`heads_of_width`; or ``--n-head`` contradicts the file.
+    """
+    heads: int | None = reading.values["n_head"]
+    asked = given.options.n_head
+    if heads is None:
+        heads, how = heads_of_width(reading.values["n_embd"], given.options, missing)
+        return heads, [f"n_head = {heads} ({how})"]
+    if asked not in (None, heads):
+        raise UsageError("--n-head contradicts the checkpoint itself", path=given.path, expected=heads, found=asked)
+    return heads, []
+
+
+def gpt2_end(values: Values) -> int | None:
+    """``<|endoftext|>``, where the vocabulary is that of GPT-2's tokenizer."""
+    return GPT2_END if values["vocab_size"] in GPT2_VOCABULARIES else None

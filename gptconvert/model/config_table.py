@@ -1,0 +1,230 @@
+"""Configuration tables: one line per key, written once, used for reading and for writing a configuration file.
+
+A :class:`ConfigTable` belongs to one kind of file of one family, as a ``Scheme`` does for its tensors. Every key of a
+file is handled, harmless, at the value that switches its feature off, or refused by name: a key that is not
+understood could change the logits, so none is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from gptconvert.errors import GptConvertError, InputError, UnsupportedError
+from gptconvert.model.config_kinds import Kind, wrong
+from reference_model.config import ConfigError, GPTConfig
+
+T = TypeVar("T")
+#: What was read, by :attr:`Key.field`.
+Values = Mapping[str, Any]
+
+#: Default of a key that every file must have.
+REQUIRED: Final = object()
+FIELDS: Final = frozenset(field.name for field in dataclasses.fields(GPTConfig))
+#: One more than the most layers a configuration may have: a damaged count must not fill memory before it is refused.
+MAX_LAYERS: Final = 10_001
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a configuration file.
+
+    Attributes:
+        name: in the file; ``outer.inner`` for a key of a nested object.
+        field: the field of :class:`GPTConfig` that it sets, or any other name under which ``ConfigTable.derived``
+            finds its value; None: the value is checked and not kept.
+        kind: what it may hold.
+        default: value in the file's terms where the key is absent, or a function of the values of the keys before
+            this one; None: the value is then None.
+        aliases: other names, accepted and not written. Where several are present, they must agree.
+        repeats: aliases that are written too, because other programs read them.
+        of: what to write, where that is not the field itself. A key with neither is not written.
+    """
+
+    name: str
+    field: str | None
+    kind: Kind
+    default: object = REQUIRED
+    aliases: tuple[str, ...] = ()
+    repeats: tuple[str, ...] = ()
+    of: Callable[[GPTConfig], object] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that is accepted, the key's own first."""
+        return (self.name, *self.aliases, *self.repeats)
+
+
+@dataclass(frozen=True)
+class ConfigTable:
+    """All keys of one kind of configuration file.
+
+    Attributes:
+        keys: those that decide something, in the order in which they are read.
+        harmless: keys that change no output; they are passed on.
+        unused: key of a feature that is not implemented → the value that switches it off, the only one accepted.
+        writes: harmless or unused key → what to write where no value is passed on.
+        derived: field of :class:`GPTConfig` → its value, from the values read. See :data:`USUAL`.
+    """
+
+    keys: tuple[Key, ...]
+    harmless: Collection[str] = ()
+    unused: Mapping[str, object] = field(default_factory=dict)
+    writes: Mapping[str, object] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Values], object]] = field(default_factory=dict)
+
+    @property
+    def handled(self) -> frozenset[str]:
+        """Every name of every key."""
+        return frozenset(name for key in self.keys for name in key.names)
+
+    def read(
+        self, raw: Mapping[str, object], path: str | None, *, defaults: Mapping[str, object] | None = None
+    ) -> Reading:
+        """The values of a file.
+
+        Args:
+            raw: the parsed file.
+            path: the file, for messages.
+            defaults: field → default to use instead of the key's own.
+
+        Raises:
+            InputError: a required key is missing, a value is of another kind, or two names of one key disagree.
+            UnsupportedError: a value stands for a feature that is not implemented.
+        """
+        with _in_file(path):
+            flat, values = _flattened(raw, self.handled), dict[str, Any]()
+            for key in self.keys:
+                value = _value(key, flat, (defaults or {}).get(key.field or "", key.default), values)
+                if key.field is not None:
+                    values[key.field] = value
+        return Reading(self, flat, path, values)
+
+    def write(self, config: GPTConfig, carried: Mapping[str, object]) -> dict[str, object]:
+        """The file's keys, from the configuration and from harmless keys that are passed on."""
+        written = {**self.writes, **carried}
+        for key in self.keys:
+            if key.of is None and key.field not in FIELDS:
+                continue
+            value = key.kind.write(key.of(config) if key.of is not None else getattr(config, key.field or ""))
+            for name in (key.name, *key.repeats):
+                outer, _, inner = name.rpartition(".")
+                if outer:
+                    nested = written.get(outer)
+                    written[outer] = {**(nested if isinstance(nested, Mapping) else {}), inner: value}
+                else:
+                    written[name] = value
+        return written
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A configuration file that was read.
+
+    Attributes:
+        table: what it was read with.
+        raw: the file, nested objects of handled keys flattened.
+        path: the file, for messages.
+        values: what was read, by field.
+    """
+
+    table: ConfigTable
+    raw: Mapping[str, object]
+    path: str | None
+    values: Values
+
+    @property
+    def carried(self) -> dict[str, object]:
+        """The harmless keys, to be passed on."""
+        table = self.table
+        return {k: v for k, v in self.raw.items() if k in table.harmless and k not in table.handled}
+
+    def config(self, **decided: object) -> GPTConfig:
+        """The configuration; ``decided`` are values that no file states, or that overrule it.
+
+        Raises:
+            InputError: no model can have this configuration.
+            UnsupportedError: keys are neither handled, harmless nor at their unused value; all are named.
+        """
+        known = {**self.values, **decided}
+        with _in_file(self.path):
+            derived = {name: derive(known) for name, derive in {**USUAL, **self.table.derived}.items()}
+            config = GPTConfig(**{**{name: known[name] for name in FIELDS & known.keys()}, **derived})
+            self._refuse_unknown()
+        return config
+
+    def _refuse_unknown(self) -> None:
+        handled, harmless, unused = self.table.handled, self.table.harmless, self.table.unused
+        left = [key for key in self.raw if key not in handled and key not in harmless]
+        refused = [key for key in left if key not in unused or not _same(self.raw[key], unused[key])]
+        if refused:
+            listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in refused)
+            raise UnsupportedError(
+                f"configuration keys not implemented: {listed}",
+                hint="a key that is not understood could change the logits, so it is never ignored; "
+                "remove it if you know that it changes nothing",
+            )
+
+
+def _value(key: Key, raw: Mapping[str, object], default: object, values: Values) -> Any:
+    found = [name for name in key.names if name in raw]
+    if any(raw[name] != raw[found[0]] for name in found[1:]):
+        pairs = ", ".join(f"{name} = {raw[name]!r}" for name in found)
+        raise InputError(f"two keys for one size disagree: {pairs}")
+    value = raw[found[0]] if found else default(values) if callable(default) else default
+    if value is None and (key.kind.nullable or not found):
+        return None
+    if value is None or value is REQUIRED:
+        raise InputError("required key is missing", item=key.name)
+    return key.kind.read(found[0] if found else key.name, value)
+
+
+def _flattened(raw: Mapping[str, object], names: Collection[str]) -> dict[str, object]:
+    """The file with ``outer.inner`` for the members of those objects that hold one of ``names``."""
+    flat = dict(raw)
+    for outer in {name.rpartition(".")[0] for name in names} - {""}:
+        nested = flat.pop(outer, None)
+        if nested is not None and not isinstance(nested, Mapping):
+            raise wrong(outer, "an object", nested)
+        flat |= {f"{outer}.{inner}": value for inner, value in (nested or {}).items()}
+    return flat
+
+
+@contextmanager
+def _in_file(path: str | None) -> Iterator[None]:
+    """Errors raised inside name the file; complaints of :class:`GPTConfig` become input errors."""
+    try:
+        yield
+    except ConfigError as error:
+        raise InputError(error.why, path=path, item=error.key, found=repr(error.value)) from error
+    except GptConvertError as error:
+        error.path = error.path or path
+        raise
+
+
+def _same(value: object, unused: object) -> bool:
+    return value == unused or (not value and not unused)
+
+
+# --- derived fields ------------------------------------------------------------------------------------------------
+
+
+def per_layer(value: T, layers: int) -> tuple[T, ...]:
+    """``value`` for every layer."""
+    return (value,) * min(layers, MAX_LAYERS)
+
+
+def usual_scale(width: int, heads: int) -> float:
+    """1 / √(features per head); 1 for sizes that are refused later."""
+    return float((width / heads) ** -0.5) if width > 0 and heads > 0 else 1.0
+
+
+#: What most GPTs have: an MLP four times as wide, scores divided by √(features per head), every key in sight.
+USUAL: Final[Mapping[str, Callable[[Values], object]]] = {
+    "n_inner": lambda v: 4 * v["n_embd"] if v.get("n_inner") is None else v["n_inner"],
+    "attn_scale": lambda v: per_layer(usual_scale(v["n_embd"], v["n_head"]), v["n_layer"]),
+    "attn_window": lambda v: per_layer(None, v["n_layer"]),
+}

@@ -1,0 +1,157 @@
+"""Name tables: shapes in symbols, and tensors that survive the way to canonical names and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptconvert.families.registry import FAMILIES
+from gptconvert.model.schemes import (
+    Bound,
+    Row,
+    canonical_shapes,
+    collapse,
+    concrete,
+    expand,
+    from_canonical,
+    resolve,
+    sizes_of,
+    to_canonical,
+    write_names,
+)
+from gptconvert.model.transforms import Transpose
+from reference_model.config import GPTConfig
+from tests.families.configs import configs
+from tests.helpers import computed_tensors
+
+SYMBOLS = "VCDHFK"
+TERMS = st.tuples(st.none() | st.integers(0, 30), st.sampled_from(["", *SYMBOLS])).filter(
+    lambda term: term != (None, "")
+)
+
+
+def spelt(term: tuple[int | None, str]) -> str:
+    factor, symbol = term
+    return f"{'' if factor is None else factor}{symbol}"
+
+
+@given(st.lists(st.lists(TERMS, min_size=1, max_size=3), max_size=4), st.data())
+def test_shapes_are_sums_of_multiples(axes: list[list[tuple[int | None, str]]], data: Any) -> None:
+    sizes = {symbol: data.draw(st.integers(1, 50)) for symbol in SYMBOLS}
+    shape = " ".join("+".join(map(spelt, terms)) for terms in axes)
+    expected = tuple(
+        sum((1 if factor is None else factor) * (sizes[symbol] if symbol else 1) for factor, symbol in terms)
+        for terms in axes
+    )
+    assert concrete(shape, sizes) == expected
+
+
+def test_shapes_of_released_tables() -> None:
+    assert concrete("1 D 3D", {"D": 24}) == (1, 24, 72)
+    assert concrete("C+2 D", {"C": 40, "D": 24}) == (42, 24)
+    assert concrete("D+2K 2", {"D": 24, "K": 3}) == (30, 2)
+
+
+@pytest.mark.parametrize("word", ["C-2", "C+", "+2", "2*D", "D3", "d", "X", "2X", "DD", "C++2", "C,", "1.5", "3 D!"])
+def test_words_that_are_no_size_are_refused(word: str) -> None:
+    """Dropped silently, they would be an axis fewer."""
+    with pytest.raises(ValueError, match="is not a size") as error:
+        concrete(f"{word} D", {"C": 40, "D": 24})
+    assert repr(word.split()[-1]) in str(error.value)
+    assert repr(f"{word} D") in str(error.value)
+
+
+@given(st.text("CDX0123+-. ", max_size=6))
+def test_no_word_is_dropped(shape: str) -> None:
+    try:
+        found = concrete(shape, {"C": 40, "D": 24})
+    except ValueError:
+        return
+    assert len(found) == len(shape.split())
+
+
+def test_rows_with_sums(tmp_path: Any) -> None:
+    """A position table with two rows more than there are positions, as OPT has it."""
+    config = GPTConfig(
+        family="gpt2",
+        vocab_size=9,
+        n_ctx=5,
+        n_embd=3,
+        n_layer=1,
+        n_head=1,
+        n_inner=4,
+        attn_scale=(1.0,),
+        attn_window=(None,),
+    )
+    [bound] = expand([Row("wpe.weight", "positions", "D C+2", (Transpose(),))], config)
+    assert bound.shape == (3, 7)
+    assert canonical_shapes([bound.row], config) == {"wpe.weight": (7, 3)}
+
+
+# --- every scheme of every family ----------------------------------------------------------------------------------
+
+SCHEMES = [
+    pytest.param(family, scheme, id=f"{family.name}-{scheme.name}")
+    for family in FAMILIES
+    for scheme in family.schemes
+]
+
+
+def stored_arrays(bounds: list[Bound]) -> dict[str, Any]:
+    """Numbers that tell every element of every tensor."""
+    arrays, start = {}, 0
+    for bound in bounds:
+        for name in bound.stored:
+            count = int(np.prod(bound.shape))
+            arrays[name] = np.arange(start, start + count, dtype=np.float64).reshape(bound.shape)
+            start += count
+    return arrays
+
+
+@pytest.mark.parametrize(("family", "scheme"), SCHEMES)
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_tensors_come_back(family: Any, scheme: Any, data: Any) -> None:
+    """From the file's layout to the canonical one and back, and the other way round."""
+    config = data.draw(configs(family.name, tasks=scheme is family.hf))
+    sizes, bounds = sizes_of(config), expand(scheme.rows, config, scheme.write_prefix)
+    arrays = stored_arrays(bounds)
+    tensors, shapes = computed_tensors(arrays), canonical_shapes(scheme.rows, config)
+    assert len(arrays) == sum(len(bound.stored) for bound in bounds)
+    for bound in bounds:
+        canonical = to_canonical(bound, tensors, sizes)
+        assert canonical.shape == shapes[bound.canonical] == canonical.read().shape
+        again = from_canonical(bound, canonical, sizes)
+        assert [*again] == [*bound.stored]
+        assert all(np.array_equal(again[name].read(), arrays[name]) for name in again)
+        fresh = computed_tensors({"x": canonical.read()})["x"]
+        written = from_canonical(bound, fresh, sizes)
+        assert all(written[name].shape == bound.shape for name in written)
+        assert np.array_equal(to_canonical(bound, written, sizes).read(), canonical.read())
+
+
+@pytest.mark.parametrize(("family", "scheme"), SCHEMES)
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_a_written_file_is_read(family: Any, scheme: Any, data: Any) -> None:
+    """Under the names it is written with, every tensor is found, and none is left over."""
+    config = data.draw(configs(family.name, tasks=scheme is family.hf))
+    bounds = expand(scheme.rows, config, scheme.write_prefix)
+    weights = {bound.canonical: np.ones(canonical_shapes([bound.row], config)[bound.canonical]) for bound in bounds}
+    written = write_names(scheme, config, computed_tensors(weights))
+    found = resolve(scheme, config, written)
+    assert found.weights.keys() == weights.keys()
+    assert not found.dropped
+    assert found.prefix == scheme.write_prefix
+
+
+# --- names for people ----------------------------------------------------------------------------------------------
+
+
+def test_layers_are_folded() -> None:
+    names = [f"h.{i}.ln.weight" for i in (0, 1, 2, 5)] + ["wte.weight", "model/h7/w"]
+    assert collapse(names) == ["h.{0-2,5}.ln.weight", "wte.weight", "model/h7/w"]
