@@ -7,6 +7,7 @@ float64 throughout, so that the reference model can be held against it to the la
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gptconvert.families.family import Family
 from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
@@ -101,14 +103,17 @@ VARIANTS = tuple(
 CASES = (*BY_TASK, *VARIANTS)
 
 
+def module(family: Family) -> Any:
+    """The module in which transformers defines a family's models."""
+    import transformers
+
+    return sys.modules[getattr(transformers, family.heads["text-generation"]).__module__]
+
+
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Inside, transformers' modules find float64 wherever they ask torch for float32. Does not nest."""
     import torch
-    from transformers.models.gpt2 import modeling_gpt2
-    from transformers.models.gpt_neo import modeling_gpt_neo
-    from transformers.models.gpt_neox import modeling_gpt_neox
-    from transformers.models.gptj import modeling_gptj
 
     class Wide:
         float32 = float = torch.float64
@@ -116,18 +121,18 @@ def in_float64() -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-    modules = (modeling_gpt2, modeling_gpt_neo, modeling_gpt_neox, modeling_gptj)
+    modules = [module(family) for family in FAMILIES]
     to_float, default = torch.Tensor.float, torch.get_default_dtype()
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     torch.set_default_dtype(torch.float64)
-    for module in modules:
-        module.torch = Wide()
+    for changed in modules:
+        changed.torch = Wide()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in modules:
-            module.torch = torch
+        for changed in modules:
+            changed.torch = torch
         torch.set_default_dtype(default)
         torch.Tensor.float = to_float  # type: ignore[method-assign]
 

@@ -229,15 +229,16 @@ def test_the_language_models_contract(family: str, directory: Path, tmp_path: Pa
     checkpoint = understood(Case(family), directory)
     write_planned(tmp_path, plan(checkpoint, Options())[0].files)
     graph = onnx_model(tmp_path / "onnx/model.onnx").graph
-    layers = range(checkpoint.config.n_layer)
-    cache = {f"{i}.{part}": ("FLOAT", [B, 3, P, 8]) for i in layers for part in ("key", "value")}
+    config = checkpoint.config
+    layers, heads, width = range(config.n_layer), config.n_head, config.head_dim
+    cache = {f"{i}.{part}": ("FLOAT", [B, heads, P, width]) for i in layers for part in ("key", "value")}
     inputs = {
         "input_ids": ("INT64", [B, S]),
         "attention_mask": ("INT64", [B, f"{P} + {S}"]),
         "position_ids": ("INT64", [B, S]),
         **{f"past_key_values.{name}": kind for name, kind in cache.items()},
     }
-    present = ("FLOAT", [B, 3, f"{P} + {S}", 8])
+    present = ("FLOAT", [B, heads, f"{P} + {S}", width])
     outputs = {"logits": ("FLOAT", [B, S, 97]), **{f"present.{name}": present for name in cache}}
     assert list(signature(graph.input).items()) == list(inputs.items())
     assert list(signature(graph.output).items()) == list(outputs.items())
