@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from gptconvert.errors import InputError, UnsupportedError
-from gptconvert.families import gpt1, gpt2, gpt_neo, gpt_neox, gptj
+from gptconvert.families import codegen, gpt1, gpt2, gpt_neo, gpt_neox, gptj
 from gptconvert.families.family import Family, trim_vocabulary
 from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
@@ -15,7 +15,14 @@ from gptconvert.model.schemes import find_prefix, resolve
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor
 
-FAMILIES: tuple[Family, ...] = (gpt1.FAMILY, gpt2.FAMILY, gpt_neo.FAMILY, gptj.FAMILY, gpt_neox.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    gpt1.FAMILY,
+    gpt2.FAMILY,
+    gpt_neo.FAMILY,
+    gptj.FAMILY,
+    gpt_neox.FAMILY,
+    codegen.FAMILY,
+)
 
 __all__ = ["FAMILIES", "Family", "Options", "family_of", "understand"]
 

@@ -77,6 +77,11 @@ def by_head(fused: Any) -> Any:
     return fused.reshape(3, 3, -1, *fused.shape[1:]).swapaxes(0, 1).reshape(fused.shape)
 
 
+def grouped(fused: Any) -> Any:
+    """Three blocks q|k|v taken for four groups of them."""
+    return fused.reshape(4, 3, -1, *fused.shape[1:]).swapaxes(0, 1).reshape(fused.shape)
+
+
 C_ATTN, C_PROJ = "attn.c_attn.weight", "attn.c_proj.weight"
 BUGS = tuple(
     Bug(name, case if isinstance(case, Case) else Case(case), plant)
@@ -105,6 +110,9 @@ BUGS = tuple(
         ("whole-head-rotated", "gptj", _rotary(dim=8)),
         ("k-v-swapped", "gptj", _weight(C_ATTN, blocks((0, 2, 1)))),
         ("head-bias-dropped", "gptj", _weight("lm_head.bias", np.zeros_like)),
+        ("k-v-swapped", "codegen", _weight(C_ATTN, blocks((0, 2, 1)))),
+        ("groups-kept", "codegen", _weight(C_ATTN, grouped)),
+        ("half-split", "codegen", _rotary(interleaved=False)),
         ("tied", "gptj", _config(lambda c: {"tied_head": True})),
         ("interleaved", "gpt_neox", _rotary(interleaved=True)),
         ("base", "gpt_neox", _rotary(base=10000.0)),

@@ -36,6 +36,10 @@ def _gptj(draw: Draw, sizes: Mapping[str, int]) -> dict[str, object]:
     return {"rotary": Rotary(_rotated(draw, sizes), interleaved=True)}
 
 
+def _codegen(draw: Draw, sizes: Mapping[str, int]) -> dict[str, object]:
+    return {**_gptj(draw, sizes), "n_embd": 4 * sizes["n_embd"], "n_head": 4 * sizes["n_head"]}
+
+
 def _gpt_neox(draw: Draw, sizes: Mapping[str, int]) -> dict[str, object]:
     bias = draw(st.booleans())
     return {
@@ -53,6 +57,7 @@ VARIED: Mapping[str, Callable[[Draw, Mapping[str, int]], dict[str, object]]] = {
     "gpt_neo": _gpt_neo,
     "gptj": _gptj,
     "gpt_neox": _gpt_neox,
+    "codegen": _codegen,
 }
 
 

@@ -241,6 +241,19 @@ def test_gptj_mentions_what_it_always_does() -> None:
             read("gptj", **{key: False})
 
 
+# --- CodeGen -------------------------------------------------------------------------------------------------------
+
+
+def test_codegen_heads_come_in_four_groups() -> None:
+    with pytest.raises(InputError, match="multiple of 4") as error:
+        read("codegen", n_head=3)
+    assert error.value.item == "n_head"
+
+
+def test_codegen_reads_n_positions_and_not_n_ctx() -> None:
+    assert config("codegen", n_positions=40, n_ctx=2048).n_ctx == 40
+
+
 # --- GPT-NeoX ------------------------------------------------------------------------------------------------------
 
 

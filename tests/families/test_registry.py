@@ -112,6 +112,7 @@ def test_old_files_name_and_repeat_things_differently(family: str, directory: Pa
         "gpt2": ["h.1.attn.bias", "h.0.attn.masked_bias"],
         "gpt_neo": ["h.2.attn.attention.bias", "h.0.attn.attention.masked_bias"],
         "gptj": ["h.0.attn.bias", "h.1.attn.masked_bias", "h.0.attn.embed_positions"],
+        "codegen": ["h.0.attn.causal_mask", "h.1.attn.embed_positions"],
         "gpt_neox": ["layers.0.attention.bias", "layers.1.attention.rotary_emb.inv_freq", "rotary_emb.inv_freq"],
     }[family]
     extra |= {body + name: np.zeros((1, 1, 4, 4), np.float32) for name in buffers}
@@ -139,6 +140,7 @@ TIED: dict[str, Any] = {"keys": {"tie_word_embeddings": True}, "name": "tied"}
         (Case("gpt2"), "lm_head.weight", "transformer.wte.weight"),
         (Case("gpt_neo"), "lm_head.weight", "transformer.wte.weight"),
         (Case("gptj", **TIED), "lm_head.weight", "transformer.wte.weight"),
+        (Case("codegen", **TIED), "lm_head.weight", "transformer.wte.weight"),
         (Case("gpt_neox", **TIED), "embed_out.weight", "gpt_neox.embed_in.weight"),
         (Case("gpt_neox", **TIED), "lm_head.weight", "gpt_neox.embed_in.weight"),
         (Case("gpt1", "multiple-choice"), "transformer.tokens_embed.weight", "lm_head.weight"),

@@ -50,6 +50,7 @@ TINY: Mapping[str, Mapping[str, object]] = {
     "gpt_neo": _NEO,
     "gptj": {**_GPT, "n_inner": 56, "rotary_dim": 4},
     "gpt_neox": _NEOX,
+    "codegen": {**_GPT, "n_head": 4, "n_inner": 56, "rotary_dim": 4},
 }
 #: Token ids that mean something to these models.
 PAD, LABELS = 95, 5
@@ -90,6 +91,8 @@ VARIANTS = tuple(
         ("gpt_neo", "untied", {"tie_word_embeddings": False, "intermediate_size": None}),
         ("gptj", "whole-head", {"rotary_dim": 8}),
         ("gptj", "tied", {"tie_word_embeddings": True, "n_inner": None}),
+        ("codegen", "eight-heads", {"n_embd": 40, "n_head": 8, "rotary_dim": 2}),
+        ("codegen", "tied", {"tie_word_embeddings": True}),
         ("gpt_neox", "serial", {"use_parallel_residual": False}),
         ("gpt_neox", "tied", {"tie_word_embeddings": True}),
         ("gpt_neox", "no-bias", {"attention_bias": False}),

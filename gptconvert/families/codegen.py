@@ -1,0 +1,96 @@
+"""CodeGen: GPT-J's block under other names, with q, k and v in one tensor of four groups.
+
+Sources: Nijkamp et al. 2022, "CodeGen"; salesforce/CodeGen; Hugging Face ``CodeGenConfig``. The rows of ``qkv_proj``
+are [4, 3, D / 4]: one group per part of the TPU slice that trained the model, each with its heads' q, then v, then k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gptconvert.errors import InputError
+from gptconvert.families import gptj
+from gptconvert.families.family import Family
+from gptconvert.families.heads import hf_scheme
+from gptconvert.families.keys import (
+    ACTIVATION,
+    ALWAYS,
+    NORM_EPS,
+    SUMMARY_KEYS,
+    dropouts,
+    inner_key,
+    size_keys,
+    table,
+    vocabulary_keys,
+)
+from gptconvert.model.config_kinds import WHOLE
+from gptconvert.model.config_table import Key, Values
+from gptconvert.model.schemes import Drop, Row
+from gptconvert.model.tensors import LazyTensor, Shape
+from gptconvert.model.transforms import Sizes, take_rows
+from reference_model.config import Rotary
+
+GROUPS = 4
+#: Where the canonical q, k, v stand in a group of q, v, k. The exchange is its own inverse.
+PLACES = (0, 2, 1)
+
+
+@dataclass(frozen=True)
+class Ungroup:
+    """Rows [4, (q, v, k), D / 4] ↔ [(q, k, v), 4, D / 4]."""
+
+    def forward(self, tensor: LazyTensor, sizes: Sizes) -> LazyTensor:
+        return _blocks(tensor, (group * 3 + place for place in PLACES for group in range(GROUPS)))
+
+    def inverse(self, tensor: LazyTensor, sizes: Sizes) -> LazyTensor:
+        return _blocks(tensor, (place * GROUPS + group for group in range(GROUPS) for place in PLACES))
+
+    def shape(self, shape: Shape, sizes: Sizes) -> Shape:
+        return shape
+
+
+def _blocks(tensor: LazyTensor, order: Iterable[int]) -> LazyTensor:
+    """Twelve blocks of rows in another order."""
+    rows = tensor.shape[0] // (GROUPS * 3)
+    return take_rows(tensor, [(block * rows, (block + 1) * rows) for block in order])
+
+
+def _rotary(values: Values) -> Rotary:
+    if values["n_head"] % GROUPS:
+        expected = f"a multiple of {GROUPS}, the number of groups in qkv_proj"
+        expected = f"a multiple of {GROUPS}, the number of groups in qkv_proj"
+        raise InputError("wrong value", item="n_head", expected=expected, found=str(values["n_head"]))
+    return Rotary(values["rotary_dim"], interleaved=True)
+
+
+CONFIG = table(
+    *vocabulary_keys(50400, tied=False, bos=50256, eos=50256),
+    *size_keys(4096, 28, 16),
+    Key("n_positions", "n_ctx", WHOLE, 2048, aliases=("max_position_embeddings",)),
+    inner_key("n_inner"),
+    NORM_EPS,
+    Key("activation_function", "activation", ACTIVATION, "gelu_new"),
+    Key("rotary_dim", "rotary_dim", WHOLE, 64, of=lambda c: c.rotary.dim if c.rotary else None),
+    harmless=(*SUMMARY_KEYS, "n_ctx"),  # transformers writes n_ctx and reads n_positions
+    unused={"scale_attn_weights": True},
+    writes={**dropouts(0.0), **ALWAYS},
+    derived={"rotary": _rotary},
+)
+
+FAMILY = Family(
+    name="codegen",
+    title="CodeGen",
+    model_types=("codegen",),
+    heads={"text-generation": "CodeGenForCausalLM", "feature-extraction": "CodeGenModel"},
+    hf=hf_scheme(
+        *gptj.ROWS,
+        Row("h.{i}.attn.c_attn.weight", "h.{i}.attn.qkv_proj.weight", "3D D", (Ungroup(),)),
+        drops=(
+            Drop(r"h\.\d+\.attn\.causal_mask", "causal mask buffer"),
+            Drop(r"h\.\d+\.attn\.embed_positions", "table of rotary angles"),
+        ),
+    ),
+    keys=CONFIG,
+    fixed=gptj.FIXED,
+)
