@@ -32,7 +32,7 @@ def check_continuation(
             Feeds(continuation.input_ids, continuation.attention_mask, positions), False
         )
     except RunError as error:
-        group.problems.append(f"the runtime refused to run it: {error}")
+        group.problems.append(f"the run failed: {error}")
         return group
     group.problems += continuation.unlikely(outputs.named["logits"], config, continuation.allowed + 2 * own)
     return group

@@ -59,7 +59,7 @@ class Refusing(OnnxRunner):
         raise RunError("not today")
 
 
-@pytest.mark.parametrize(("runner", "said"), [(Bent, "token 0 of row"), (Refusing, "refused to run it: not today")])
+@pytest.mark.parametrize(("runner", "said"), [(Bent, "token 0 of row"), (Refusing, "the run failed: not today")])
 def test_a_difference_is_a_failure(
     runner: type[OnnxRunner], said: str, shared: TensorFlowProcess, tmp_path: Path
 ) -> None:
