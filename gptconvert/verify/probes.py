@@ -285,7 +285,7 @@ def _beyond_windows(make: _Maker, kv_cache: bool) -> Iterator[Probe]:
 
 
 def waves(probes: Iterable[Probe], most_tokens: int = 256) -> Iterator[tuple[Probe, ...]]:
-    """Split probes, in order, into batches of at most ``most_tokens`` tokens (or one probe), to bound memory."""
+    """Split probes, in order, into waves of at most ``most_tokens`` tokens (or one probe), to bound memory."""
     wave: list[Probe] = []
     for probe in probes:
         if wave and sum(p.tokens for p in wave) + probe.tokens > most_tokens:
