@@ -23,8 +23,8 @@ from gptconvert.targets.saved_model.bundle import plan_bundle
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
 
 NAME, DIRECTORY = "tf", "saved_model"
-#: Generous size of the graph in bytes, constant and per layer (measured for GPT-2: 120 000 and 52 000); twice that with
-#: compiled twins.
+#: Generous size of the graph in bytes, constant and per layer (measured for GPT-2: 120 000 and 52 000); twice that
+#: with compiled twins.
 GRAPH_BYTES, LAYER_BYTES = 180_000, 60_000
 #: Weights that are looked up by row, and so never stored transposed.
 TABLES = ("wte.weight", "wpe.weight")
@@ -46,7 +46,7 @@ class BuiltGraph:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
-    """One export: the directory ``saved_model``, with ``saved_model.pb`` last, since it marks the directory as complete.
+    """One export: the directory ``saved_model``, with ``saved_model.pb`` last: it marks the directory as complete.
 
     TensorFlow starts only when the files are written.
 

@@ -31,7 +31,7 @@ from tests.commands import TRAINED
 from tests.families.bugs import BUGS, Bug
 from tests.families.witness import CASES, Case, gap, hf_outputs, inputs_of, our_outputs, reference
 from tests.helpers import ROOT
-from tests.targets.saved_model.support import file_bytes, turned, understood, write
+from tests.targets.saved_model.support import file_bytes, transposed, understood, write
 from tests.verify.exports import report_on
 
 pytestmark = pytest.mark.tensorflow
@@ -81,7 +81,7 @@ def test_every_family_and_head(name: str, shared: TensorFlowProcess, saved: Path
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)
 def test_half_width_storage(dtype: Any, shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
-    checkpoint = turned(understood(BY_NAME["gptj-text-generation"], saved, dtype))
+    checkpoint = transposed(understood(BY_NAME["gptj-text-generation"], saved, dtype))
     files = plan(checkpoint, Options())[0].files
     assert files[0].nbytes < 1.1 * checkpoint.nbytes
     report = verdict(checkpoint, write(tmp_path, files))
