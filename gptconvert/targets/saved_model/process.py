@@ -29,7 +29,7 @@ class TensorFlowError(Exception):
 
 
 def require_tensorflow() -> None:
-    """Raise :class:`UnsupportedError` unless TensorFlow is installed. Does not import it."""
+    """Raise :class:`UnsupportedError` unless TensorFlow is installed; do not import it."""
     if importlib.util.find_spec("tensorflow") is None:
         raise UnsupportedError(
             "TensorFlow is not installed, but is needed to build and run SavedModels",
