@@ -1,4 +1,4 @@
-"""Finds artifacts to verify in a directory for which there is no plan.
+"""Finds the artifacts to verify in a file or directory without a plan.
 
 Only ``gptconvert verify`` searches directories. A conversion verifies exactly the exports that it planned
 (:mod:`gptconvert.targets.verification`).

@@ -21,7 +21,7 @@ NOT_COMPARED = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
 def compare_checkpoints(
-    report: ArtifactReport, checkpoint: Checkpoint, source: Source, says: str, stage: Stage, *, planned: bool
+    report: ArtifactReport, checkpoint: Checkpoint, source: Source, location: str, stage: Stage, *, planned: bool
 ) -> ArtifactReport:
     """Compare a checkpoint with its export, read back.
 
@@ -29,7 +29,7 @@ def compare_checkpoints(
         report: filled in and returned.
         checkpoint: the original.
         source: the export.
-        says: where the export's configuration is stored; used in error messages.
+        location: where the export's configuration is stored; used in error messages.
         stage: receives progress.
         planned: whether ``checkpoint`` has its weights as they should be stored; if not, their type is inferred.
     """
@@ -40,7 +40,7 @@ def compare_checkpoints(
         return report
     expected, stored = checkpoint.config.as_dict(), found.config.as_dict()
     report.problems = [
-        f"{says}: {key} is {stored[key]!r}, the checkpoint has {expected[key]!r}"
+        f"{location}: {key} is {stored[key]!r}, the checkpoint has {expected[key]!r}"
         for key in expected
         if key not in NOT_COMPARED and expected[key] != stored[key]
     ]

@@ -104,7 +104,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """The gate. No artifact is no proof."""
+        """Whether all artifacts passed; false if there are none."""
         return bool(self.artifacts) and all(artifact.ok for artifact in self.artifacts)
 
     def as_dict(self, *, figures: bool = True) -> dict[str, object]:

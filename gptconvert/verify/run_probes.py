@@ -50,7 +50,7 @@ def feeds_of(probe: Probe, config: GPTConfig) -> Feeds:
 
 
 def whole(runner: Runner, probe: Probe, config: GPTConfig) -> Outputs:
-    """Run a whole probe at once."""
+    """Run a probe in one call."""
     return runner.run(feeds_of(probe, config), runner.kv_cache and probe.compare_presents)
 
 

@@ -132,7 +132,7 @@ def _trim_heap() -> None:
     """Return freed memory to the system. Small long-lived tensors (errors, outputs) keep glibc's heap from shrinking
     by itself, and every block would leave some of its temporaries behind.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 

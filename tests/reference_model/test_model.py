@@ -85,9 +85,9 @@ def test_chunks_add_up(family: str, cuts: tuple[int, ...], directory: Path) -> N
 def test_default_positions_count_the_masks_ones(task: str, directory: Path) -> None:
     inputs = inputs_of(task)
     model = witness.reference(understood(Case("gpt2", task), directory))
-    ours = our_outputs(model, inputs)
+    explicit = our_outputs(model, inputs)
     del inputs["position_ids"]
-    assert gap(our_outputs(model, inputs), ours, inputs["attention_mask"]) == 0
+    assert gap(our_outputs(model, inputs), explicit, inputs["attention_mask"]) == 0
 
 
 def test_padding_does_not_affect_classification(directory: Path) -> None:

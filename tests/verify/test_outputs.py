@@ -108,12 +108,12 @@ def test_hard_failures(checkpoint: Checkpoint, spoil: Spoil, words: str) -> None
 
 
 def test_runtime_error_fails_the_probe(checkpoint: Checkpoint) -> None:
-    def refuse(feeds: Feeds, out: Outputs) -> Outputs:
+    def fail(feeds: Feeds, out: Outputs) -> Outputs:
         if len(feeds.input_ids) > 1:
             raise RunError("batch of one only")
         return out
 
-    groups = judge(checkpoint, Spoiled(checkpoint, refuse))
+    groups = judge(checkpoint, Spoiled(checkpoint, fail))
     assert "holes: the run failed: batch of one only" in problems(groups)
     assert groups["length 7"].ok and not groups["left padding"].ok
 

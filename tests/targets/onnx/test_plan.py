@@ -72,18 +72,18 @@ def as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
     return {n.replace("present", "past_key_values"): v for n, v in outputs.items() if n.startswith("present.")}
 
 
-def shared(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+def shared(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
     """The expected outputs that the graph returns (without a cache, no keys and values)."""
-    assert {name for name in theirs if not name.startswith("present.")} <= set(ours)
-    return {name: value for name, value in theirs.items() if name in ours}
+    assert {name for name in expected if not name.startswith("present.")} <= set(actual)
+    return {name: value for name, value in expected.items() if name in actual}
 
 
 def noise(checkpoint: Checkpoint, inputs: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
     """The float32 reference model's rounding error."""
     import torch
 
-    ours = our_outputs(witness.reference(checkpoint, torch.float32), inputs)
-    return gap(ours, expected, inputs["attention_mask"])
+    actual = our_outputs(witness.reference(checkpoint, torch.float32), inputs)
+    return gap(actual, expected, inputs["attention_mask"])
 
 
 @pytest.mark.parametrize(
@@ -95,20 +95,20 @@ def noise(checkpoint: Checkpoint, inputs: Mapping[str, Any], expected: Mapping[s
 def test_equals_transformers(case: Case, kv_cache: bool, directory: Path, tmp_path: Path) -> None:
     """All outputs, keys and values, with padding on either side and holes in the mask."""
     inputs, checkpoint = inputs_of(case.task), understood(case, directory)
-    ours = run(session(checkpoint, tmp_path, kv_cache=kv_cache), inputs)
-    assert any(name.startswith("present.") for name in ours) == (kv_cache and case.task in CACHED_TASKS)
-    expected = shared(ours, hf_outputs(case, inputs))
+    actual = run(session(checkpoint, tmp_path, kv_cache=kv_cache), inputs)
+    assert any(name.startswith("present.") for name in actual) == (kv_cache and case.task in CACHED_TASKS)
+    expected = shared(actual, hf_outputs(case, inputs))
     allowed = TIMES * noise(checkpoint, inputs, expected) + ULPS
-    assert gap(ours, expected, inputs["attention_mask"]) < allowed < 1e-4
+    assert gap(actual, expected, inputs["attention_mask"]) < allowed < 1e-4
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_planted_bug_is_detected(bug: Bug, directory: Path, tmp_path: Path) -> None:
     inputs, right = inputs_of(bug.case.task), understood(bug.case, directory)
-    ours = run(session(bug.plant(right), tmp_path), inputs)
-    expected = shared(ours, hf_outputs(bug.case, inputs))
+    actual = run(session(bug.plant(right), tmp_path), inputs)
+    expected = shared(actual, hf_outputs(bug.case, inputs))
     allowed = TIMES * noise(right, inputs, expected) + ULPS
-    assert gap(ours, expected, inputs["attention_mask"]) > 4 * allowed
+    assert gap(actual, expected, inputs["attention_mask"]) > 4 * allowed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,9 +126,9 @@ def test_bug_in_the_graph_is_detected(
 
     inputs, checkpoint = inputs_of("text-generation"), understood(Case(family), directory)
     monkeypatch.setattr(graph, "Builder", Later)
-    ours = run(session(checkpoint, tmp_path), inputs)
-    expected = shared(ours, hf_outputs(Case(family), inputs))
-    assert gap(ours, expected, inputs["attention_mask"]) > 1e-3
+    actual = run(session(checkpoint, tmp_path), inputs)
+    expected = shared(actual, hf_outputs(Case(family), inputs))
+    assert gap(actual, expected, inputs["attention_mask"]) > 1e-3
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5, 9), (1, 2, 3, 16)], ids=str)
@@ -153,9 +153,9 @@ def test_chunks_add_up(family: str, cuts: tuple[int, ...], directory: Path, tmp_
 def test_any_batch_and_length(family: str, shape: tuple[int, int], directory: Path, tmp_path: Path) -> None:
     """One token, one sequence, the whole context (longer than GPT-Neo's window)."""
     inputs, checkpoint = witness.batch(mask=np.ones(shape, np.int64)), understood(Case(family), directory)
-    ours = run(session(checkpoint, tmp_path), inputs)
-    expected = shared(ours, hf_outputs(Case(family), inputs))
-    assert gap(ours, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
+    actual = run(session(checkpoint, tmp_path), inputs)
+    expected = shared(actual, hf_outputs(Case(family), inputs))
+    assert gap(actual, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=["fp16", "bf16"])
@@ -166,9 +166,9 @@ def test_half_precision_weights_are_computed_in_float32(
     whole = understood(case, directory)
     halved = dataclasses.replace(whole, weights={n: cast(w, dtype) for n, w in whole.weights.items()})
     inputs = inputs_of(case.task)
-    ours = run(session(halved, tmp_path), inputs)
-    expected = shared(ours, our_outputs(witness.reference(halved), inputs))
-    assert gap(ours, expected, inputs["attention_mask"]) < TIMES * noise(halved, inputs, expected) + ULPS
+    actual = run(session(halved, tmp_path), inputs)
+    expected = shared(actual, our_outputs(witness.reference(halved), inputs))
+    assert gap(actual, expected, inputs["attention_mask"]) < TIMES * noise(halved, inputs, expected) + ULPS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,9 +194,9 @@ def test_every_opset(opset: int, directory: Path, tmp_path: Path) -> None:
     ):
         inputs, checkpoint = inputs_of(case.task), understood(case, directory)
         where = tmp_path / str(case)
-        ours = run(session(checkpoint, where, opset=opset), inputs)
-        expected = shared(ours, hf_outputs(case, inputs))
-        assert gap(ours, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
+        actual = run(session(checkpoint, where, opset=opset), inputs)
+        expected = shared(actual, hf_outputs(case, inputs))
+        assert gap(actual, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
         model = onnx_model(where / "onnx/model.onnx")
         assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
         assert model.ir_version == IR_VERSION
@@ -318,13 +318,13 @@ def test_blocks_can_be_tapped(family: str, directory: Path, tmp_path: Path) -> N
     import onnxruntime
 
     opened = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    ours = run(opened, inputs)
+    actual = run(opened, inputs)
     reference, taps = witness.reference(checkpoint), []
     for block in reference.h:
         block.register_forward_hook(lambda _, __, output: taps.append(output[0].numpy()))
     with torch.no_grad():
         our_outputs(reference, inputs)
-    found = {name: ours[name].reshape(4, 17, -1) for name in blocks}
+    found = {name: actual[name].reshape(4, 17, -1) for name in blocks}
     assert gap(found, dict(zip(blocks, taps, strict=True)), inputs["attention_mask"]) < 1e-5
 
 

@@ -72,11 +72,11 @@ def test_every_family_and_head(name: str, shared: TensorFlowProcess, saved: Path
     feeds = {name: inputs[name] for name in INPUTS[case.task] if name != "position_ids"}
     import torch
 
-    theirs = hf_outputs(case, inputs)
-    ours = shared.run("serving_default", feeds)
-    theirs = {name: value for name, value in theirs.items() if name in ours}
-    noise = gap(our_outputs(reference(checkpoint, torch.float32), inputs), theirs, inputs["attention_mask"])
-    assert gap(ours, theirs, inputs["attention_mask"]) <= TIMES * noise + ULPS
+    expected = hf_outputs(case, inputs)
+    actual = shared.run("serving_default", feeds)
+    expected = {name: value for name, value in expected.items() if name in actual}
+    noise = gap(our_outputs(reference(checkpoint, torch.float32), inputs), expected, inputs["attention_mask"])
+    assert gap(actual, expected, inputs["attention_mask"]) <= TIMES * noise + ULPS
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)
@@ -130,7 +130,7 @@ def test_one_flipped_byte_is_named(shared: TensorFlowProcess, saved: Path, tmp_p
     ]
 
 
-def test_wrong_checksum_is_refused_by_tensorflow(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+def test_wrong_checksum_is_rejected_by_tensorflow(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
     checkpoint = understood(LM, saved)
     files = plan(checkpoint, Options())[0].files
     path = write(tmp_path, files)
@@ -203,7 +203,7 @@ def test_layers_are_stored_once(shared: TensorFlowProcess, saved: Path) -> None:
         assert graph.count(b"Gelu/Tanh\x12\x04Tanh") == 1
 
 
-def test_integers_are_refused(shared: TensorFlowProcess, saved: Path) -> None:
+def test_integer_weights_are_rejected(shared: TensorFlowProcess, saved: Path) -> None:
     checkpoint = understood(LM, saved)
     weights = {
         **checkpoint.weights,

@@ -155,7 +155,7 @@ def test_last_position_is_allowed(loaded: TensorFlowProcess) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"input_ids": [[1, 97]]}, "input_ids must lie between 0 and 96"),
         ({"input_ids": [[-1, 2]]}, "input_ids must lie between 0 and 96"),
@@ -168,8 +168,8 @@ def test_last_position_is_allowed(loaded: TensorFlowProcess) -> None:
         ({"input_ids": np.array([[1, 2]], np.int32)}, "int32"),
     ],
 )
-def test_decode_rejects(changes: dict[str, Any], said: str, loaded: TensorFlowProcess) -> None:
-    with pytest.raises(TensorFlowError, match=said):
+def test_decode_rejects(changes: dict[str, Any], message: str, loaded: TensorFlowProcess) -> None:
+    with pytest.raises(TensorFlowError, match=message):
         loaded.run("decode", decode_feeds(**changes))
 
 
@@ -180,16 +180,16 @@ def test_serving_rejects_more_than_the_context(loaded: TensorFlowProcess) -> Non
 
 
 @pytest.mark.parametrize(
-    ("length", "new", "temperature", "said"),
+    ("length", "new", "temperature", "message"),
     [
         (CONTEXT, 1, 0.0, "the prompt fills the context of 40 tokens"),
         (3, 0, 0.0, "max_new_tokens must be at least 1"),
         (3, 1, -1.0, "temperature must not be negative"),
     ],
 )
-def test_generate_rejects(length: int, new: int, temperature: float, said: str, loaded: TensorFlowProcess) -> None:
+def test_generate_rejects(length: int, new: int, temperature: float, message: str, loaded: TensorFlowProcess) -> None:
     ids = np.ones((1, length), np.int64)
-    with pytest.raises(TensorFlowError, match=said):
+    with pytest.raises(TensorFlowError, match=message):
         generate(loaded, ids, ids, new, temperature)
 
 
