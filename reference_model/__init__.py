@@ -1,4 +1,4 @@
-"""The executable specification: one description of a GPT (`config`) and one PyTorch model of it (`model`)."""
+"""The executable specification: a description of GPT architectures (`config`) and a PyTorch model (`model`)."""
 
 from reference_model.config import ConfigError, GPTConfig, Rotary
 

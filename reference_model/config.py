@@ -1,6 +1,6 @@
-"""GPTConfig: the one description of an architecture. No torch here.
+"""GPTConfig: the description of an architecture. Does not import torch.
 
-It describes and never assumes: everything in which GPT-1, GPT-2, GPT-Neo, GPT-J and GPT-NeoX differ is a field.
+Nothing is assumed: every difference between GPT-1, GPT-2, GPT-Neo, GPT-J and GPT-NeoX is a field.
 Symbols used in shapes throughout the project: V vocab_size, C n_ctx, D n_embd, L n_layer, H n_head, F n_inner,
 hd = D / H, B batch, S new tokens, P past tokens, T = P + S, K n_labels.
 """
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-#: Activations by exact formula, not by the name a framework gives them.
+#: Activations, named by formula: frameworks use the same name for different formulas.
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "silu", "tanh")
-#: What each task gives out, by the names Hugging Face's ONNX exporter uses. Every graph and the verifier read this.
+#: Outputs of each task, as named by Hugging Face's ONNX exporter. All graphs and the verifier use this table.
 OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "text-generation": ("logits",),  # [B, S, V]
     "feature-extraction": ("last_hidden_state",),  # [B, S, D]
@@ -23,8 +23,8 @@ OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "question-answering": ("start_logits", "end_logits"),  # [B, S] each
     "multiple-choice": ("logits", "mc_logits"),  # [B, choices, S, V], [B, choices]
 }
-#: What each task takes in besides past keys and values. Where there is no ``position_ids``, positions count the
-#: attention mask's ones.
+#: Inputs of each task besides past keys and values. Without ``position_ids``, positions count the attention mask's
+#: ones.
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "text-generation": ("input_ids", "attention_mask", "position_ids"),
     "feature-extraction": ("input_ids", "attention_mask", "position_ids"),
@@ -34,9 +34,9 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "multiple-choice": ("input_ids", "attention_mask", "mc_token_ids"),
 }
 TASKS = tuple(OUTPUTS)
-#: Tasks that are run token after token, so that keys and values are worth keeping.
+#: Tasks that run token by token, for which caching keys and values pays.
 CACHED_TASKS = frozenset({"text-generation", "feature-extraction"})
-#: Tasks whose number of labels is the checkpoint's choice.
+#: Tasks whose number of labels depends on the checkpoint.
 LABELLED_TASKS = frozenset({"text-classification", "token-classification"})
 
 NormPosition = Literal["pre", "post"]
@@ -45,7 +45,13 @@ MAX_SIZE = 1 << 31
 
 
 class ConfigError(ValueError):
-    """A configuration no model can have. ``key`` names the field, ``value`` what it held."""
+    """An impossible configuration.
+
+    Attributes:
+        key: name of the field.
+        value: its value.
+        why: why the value is impossible.
+    """
 
     def __init__(self, key: str, value: object, why: str) -> None:
         super().__init__(f"{key} = {value!r}: {why}")
@@ -56,7 +62,10 @@ class ConfigError(ValueError):
 class Rotary:
     """Rotary positions (Su et al. 2021) on the first ``dim`` features of each head.
 
-    ``interleaved``: pairs are (0,1), (2,3) … as in GPT-J; else (0, dim/2), (1, dim/2+1) … as in GPT-NeoX.
+    Attributes:
+        dim: number of rotated features, even.
+        base: of the frequencies.
+        interleaved: whether pairs are (0,1), (2,3) … as in GPT-J, or (0, dim/2), (1, dim/2+1) … as in GPT-NeoX.
     """
 
     dim: int
@@ -76,13 +85,13 @@ class GPTConfig:
             both branches read ln_1 (GPT-J).
         rotary: None for learned positions.
         activation: one of :data:`ACTIVATIONS`.
-        attn_scale: what query·key is multiplied by, per layer.
-        attn_window: how many keys, itself included, a query sees, per layer; None: all.
-        tied_head: the language-model head is the token embedding.
+        attn_scale: factor of query·key, per layer.
+        attn_window: how many keys a query sees, its own included, per layer; None for all.
+        tied_head: whether the language-model head is the token embedding.
         head_bias: whether the language-model head has a bias.
         task: one of :data:`TASKS`.
-        n_labels: K; 0 where the task has no labels.
-        pad_token_id: the token that text classification looks for; None: the last position is classified.
+        n_labels: K; 0 if the task has no labels.
+        pad_token_id: text classification classifies the last other token; None to classify the last position.
     """
 
     family: str
@@ -120,7 +129,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ConfigError("n_head", self.n_head, f"does not divide n_embd = {self.n_embd}")
         if not 0 < self.norm_eps < 1:
-            raise ConfigError("norm_eps", self.norm_eps, "must lie between 0 and 1")
+            raise ConfigError("norm_eps", self.norm_eps, "must be between 0 and 1")
         if self.activation not in ACTIVATIONS:
             raise ConfigError("activation", self.activation, f"must be one of {', '.join(ACTIVATIONS)}")
         if self.task not in TASKS:
@@ -134,7 +143,7 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        """hd."""
+        """Features per head, hd."""
         return self.n_embd // self.n_head
 
     @property

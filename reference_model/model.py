@@ -1,13 +1,13 @@
-"""The reference GPT: what a checkpoint computes, in PyTorch, one file for all families.
+"""The reference GPT: defines what a checkpoint computes, in PyTorch, in one file for all families.
 
 Sources: GPT-1 (Radford et al. 2018; openai/finetune-transformer-lm), GPT-2 (Radford et al. 2019;
 openai/gpt-2 src/model.py), GPT-Neo (EleutherAI/gpt-neo), GPT-J (kingoflolz/mesh-transformer-jax),
 GPT-NeoX (Black et al. 2022; EleutherAI/gpt-neox), rotary positions (Su et al. 2021).
 
-Written to be read beside ``gptconvert/targets/onnx/graph.py``, which tells the same story in the same order.
+Read it beside ``gptconvert/targets/onnx/graph.py``: the same functions in the same order under the same names.
 Shapes: B batch, S new tokens, P past tokens, T = P + S, D n_embd, H heads, hd = D / H, F n_inner, V vocabulary.
-Token ids outside the vocabulary raise ``IndexError``, and so do learned positions from n_ctx on. Rotary positions
-are a formula, not a table: they go on past n_ctx, with results the model was never trained for.
+Token ids outside the vocabulary and learned positions from n_ctx on raise ``IndexError``. Rotary positions are
+computed, not looked up: they continue past n_ctx, where the model was never trained.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def default_positions(attention_mask: Tensor, new_tokens: int) -> Tensor:
-    """Positions that count real tokens only: [B, T] mask → [B, S]. Padding before the first gets 0."""
+    """Positions that count real tokens only: [B, T] mask → [B, S]. Leading padding gets 0."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -new_tokens:]  # (B, S)
 
 
 def visible(attention_mask: Tensor, new_tokens: int, window: int | None) -> Tensor:
-    """Which key each new query may see: [B, T] 0/1 mask → bool [B, 1, S, T].
+    """Which keys each new query sees: [B, T] 0/1 mask → bool [B, 1, S, T].
 
     A query at absolute index q sees key k iff k <= q, the mask has k, and q - k < window.
     """
@@ -53,7 +53,7 @@ def visible(attention_mask: Tensor, new_tokens: int, window: int | None) -> Tens
 
 
 def rotary_angles(rotary: Rotary, position_ids: Tensor, dtype: torch.dtype) -> KeyValue:
-    """(cos, sin), each [B, 1, S, dim], laid out for the pairing that ``rotary`` says."""
+    """(cos, sin), each [B, 1, S, dim], laid out for the pairing of ``rotary``."""
     exponent = torch.arange(0, rotary.dim, 2, dtype=torch.float64) / rotary.dim  # (dim/2)
     angle = position_ids[:, None, :, None].double() * rotary.base**-exponent  # (B, 1, S, dim/2)
     angle = angle.repeat_interleave(2, -1) if rotary.interleaved else torch.cat((angle, angle), -1)
@@ -74,7 +74,7 @@ def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-    """What each new token takes from those it sees: scaled q, and k, v [B, H, S, hd] → [B, H, S, hd].
+    """Attention of each new token to those it sees: scaled q, and k, v [B, H, S, hd] → [B, H, S, hd].
 
     Also returns past and new keys and values, [B, H, T, hd] each.
     """
@@ -89,7 +89,7 @@ class Attention(nn.Module):
     """Multi-head self-attention over past and new tokens.
 
     Attributes:
-        attend: the only place where tokens meet; replaced where unrelated sequences lie side by side.
+        attend: the only step that mixes tokens; replaced to run several sequences packed into one.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -132,7 +132,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, joined as the configuration says."""
+    """One layer: attention and MLP, combined as configured."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token vectors, plus position vectors where positions are learned."""
+    """Token vectors, plus position vectors if positions are learned."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """What comes after the last block: the final norm and the task's projection."""
+    """The layers after the last block: the final norm and the task's projection."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Head(nn.Module):
         return dict(zip(OUTPUTS[self.config.task], PROJECTIONS[self.config.task](self, x), strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The first of :meth:`per_token`: for a language model, logits [B, S, V]."""
+        """The first output of :meth:`per_token`: for a language model, logits [B, S, V]."""
         return next(iter(self.per_token(x).values()))
 
 
@@ -221,13 +221,13 @@ PROJECTIONS: Mapping[str, Callable[[Head, Tensor], tuple[Tensor, ...]]] = {
 def pooled(
     config: GPTConfig, values: Mapping[str, Tensor], input_ids: Tensor, mc_token_ids: Tensor
 ) -> dict[str, Tensor]:
-    """What a task gives out of :meth:`Head.per_token`'s [B, S, width]; shapes in ``config.OUTPUTS``.
+    """The task's outputs from :meth:`Head.per_token`'s [B, S, width]; shapes in ``config.OUTPUTS``.
 
     Args:
-        config: the model's.
-        values: what :meth:`Head.per_token` gave.
+        config: of the model.
+        values: outputs of :meth:`Head.per_token`.
         input_ids: [B, S].
-        mc_token_ids: which token scores a choice, [B / choices, choices]; read for multiple-choice alone.
+        mc_token_ids: index of the token that scores a choice, [B / choices, choices]; only for multiple-choice.
     """
     if config.task == "text-classification":
         last = last_real(input_ids, config.pad_token_id)  # (B)
@@ -247,8 +247,8 @@ def pooled(
 def last_real(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
     """Index of the last token that is not padding: [B, S] → [B].
 
-    Padding, on either side, is known by its id. Without a padding id it is the last token, whatever it is; in a
-    sequence of padding alone it is the first. (transformers does the same, and refuses a batch without an id.)
+    Padding, on either side, is detected by its id. Without a padding id it is the last token; if all tokens are
+    padding, the first. (transformers does the same, and rejects a batch without a padding id.)
     """
     batch, new_tokens = input_ids.shape
     if pad_token_id is None:
@@ -262,7 +262,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """A whole model: embedding, blocks, head. Each part also runs alone, for one-block-at-a-time passes."""
+    """A whole model: embedding, blocks, head. Each part also runs alone, for passes over one block at a time."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor]) -> GPT:
-        """A model whose parameters *are* ``weights`` (canonical names), without a second copy of them.
+        """A model whose parameters are ``weights`` (by canonical name) themselves, not copies.
 
         Raises:
             KeyError: a weight is missing.
@@ -294,11 +294,11 @@ class GPT(nn.Module):
         """All outputs of the task and every layer's keys and values.
 
         Args:
-            input_ids: [B, S]; [B, choices, S] for multiple-choice, and so for the next two.
-            attention_mask: [B, T] of 0 and 1 in any pattern; default all ones.
-            position_ids: [B, S]; default counts the mask's ones.
-            past: per layer keys and values [B, H, P, hd].
-            mc_token_ids: [B, choices], for multiple-choice; default the last token of each choice.
+            input_ids: [B, S]; for multiple-choice [B, choices, S], and likewise the next two.
+            attention_mask: [B, T] of 0 and 1 in any pattern; all ones by default.
+            position_ids: [B, S]; by default, they count the mask's ones.
+            past: keys and values [B, H, P, hd] of each layer.
+            mc_token_ids: [B, choices], for multiple-choice; by default, the last token of each choice.
 
         Returns:
             outputs by name (``config.OUTPUTS``) and, per layer, keys and values [B, H, T, hd].
@@ -334,13 +334,13 @@ class GPT(nn.Module):
 
 
 def canonical_name(parameter: str, config: GPTConfig) -> str:
-    """The checkpoint's name of a parameter of :class:`GPT` (the head of a tied model is the embedding)."""
+    """The canonical name of a parameter of :class:`GPT` (a tied head is the token embedding)."""
     if parameter == "head.lm_head.weight" and config.tied_head:
         return "wte.weight"
     return parameter.removeprefix("embedding.").removeprefix("head.")
 
 
 def fill(module: nn.Module, weight: Callable[[str], Tensor], config: GPTConfig, prefix: str = "") -> None:
-    """Give every parameter of ``module`` (a part of :class:`GPT` named ``prefix``) its weight, uncopied."""
+    """Load every parameter of ``module`` (the part of :class:`GPT` under ``prefix``) without copying."""
     state = {name: weight(canonical_name(prefix + name, config)) for name, _ in module.named_parameters()}
     module.load_state_dict(state, assign=True)

@@ -1,1 +1,1 @@
-"""Text generation with an export."""
+"""Text generation with an exported model."""

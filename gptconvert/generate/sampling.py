@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020)."""
+"""Choosing the next token: greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Options for choosing tokens.
 
     Attributes:
-        max_new_tokens: upper bound of tokens to add.
+        max_new_tokens: most tokens to add.
         temperature: divides the logits; 0 is greedy.
-        top_k: keep this many best tokens; None: all.
-        top_p: keep the smallest set of best tokens whose probabilities reach this; None: all.
-        seed: of the generator.
+        top_k: keep this many best tokens; None for all.
+        top_p: keep the smallest set of best tokens whose probabilities add up to this; None for all.
+        seed: of the random generator.
     """
 
     max_new_tokens: int = 50
@@ -30,7 +30,7 @@ class Sampling:
 
 
 def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> int:
-    """The next token from logits [V]."""
+    """Choose the next token from logits [V]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature  # [V]

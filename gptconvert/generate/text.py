@@ -1,6 +1,6 @@
-"""Continue a text with an exported model: the smallest honest use of an artifact.
+"""Continues a text with an exported model.
 
-Greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020) from a seeded generator, in that order.
+Greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020), in that order, from a seeded generator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptconvert.targets.target import Runtime
 def continuation(
     runtime: Runtime, prompt: Sequence[int], sampling: Sampling, stop: int | None = None
 ) -> Iterator[int]:
-    """New token ids, one by one, until ``stop``, the limit asked for, or the end of the context."""
+    """Yield new token ids until ``stop``, the limit of ``sampling``, or the end of the context."""
     random = np.random.default_rng(sampling.seed)
     ids: Sequence[int] = prompt
     for _ in range(min(sampling.max_new_tokens, runtime.n_ctx - len(prompt))):
@@ -40,7 +40,7 @@ class Continued:
 
     Attributes:
         prompt: the prompt's token ids.
-        pieces: text as it comes; concatenated it is the continuation.
+        pieces: pieces of text, generated when consumed; concatenated, they are the continuation.
         ids: new token ids, filled while ``pieces`` is consumed.
     """
 
@@ -62,8 +62,8 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     tokenizer_path = os.path.join(directory, "tokenizer.json")
     config = _read_json(os.path.join(directory, "config.json"))
     if not os.path.isfile(tokenizer_path):
-        hint = "the checkpoint had no tokenizer files; put the model's tokenizer.json there"
-        raise InputError("no tokenizer.json, so text cannot be turned into tokens", path=directory, hint=hint)
+        hint = "the checkpoint had no tokenizer files; copy the model's tokenizer.json there"
+        raise InputError("no tokenizer.json, so text cannot be tokenized", path=directory, hint=hint)
     try:
         tokenizer = Tokenizer.from_file(tokenizer_path)
     except Exception as error:
@@ -72,7 +72,7 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     eos = config.get("eos_token_id")
     stop = eos if isinstance(eos, int) else None
     if not ids and stop is not None:
-        ids = [stop]  # GPT-2 starts a text after the end of another
+        ids = [stop]  # GPT-2 begins each text after the end of another
     if not ids:
         raise UsageError("the prompt is empty, and the model has no token to start with")
     n_ctx = context_length(config)
@@ -86,7 +86,7 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
         with closing(loaded):
             for token in continuation(loaded, ids, sampling, stop):
                 new.append(token)
-                # With the prompt before it: GPT-1's words have a space before them unless they begin a text.
+                # Decode the prompt too: GPT-1 puts a space before a word unless it begins the text.
                 text = tokenizer.decode([*ids, *new], skip_special_tokens=False)
                 if not text.endswith("\ufffd"):  # a character may need several tokens
                     yield text[len(shown) :]
@@ -102,7 +102,7 @@ def _load(directory: str, config: Mapping[str, object], runtime: str) -> Runtime
         raise UsageError("no such runtime", item="--runtime", expected=f"one of {', '.join(RUNTIMES)}", found=runtime)
     load = target_named(RUNTIMES[runtime]).load
     if load is None:
-        raise UsageError(f"nothing runs {RUNTIMES[runtime]} exports", item="--runtime")
+        raise UsageError(f"{RUNTIMES[runtime]} exports cannot be run", item="--runtime")
     return load(directory, config)
 
 

@@ -1,1 +1,1 @@
-"""Output formats, one folder each: plan, verify, run, and what the model card says."""
+"""Output formats, one folder each: plan, verify, run, and model card snippets."""

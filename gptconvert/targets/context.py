@@ -1,4 +1,4 @@
-"""What running an export needs of its config.json."""
+"""The part of config.json that running an export needs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from gptconvert.errors import InputError
 
 
 def context_length(config: Mapping[str, object]) -> int:
-    """The longest sequence a config.json allows."""
+    """The longest sequence that a config.json allows.
+
+    Raises:
+        InputError: the config.json has no context length.
+    """
     for key in ("n_positions", "n_ctx", "max_position_embeddings"):
         value = config.get(key)
         if isinstance(value, int) and value > 0:
             return value
-    raise InputError("config.json names no context length", expected="n_positions or max_position_embeddings")
+    raise InputError("config.json has no context length", expected="n_positions or max_position_embeddings")

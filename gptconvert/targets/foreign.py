@@ -1,7 +1,7 @@
-"""What can be verified in a directory that somebody else wrote, or that is looked at again without its plan.
+"""Finds the artifacts to verify in a file or directory without a plan.
 
-Only ``gptconvert verify`` searches a directory. A conversion verifies the exports it planned
-(:mod:`gptconvert.targets.verification`), wherever else something lies.
+Only ``gptconvert verify`` searches directories. A conversion verifies exactly the exports that it planned
+(:mod:`gptconvert.targets.verification`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.openai_tf.verify import is_openai_folder
 from gptconvert.targets.target import Candidate
 
-#: Files that announce safetensors weights.
+#: Files that identify safetensors weights.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
 #: Target, path of the artifact, path for reports.
@@ -22,19 +22,19 @@ Found = tuple[str, str, str]
 
 
 def find_candidates(checkpoint: Checkpoint, path: str) -> list[Candidate]:
-    """Everything at ``path`` that can be held against a checkpoint: a file, or a directory and its subdirectories.
+    """Artifacts at ``path`` that can be compared with a checkpoint: a file, or those in a directory.
 
     Raises:
-        UnsupportedError: there is nothing.
+        UnsupportedError: there are none.
     """
     found = list(_in_directory(path) if os.path.isdir(path) else _file(path))
     if not found:
         raise UnsupportedError(
-            "nothing here can be verified",
+            "no artifact to verify",
             path=path,
             expected=f"*.onnx, onnx/*.onnx, {' or '.join(SAFETENSORS)}, saved_model/",
         )
-    return [Candidate(target, place, shown_as, checkpoint) for target, place, shown_as in found]
+    return [Candidate(target, artifact, shown_as, checkpoint) for target, artifact, shown_as in found]
 
 
 def _file(path: str) -> Iterator[Found]:
@@ -46,7 +46,7 @@ def _file(path: str) -> Iterator[Found]:
 def _in_directory(path: str) -> Iterator[Found]:
     found = [*_graphs_and_weights(path), *_saved_models(path)]
     yield from found
-    # A directory may itself be OpenAI's; their files beside another artifact are part of that one.
+    # A directory may itself hold OpenAI's files; beside another artifact they are part of that one.
     for folder in (os.path.join(path, "openai-tf"), *([] if found else [path])):
         if is_openai_folder(folder):
             yield "openai-tf", folder, os.path.basename(folder)

@@ -1,4 +1,4 @@
-"""The targets, listed once. A target's module is imported on first use."""
+"""The list of targets. A target's module is imported on first use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the command line reads the names below, and must start fast
     from gptconvert.model.checkpoint import Checkpoint
     from gptconvert.targets.target import Target
 
-#: ``--to`` name → module that holds its ``TARGET``.
+#: ``--to`` name → module that defines its ``TARGET``.
 TARGETS: Mapping[str, str] = {
     "onnx": "gptconvert.targets.onnx.target",
     "safetensors": "gptconvert.targets.safetensors.target",
@@ -35,7 +35,7 @@ def target_named(name: str) -> Target:
     """A target by its ``--to`` name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no such target.
     """
     if name not in TARGETS:
         raise UsageError(f"no target {name!r}", item="--to", expected=f"one of {', '.join(TARGETS)}", found=name)
@@ -43,11 +43,11 @@ def target_named(name: str) -> Target:
 
 
 def targets_for(names: Iterable[str], checkpoint: Checkpoint) -> list[Target]:
-    """The targets of these names, each able to write the checkpoint here.
+    """The targets of these names, each checked to be able to write the checkpoint.
 
     Raises:
         UsageError: no such target.
-        UnsupportedError: a package is missing, or the format has no place for the family.
+        UnsupportedError: a package is missing, or the format cannot express the family.
     """
     targets = [target_named(name) for name in dict.fromkeys(names)]
     for target in targets:

@@ -1,4 +1,4 @@
-"""What a target is: everything the rest of the program needs to know of one output format."""
+"""The interface of a target: one output format, as the rest of the program uses it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An artifact on disk, and what it is held against.
+    """An artifact on disk, and the checkpoint to compare it with.
 
     Attributes:
-        target: that it is of.
+        target: name of its target.
         path: of the artifact: a graph file, a directory, or the directory of the weights files.
-        shown_as: the path for reports, relative to what was asked for.
-        checkpoint: the original; with its weights as stored, if ``export`` is there.
-        export: what was planned; None: somebody else's artifact, of which nothing is known but its bytes.
+        shown_as: path in reports, relative to the path being verified.
+        checkpoint: the original; with its weights as stored, if ``export`` is given.
+        export: its plan; None for an artifact of unknown origin.
     """
 
     target: str
@@ -49,7 +49,7 @@ class Runtime(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what is held."""
+        """Release its resources."""
         ...
 
 
@@ -58,13 +58,13 @@ Verifier = Callable[[Candidate, Level, Stage], ArtifactReport]
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the model card is written from.
+    """Facts for the model card.
 
     Attributes:
         checkpoint: as exported.
-        exports: what was exported.
-        options: the user's choices.
-        files: path → bytes, of the other files in the directory.
+        exports: the exports.
+        options: the user's options.
+        files: path → size in bytes, of the other files in the directory.
     """
 
     checkpoint: Checkpoint
@@ -79,22 +79,22 @@ class CardFacts:
 
     @property
     def tokenized(self) -> bool:
-        """Whether a tokenizer is there."""
+        """Whether a tokenizer is included."""
         return "tokenizer.json" in self.files
 
     def of(self, target: str) -> Export | None:
-        """The first export of a target."""
+        """The first export of a target; None if it has none."""
         return next((export for export in self.exports if export.target == target), None)
 
 
 @dataclass(frozen=True)
 class Snippet:
-    """How one library loads the artifact.
+    """Code that loads the artifact with one library.
 
     Attributes:
-        title: of the library.
+        title: name of the library.
         language: of the code block.
-        code: for these facts; None: this library cannot load it.
+        code: returns the code for given facts; None if the library cannot load the artifact.
     """
 
     title: str
@@ -110,19 +110,19 @@ class Target:
         name: as in ``--to``.
         title: in lists of formats.
         short_title: in the model card.
-        plan: its exports of a checkpoint, before any weight is read.
-        verify: holds an artifact against its checkpoint, from the bytes on disk.
-        runs: whether ``verify`` runs the artifact; else it compares bytes alone.
-        load: the artifact in a directory, with its config.json, as a :class:`Runtime`; None: nothing runs it.
-        check_continuation: holds another artifact's greedy text against one of this target that has passed.
-        snippets: of the model card.
+        plan: returns its exports of a checkpoint, without reading weights.
+        verify: compares an artifact with its checkpoint, from the bytes on disk.
+        runs: whether ``verify`` runs the artifact; if not, it only compares bytes.
+        load: loads the artifact in a directory, with its config.json, as a :class:`Runtime`; None if nothing can.
+        check_continuation: checks another artifact's greedy text with one of this target that has passed.
+        snippets: for the model card.
         library: the hub's name of the library that loads it.
-        requires: (module, extra) that must be installed.
-        families: names of the families it can express; empty: all.
-        libraries: installed distributions that have a hand in the bytes.
+        requires: (module, extra) pairs that must be installed.
+        families: names of the families it can express; empty for all.
+        libraries: distributions whose versions may affect the bytes.
 
     Raises:
-        TypeError: there is no verifier.
+        TypeError: ``verify`` is not callable.
     """
 
     name: str
@@ -141,4 +141,4 @@ class Target:
 
     def __post_init__(self) -> None:
         if not callable(self.verify):
-            raise TypeError(f"target {self.name!r} has no verifier: nothing it writes could be published")
+            raise TypeError(f"target {self.name!r} has no verifier, so its exports could not be published")

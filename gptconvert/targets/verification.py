@@ -1,4 +1,4 @@
-"""The gate: every export of a plan is held against its checkpoint, and each needs a passing report of its own."""
+"""The gate: every export of a plan is compared with its checkpoint and needs a passing report of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def verify_exports(
     *,
     target_of: Callable[[str], Target] = target_named,
 ) -> Report:
-    """Verify everything that was planned, as it now is in ``directory``.
+    """Verify all planned exports from the files in ``directory``.
 
     Raises:
         VerificationError: an export has no report.
@@ -46,17 +46,17 @@ def verify_exports(
 
 
 def require_complete(exports: Sequence[Export], report: Report) -> None:
-    """Every export has one report of its own.
+    """Check that every export has a report of its own.
 
     Raises:
-        VerificationError: some have none; all are named.
+        VerificationError: some have none; all of them are listed.
     """
     reported = {(found.kind, found.path) for found in report.artifacts}
     missing = [export for export in exports if (export.target, export.path) not in reported]
     if missing:
         raise VerificationError(
             f"not verified: {', '.join(export.path for export in missing)}",
-            hint="nothing was published; this is a fault of gptconvert, so please report it",
+            hint="nothing was published; this is a bug in gptconvert, so please report it",
         )
 
 
@@ -67,25 +67,25 @@ def verify(
     *,
     target_of: Callable[[str], Target] = target_named,
 ) -> Report:
-    """Hold artifacts against the checkpoints they came from.
+    """Compare artifacts with the checkpoints they came from.
 
-    A failed gate is not an exception: ``Report.passed`` is False.
+    A failed comparison does not raise: ``Report.passed`` is False.
 
     Args:
-        candidates: what to verify.
-        level: ``default``, or ``full``: prompts up to the whole context too.
+        candidates: the artifacts to verify.
+        level: ``default``, or ``full``, with prompts as long as the context too.
         progress: receives stages.
-        target_of: target name → how it is verified.
+        target_of: target name → target.
 
     Raises:
         InputError: an artifact cannot be read or loaded, or the checkpoint itself computes NaN.
         UsageError: no such level.
-        UnsupportedError: an artifact's inputs or outputs are not known.
+        UnsupportedError: an artifact's inputs or outputs are unknown.
         UnsafeInputError: an artifact refers to files outside its directory.
     """
     known: Mapping[str, Level] = {"default": "default", "full": "full"}
     if level not in known:
-        raise UsageError("no such level of verification", expected=" or ".join(known), found=level)
+        raise UsageError("no such verification level", expected=" or ".join(known), found=level)
     stage = _stages(progress)
 
     def judge(candidate: Candidate, stage: Stage) -> ArtifactReport:
@@ -93,7 +93,7 @@ def verify(
         found = target_of(candidate.target).verify(candidate, known[level], stage)
         return dataclasses.replace(found, seconds=time.monotonic() - started)
 
-    # Comparing bytes waits for the disk; it goes on in the background while others run.
+    # Comparing bytes waits for the disk, so it runs in the background while the other artifacts run.
     run = [c for c in candidates if target_of(c.target).runs] or list(candidates)
     rest = [c for c in candidates if c not in run]
     with in_background(lambda stop: [judge(candidate, _until(stop)) for candidate in rest]) as compared:
@@ -108,7 +108,7 @@ def verify(
 def _check_continuations(
     candidates: Sequence[Candidate], report: Report, stage: Stage, target_of: Callable[[str], Target]
 ) -> None:
-    """Hold what an artifact generated greedily against the first other one that can judge it, if both passed."""
+    """Check each greedy continuation with the first artifact whose target can, if both have passed."""
     passed = [(c, found) for c, found in zip(candidates, report.artifacts, strict=True) if found.ok]
     judges = [(c, found, check) for c, found in passed if (check := target_of(c.target).check_continuation)]
     for _, found in passed:
@@ -119,7 +119,7 @@ def _check_continuations(
 
 
 def _until(stop: threading.Event) -> Stage:
-    """Stages that are not shown, and that end when ``stop`` is set."""
+    """A stage that shows no progress and raises StoppedError once ``stop`` is set."""
 
     def advance(count: int) -> None:
         if stop.is_set():
@@ -140,7 +140,7 @@ def _stages(progress: Progress | None) -> Stage:
 
 @contextmanager
 def _relative_to(directory: str) -> Iterator[None]:
-    """Errors raised within name files relative to ``directory``: the user never named the staging directory."""
+    """Make paths in errors relative to ``directory``: the staging directory means nothing to the user."""
     try:
         yield
     except GptConvertError as error:

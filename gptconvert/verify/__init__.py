@@ -1,1 +1,1 @@
-"""Verification: what all targets share. Knows no target."""
+"""Verification: what all targets share; independent of every target."""

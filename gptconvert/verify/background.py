@@ -1,4 +1,4 @@
-"""Two things at once."""
+"""Background work, and how many threads it may use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @contextmanager
 def in_background(work: Callable[[threading.Event], T]) -> Iterator[Future[T]]:
-    """Do ``work`` in a thread of its own. If the caller fails, its event is set."""
+    """Run ``work`` in a background thread; if the caller fails, set the event passed to ``work``."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -25,10 +25,10 @@ def in_background(work: Callable[[threading.Event], T]) -> Iterator[Future[T]]:
 
 
 def half_the_cores() -> int:
-    """How many threads each of two things that run side by side should have.
+    """How many threads each of two concurrent tasks should use.
 
-    Two that each use all cores wait for threads of their own that the other keeps from running: that costs more than
-    running one after the other.
+    If both use all cores, each waits for threads that the other keeps from running, which costs more than running the
+    tasks in turn.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // 2)
@@ -36,7 +36,7 @@ def half_the_cores() -> int:
 
 @contextmanager
 def torch_threads() -> Iterator[Callable[[int], None]]:
-    """A function that says how many threads torch may use from then on, until the end."""
+    """Yield a function that sets torch's number of threads; restore the number on exit."""
     import torch
 
     before = torch.get_num_threads()

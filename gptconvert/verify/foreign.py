@@ -1,6 +1,6 @@
-"""What can be inferred of an artifact that somebody else wrote, from its bytes alone.
+"""What can be inferred about another exporter's artifact from its bytes alone.
 
-For our own artifacts nothing is inferred: the :class:`~gptconvert.model.export.Export` says how each is stored.
+Nothing is inferred about our own: the :class:`~gptconvert.model.export.Export` describes how each is stored.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 
 def match_by_content(found: Mapping[str, LazyTensor], weights: Mapping[str, LazyTensor]) -> WeightReport:
-    """How many weights are stored somewhere in the file, under any name and in either orientation.
+    """Count the weights that the file stores under any name, in either orientation.
 
     Most comparisons end at the first element.
     """
     report = WeightReport(len(weights), strict=False)
     free = dict(found)
     for weight in weights.values():
-        ways = [weight, transpose(weight)] if len(weight.shape) == 2 else [weight]
+        orientations = [weight, transpose(weight)] if len(weight.shape) == 2 else [weight]
         for name, tensor in free.items():
-            if any(difference(name, way, tensor) is None for way in ways):
+            if any(difference(name, expected, tensor) is None for expected in orientations):
                 report.equal, report.nbytes = report.equal + 1, report.nbytes + weight.nbytes
                 del free[name]
                 break
@@ -38,9 +38,9 @@ def match_by_content(found: Mapping[str, LazyTensor], weights: Mapping[str, Lazy
 
 
 def as_stored(checkpoint: Checkpoint, tensors: Iterable[LazyTensor]) -> Checkpoint:
-    """The checkpoint in the type in which ``tensors`` are, most of them: rounding on storage is no error.
+    """The checkpoint cast to the type of most of ``tensors``: rounding on storage is not an error.
 
-    A checkpoint of several types stays as it is where there is as much of each among ``tensors``.
+    A checkpoint of several types is returned unchanged if ``tensors`` hold at least as many bytes of each.
     """
     sizes, own = _bytes_by_type(tensors), _bytes_by_type(checkpoint.weights.values())
     dtype = max(FLOATS, key=lambda d: sizes[d])
@@ -51,7 +51,7 @@ def as_stored(checkpoint: Checkpoint, tensors: Iterable[LazyTensor]) -> Checkpoi
 
 
 def _bytes_by_type(tensors: Iterable[LazyTensor]) -> dict[np.dtype[np.generic], int]:
-    """Type that weights are stored in → bytes."""
+    """Type in :data:`FLOATS` → bytes."""
     sizes = dict.fromkeys(FLOATS, 0)
     for tensor in tensors:
         dtype = tensor.dtype.newbyteorder("=")

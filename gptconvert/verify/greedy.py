@@ -1,7 +1,7 @@
-"""Greedy continuations: what one runtime generated, held token by token against the logits of another.
+"""Greedy continuations: one runtime's tokens, each checked against another runtime's logits.
 
-Each token is looked at after the same tokens before it, so two continuations that pass are the same text but for
-ties: where two tokens score alike to within what rounding may do, either is right.
+Each token is judged after the same preceding tokens, so two continuations that pass are the same text except for
+ties: where two tokens score alike within rounding noise, either is right.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from reference_model.config import GPTConfig
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """Prompts and what was generated.
+    """Prompts and their generated tokens.
 
     Attributes:
         input_ids: [B, S + n], the new tokens last.
         attention_mask: [B, S + n]; prompts may be padded on either side.
         new: n.
-        allowed: how far a token's logit may lie below the best one where both runtimes are as exact as this one.
+        allowed: how far a token's logit may be below the best one if both runtimes are as exact as this one.
     """
 
     input_ids: Integers
@@ -33,18 +33,18 @@ class Continuation:
     allowed: float
 
     def last_seen(self, i: int) -> Integers:
-        """Index [B] of the token that new token ``i`` was chosen after."""
+        """Index [B] of the last real token before new token ``i``."""
         start = self.input_ids.shape[1] - self.new
         real = self.attention_mask[:, : start + i] != 0
         return np.asarray(real.shape[1] - 1 - real[:, ::-1].argmax(1), np.int64)
 
     def ended(self, eos: int | None) -> Array:
-        """[B, n + 1]: whether the row had ended before each new token, and at last."""
+        """[B, n + 1]: whether each row had ended before each new token, and after the last."""
         hits = self.input_ids[:, -self.new :] == (-1 if eos is None else eos)  # (B, n)
         return np.concatenate((np.zeros_like(hits[:, :1]), hits), 1).cumsum(1) > 0
 
     def unlikely(self, logits: Array, config: GPTConfig, allowed: float) -> Iterator[str]:
-        """New tokens that ``logits`` [B, S + n, V] would not have chosen; padding after the end counts too."""
+        """New tokens that ``logits`` [B, S + n, V] rule out; after the end only padding is allowed."""
         rows, ended = np.arange(len(self.input_ids)), self.ended(config.eos_token_id)
         filler = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         for i in range(self.new):

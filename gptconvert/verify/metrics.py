@@ -1,8 +1,8 @@
-"""The rule: an error is judged in units of the rounding noise that a correct float32 model has itself.
+"""The rule: errors are judged in units of a correct model's own rounding noise.
 
-t is the truth (float64), e the yardstick (the reference model in the candidate's own computing type), c the
-candidate. Source of the principle: ``torch._dynamo.utils.same`` (compare with a float64 run, not with a number
-somebody liked). A correct export measures a ratio of 1 to 2; the mildest real bug known measures 271.
+t is the truth (float64), e the yardstick (the reference model in the candidate's computing type), c the candidate.
+The principle comes from ``torch._dynamo.utils.same``: compare with a float64 run, not with a hand-picked tolerance.
+A correct export measures a ratio of 1 to 2; the mildest real bug known measures 271.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ TINY = 2.0**-1022
 MAX_RMSE_RATIO = 4.0
 #: max|c - t| may be this many times max|e - t|.
 MAX_ABS_RATIO = 8.0
-#: Either may be larger by this many roundings of the typical value: a yardstick of few numbers can be zero by luck.
+#: Added to both limits, in roundings of the typical value: a yardstick of few numbers can be zero by luck.
 FLOOR_ROUNDINGS = 8.0
-#: With fewer tokens than this the yardstick may have been lucky: one rounding of a large attention score (thousands
-#: in GPT-Neo, which does not scale them) outweighs all others, and may fall to one side in the candidate and to the
-#: other in the yardstick. Then the yardstick's error over all probes counts, if it is larger.
+#: With fewer tokens than this the yardstick may be lucky: one rounding of a large attention score (thousands in
+#: GPT-Neo, which does not scale them) outweighs all others, and may go one way in the candidate and the other in the
+#: yardstick. The yardstick's error over all probes then counts if it is larger.
 FEW_TOKENS = 8
-#: Unit roundoff is half of this: distance from 1 to the next number.
+#: Distance from 1 to the next number; unit roundoff is half of it.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """How far values [N, width] lie from the truth, token by token.
+    """Errors of values [N, width] against the truth, per token.
 
     Attributes:
         square: [N] sum of squared errors.
@@ -55,7 +55,7 @@ class Errors:
 
     @classmethod
     def of_all(cls, pieces: Sequence[Errors]) -> Errors:
-        """Errors of the tokens of all ``pieces``, in order."""
+        """The errors of all ``pieces``, concatenated."""
         import torch
 
         return cls(torch.cat([piece.square for piece in pieces]), torch.cat([piece.largest for piece in pieces]))
@@ -63,15 +63,15 @@ class Errors:
 
 @dataclass
 class Measure:
-    """One tensor in one probe group: sums that become the figures.
+    """Sums over one tensor in one probe group, from which the figures are computed.
 
     Attributes:
         tensor: its name (``logits``, ``present.3.key``, ``h.3``).
         epsilon: of the computing type.
-        typical: root mean square of the truth over all probes. A group of few numbers may have hit small ones by
-            luck, and rounding follows the terms of a sum, not the sum.
-        usual_rmse: of the yardstick over all probes.
-        usual_max: its largest error over all probes.
+        typical: root mean square of the truth over all probes. The few numbers of one group may be small by luck,
+            while rounding errors scale with the terms of a sum, not with the sum.
+        usual_rmse: the yardstick's rmse over all probes.
+        usual_max: the yardstick's largest error over all probes.
     """
 
     tensor: str
@@ -88,7 +88,7 @@ class Measure:
     noise_max: float = 0.0
 
     def add(self, errors: Errors, noise: Errors, truth: Tensor) -> None:
-        """Count further tokens in: errors and noise [n], truth [n, width]."""
+        """Add tokens: errors and noise [n], truth [n, width]."""
         self.tokens += len(truth)
         self.count += truth.numel()
         self.truth_square += float(truth.square().sum())
@@ -102,28 +102,28 @@ class Measure:
 
     @property
     def rmse(self) -> float:
-        """Of the candidate against the truth."""
+        """Root mean square error of the candidate."""
         return self._root(self.error_square)
 
     @property
     def noise_rmse(self) -> float:
-        """Of the yardstick against the truth."""
+        """Root mean square error of the yardstick."""
         return self._root(self.noise_square)
 
     @property
     def floor(self) -> float:
-        """What is allowed on top."""
+        """Error allowed on top of the noise."""
         return FLOOR_ROUNDINGS * self.epsilon * max(self._root(self.truth_square), self.typical)
 
     @property
     def most_rmse(self) -> float:
-        """The rmse allowed."""
+        """Largest rmse allowed."""
         noise = max(self.noise_rmse, self.usual_rmse) if self.tokens < FEW_TOKENS else self.noise_rmse
         return MAX_RMSE_RATIO * noise + self.floor
 
     @property
     def most(self) -> float:
-        """The largest error allowed."""
+        """Largest absolute error allowed."""
         noise = max(self.noise_max, self.usual_max) if self.tokens < FEW_TOKENS else self.noise_max
         return MAX_ABS_RATIO * noise + self.floor
 
@@ -134,17 +134,17 @@ class Measure:
 
     @property
     def ok(self) -> bool:
-        """The rule. A comparison with NaN is false, so NaN never passes."""
+        """Whether both errors are within their limits. Comparisons with NaN are false, so NaN never passes."""
         return self.rmse <= self.most_rmse and self.error_max <= self.most
 
     @property
     def error_ratio(self) -> float:
-        """Error over what is allowed; over 1 fails."""
+        """Larger of the two errors over their limits; above 1 fails."""
         parts = ((self.rmse, self.most_rmse), (self.error_max, self.most))
         return max((a / b if b else math.inf if a else 0.0) for a, b in parts)
 
     def as_dict(self) -> dict[str, object]:
-        """For ``--json``."""
+        """Plain values for ``--json``."""
         return {
             "tensor": self.tensor,
             "ratio": significant(self.ratio),
@@ -159,11 +159,11 @@ class Measure:
 
 @dataclass
 class LogitSimilarity:
-    """What people ask about logits; reported, never judged.
+    """Familiar measures of logits; reported, never judged.
 
     Attributes:
         tokens: how many were compared.
-        same_top: how many have the same most likely id, ties within the noise counted as the same.
+        same_top: how many have the same most likely id; ties within the noise count as the same.
         max_divergence: largest Kullback-Leibler divergence of the two next-token distributions, in nats.
         min_cosine: smallest cosine of the two logit vectors.
     """
@@ -174,14 +174,14 @@ class LogitSimilarity:
     min_cosine: float = field(default=1.0)
 
     def add(self, values: Tensor, truth: Tensor, noise_max: float) -> None:
-        """Count in logits [n, V] against float64 truth [n, V]; ``noise_max`` is the yardstick's largest error."""
+        """Add logits [n, V] and their float64 truth [n, V]; ``noise_max`` is the yardstick's largest error."""
         values = values.double()
-        theirs, ours = values.log_softmax(1), truth.log_softmax(1)  # (n, V) each
+        candidate, exact = values.log_softmax(1), truth.log_softmax(1)  # (n, V) each
         cosines = (values * truth).sum(1) / (values.norm(dim=1) * truth.norm(dim=1)).clamp(min=TINY)  # (n)
-        behind = truth.amax(1) - truth.gather(1, values.argmax(1, keepdim=True))[:, 0]  # (n), 0: the same id on top
+        behind = truth.amax(1) - truth.gather(1, values.argmax(1, keepdim=True))[:, 0]  # (n), 0 for the same top id
         self.tokens += len(values)
         self.same_top += int((behind <= 4 * noise_max).sum())
-        self.max_divergence = max(self.max_divergence, float((ours.exp() * (ours - theirs)).sum(1).amax()))
+        self.max_divergence = max(self.max_divergence, float((exact.exp() * (exact - candidate)).sum(1).amax()))
         self.min_cosine = min(self.min_cosine, float(cosines.amin()))
 
     @property
@@ -190,7 +190,7 @@ class LogitSimilarity:
         return self.same_top / self.tokens if self.tokens else 1.0
 
     def as_dict(self) -> dict[str, object]:
-        """For ``--json``."""
+        """Plain values for ``--json``."""
         return {
             "tokens": self.tokens,
             "top1": significant(self.top1),
@@ -200,5 +200,5 @@ class LogitSimilarity:
 
 
 def significant(value: float, digits: int = 3) -> float | None:
-    """``value`` to so many significant digits; None for what JSON has no word for."""
+    """``value`` to ``digits`` significant digits; None for values that JSON cannot express."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None

@@ -1,7 +1,7 @@
-"""Rule 2: each of a candidate's answers is held against the truth in units of noise.
+"""Rule 2: a candidate's outputs are compared with the truth, in units of rounding noise.
 
-What no figure can excuse comes first: a run that fails, a wrong shape or type, NaN, a past that is not passed
-through, an output that does not depend on its input or depends on what comes after it.
+Some failures need no figure and are checked first: a run that fails, a wrong shape or type, NaN, a past that is not
+passed through, an output that ignores its input or depends on later tokens.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from gptconvert.verify.truth import Truth, tensor_of
 from reference_model.config import GPTConfig
 
 CHUNKED = "chunked prefill"
-#: Tokens whose outputs are compared at once: float64 logits of a long sequence are as large as a small model.
+#: Tokens compared at once: float64 logits of a long sequence take as much memory as a small model.
 AT_ONCE = 64
 
 
 @dataclass
 class Group:
-    """What was found about one kind of row.
+    """Results of one probe group.
 
     Attributes:
         name: of the probe group.
         tokens: how many tokens were compared.
         measures: tensor name → figures.
-        similarity: what people ask about logits.
-        problems: what needs no figure to be wrong.
-        probes: the probes it comes from, as they were run whole.
+        similarity: familiar measures of logits.
+        problems: failures that need no figure.
+        probes: probes of this group that were run whole.
     """
 
     name: str
@@ -50,24 +50,24 @@ class Group:
 
     @property
     def ok(self) -> bool:
-        """The gate."""
+        """Whether the group passes."""
         return not self.problems and all(measure.ok for measure in self.measures.values())
 
     def worst(self, *, presents: bool) -> Measure | None:
-        """The measure nearest to failing, of keys and values or of the task's outputs."""
+        """The measure closest to failing, among keys and values or among the task's outputs."""
         chosen = [m for m in self.measures.values() if m.tensor.startswith("present.") == presents]
         return max(chosen, key=lambda m: m.error_ratio, default=None)
 
 
 class OutputComparison:
-    """One candidate's answers against one truth.
+    """Compares one candidate's answers with one truth.
 
     Args:
-        answers: what the candidate gave for the probes of ``truth``.
-        compute: its computing type.
+        answers: the candidate's results on the probes of ``truth``.
+        compute: the candidate's computing type.
         truth: for the same probes.
         config: the architecture.
-        groups: found so far, by name; added to.
+        groups: results so far, by name; extended in place.
     """
 
     def __init__(
@@ -78,21 +78,21 @@ class OutputComparison:
         self.over_all: dict[str, tuple[float, float, float]] = {}
 
     def judge(self) -> None:
-        """Count every answer in."""
+        """Add every answer to its groups."""
         for (probe, chunked), answer in self.answers.items():
             self._judge(probe, answer, chunked)
         for (a, first), (b, second) in pairwise(self.prompts):
             self._check_causality(a, first, b, second)
 
     def _judge(self, probe: Probe, answer: Outputs | RunError, chunked: bool) -> None:
-        """Count one answer in; row r of the batch counts for the r-th of the probe's groups."""
+        """Add one answer; row r of the batch counts for the probe's r-th group."""
         names = (CHUNKED,) * len(probe.groups) if chunked else probe.groups
         groups = [self.groups.setdefault(name, Group(name)) for name in names]
         rows = [row for row in self.truth.pack.rows if row.probe is probe]
         if chunked:
             rows = [row.beginning(sum(probe.chunks)) for row in rows]
         if isinstance(answer, RunError):
-            problems = [f"the runtime refused to run it: {answer}"]
+            problems = [f"the run failed: {answer}"]
         else:
             problems = list(faults(answer, rows[0].probe, self.config, self.compute))
         for group in groups:
@@ -108,7 +108,7 @@ class OutputComparison:
                 self.prompts.append((row, own[:AT_ONCE]))
 
     def _count(self, row: Row, outputs: Outputs, group: Group) -> None:
-        """Count one row's real tokens in."""
+        """Add one row's real tokens to a group."""
         n, probe = len(row.new), row.probe
         group.tokens += n
         for name, array in outputs.named.items():
@@ -125,7 +125,7 @@ class OutputComparison:
                 self._measure(group, f"present.{i}.{part}", row, new.transpose(1, 0, 2).reshape(n, -1))
 
     def _measure(self, group: Group, name: str, row: Row, values: Array, only: Array | slice = slice(None)) -> None:
-        """Count values [n, width] of a row in; ``only`` picks the tokens they belong to."""
+        """Add a row's values [n, width] to a group; ``only`` selects the tokens they belong to."""
         truth, noise = self.truth.values[name][row.tokens][only], self.truth.noise[name]
         if not len(truth):
             return
@@ -144,7 +144,7 @@ class OutputComparison:
                 group.similarity.add(candidate, exact, float(largest.max()))
 
     def _over_all(self, name: str) -> tuple[float, float, float]:
-        """Root mean square of a tensor's truth, rmse and largest error of the yardstick, over all these probes."""
+        """Root mean square of a tensor's truth, rmse and largest error of its yardstick, over all these probes."""
         if name not in self.over_all:
             values, noise = self.truth.values[name], self.truth.noise[name]
             rms, rmse = (math.sqrt(float(x) / values.numel()) for x in (values.square().sum(), noise.square.sum()))
@@ -152,7 +152,7 @@ class OutputComparison:
         return self.over_all[name]
 
     def _check_causality(self, a: Row, first: Array, b: Row, second: Array) -> None:
-        """Two prompts that begin alike: outputs must be alike up to where the ids differ, and not from there on."""
+        """Outputs of two prompts must agree up to the first id that differs, and differ from there on."""
         n = min(len(first), len(second))
         differ = np.flatnonzero(a.probe.input_ids[a.row, :n] != b.probe.input_ids[b.row, :n])
         start = int(differ[0]) if len(differ) else n
@@ -169,7 +169,7 @@ class OutputComparison:
 
 
 def faults(outputs: Outputs, probe: Probe, config: GPTConfig, compute: str) -> Iterator[str]:
-    """What is wrong with a run's outputs before any figure is taken."""
+    """Yield the problems of a run's outputs that need no figure."""
     batch, new_tokens = probe.input_ids.shape
     total = probe.past_length + new_tokens
     shapes = {name: shape_of(config, name, batch, new_tokens) for name in outputs.named}
@@ -192,7 +192,7 @@ def faults(outputs: Outputs, probe: Probe, config: GPTConfig, compute: str) -> I
 
 
 def _passed_through(name: str, array: Array, probe: Probe, config: GPTConfig) -> bool:
-    """Whether the first P tokens of a present are the past, bit for bit."""
+    """Whether the first P tokens of a present equal the past, bit for bit."""
     if not probe.past_length:
         return True
     _, layer, part = name.split(".")

@@ -1,8 +1,8 @@
-"""Many probes as one sequence: which token is which, and which sees which.
+"""Many probes packed into one sequence, with the mask of which token sees which.
 
-Padding is left out: by the contract nothing may depend on it. Tokens with one history (the same ids at the same
-positions before them, and no past) are one token: the truth about them is one. Shapes: N tokens of all probes, n
-and p tokens and past tokens of one part.
+Padding is dropped: by contract, nothing may depend on it. Tokens with the same history (the same ids at the same
+positions before them, and no past) are packed once, since their outputs are the same. Shapes: N tokens of all probes;
+n tokens and p past tokens of one part.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
     from reference_model.model import KeyValue
 
 
-#: A past of more tokens is long.
+#: A past with more tokens than this is long.
 LONG_PAST = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row of one probe and where its tokens lie in the packed sequence.
+    """One row of one probe, and where its tokens are in the packed sequence.
 
     Attributes:
-        probe, row: which.
-        new: [n] indices, among the S new tokens, of the real ones.
-        past: [p] indices, among the P past tokens, of the real ones.
-        tokens: [n] their place in the packed sequence.
+        probe: the probe.
+        row: index in its batch.
+        new: [n] indices of the real tokens among the S new ones.
+        past: [p] indices of the real tokens among the P past ones.
+        tokens: [n] indices of the new tokens in the packed sequence.
     """
 
     probe: Probe
@@ -46,18 +47,18 @@ class Row:
     tokens: Integers
 
     def beginning(self, count: int) -> Row:
-        """The row without its tokens from index ``count`` on."""
+        """The row cut to the tokens before index ``count``."""
         new = self.new[self.new < count]
         return dataclasses.replace(self, probe=self.probe.beginning(count), new=new, tokens=self.tokens[: len(new)])
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Rows whose tokens attend together, each to its own row's keys.
+    """Rows whose attention is computed at once, each token seeing only its own row's keys.
 
     Attributes:
-        rows: which.
-        tokens: [n] their tokens, of all.
+        rows: the rows.
+        tokens: [n] sorted indices of their tokens in the packed sequence.
     """
 
     rows: tuple[Row, ...]
@@ -65,16 +66,16 @@ class Part:
 
     @property
     def past_length(self) -> int:
-        """p."""
+        """Past tokens of all rows, p."""
         return sum(len(row.past) for row in self.rows)
 
     @property
     def same_past_everywhere(self) -> bool:
-        """Whether all layers have one past."""
+        """Whether all layers have the same past."""
         return all(row.probe.shared_past for row in self.rows)
 
     def seen(self, window: int | None) -> Tensor:
-        """Which key each token sees: bool [1, 1, n, p + n]."""
+        """Which keys each token sees: bool [1, 1, n, p + n]."""
         import torch
 
         from reference_model.model import visible
@@ -92,7 +93,7 @@ class Part:
         return seen[None, None]
 
     def past(self, layer: int, config: GPTConfig) -> KeyValue | None:
-        """Keys and values of its pasts, [1, H, p, hd] each."""
+        """Keys and values of the rows' pasts, [1, H, p, hd] each; None if p = 0."""
         import torch
 
         if not self.past_length:
@@ -111,15 +112,16 @@ class Pack:
     """The real tokens of several probes as one sequence.
 
     Args:
-        probes: which.
-        windowed: whether a layer sees by distance, so that holes are part of a token's history.
+        probes: the probes to pack.
+        windowed: whether a layer sees by distance, which makes holes part of a token's history.
 
     Attributes:
         rows: of all probes.
-        parts: the rows in as few parts as make sense: a token whose past is long is a part of its own, so that not
-            every other token's scores have a column for it.
+        parts: the rows in few parts. A probe with a long past is a part of its own, so that other tokens' scores have
+            no columns for that past.
         length: N.
-        ids, positions: [N].
+        ids: [N].
+        positions: [N].
     """
 
     def __init__(self, probes: Sequence[Probe], *, windowed: bool = False) -> None:

@@ -1,6 +1,6 @@
-"""What a candidate is asked: seeded token sequences with every kind of mask, position and past, as plain arrays.
+"""Probes: seeded token sequences with every kind of mask, position and past, as plain arrays.
 
-A probe is data. It says nothing of how it is run; the truth and every candidate get the same arrays. Shapes:
+A probe is data, independent of how it is run; the truth and every candidate get the same arrays. Shapes:
 B batch, S new tokens, P past tokens, T = P + S, H heads, hd head size.
 """
 
@@ -22,20 +22,20 @@ from reference_model.config import GPTConfig
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-#: Weights in the blocks of a large model.
+#: A model with more weights than this in its blocks is large.
 LARGE = 1_000_000_000
-#: The longest prompt repeats the shorter ones but for the id at this index: only what follows may change.
+#: The longest prompt repeats the shorter ones except for the id at this index: only outputs from there on may change.
 CHANGED = 6
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is asked at level ``default``.
+    """Sizes of the probes at level ``default``.
 
     Attributes:
-        lengths: of prompts that run alone; the longest is also run in chunks.
-        masks: tokens of a row in the batch of masks, whose first row is a prompt too.
-        chunk: tokens of the last chunk at most.
+        lengths: of the prompts that run alone; the longest is also run in chunks.
+        masks: tokens per row in the batch of masks, whose first row is a prompt too.
+        chunk: most tokens in the last chunk.
     """
 
     lengths: tuple[int, ...]
@@ -44,28 +44,28 @@ class Amount:
 
 
 USUAL = Amount(lengths=(1, 2, 7, 64), masks=5, chunk=5)
-#: Of large models every token costs, and every run is a pass over all weights. So the prompt of 7 runs in the batch
-#: of masks; what 64 tokens show 17 show too (more rows than a matrix kernel takes at once, and an odd one left over);
-#: and several new tokens after a past are asked where the past is random.
+#: On a large model every token is costly, and every run is a pass over all weights. So the prompt of 7 runs in the
+#: batch of masks; 17 tokens show what 64 do (more rows than a matrix kernel takes at once, and an odd one left over);
+#: and several new tokens after a past are run only where the past is random.
 OF_LARGE = Amount(lengths=(1, 2, 17), masks=7, chunk=1)
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """One question.
+    """One batch of sequences.
 
     Attributes:
-        groups: what each row of the batch is about; figures are pooled by these names.
+        groups: name of each row's probe group; figures are pooled by group.
         input_ids: [B, S].
         attention_mask: [B, T] of 0 and 1.
         position_ids: [B, S].
         past_length: P.
-        past_seed: seed of the random keys and values standing in for the past.
-        shared_past: whether all layers get the same keys and values (a long past, for its memory's sake) or each
-            its own (which shows a cache in the wrong order).
-        compare_presents: whether the returned keys and values are compared too, or the main output alone.
-        chunks: how else the first of the new tokens are to be fed: in pieces of these lengths, each with the cache
-            that the last one returned.
+        past_seed: seed of the random keys and values that serve as the past.
+        shared_past: whether all layers get the same keys and values (to save memory on a long past) or each its own
+            (which exposes a cache in the wrong order).
+        compare_presents: whether returned keys and values are compared too, or only the main output.
+        chunks: lengths of the chunks in which the first new tokens are also fed, each with the cache that the chunk
+            before returned; empty if they are not.
     """
 
     groups: tuple[str, ...]
@@ -80,22 +80,22 @@ class Probe:
 
     @property
     def name(self) -> str:
-        """The groups, once each."""
+        """The names of the groups, each once."""
         return ", ".join(dict.fromkeys(self.groups))
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that are not masked out: what the truth costs."""
+        """Number of new tokens that are not masked out: the cost of the truth."""
         return int(self.attention_mask[:, self.past_length :].sum())
 
     def is_prompt(self, row: int = 0) -> bool:
-        """Whether a row is a sequence from position 0 on, with nothing before it and nothing left out."""
+        """Whether a row is a sequence from position 0 on, without a past and without masked tokens."""
         plain = np.arange(self.input_ids.shape[1])
         whole = not self.past_length and bool(self.attention_mask[row].all())
         return whole and np.array_equal(self.position_ids[row], plain)
 
     def beginning(self, count: int) -> Probe:
-        """The same with the first ``count`` of its new tokens alone."""
+        """The probe cut to its first ``count`` new tokens."""
         return dataclasses.replace(
             self,
             input_ids=self.input_ids[:, :count],
@@ -105,7 +105,7 @@ class Probe:
         )
 
     def past(self, layer: int, config: GPTConfig) -> tuple[Floats, Floats]:
-        """Keys and values of the past, [B, H, P, hd] each; about as large as a trained model's."""
+        """Keys and values of the past, [B, H, P, hd] each, of a trained model's magnitude."""
         if not self.shared_past:
             return self._random_past(layer, config)
         if config not in self._shared:
@@ -122,7 +122,7 @@ class Probe:
         return random.standard_normal(shape, np.float32), random.standard_normal(shape, np.float32)
 
     def as_dict(self) -> dict[str, object]:
-        """For reports; with the seed and the program's version it says everything."""
+        """Plain values for reports; with the seed and the program's version they determine the probe."""
         return {
             "groups": list(self.groups),
             "batch": len(self.input_ids),
@@ -134,12 +134,12 @@ class Probe:
 
 
 def default_positions(attention_mask: Integers, new_tokens: int) -> Integers:
-    """Positions that count real tokens only: [B, T] → [B, S]. Padding before the first gets 0."""
+    """Positions that count real tokens only: [B, T] → [B, S]. Leading padding gets 0."""
     return np.asarray(np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -new_tokens:], np.int64)
 
 
 class _Maker:
-    """Makes probes of one model; ids come from one seeded stream per probe."""
+    """Makes the probes of one model; each probe's ids come from a seeded stream of its own."""
 
     def __init__(self, config: GPTConfig, seed: int) -> None:
         self.config, self.seed, self.made = config, seed, 0
@@ -151,14 +151,14 @@ class _Maker:
 
     @functools.cached_property
     def prompt(self) -> Integers:
-        """A prompt as long as the context, [1, n_ctx]. First and last id of the vocabulary come up front."""
+        """A prompt as long as the context, [1, n_ctx], starting with the last and the first id of the vocabulary."""
         prompt, last = self.ids(1, self.config.n_ctx), self.config.vocab_size - 1
         borders = [last, 0, last][: prompt.shape[1]]
         prompt[:, : len(borders)] = borders
         return prompt
 
     def probe(self, groups: Sequence[str], mask: Sequence[str], past: int = 0, **fields: Any) -> Probe:
-        """A probe whose mask is written row by row, ``1`` for a token and ``0`` for padding."""
+        """A probe with its mask given row by row, ``1`` for a token and ``0`` for padding."""
         attention_mask = np.array([[int(c) for c in row] for row in mask], np.int64)
         new = attention_mask.shape[1] - past
         ids = fields.pop("ids", None)
@@ -175,8 +175,8 @@ class _Maker:
         )
 
     def _padded(self, ids: Integers, mask: Integers) -> Integers:
-        """Ids as they are, masked-out ones too, except where a head knows padding by its id: there it stands at
-        padding, and nowhere else.
+        """The ids unchanged, masked ones included, unless the head detects padding by its id: then exactly the masked
+        tokens get that id.
         """
         pad = self.config.pad_token_id
         if self.config.task != "text-classification" or pad is None:
@@ -193,8 +193,8 @@ def make_probes(
         config: the architecture; sizes are capped by its n_ctx.
         kv_cache: whether the candidate takes and returns keys and values.
         free_positions: whether the candidate lets its caller choose positions.
-        level: ``default``, some 100 tokens in all whatever the model; ``full``, whole-length sequences too.
-        seed: of everything random.
+        level: ``default``, about 100 tokens in all for any model; ``full``, sequences as long as the context too.
+        seed: of all random values.
     """
     make = _Maker(config, seed)
     amount = USUAL if level == "full" else usual_amount(config)
@@ -206,7 +206,7 @@ def make_probes(
 
 
 def _prompts(make: _Maker, amount: Amount, kv_cache: bool, level: Level) -> Iterator[Probe]:
-    """One prompt of each length, nothing before it."""
+    """One prompt of each length, without a past."""
     n_ctx = make.config.n_ctx
     changed = make.prompt.copy()
     changed[:, CHANGED : CHANGED + 1] = (changed[:, CHANGED : CHANGED + 1] + 1) % make.config.vocab_size
@@ -214,14 +214,14 @@ def _prompts(make: _Maker, amount: Amount, kv_cache: bool, level: Level) -> Iter
     longest = min(max(amount.lengths), n_ctx)
     for length in sorted({min(max(length, 1), n_ctx) for length in lengths}):
         ids = (changed if length > 7 else make.prompt)[:, :length]
-        # A prompt of one token, a past of one, a past of two: what is right for these is right for more.
+        # A prompt of one token, a past of one, a past of two: code that handles these handles longer ones.
         chunks = (1, 1, min(amount.chunk, length - 2)) if kv_cache and 2 < length == longest else ()
-        presents = length <= 64  # a whole cache of a large model would be a second model in memory
+        presents = length <= 64  # the whole cache of a large model takes as much memory as its weights
         yield make.probe([f"length {length}"], ["1" * length], ids=ids, chunks=chunks, compare_presents=presents)
 
 
 def usual_amount(config: GPTConfig) -> Amount:
-    """What is asked of a model at level ``default``."""
+    """Sizes of a model's probes at level ``default``."""
     weights = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.n_inner)
     return OF_LARGE if weights > LARGE else USUAL
 
@@ -229,8 +229,8 @@ def usual_amount(config: GPTConfig) -> Amount:
 def _masks(make: _Maker, length: int) -> Iterator[Probe]:
     """One batch: no, left and right padding; holes; everything masked out but one token.
 
-    Neighbouring rows differ in their tokens. Every other row has the same ones: where they stand is the question,
-    and the truth about them is worked out once.
+    Neighbouring rows differ in their tokens. Every other row has the same tokens in other places, so the truth about
+    them is computed once.
     """
     n = min(length, make.config.n_ctx)
     short = math.ceil(n / 2)
@@ -252,9 +252,9 @@ def _masks(make: _Maker, length: int) -> Iterator[Probe]:
 
 
 def _pasts(make: _Maker, level: Level) -> Iterator[Probe]:
-    """New tokens after a random past: of one, of several in every mask pattern, and up to the last position."""
+    """New tokens after a random past: of one token, of several in every mask pattern, up to the last position."""
     n_ctx = make.config.n_ctx
-    if 2 <= n_ctx < 8:  # elsewhere the prompt that is fed in chunks has one
+    if 2 <= n_ctx < 8:  # in longer contexts the chunked prompt has a past of one
         yield make.probe(["past 1"], ["11"], past=1)
     if n_ctx >= 8:
         rows = ["1" * 8, "00011111", "01011" + "101"]
@@ -270,14 +270,14 @@ def _pasts(make: _Maker, level: Level) -> Iterator[Probe]:
 
 
 def _far_positions(make: _Maker, free_positions: bool) -> Iterator[Probe]:
-    """The last positions of the context without a long sequence, where the caller chooses positions."""
+    """The last positions of the context in a short sequence, if the caller chooses positions."""
     n, n_ctx = min(4, make.config.n_ctx), make.config.n_ctx
     if free_positions:
         yield make.probe(["last positions"], ["1" * n], positions=np.arange(n_ctx - n, n_ctx)[None])
 
 
 def _beyond_windows(make: _Maker, kv_cache: bool) -> Iterator[Probe]:
-    """Where layers see a window of keys: queries that must not see the first ones."""
+    """For each attention window, queries that must not see the first keys."""
     windows = {w for w in make.config.attn_window if w is not None and w + 3 <= make.config.n_ctx}
     for window in sorted(windows):
         past = window + 1 if kv_cache else 0
@@ -285,7 +285,7 @@ def _beyond_windows(make: _Maker, kv_cache: bool) -> Iterator[Probe]:
 
 
 def waves(probes: Iterable[Probe], most_tokens: int = 256) -> Iterator[tuple[Probe, ...]]:
-    """Probes in order, in lots of at most ``most_tokens`` tokens (or one probe): what is held in memory at once."""
+    """Split probes, in order, into waves of at most ``most_tokens`` tokens (or one probe), to bound memory."""
     wave: list[Probe] = []
     for probe in probes:
         if wave and sum(p.tokens for p in wave) + probe.tokens > most_tokens:

@@ -1,6 +1,6 @@
-"""Rule 1 for artifacts that are checkpoints themselves: opened again, and compared with the one they came from.
+"""Rule 1 for artifacts that are checkpoints: read back and compared with their source.
 
-A wrong configuration makes right weights compute wrong logits, so the configuration is compared too.
+The configuration is compared too: with a wrong one, correct weights compute wrong logits.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from gptconvert.verify.foreign import as_stored
 from gptconvert.verify.report import ArtifactReport
 from gptconvert.verify.weights import Pair, WeightReport, compare
 
-#: Configuration that changes no logits, and that formats without a place for it do not carry.
+#: Keys that do not affect logits and that some formats cannot store.
 NOT_COMPARED = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
 def compare_checkpoints(
-    report: ArtifactReport, checkpoint: Checkpoint, source: Source, says: str, stage: Stage, *, planned: bool
+    report: ArtifactReport, checkpoint: Checkpoint, source: Source, location: str, stage: Stage, *, planned: bool
 ) -> ArtifactReport:
-    """Compare a checkpoint with what was written of it and opened again.
+    """Compare a checkpoint with its export, read back.
 
     Args:
-        report: filled in.
+        report: filled in and returned.
         checkpoint: the original.
-        source: what was written.
-        says: what the written configuration is read from, for messages.
-        stage: told about progress.
-        planned: whether ``checkpoint`` has its weights as they should be stored; else their type is inferred.
+        source: the export.
+        location: where the export's configuration is stored; used in error messages.
+        stage: receives progress.
+        planned: whether ``checkpoint`` has its weights as they should be stored; if not, their type is inferred.
     """
     try:
         found = understand(source, Options(task=checkpoint.config.task, n_head=_heads(checkpoint, source)))
     except GptConvertError as error:
         report.weights.problems = str(error).splitlines()
         return report
-    ours, theirs = checkpoint.config.as_dict(), found.config.as_dict()
+    expected, stored = checkpoint.config.as_dict(), found.config.as_dict()
     report.problems = [
-        f"{says}: {key} is {theirs[key]!r}, the checkpoint has {ours[key]!r}"
-        for key in ours
-        if key not in NOT_COMPARED and ours[key] != theirs[key]
+        f"{location}: {key} is {stored[key]!r}, the checkpoint has {expected[key]!r}"
+        for key in expected
+        if key not in NOT_COMPARED and expected[key] != stored[key]
     ]
     checkpoint = checkpoint if planned else as_stored(checkpoint, found.weights.values())
     if report.problems:
@@ -60,5 +60,5 @@ def compare_checkpoints(
 
 
 def _heads(checkpoint: Checkpoint, source: Source) -> int | None:
-    """The number of heads, for a format without any configuration, which leaves it to whoever opens the files."""
+    """The number of heads, for formats without a configuration, which need it as an option."""
     return None if source.config else checkpoint.config.n_head

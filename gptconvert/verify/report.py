@@ -1,4 +1,4 @@
-"""What a verification found: as plain values for ``--json`` and the manifest, and as a table for people."""
+"""Results of a verification: plain values for ``--json`` and the manifest, and a table."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class RunReport:
     """All probes on one runtime.
 
     Attributes:
-        runtime: which, and how it was set up.
-        groups: found, in probe order.
-        first_bad: where the error begins, if there is one and it was found.
+        runtime: its name and configuration.
+        groups: results, in probe order.
+        first_bad: where the error begins; None if there is none or it was not located.
     """
 
     runtime: str
@@ -48,14 +48,14 @@ class ArtifactReport:
 
     Attributes:
         kind: ``onnx``, ``safetensors``.
-        path: relative to what was asked to be verified.
+        path: relative to the path being verified.
         weights: rule 1.
         runs: rule 2, once per runtime; empty for artifacts that do not compute.
-        problems: what was wrong besides: names, types and shapes of the contract, a configuration that differs.
-        probes: what was asked.
-        computes: whether outputs have to be computed; otherwise weights alone decide.
+        problems: other failures: names, types and shapes of the contract, a configuration that differs.
+        probes: the probes that were run.
+        computes: whether outputs must be computed; if not, weights alone decide.
         seconds: wall time.
-        greedy: what it generated greedily, if it generates by itself; for others to be held against.
+        greedy: its greedy continuation, to be checked against other artifacts; None if it cannot generate by itself.
     """
 
     kind: str
@@ -95,7 +95,7 @@ class Report:
     Attributes:
         level: ``default`` or ``full``.
         artifacts: one report each.
-        notes: what the user should know (one sentence each).
+        notes: for the user, one sentence each.
     """
 
     level: str
@@ -104,7 +104,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """The gate. No artifact is no proof."""
+        """Whether all artifacts passed; false if there are none."""
         return bool(self.artifacts) and all(artifact.ok for artifact in self.artifacts)
 
     def as_dict(self, *, figures: bool = True) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A candidate asked every probe, in every way the probe wants to be asked."""
+"""Runs a candidate on every probe, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gptconvert.verify.runners import Feeds, Outputs, RunError, Runner
 from gptconvert.verify.tasks import pooled_tokens
 from reference_model.config import GPTConfig
 
-#: (probe, whether it was fed in chunks) → what came back.
+#: (probe, whether it was fed in chunks) → outputs or error.
 ProbeResults = Mapping[tuple[Probe, bool], Outputs | RunError]
 
 
 def run_probes(
     runner: Runner, probes: Iterable[Probe], config: GPTConfig, advance: Callable[[int], None] | None = None
 ) -> ProbeResults:
-    """Run every probe whole, and in chunks if it has some. ``advance`` is told that one more is done."""
+    """Run every probe whole, and in chunks if it has any. ``advance(1)`` is called after each."""
     answers: dict[tuple[Probe, bool], Outputs | RunError] = {}
     firsts: list[tuple[Probe, Outputs]] = []
     for probe in probes:
@@ -43,21 +43,21 @@ def _tried(run: Callable[..., Outputs], *arguments: object) -> Outputs | RunErro
 
 
 def feeds_of(probe: Probe, config: GPTConfig) -> Feeds:
-    """The arrays of a probe."""
+    """The input arrays of a probe."""
     past = [probe.past(i, config) for i in range(config.n_layer)] if probe.past_length else []
     chosen = pooled_tokens(config, probe) if config.task == "multiple-choice" else None
     return Feeds(probe.input_ids, probe.attention_mask, probe.position_ids, past, chosen)
 
 
 def whole(runner: Runner, probe: Probe, config: GPTConfig) -> Outputs:
-    """Run a probe as it is."""
+    """Run a probe in one call."""
     return runner.run(feeds_of(probe, config), runner.kv_cache and probe.compare_presents)
 
 
 def in_chunks(runner: Runner, probe: Probe, config: GPTConfig, first: Outputs | None = None) -> Outputs:
-    """Run a probe piece by piece, each with the keys and values the candidate itself returned before.
+    """Run a probe chunk by chunk, each with the keys and values that the candidate returned for the one before.
 
-    ``first`` is what it gave for the first token, if known.
+    ``first`` is its output for the first token, if known.
     """
     feeds, start = feeds_of(probe, config), 0
     pieces: list[Outputs] = []

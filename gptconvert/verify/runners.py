@@ -1,7 +1,4 @@
-"""What can be asked: one protocol, and a runner for each kind of artifact that computes.
-
-The SavedModel runner of ``--to tf`` belongs here too, beside :class:`OnnxRunner`.
-"""
+"""The protocol that runs a candidate, and the reference model as a candidate."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ Cache = Sequence[tuple[Array, Array]]
 
 
 class RunError(Exception):
-    """The runtime refused to run the model on a probe. Its message, one line."""
+    """The runtime failed on a probe; the message is one line."""
 
 
 @dataclass(frozen=True, eq=False)
 class Feeds:
     """Input arrays: input_ids [B, S], attention_mask [B, T], position_ids [B, S], per layer past [B, H, P, hd].
 
-    For multiple-choice B counts choices, of one question; mc_token_ids [B] says which token scores each.
+    For multiple-choice, B counts the choices of one question, and mc_token_ids [B] is the token that scores each.
     """
 
     input_ids: Integers
@@ -36,7 +33,7 @@ class Feeds:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """Output arrays: the task's by name, and, if asked for, per layer present [B, H, T, hd] and taps by name."""
+    """Output arrays: the task's by name and, if requested, per layer present [B, H, T, hd] and taps by name."""
 
     named: Mapping[str, Array]
     presents: Cache = ()
@@ -49,7 +46,7 @@ class Runner(Protocol):
     Attributes:
         kv_cache: whether it takes and returns keys and values.
         free_positions: whether the caller chooses positions.
-        compute: its computing type, as torch and numpy call it.
+        compute: its computing type, by the name that torch and numpy use.
     """
 
     kv_cache: bool
@@ -60,20 +57,20 @@ class Runner(Protocol):
         """Run once.
 
         Raises:
-            RunError: the runtime refused.
+            RunError: the runtime failed.
         """
 
 
 def one_line(error: Exception) -> str:
-    """A runtime's message, fit for a report."""
+    """A runtime's message on one line, cut to fit a report."""
     return " ".join(str(error).split())[:400]
 
 
 class TorchRunner:
-    """The reference model itself, as a candidate: what a verifier must pass, and the runner of ``torch`` artifacts.
+    """The reference model as a candidate, which every verifier must pass.
 
     Args:
-        config: the architecture to run (a test may hand in a wrong one).
+        config: the architecture to run (tests pass wrong ones).
         weights: canonical name → torch tensor.
     """
 
@@ -103,7 +100,7 @@ class TorchRunner:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes available without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

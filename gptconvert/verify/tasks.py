@@ -1,4 +1,4 @@
-"""What the outputs of each task look like, and which token a pooled one is about."""
+"""Shapes of each task's outputs, and the token that a pooled output is taken from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES: Mapping[str, Mapping[str, str]] = {
 
 
 def shape_of(config: GPTConfig, output: str, batch: int, new_tokens: int) -> tuple[int, ...]:
-    """What an output's shape must be."""
+    """The expected shape of an output."""
     sizes = {"B": batch, "S": new_tokens, "V": config.vocab_size, "D": config.n_embd, "K": config.n_labels, "1": 1}
     return tuple(sizes[symbol] for symbol in SHAPES[config.task][output].split())
 
@@ -32,10 +32,10 @@ def is_pooled(config: GPTConfig, output: str) -> bool:
 
 
 def pooled_tokens(config: GPTConfig, probe: Probe) -> Integers:
-    """Index, among the S new tokens, of the token that each row's pooled output is taken from: [B].
+    """Index [B], among the S new tokens, of the token that each row's pooled output is taken from.
 
-    The last real one: in classification that is the last that is not the padding id, which probes have at padding
-    and nowhere else, or just the last where the model knows no such id; in multiple choice the caller chooses.
+    This is the last real token. Classification finds it by the padding id, which probes have at padding and nowhere
+    else, and takes the very last token if the model has no padding id; in multiple choice the caller chooses it.
     """
     new_tokens = probe.input_ids.shape[1]
     real = probe.attention_mask[:, probe.past_length :] != 0

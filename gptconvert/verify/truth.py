@@ -1,11 +1,10 @@
-"""The truth: what a checkpoint computes on the probes, in float64, one block of the model in memory at a time.
+"""The truth: what a checkpoint computes on the probes in float64, with one block of the model in memory at a time.
 
-All tokens of all probes lie side by side in one sequence of N tokens, so that each weight is read once and each
-linear layer is one large product; which token sees which key is said by the mask, block by diagonal block. The
-same pass runs the yardstick, the reference model in the candidate's computing type, and keeps of it only how far it
-strays from the truth.
+The tokens of all probes are packed into one sequence of N tokens, so that each weight is read once and each linear
+layer is one large product; a block-diagonal mask keeps the probes apart. A second pass beside it computes the
+yardstick, the reference model in the candidate's computing type; only its distance from the truth is kept.
 
-Shapes: N tokens, P past tokens of all probes together, V, D, H, hd as in ``reference_model/config.py``.
+Shapes: N tokens; n tokens and p past tokens of one part; V, D, H, hd as in ``reference_model/config.py``.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ if TYPE_CHECKING:
 
     from reference_model.model import Attend, KeyValue
 
-#: Elements of a weight that are converted at once: with the product's own packed copy they fit a core's share of the
+#: Elements of a weight converted at once: with the matrix product's own packed copy they fit a core's share of the
 #: cache (1.5 times as fast as whole weights, whose float64 copies go through memory twice).
 PART_ELEMENTS = 1 << 19
-#: After so many blocks the heap is trimmed; each time costs some milliseconds.
+#: The heap is trimmed after this many blocks; each trim costs a few milliseconds.
 TRIM_BLOCKS = 4
-#: Tokens that the head is run on at once: the logits of a long sequence are as large as a small model.
+#: Tokens that the head runs on at once: the logits of a long sequence take as much memory as a small model.
 HEAD_TOKENS = 64
 
 
@@ -50,10 +49,10 @@ class Truth:
     """What the checkpoint computes.
 
     Attributes:
-        pack: which token is which.
+        pack: where each probe's tokens are.
         values: tensor name → float64 [N, width]: the task's outputs for every token, ``present.{i}.key`` and
-            ``.value`` (heads side by side), and with taps ``embedding`` and ``h.{i}``.
-        noise: tensor name → how far the yardstick is off.
+            ``.value`` (heads concatenated), and with taps ``embedding`` and ``h.{i}``.
+        noise: tensor name → errors of the yardstick.
     """
 
     pack: Pack
@@ -76,19 +75,19 @@ class Truth:
 
 
 class PrecisionPass:
-    """The model in one type.
+    """A pass over the model in one type.
 
     Args:
-        dtype: which.
-        scratch: room for :data:`PART_ELEMENTS` elements, which parts of weights pass through; passes may share it.
+        dtype: the type to compute in.
+        scratch: buffer of :data:`PART_ELEMENTS` elements for converted parts of weights; passes may share it.
     """
 
     def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
         self.dtype, self._scratch = dtype, scratch.view(dtype)
-        self.pasts: dict[Part, KeyValue] = {}  # those that are the same in every layer
+        self.pasts: dict[Part, KeyValue] = {}  # only those that are the same in every layer
 
     def fill(self, module: nn.Module, stored: Mapping[str, Tensor], config: GPTConfig, prefix: str) -> None:
-        """Give a part of the model its weights. Of linear layers they stay as stored, and are converted in use."""
+        """Load weights into a part of the model. Linear layers keep theirs as stored and convert them in use."""
         from torch import nn
 
         from reference_model.model import fill
@@ -103,13 +102,13 @@ class PrecisionPass:
     def _linear(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, [..., in] → [..., out], for a weight of another type.
 
-        As much of it at a time as the processor's cache holds is converted and multiplied, so that the memory never
-        sees it in this precision's type.
+        Converts and multiplies as much at a time as fits the processor's cache, so that the converted weight is never
+        written to memory.
         """
         rows = x.flatten(0, -2)  # (N, in)
         out = rows.new_zeros(len(rows), len(weight))  # (N, out)
         by_output = weight.is_contiguous()
-        dense = weight if by_output else weight.T  # as it lies in its file: [out, in] or [in, out]
+        dense = weight if by_output else weight.T  # as stored: [out, in] or [in, out]
         step = max(1, PART_ELEMENTS // dense.shape[1])
         for start in range(0, len(dense), step):
             some = slice(start, start + step)
@@ -123,22 +122,22 @@ class PrecisionPass:
         return out.view(*x.shape[:-1], len(weight))
 
     def _typed(self, stored: Tensor) -> Tensor:
-        """A part of a weight in this precision's type, until the next one is asked for in any precision."""
+        """A part of a weight in this pass's type, valid until the next call in any pass that shares the scratch."""
         if stored.numel() > len(self._scratch):
             return stored.to(self.dtype)
         return self._scratch[: stored.numel()].view(stored.shape).copy_(stored)
 
 
 def _trim_heap() -> None:
-    """Give freed memory back. Small tensors that stay on (errors, outputs) keep glibc's heap from shrinking itself,
-    and every block would leave some of its temporaries behind.
+    """Return freed memory to the system. Small long-lived tensors (errors, outputs) keep glibc's heap from shrinking
+    by itself, and every block would leave some of its temporaries behind.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def tensor_of(array: Array) -> Tensor:
-    """A torch view of an array, which may be read-only: it is never written to."""
+    """A torch view of an array that may be read-only; never write to it."""
     import torch
 
     if array.dtype == BFLOAT16:
@@ -149,11 +148,11 @@ def tensor_of(array: Array) -> Tensor:
 
 
 class TruthPass:
-    """One run of all blocks over one pack.
+    """Computes the truth and the yardstick on one pack of probes, block by block.
 
     Args:
         checkpoint: weights as stored in the candidate.
-        probes: what to run.
+        probes: the probes to run.
         compute: the candidate's computing type (``float32``, ``float16``).
         presents: whether the candidate returns keys and values.
         taps: whether to keep every block's output.
@@ -171,11 +170,11 @@ class TruthPass:
         windowed = any(window is not None for window in self.config.attn_window)
         self.truth = Truth(Pack(probes, windowed=windowed), {}, {})
         layers = self.config.n_layer if presents and any(probe.compare_presents for probe in probes) else 0
-        # In one piece: small tensors that live long would keep the heap from ever shrinking between blocks.
+        # One allocation: small long-lived tensors would keep the heap from shrinking between blocks.
         self.cache = torch.empty(layers, 2, self.truth.pack.length, self.config.n_embd, dtype=torch.float64)
 
     def run(self, advance: Callable[[int], None] | None = None) -> Truth:
-        """The truth. ``advance`` is told how many layers more are done."""
+        """Compute the truth. ``advance(1)`` is called after each layer."""
         import torch
 
         with torch.no_grad():
@@ -190,7 +189,7 @@ class TruthPass:
         return self.truth
 
     def _embedding(self) -> list[Tensor]:
-        """[1, N, D] in each precision. Only the rows of the tables that are asked for are read."""
+        """The embedding [1, N, D] in each pass; reads only the rows of the tables that occur."""
         import torch
 
         from reference_model.model import Embedding
@@ -198,19 +197,19 @@ class TruthPass:
         pack = self.truth.pack
         ids, token = np.unique(pack.ids, return_inverse=True)
         positions, position = np.unique(pack.positions, return_inverse=True)
-        taken = {"wte.weight": ids, "wpe.weight": positions}
-        tables = {name: _rows(self.weights[name], rows) for name, rows in taken.items() if name in self.weights}
+        used = {"wte.weight": ids, "wpe.weight": positions}
+        tables = {name: _rows(self.weights[name], rows) for name, rows in used.items() if name in self.weights}
         small = dataclasses.replace(self.config, vocab_size=len(ids), n_ctx=len(positions))
         xs = []
-        for precision in self.passes:
-            embedding = Embedding(small)  # so small that a meta device would only cost the import of its kernels
-            precision.fill(embedding, tables, small, "embedding.")
+        for pass_ in self.passes:
+            embedding = Embedding(small)  # too small for a meta device to pay for the import of its kernels
+            pass_.fill(embedding, tables, small, "embedding.")
             xs.append(embedding(torch.from_numpy(token[None]), torch.from_numpy(position[None])))  # (1, N, D)
         self._tap("embedding", xs)
         return xs
 
     def _block(self, i: int, xs: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-        """One block in both passes: [1, N, D] → [1, N, D]; keys and values are recorded. ``seen`` is by part."""
+        """Run one block in both passes, [1, N, D] → [1, N, D], and record keys and values. ``seen`` is per part."""
         import torch
 
         from reference_model.model import Block
@@ -218,51 +217,51 @@ class TruthPass:
         prefix = f"h.{i}."
         stored = {name: tensor_of(w.read()) for name, w in self.weights.items() if name.startswith(prefix)}
         outs, caches = [], []
-        for precision, x in zip(self.passes, xs, strict=True):
+        for pass_, x in zip(self.passes, xs, strict=True):
             with torch.device("meta"):
                 block = Block(self.config, i)
-            precision.fill(block, stored, self.config, prefix)
-            block.attn.attend = self._in_parts(seen, self._caches(precision, i))
-            out, present = block(x, seen[0], self._angles(precision))
+            pass_.fill(block, stored, self.config, prefix)
+            block.attn.attend = self._in_parts(seen, self._caches(pass_, i))
+            out, present = block(x, seen[0], self._angles(pass_))
             outs.append(out)
             caches.append([cache[0].transpose(0, 1).flatten(1) for cache in present])  # (N, D) each
         for part, name in enumerate(("key", "value") if len(self.cache) else ()):
             exact, yardstick = (cache[part] for cache in caches)
             self._keep(f"present.{i}.{name}", [self.cache[i, part].copy_(exact), yardstick])
         self._tap(f"h.{i}", outs)
-        del stored, caches  # what is freed after the trim would stay until the next one
+        del stored, caches  # memory freed after the trim would be kept until the next one
         if i % TRIM_BLOCKS == 0:
             _trim_heap()
         return outs
 
-    def _angles(self, precision: PrecisionPass) -> KeyValue | None:
-        """For rotary positions, [1, 1, N, dim] each."""
+    def _angles(self, pass_: PrecisionPass) -> KeyValue | None:
+        """Rotary angles, [1, 1, N, dim] each; None if positions are not rotary."""
         import torch
 
         from reference_model.model import rotary_angles
 
         rotary, positions = self.config.rotary, torch.from_numpy(self.truth.pack.positions[None])
-        return None if rotary is None else rotary_angles(rotary, positions, precision.dtype)
+        return None if rotary is None else rotary_angles(rotary, positions, pass_.dtype)
 
-    def _caches(self, precision: PrecisionPass, layer: int) -> list[KeyValue | None]:
-        """For each part with a past, keys and values [1, H, p + n, hd] each: its past, and room for its own."""
+    def _caches(self, pass_: PrecisionPass, layer: int) -> list[KeyValue | None]:
+        """Per part, keys and values [1, H, p + n, hd] each: its past, then room for its own; None without a past."""
         from torch.nn import functional
 
         compute, caches = self.passes[1].dtype, []
         for part in self.truth.pack.parts:
-            cache = precision.pasts.get(part)
+            cache = pass_.pasts.get(part)
             if cache is None and (past := part.past(layer, self.config)) is not None:
-                # The past is what the candidate gets: rounded to its type, then exact.
-                key, value = (tensor.to(compute).to(precision.dtype) for tensor in past)
+                # The past as the candidate receives it, rounded to its type; exact from there on.
+                key, value = (tensor.to(compute).to(pass_.dtype) for tensor in past)
                 n = len(part.tokens)
                 cache = functional.pad(key, (0, 0, 0, n)), functional.pad(value, (0, 0, 0, n))
                 if part.same_past_everywhere:
-                    precision.pasts[part] = cache
+                    pass_.pasts[part] = cache
             caches.append(cache)
         return caches
 
     def _in_parts(self, seen: list[Tensor], caches: list[KeyValue | None]) -> Attend:
-        """``reference_model.model.attend`` on every part: [1, H, N, hd] x 3 → [1, H, N, hd] and the new k and v."""
+        """``reference_model.model.attend`` part by part: [1, H, N, hd] x 3 → [1, H, N, hd] and the new k and v."""
         import torch
 
         from reference_model.model import attend
@@ -283,17 +282,17 @@ class TruthPass:
         return in_parts
 
     def _head(self, xs: list[Tensor]) -> None:
-        """The task's outputs for every token, some tokens at a time."""
+        """Record the task's outputs for every token, :data:`HEAD_TOKENS` at a time."""
         import torch
 
         from reference_model.model import Head, canonical_name
 
         heads = []
-        for precision in self.passes:
+        for pass_ in self.passes:
             with torch.device("meta"):
                 head = Head(self.config)
             names = [canonical_name(f"head.{name}", self.config) for name, _ in head.named_parameters()]
-            precision.fill(head, {name: tensor_of(self.weights[name].read()) for name in names}, self.config, "head.")
+            pass_.fill(head, {name: tensor_of(self.weights[name].read()) for name in names}, self.config, "head.")
             heads.append(head)
         whole: dict[str, Tensor] = {}
         noise: dict[str, list[Errors]] = {}
@@ -313,13 +312,14 @@ class TruthPass:
         if self.taps:
             self._keep(name, [x[0] for x in xs])
 
-    def _keep(self, name: str, passes: Sequence[Tensor]) -> None:
-        exact, yardstick = passes
+    def _keep(self, name: str, values: Sequence[Tensor]) -> None:
+        """Record a tensor [N, width], given in both passes."""
+        exact, yardstick = values
         self.truth.keep(name, exact, Errors.of(yardstick, exact))
 
 
 def _rows(table: LazyTensor, rows: Integers) -> Tensor:
-    """The given rows of a table [n, D], without reading the rest."""
+    """The given rows of a table, [n, D]; reads no others."""
     import torch
 
     width = slice(0, table.shape[1])

@@ -1,6 +1,6 @@
-"""Rule 1: every exported weight is its source, byte for byte, in the orientation in which it is used.
+"""Rule 1: every exported weight equals its source, byte for byte, in the orientation in which it is used.
 
-Bytes are compared, which says all that equal digests say and also where they differ. No tolerance, nothing run.
+Bytes are compared rather than digests, so that a difference can be located. No tolerance; nothing is run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gptconvert.publish.source_reader import ReadBack
 
 
 class Pair(NamedTuple):
-    """A stored tensor: the weight it belongs to, its name in the file, what it should be, and what it is."""
+    """A stored tensor: the weight it belongs to, its name in the file, its expected and its actual content."""
 
     weight: str
     name: str
@@ -32,15 +32,15 @@ class Pair(NamedTuple):
 
 @dataclass
 class WeightReport:
-    """What rule 1 found.
+    """Result of rule 1.
 
     Attributes:
         expected: how many weights the checkpoint has.
-        equal: how many were found, equal.
-        nbytes: bytes of these.
-        problems: one line for each tensor that is missing, different or not expected.
-        strict: whether a weight not found counts as a problem. It does in our own files; in anyone else's, weights
-            may have been fused or folded, and the outputs decide.
+        equal: how many are stored unchanged.
+        nbytes: bytes of the tensors that are equal.
+        problems: one line for each tensor that is missing, different or unexpected.
+        strict: whether a missing weight is a problem. It is in our own files; other exporters may fuse or fold
+            weights, and there the outputs decide.
     """
 
     expected: int
@@ -51,11 +51,11 @@ class WeightReport:
 
     @property
     def ok(self) -> bool:
-        """Nothing wrong."""
+        """Whether no problem was found."""
         return not self.problems
 
     def as_dict(self) -> dict[str, object]:
-        """For ``--json`` and the manifest."""
+        """Plain values for ``--json`` and the manifest."""
         return {
             "ok": self.ok,
             "weights": self.expected,
@@ -67,14 +67,18 @@ class WeightReport:
 
 
 def first_difference(expected: LazyTensor, found: LazyTensor, stop: threading.Event | None = None) -> int | None:
-    """Index, in the flattened tensor, of the first element whose bytes differ; both have one type and shape.
+    """Index, in the flattened tensor, of the first element whose bytes differ; None if all are equal.
+
+    Both tensors have the same type and shape.
 
     Raises:
         StoppedError: ``stop`` was set.
     """
     with ReadBack(stop) as written:
-        place = found.segments()
-        blocks = found.chunks() if place is None else (np.frombuffer(b, np.uint8) for b in written.blocks(place))
+        segments = found.segments()
+        blocks = (
+            found.chunks() if segments is None else (np.frombuffer(b, np.uint8) for b in written.blocks(segments))
+        )
         return _first_difference(expected.chunks(), blocks, expected.dtype.itemsize)
 
 
@@ -88,7 +92,7 @@ def _first_difference(a: Iterator[Array], b: Iterator[Array], itemsize: int) -> 
 
 
 def _side_by_side(a: Iterator[Array], b: Iterator[Array]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Two streams of arrays as pairs of byte runs of equal length."""
+    """Split two streams of arrays into pairs of byte runs of equal length."""
     left = right = np.empty(0, np.uint8)
     while True:
         if not len(left):
@@ -109,7 +113,7 @@ def _bytes(array: Array | None) -> NDArray[np.uint8]:
 
 
 def _same_bytes(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
-    """Eight bytes at a time: as fast as memory."""
+    """Compare eight bytes at a time, which is as fast as memory."""
     whole = len(a) // 8 * 8
     return bool(
         np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64)) and np.array_equal(a[whole:], b[whole:])
@@ -117,24 +121,24 @@ def _same_bytes(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
 
 
 def difference(name: str, expected: LazyTensor, found: LazyTensor, stop: threading.Event | None = None) -> str | None:
-    """In what two tensors differ, in words; None: in nothing."""
+    """The first difference between two tensors, as text; None if they are equal."""
     if expected.shape != found.shape:
         return f"{name}: expected shape {list(expected.shape)}, found {list(found.shape)}"
     if expected.dtype != found.dtype:
         return f"{name}: expected {expected.dtype}, found {found.dtype}"
-    turned = _lies_turned(expected) and _lies_turned(found)
-    if turned:
+    transposed = _stored_transposed(expected) and _stored_transposed(found)
+    if transposed:
         expected, found = transpose(expected), transpose(found)
     index = first_difference(expected, found, stop)
     if index is None:
         return None
     where = [int(i) for i in np.unravel_index(index, expected.shape)] if expected.shape else []
-    where = where[::-1] if turned else where
+    where = where[::-1] if transposed else where
     return f"{name}: differs from its source, first at element {where}"
 
 
-def _lies_turned(tensor: LazyTensor) -> bool:
-    """Whether a tensor's bytes lie in a file in the order of its transpose."""
+def _stored_transposed(tensor: LazyTensor) -> bool:
+    """Whether a tensor's bytes are stored in the order of its transpose."""
     return tensor.segments() is None and len(tensor.shape) == 2 and transpose(tensor).segments() is not None
 
 
@@ -144,13 +148,16 @@ def compare(
     advance: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
 ) -> WeightReport:
-    """Compare pairs and count them in, some tensors at a time.
+    """Compare pairs, several at a time, and add the results to a report.
 
     Args:
-        report: added to, and returned.
-        pairs: what to compare.
-        advance: told bytes done.
-        stop: when set by another thread, comparing ends with :class:`StoppedError`.
+        report: extended and returned.
+        pairs: the tensors to compare.
+        advance: called with the number of bytes done.
+        stop: cancels the comparison when set.
+
+    Raises:
+        StoppedError: ``stop`` was set.
     """
     largest_first = sorted(pairs, key=lambda pair: -pair.expected.nbytes)
 
@@ -172,21 +179,21 @@ def compare(
 
 
 def in_one_piece(pairs: Iterable[Pair]) -> dict[str, LazyTensor]:
-    """The weights, by name, that lie in one run of a source's bytes, fit to be used from there as the file's own."""
+    """The weights, by name, usable from the source in place of the file's: contiguous, aligned, of the same type."""
     return {
         name: expected
         for _, name, expected, found in pairs
-        if len(place := expected.segments() or ()) == 1
-        and place[0].offset % expected.dtype.itemsize == 0
+        if len(segments := expected.segments() or ()) == 1
+        and segments[0].offset % expected.dtype.itemsize == 0
         and (expected.shape, expected.dtype) == (found.shape, found.dtype)
     }
 
 
 def pairs_of(export: Export, found: Mapping[str, LazyTensor], report: WeightReport) -> list[Pair]:
-    """What an export should have stored beside what is there under the same names.
+    """Pair each tensor that an export should store with the one stored under its name.
 
-    What should be stored is derived from the checkpoint's weights, not from the tensors that were planned. Missing
-    names are counted as problems.
+    The expected tensors come from the checkpoint's weights, not from the plan. Missing names are added to the
+    report's problems.
     """
     pairs = []
     stored = {placed.weight for placed in export.placed}

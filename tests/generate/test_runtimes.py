@@ -1,4 +1,4 @@
-"""One export, three runtimes: the same model, the same text."""
+"""Three runtimes generate the same text from one export."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def runtime(request: pytest.FixtureRequest, export: Path) -> Iterator[Runtime]:
     loaded.close()
 
 
-def test_each_step_is_the_references(runtime: Runtime, checkpoint: Checkpoint) -> None:
+def test_each_step_equals_the_reference_model(runtime: Runtime, checkpoint: Checkpoint) -> None:
     import torch
 
     model = reference(checkpoint)
@@ -78,7 +78,7 @@ def test_each_step_is_the_references(runtime: Runtime, checkpoint: Checkpoint) -
 
 
 @pytest.mark.parametrize("sampling", [Sampling(NEW), Sampling(NEW, 1.0, top_k=40, seed=3)], ids=["greedy", "sampled"])
-def test_the_same_text(sampling: Sampling, export: Path) -> None:
+def test_same_text_on_every_runtime(sampling: Sampling, export: Path) -> None:
     texts = {}
     for name in RUNTIMES:
         running = generate(str(export), " ".join(f"w{i}" for i in PROMPT), sampling, name)
@@ -88,22 +88,22 @@ def test_the_same_text(sampling: Sampling, export: Path) -> None:
     assert texts["onnx"] == texts["tf"] == texts["torch"]
 
 
-def test_the_command_line(export: Path) -> None:
-    asked = [str(export), "w5 w6", "--max-new-tokens", "4", "--runtime", "torch", "--json"]
-    done = CliRunner().invoke(command, asked, catch_exceptions=False)
+def test_command_line(export: Path) -> None:
+    arguments = [str(export), "w5 w6", "--max-new-tokens", "4", "--runtime", "torch", "--json"]
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert json.loads(done.stdout)["prompt_ids"] == [5, 6]
-    assert CliRunner().invoke(command, [*asked, "--runtime", "jax"]).exit_code == 2
+    assert CliRunner().invoke(command, [*arguments, "--runtime", "jax"]).exit_code == 2
 
 
 @pytest.mark.parametrize("name", sorted(RUNTIMES))
-def test_an_artifact_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_missing_artifact(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError) as caught:
         load(name, tmp_path, {"n_positions": 40})
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_model_without_a_language_head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_model_without_a_language_head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     bare = understood(Case("gpt2", "feature-extraction"), tmp_path_factory.mktemp("saved"))
     write(tmp_path, safetensors.plan(bare, Options())[0].files)
     config = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}

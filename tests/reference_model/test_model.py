@@ -1,4 +1,4 @@
-"""The reference model against transformers, in float64: every family, head and option to the last digits."""
+"""The reference model equals transformers in float64 to the last digits: every family, head and option."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.families.bugs import BUGS, Bug
 from tests.families.witness import CASES, PAD, VARIANTS, Case, gap, hf_outputs, inputs_of, our_outputs
 
 FAMILIES = tuple(witness.TINY)
-#: Both sides round; neither more than this, in units of the largest value. (gelu_fast's constant has ten digits.)
+#: Allowed rounding error, relative to the largest value. (gelu_fast's constant has ten digits.)
 EXACT = 2e-12
-#: The least that any planted bug must move an output by.
+#: Smallest change of an output that a planted bug must cause.
 SHOWS = 1e-6
 
 
@@ -40,7 +40,7 @@ def test_equals_transformers(case: Case, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
-def test_a_planted_bug_shows(bug: Bug, directory: Path) -> None:
+def test_planted_bug_is_detected(bug: Bug, directory: Path) -> None:
     inputs = inputs_of(bug.case.task)
     right = understood(bug.case, directory)
     wrong = our_outputs(witness.reference(bug.plant(right)), inputs)
@@ -48,19 +48,19 @@ def test_a_planted_bug_shows(bug: Bug, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_positions_that_ignore_padding_show(family: str, directory: Path) -> None:
+def test_positions_that_ignore_padding_are_detected(family: str, directory: Path) -> None:
     case, inputs = Case(family), inputs_of("text-generation")
     model = witness.reference(understood(case, directory))
     counted = np.broadcast_to(np.arange(17), (4, 17))
     wrong = our_outputs(model, {**inputs, "position_ids": counted})
-    # A shift of all positions changes nothing for rotary ones: only holes show there.
+    # A shift of all positions does not affect rotary models; holes do.
     assert gap(wrong, hf_outputs(case, inputs), inputs["attention_mask"]) > SHOWS
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5, 9), (1, 2, 3, 16)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_add_up(family: str, cuts: tuple[int, ...], directory: Path) -> None:
-    """A sequence given in pieces, with the keys and values of the pieces before: the same, GPT-1 included."""
+    """A sequence fed in chunks, each with the keys and values of the ones before, gives the same logits."""
     import torch
 
     inputs = inputs_of("text-generation")
@@ -82,16 +82,16 @@ def test_chunks_add_up(family: str, cuts: tuple[int, ...], directory: Path) -> N
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_positions_default_to_the_masks_ones(task: str, directory: Path) -> None:
+def test_default_positions_count_the_masks_ones(task: str, directory: Path) -> None:
     inputs = inputs_of(task)
     model = witness.reference(understood(Case("gpt2", task), directory))
-    ours = our_outputs(model, inputs)
+    explicit = our_outputs(model, inputs)
     del inputs["position_ids"]
-    assert gap(our_outputs(model, inputs), ours, inputs["attention_mask"]) == 0
+    assert gap(our_outputs(model, inputs), explicit, inputs["attention_mask"]) == 0
 
 
-def test_default_positions_of_a_padded_sequence_give_the_bare_sequences_result(directory: Path) -> None:
-    """What a classifier says does not depend on how much padding stands before or behind."""
+def test_padding_does_not_affect_classification(directory: Path) -> None:
+    """With default positions, neither leading nor trailing padding matters."""
     case = Case("gpt2", "text-classification")
     model = witness.reference(understood(case, directory))
     bare = np.arange(7)[None] + 11
@@ -101,15 +101,15 @@ def test_default_positions_of_a_padded_sequence_give_the_bare_sequences_result(d
     assert np.allclose(long["logits"], short["logits"], rtol=0, atol=1e-12)
 
 
-def test_a_choice_is_scored_at_its_last_token_unless_told(directory: Path) -> None:
+def test_choice_is_scored_at_its_last_token_by_default(directory: Path) -> None:
     inputs = witness.choices(witness.batch(mask=np.ones((4, 17), np.int64)))
     model = witness.reference(understood(Case("gpt1", "multiple-choice"), directory))
-    told = our_outputs(model, inputs)
+    explicit = our_outputs(model, inputs)
     del inputs["mc_token_ids"]
-    assert np.array_equal(our_outputs(model, inputs)["mc_logits"], told["mc_logits"])
+    assert np.array_equal(our_outputs(model, inputs)["mc_logits"], explicit["mc_logits"])
 
 
-def test_padding_alone_is_classified_at_its_first_token(directory: Path) -> None:
+def test_sequence_of_padding_is_classified_at_its_first_token(directory: Path) -> None:
     case = Case("gpt_neox", "text-classification")
     inputs = {**inputs_of(case.task), "input_ids": np.full((4, 17), PAD)}
     model = witness.reference(understood(case, directory))
@@ -118,7 +118,7 @@ def test_padding_alone_is_classified_at_its_first_token(directory: Path) -> None
 
 
 def test_without_a_padding_token_the_last_token_is_classified(directory: Path) -> None:
-    """transformers does so for one sequence and refuses more."""
+    """transformers does the same for one sequence and rejects more."""
     case = Case("gpt2", "text-classification")
     right = understood(case, directory)
     blind = dataclasses.replace(right, config=dataclasses.replace(right.config, pad_token_id=None))
@@ -130,7 +130,7 @@ def test_without_a_padding_token_the_last_token_is_classified(directory: Path) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids_outside_the_vocabulary_are_refused(family: str, directory: Path) -> None:
+def test_ids_outside_the_vocabulary_are_rejected(family: str, directory: Path) -> None:
     model = witness.reference(understood(Case(family), directory))
     for wrong in (97, -1):
         inputs = inputs_of("text-generation")
@@ -141,7 +141,7 @@ def test_ids_outside_the_vocabulary_are_refused(family: str, directory: Path) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_past_the_context(family: str, directory: Path) -> None:
-    """Learned positions end there; rotary ones go on, and only their distances count."""
+    """Learned positions fail; rotary ones continue, and only their distances matter."""
     model = witness.reference(understood(Case(family), directory))
     mask = np.ones((1, 6), np.int64)
     near = {**witness.batch(mask=mask), "position_ids": np.arange(6)[None]}
@@ -154,7 +154,7 @@ def test_positions_past_the_context(family: str, directory: Path) -> None:
     assert np.allclose(*logits, rtol=0, atol=1e-9)
 
 
-def test_every_task_is_described() -> None:
+def test_tables_cover_every_task() -> None:
     assert set(INPUTS) == set(OUTPUTS) == set(TASKS)
     assert set(TASKS) > CACHED_TASKS
     assert {case.task for case in CASES} == set(TASKS)
@@ -190,14 +190,14 @@ SOUND: dict[str, Any] = {
         ("rotary", Rotary(0)),
     ],
 )
-def test_impossible_configurations_are_refused(key: str, value: object) -> None:
+def test_impossible_configurations_are_rejected(key: str, value: object) -> None:
     GPTConfig(**SOUND)
     with pytest.raises(ConfigError) as error:
         GPTConfig(**{**SOUND, key: value})
     assert error.value.key.startswith(key)
 
 
-def test_a_labelled_task_needs_labels() -> None:
+def test_labelled_task_needs_labels() -> None:
     GPTConfig(**SOUND, task="text-classification", n_labels=1)
     with pytest.raises(ConfigError, match="n_labels"):
         GPTConfig(**SOUND, task="token-classification")

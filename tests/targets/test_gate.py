@@ -1,4 +1,4 @@
-"""The gate: nothing is published without a passing report of its own, whatever a target does."""
+"""The gate: no export is published without a passing report of its own."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def of_another(candidate: Any, level: Any, stage: Any) -> ArtifactReport:
 
 
 def unable(candidate: Any, level: Any, stage: Any) -> ArtifactReport:
-    raise errors.UnsupportedError("nothing here can be verified", path=candidate.path, hint=f"see {candidate.path}")
+    raise errors.UnsupportedError("cannot be verified", path=candidate.path, hint=f"see {candidate.path}")
 
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Registers a target called ``dummy`` with a verifier."""
+    """A function that registers a target ``dummy`` with a given verifier."""
 
     def register(verify: Any, **fields: Any) -> None:
         target = Target("dummy", "dummy", "dummy", plan=plan, verify=verify, runs=False, **fields)
@@ -58,19 +58,19 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("targets", [("safetensors", "dummy"), ("dummy", "safetensors"), ("dummy",)], ids=str)
-class TestAnExportThatHasNotPassed:
+class TestExportThatHasNotPassed:
     @pytest.mark.parametrize(
-        ("verify", "code", "said"),
+        ("verify", "code", "message"),
         [(bad, 5, "it is not the model"), (of_another, 5, "not verified: dummy.bin"), (unable, 4, "dummy.bin")],
     )
-    def test_stops_all(
-        self, register: Any, tmp_path: Path, targets: tuple[str, ...], verify: Any, code: int, said: str
+    def test_prevents_publication(
+        self, register: Any, tmp_path: Path, targets: tuple[str, ...], verify: Any, code: int, message: str
     ) -> None:
         register(verify)
         with pytest.raises(errors.GptConvertError) as caught:
             pipeline.convert(SOURCE, tmp_path / "out", Options(targets=targets))
         assert caught.value.exit_code == code
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert list(tmp_path.iterdir()) == []
 
     def test_is_published_once_it_passes(self, register: Any, tmp_path: Path, targets: tuple[str, ...]) -> None:
@@ -81,7 +81,7 @@ class TestAnExportThatHasNotPassed:
         assert (tmp_path / "out" / "dummy.bin").read_bytes() == b"anything"
 
 
-def test_no_message_names_the_staging_directory(register: Any, tmp_path: Path) -> None:
+def test_messages_do_not_contain_the_staging_directory(register: Any, tmp_path: Path) -> None:
     register(unable)
     with pytest.raises(errors.UnsupportedError) as caught:
         pipeline.convert(SOURCE, tmp_path / "out", Options(targets=("safetensors", "dummy")))
@@ -91,7 +91,7 @@ def test_no_message_names_the_staging_directory(register: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("verify", [None, "verify", 3])
-def test_a_target_without_a_verifier_cannot_be_made(verify: Any) -> None:
+def test_target_needs_a_verifier(verify: Any) -> None:
     with pytest.raises(TypeError, match=r"dummy.*no verifier"):
         Target("dummy", "dummy", "dummy", plan=plan, verify=verify)
 
@@ -101,7 +101,7 @@ def test_every_registered_target_has_a_verifier() -> None:
         assert callable(registry.target_named(name).verify)
 
 
-def test_a_missing_report_is_a_failure(tmp_path: Path) -> None:
+def test_missing_report_fails(tmp_path: Path) -> None:
     checkpoint = pipeline.open_checkpoint(SOURCE)
     exports = plan(checkpoint, Options())
     with pytest.raises(errors.VerificationError, match=r"not verified: dummy\.bin"):

@@ -1,4 +1,4 @@
-"""Several artifacts of one output: reported in order, what only lies there is compared while the others run."""
+"""Several artifacts of one output: reported in order; those that only compare bytes do so while others run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Verifier = Callable[..., Any]
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    """Exported twice, into ``tmp_path / "out"``."""
+    """A checkpoint, exported as ONNX and safetensors to ``tmp_path / "out"``."""
     checkpoint, folder = tiny(tmp_path), tmp_path / "out"
     folder.mkdir()
     export(folder, checkpoint)
@@ -34,7 +34,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return checkpoint
 
 
-def test_reports_are_in_the_order_asked_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_reports_are_in_the_given_order(checkpoint: Checkpoint, tmp_path: Path) -> None:
     candidates = find_candidates(checkpoint, str(tmp_path / "out"))
     for order in (candidates, candidates[::-1]):
         report = verify(order)
@@ -44,7 +44,7 @@ def test_reports_are_in_the_order_asked_for(checkpoint: Checkpoint, tmp_path: Pa
 
 
 def test_weights_are_compared_while_a_graph_runs(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Each waits until the other has begun."""
+    """Each verifier waits until the other has begun."""
     met = threading.Barrier(2, timeout=60)
 
     def waiting(kind: str) -> Verifier:
@@ -76,11 +76,11 @@ def test_background_work_ends_with_a_failure(checkpoint: Checkpoint, tmp_path: P
     begun, ended = threading.Event(), []
 
     def endless(candidate: Any, level: Any, stage: Any) -> Any:
-        go_on = stage("comparing", 0)
+        advance = stage("comparing", 0)
         begun.set()
         try:
             while True:
-                go_on(1)
+                advance(1)
         except StoppedError:
             ended.append(True)
             raise

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Models this small only wait for each other's threads."""
+    """Models this small lose time waiting for threads."""
     import torch
 
     torch.set_num_threads(1)

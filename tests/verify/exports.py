@@ -1,4 +1,4 @@
-"""Exported tiny models and ways to spoil them."""
+"""Tiny exported models and ways to break them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.helpers import checkpoint_of, tiny_gpt2, write_planned
 
 
 def tiny(directory: Path, seed: int = 0, *, dtype: Any = np.float32, start: int = 0, **config: object) -> Checkpoint:
-    """In a file, aligned as in most checkpoints unless it ``start``s at an odd byte."""
+    """A tiny checkpoint in a file, aligned as in most checkpoints unless ``start`` is odd."""
     raw, arrays = tiny_gpt2(seed, **config)
     directory.mkdir(exist_ok=True)
     return checkpoint_of(raw, {n: array.astype(dtype) for n, array in arrays.items()}, directory, start=start)
 
 
 def export(directory: Path, checkpoint: Checkpoint, **options: Any) -> Path:
-    """The ONNX files of a checkpoint; returns the graph's path."""
+    """Write the ONNX files of a checkpoint; return the graph's path."""
     planned = plan(checkpoint, Options(**options))[0].files
     write_planned(directory, planned)
     return directory / planned[0].path
@@ -41,19 +41,19 @@ def altered(checkpoint: Checkpoint, **config: Any) -> Checkpoint:
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
-    """Change a graph file in place, its external data left alone."""
+    """Change a graph file in place; leave its external data alone."""
     model = onnx.load_model(path, load_external_data=False)
     change(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def node(model: Any, output: str) -> Any:
-    """The node that makes a value."""
+    """The node that computes a value."""
     return next(n for n in model.graph.node if output in n.output)
 
 
 def insert_after(model: Any, output: str, *nodes: Any) -> None:
-    """Put nodes behind the one that makes ``output``."""
+    """Insert nodes after the one that computes ``output``."""
     at = next(i for i, n in enumerate(model.graph.node) if output in n.output)
     for offset, new in enumerate(nodes):
         model.graph.node.insert(at + 1 + offset, new)
@@ -64,7 +64,7 @@ def attribute(model: Any, output: str, name: str) -> Any:
 
 
 def with_verifiers(verifiers: Mapping[str, Verifier]) -> Callable[[str], Target]:
-    """The registry, with other verifiers for some targets."""
+    """The registry with other verifiers for some targets."""
     planted = {name: dataclasses.replace(target_named(name), verify=each) for name, each in verifiers.items()}
     return lambda name: planted.get(name) or target_named(name)
 
@@ -72,5 +72,5 @@ def with_verifiers(verifiers: Mapping[str, Verifier]) -> Callable[[str], Target]
 def report_on(
     checkpoint: Checkpoint, path: Path, level: str = "default", verifiers: Mapping[str, Verifier] | None = None
 ) -> Report:
-    """What ``gptconvert verify`` finds of whatever is at ``path``."""
+    """The report of ``gptconvert verify`` on the artifacts at ``path``."""
     return verify(find_candidates(checkpoint, str(path)), level, target_of=with_verifiers(verifiers or {}))

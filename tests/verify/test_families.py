@@ -1,4 +1,4 @@
-"""Every family with every head: correct exports pass, and a wrong body or a wrong head does not."""
+"""Every family with every head: correct exports pass; a wrong body or head fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["small", "large"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_correct_exports_pass(case: Case, small: bool, directory: Path, tmp_path: Path) -> None:
-    """Weights in several pieces (separate q, k and v) come from the file, the others of a large model do not."""
+    """A large model takes only weights stored in several pieces (separate q, k and v) from the exported file."""
     verifiers = {"onnx": OnnxVerifier(small_model=1 << 30 if small else 0)}
     checkpoint = witness.checkpoint(case, directory)
     for kv_cache in (True, False) if case.task in CACHED_TASKS else (False,):
@@ -39,7 +39,7 @@ def test_correct_exports_pass(case: Case, small: bool, directory: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BY_TASK, ids=str)
-def test_another_eps_is_noticed_through_every_head(case: Case, directory: Path, tmp_path: Path) -> None:
+def test_wrong_eps_is_detected_through_every_head(case: Case, directory: Path, tmp_path: Path) -> None:
     checkpoint = witness.checkpoint(case, directory)
     wrong = altered(checkpoint, norm_eps=2 * checkpoint.config.norm_eps)
     report = report_on(checkpoint, export(tmp_path, wrong))
@@ -62,7 +62,7 @@ HEADS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in BY_TASK if c.task in HEADS], ids=str)
 def test_a_wrong_head(case: Case, directory: Path, tmp_path: Path) -> None:
-    """Right by name, wrong by content; then wrong in what is done with it."""
+    """Wrong weights fail rule 1; in another exporter's file they fail rule 2."""
     checkpoint = witness.checkpoint(case, directory)
     name = HEADS[case.task]
     spoiled = rolled(checkpoint.weights[name]) if checkpoint.weights[name].shape[0] > 1 else flipped(checkpoint, name)
@@ -80,14 +80,14 @@ def flipped(checkpoint: Checkpoint, name: str) -> LazyTensor:
 
 
 def disown(model: Any) -> None:
-    """Rule 1 is strict only about our own files; this leaves the outputs to decide."""
-    model.producer_name = "somebody"
+    """Rule 1 is strict only for our own files; otherwise the outputs decide."""
+    model.producer_name = "another exporter"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS, ids=str)
-def test_a_family_misunderstood(bug: Bug, directory: Path, tmp_path: Path) -> None:
-    """Rule 2 alone: the outputs tell, whatever the file says of its weights."""
+def test_family_bugs_are_caught(bug: Bug, directory: Path, tmp_path: Path) -> None:
+    """By rule 2 alone, from the outputs."""
     checkpoint = witness.checkpoint(bug.case, directory)
     path = export(tmp_path, bug.plant(checkpoint))
     edit(path, disown)

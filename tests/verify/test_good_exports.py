@@ -1,4 +1,4 @@
-"""Correct exports pass: several seeds, shapes, tasks and storage types; also ones that look like somebody else's."""
+"""Correct exports pass: several seeds, shapes, tasks and storage types; also in the style of other exporters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_seeds(tmp_path: Path, seed: int, kv_cache: bool) -> None:
     assert 0.1 < worst < 4
 
 
-def test_everything(tmp_path: Path) -> None:
+def test_full_level(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     report = report_on(checkpoint, export(tmp_path, checkpoint), level="full")
     assert report.passed, report.table()
@@ -68,7 +68,7 @@ def test_bare_model(tmp_path: Path, kv_cache: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16])
 def test_half_precision_storage(tmp_path: Path, dtype: np.dtype[Any]) -> None:
-    """The truth is what the stored weights mean; from the wide checkpoint the narrow ones follow by rounding."""
+    """The truth uses the weights as stored; a wide checkpoint is rounded first."""
     wide = tiny(tmp_path)
     narrow = dataclasses.replace(wide, weights={name: cast(w, dtype) for name, w in wide.weights.items()})
     path = export(tmp_path, narrow)
@@ -78,7 +78,7 @@ def test_half_precision_storage(tmp_path: Path, dtype: np.dtype[Any]) -> None:
 
 
 def foreign(model: Any) -> None:
-    """Somebody else's way of saying the same: names, symbols, producer, types."""
+    """Rename tensors, symbols and producer as another exporter would."""
     model.producer_name = "another exporter"
     renamed = {t.name: f"transformer.{t.name}" for t in model.graph.initializer}
     renamed |= {f"h.{i}": f"/block.{i}/out" for i in range(2)} | {"embedding": "/embedding"}
@@ -94,7 +94,7 @@ def foreign(model: Any) -> None:
                 dim.dim_param = dim.dim_param.replace("batch_size", "N").replace("sequence", "tokens")
 
 
-def test_somebody_elses_names(tmp_path: Path) -> None:
+def test_names_of_another_exporter(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
     edit(path, foreign)
@@ -103,7 +103,7 @@ def test_somebody_elses_names(tmp_path: Path) -> None:
     assert (report.artifacts[0].weights.equal, report.artifacts[0].weights.strict) == (28, False)
 
 
-def test_somebody_elses_bug_is_placed_by_the_cache(tmp_path: Path) -> None:
+def test_bug_of_another_exporter_is_located_by_the_cache(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
 
@@ -114,7 +114,7 @@ def test_somebody_elses_bug_is_placed_by_the_cache(tmp_path: Path) -> None:
     edit(path, spoil)
     report = report_on(checkpoint, path)
     assert not report.passed
-    assert "block 1, in present.1.key, or block 0 after its own" in report.table()
+    assert "block 1, in present.1.key, or block 0 after its keys and values" in report.table()
 
 
 def test_int32_inputs(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_int32_inputs(tmp_path: Path) -> None:
 
 
 def test_graph_without_position_ids(tmp_path: Path) -> None:
-    """It can be fed; that it counts padding as positions is its bug, and shows as such."""
+    """The graph can be fed; it counts padding as positions, and the verifier reports that bug."""
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
 
@@ -170,7 +170,7 @@ def test_graphs_that_cannot_be_fed(tmp_path: Path) -> None:
         assert words in str(caught.value)
 
 
-def test_one_input_too_many(tmp_path: Path) -> None:
+def test_unknown_input(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
 
@@ -183,7 +183,7 @@ def test_one_input_too_many(tmp_path: Path) -> None:
         report_on(checkpoint, path)
 
 
-def test_report_as_plain_values(tmp_path: Path) -> None:
+def test_report_as_json(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
     first, second = report_on(checkpoint, path), report_on(checkpoint, path)
@@ -200,12 +200,12 @@ def test_finding_artifacts(tmp_path: Path) -> None:
     assert [(a.target, a.shown_as) for a in found] == [("onnx", "onnx/model.onnx")]
     assert [a.shown_as for a in find_candidates(checkpoint, found[0].path)] == ["model.onnx"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UnsupportedError, match="nothing here"):
+    with pytest.raises(UnsupportedError, match="no artifact to verify"):
         find_candidates(checkpoint, str(tmp_path / "empty"))
     assert not verify([]).passed
 
 
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_verifying_leaves_no_files(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
     edit(path, erf_gelu)

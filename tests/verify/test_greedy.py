@@ -1,4 +1,4 @@
-"""A greedy continuation held against somebody else's logits: every token matters, ties do not."""
+"""A greedy continuation checked against another runtime's logits: every token matters, ties pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers import openai_checkpoint
 #: Prompts of three tokens: whole, padded on the left, padded on the right; then three new tokens each.
 IDS = np.array([[5, 6, 7, 1, 2, 3], [0, 6, 7, 4, 5, 6], [5, 6, 0, 7, 8, 9]])
 MASK = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]])
-#: Row, new token → the index its logits stand at.
+#: Row, new token → index of the logits that choose it.
 CHOSEN_AFTER = [[2, 3, 4], [2, 3, 4], [1, 3, 4]]
 
 
@@ -28,7 +28,7 @@ def config(tmp_path: object) -> GPTConfig:
 
 @pytest.fixture
 def logits() -> np.ndarray:
-    """Logits [3, 6, 10] under which these are the best tokens, and anything stands where nobody should look."""
+    """Logits [3, 6, 10] under which these tokens are best; zeros at places that must not be read."""
     values = np.zeros((3, 6, 10), np.float32)
     for row, places in enumerate(CHOSEN_AFTER):
         for i, place in enumerate(places):
@@ -36,7 +36,7 @@ def logits() -> np.ndarray:
     return values
 
 
-def test_the_same_text_passes(config: GPTConfig, logits: np.ndarray) -> None:
+def test_same_text_passes(config: GPTConfig, logits: np.ndarray) -> None:
     made = Continuation(IDS, MASK, 3, 0.0)
     assert list(made.unlikely(logits, config, 0.0)) == []
 
@@ -47,14 +47,14 @@ def test_every_token_matters(row: int, i: int, config: GPTConfig, logits: np.nda
     made = Continuation(IDS, MASK, 3, 0.0)
     logits[row, CHOSEN_AFTER[row][i], 0] = 1.5
     assert list(made.unlikely(logits, config, 0.25)) == [f"token {i} of row {row} is {IDS[row, 3 + i]}"]
-    assert list(made.unlikely(logits, config, 0.5)) == []  # a tie, to within what is allowed
+    assert list(made.unlikely(logits, config, 0.5)) == []  # a tie, within the allowed distance
 
 
 def test_nan_never_passes(config: GPTConfig, logits: np.ndarray) -> None:
     assert len(list(Continuation(IDS, MASK, 3, 0.0).unlikely(logits * np.nan, config, 1.0))) == 9
 
 
-def test_after_the_end_there_is_padding(config: GPTConfig, logits: np.ndarray) -> None:
+def test_only_padding_may_follow_the_end(config: GPTConfig, logits: np.ndarray) -> None:
     config = dataclasses.replace(config, eos_token_id=4, pad_token_id=None)
     made = Continuation(IDS, MASK, 3, 0.0)
     assert list(made.unlikely(logits, config, 0.0)) == ["token 1 of row 1 is 5", "token 2 of row 1 is 6"]

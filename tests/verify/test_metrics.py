@@ -29,7 +29,7 @@ def test_rmse_rule(times: float, ok: bool) -> None:
     assert measure(times * noise, noise, truth).ok is ok
 
 
-def test_one_outlier_fails_by_its_size_alone() -> None:
+def test_single_outlier_fails() -> None:
     noise, truth = arrays()
     error = noise.copy()
     error[3, 3] = 12 * np.abs(noise).max()
@@ -49,7 +49,7 @@ def test_figures_against_numpy() -> None:
     assert math.isclose(found.floor, 8 * 2.0**-23 * math.sqrt((truth**2).mean()), rel_tol=1e-6)
 
 
-def test_a_yardstick_without_noise_leaves_the_floor() -> None:
+def test_yardstick_without_noise_leaves_the_floor() -> None:
     _, truth = arrays()
     none = np.zeros_like(truth)
     assert measure(none, none, truth).ok and measure(none, none, truth).ratio == 0
@@ -58,7 +58,7 @@ def test_a_yardstick_without_noise_leaves_the_floor() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_not_a_number_never_passes(bad: float) -> None:
+def test_nan_and_infinity_never_pass(bad: float) -> None:
     noise, truth = arrays()
     error = noise.copy()
     error[0, 0] = bad
@@ -67,7 +67,7 @@ def test_not_a_number_never_passes(bad: float) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 7))
-def test_pooling_is_independent_of_how_tokens_arrive(cut: int) -> None:
+def test_sums_do_not_depend_on_how_tokens_are_split(cut: int) -> None:
     noise, truth = arrays()
     error = arrays(1)[0]
     whole, pooled = measure(error, noise, truth), Measure("logits", EPSILON["float32"])
@@ -84,7 +84,7 @@ def test_single_precision_values_are_widened_before_subtraction() -> None:
     assert 0 < float(errors.largest[0]) < 2.0**-24
 
 
-def test_likeness_against_torch() -> None:
+def test_similarity_against_torch() -> None:
     random = np.random.default_rng(0)
     truth = random.normal(0, 3, (5, 40))
     values = (truth + random.normal(0, 0.1, truth.shape)).astype(np.float32)
@@ -97,7 +97,7 @@ def test_likeness_against_torch() -> None:
     assert found.same_top == int((c.argmax(1) == t.argmax(1)).sum())
 
 
-def test_ties_within_the_noise_are_no_disagreement() -> None:
+def test_ties_within_the_noise_count_as_agreement() -> None:
     truth = torch.tensor([[1.0, 1.0 + 1e-7, 0.0]], dtype=torch.float64)
     values = torch.tensor([[1.0 + 1e-6, 1.0, 0.0]], dtype=torch.float64)
     strict, aware = LogitSimilarity(), LogitSimilarity()
@@ -110,8 +110,8 @@ def test_significant() -> None:
     assert (significant(0.0012345), significant(math.inf), significant(math.nan)) == (0.00123, None, None)
 
 
-def test_few_numbers_are_held_to_what_is_typical() -> None:
-    """A number small by luck, a yardstick right by luck: an error that is usual elsewhere must not fail."""
+def test_few_numbers_are_judged_by_the_typical_value() -> None:
+    """An error that is usual elsewhere must not fail because a number or the yardstick's error is small by luck."""
     small = np.full((1, 1), 0.01)
     found = measure(np.full((1, 1), 5e-7), np.full((1, 1), 1e-8), small)
     assert not found.ok
@@ -123,7 +123,7 @@ def test_few_numbers_are_held_to_what_is_typical() -> None:
 
 
 def test_few_tokens_are_judged_by_the_usual_noise() -> None:
-    """A yardstick that was lucky in 7 tokens does not fail a candidate that was not; in 8 it is no luck."""
+    """A yardstick that is lucky on 7 tokens does not fail a correct candidate; on 8 tokens it counts."""
 
     def measure(tokens: int) -> Measure:
         truth = torch.ones(tokens, 10, dtype=torch.float64)

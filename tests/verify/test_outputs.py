@@ -1,4 +1,4 @@
-"""Candidates that misbehave in ways no graph of ours can, and the hard failures that need no figure."""
+"""Candidates that misbehave in ways our graphs cannot, and failures that need no figure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Spoil = Callable[[Feeds, Outputs], Outputs]
 
 
 class Spoiled(TorchRunner):
-    """The reference model, its answers changed on the way out."""
+    """The reference model with its outputs altered."""
 
     def __init__(self, checkpoint: Checkpoint, spoil: Spoil) -> None:
         super().__init__(checkpoint.config, torch_weights(checkpoint, torch.float32))
@@ -56,7 +56,7 @@ def logits(change: Callable[[Feeds, Any], Any]) -> Spoil:
     return lambda feeds, out: dataclasses.replace(out, named={"logits": change(feeds, out.named["logits"])})
 
 
-def test_the_reference_model_passes(checkpoint: Checkpoint) -> None:
+def test_reference_model_passes(checkpoint: Checkpoint) -> None:
     groups = judge(checkpoint, Spoiled(checkpoint, lambda feeds, out: out))
     assert all(group.ok for group in groups.values()), problems(groups)
     assert CHUNKED in groups and groups[CHUNKED].tokens == 7
@@ -107,19 +107,19 @@ def test_hard_failures(checkpoint: Checkpoint, spoil: Spoil, words: str) -> None
     assert not all(group.ok for group in groups.values())
 
 
-def test_a_runtime_that_refuses_is_a_failure_not_a_crash(checkpoint: Checkpoint) -> None:
-    def refuse(feeds: Feeds, out: Outputs) -> Outputs:
+def test_runtime_error_fails_the_probe(checkpoint: Checkpoint) -> None:
+    def fail(feeds: Feeds, out: Outputs) -> Outputs:
         if len(feeds.input_ids) > 1:
             raise RunError("batch of one only")
         return out
 
-    groups = judge(checkpoint, Spoiled(checkpoint, refuse))
-    assert "holes: the runtime refused to run it: batch of one only" in problems(groups)
+    groups = judge(checkpoint, Spoiled(checkpoint, fail))
+    assert "holes: the run failed: batch of one only" in problems(groups)
     assert groups["length 7"].ok and not groups["left padding"].ok
 
 
-def test_a_cache_that_is_wrong_only_when_fed_back(checkpoint: Checkpoint) -> None:
-    """Right on random pasts in their true order, wrong on its own: keys and values swapped on the way out."""
+def test_error_that_shows_only_in_chunks(checkpoint: Checkpoint) -> None:
+    """Correct on random pasts, wrong on the candidate's own."""
 
     def forget(feeds: Feeds, out: Outputs) -> Outputs:
         if feeds.past and feeds.past[0][0].shape[2] == 2:  # only the chunked prefill has this past
@@ -131,7 +131,7 @@ def test_a_cache_that_is_wrong_only_when_fed_back(checkpoint: Checkpoint) -> Non
 
 
 def test_padding_may_hold_anything_but_nan(checkpoint: Checkpoint) -> None:
-    """What stands at padding is nobody's business: a graph may put there what it likes."""
+    """Finite outputs at padding are not compared."""
 
     def scribble(feeds: Feeds, out: Outputs) -> Outputs:
         new = feeds.input_ids.shape[1]
@@ -144,7 +144,7 @@ def test_padding_may_hold_anything_but_nan(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"norm_eps": 1e-6}, {"activation": "gelu_erf"}, {"attn_scale": (0.35, 0.35)}])
-def test_mildest_bugs_stand_far_above_the_noise(checkpoint: Checkpoint, wrong: dict[str, Any]) -> None:
+def test_mildest_bugs_are_far_above_the_noise(checkpoint: Checkpoint, wrong: dict[str, Any]) -> None:
     runner = TorchRunner(altered(checkpoint, **wrong).config, torch_weights(checkpoint, torch.float32))
     groups = judge(checkpoint, runner)
     assert min(g.measures["logits"].ratio for name, g in groups.items() if name.startswith("length 40")) > 20

@@ -1,4 +1,4 @@
-"""Tokens with one history are one token, and nothing else is."""
+"""Tokens are packed once if and only if they have the same history."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def places(pack: Pack) -> list[list[int]]:
     return [row.tokens.tolist() for row in pack.rows]
 
 
-def test_a_common_beginning_is_shared_wherever_it_stands() -> None:
+def test_common_prefix_is_shared_at_any_offset() -> None:
     batch = probe([[5, 6, 7, 9], [1, 1, 5, 6], [5, 1, 6, 8]], ["1111", "0011", "1011"])
     pack = Pack([probe([[5, 6]], ["11"]), batch])
     assert places(pack) == [[0, 1], [0, 1, 2, 3], [0, 1], [0, 1, 4]]
     assert (pack.length, pack.ids.tolist(), pack.positions.tolist()) == (5, [5, 6, 7, 9, 8], [0, 1, 2, 3, 2])
 
 
-def test_holes_are_history_where_a_layer_sees_by_distance() -> None:
+def test_holes_are_history_if_a_layer_has_a_window() -> None:
     batch = probe([[5, 6, 7], [5, 1, 6], [1, 5, 6]], ["111", "101", "011"])
     assert places(Pack([batch], windowed=True)) == [[0, 1, 2], [0, 3], [0, 1]]
 
 
-def test_the_same_id_at_another_position_or_after_another_is_another_token() -> None:
+def test_same_id_at_another_position_or_after_another_id_is_another_token() -> None:
     first, second = probe([[5, 6]], ["11"]), probe([[6, 6]], ["11"])
     second.position_ids[0] = [1, 2]
     assert places(Pack([first, second])) == [[0, 1], [2, 3]]

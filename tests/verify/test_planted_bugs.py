@@ -1,7 +1,7 @@
-"""A verifier is worth what it catches: each of these bugs is planted into a good export and must be found and placed.
+"""Each of these bugs, planted into a good export, must be found and located.
 
-The table says what the report must name. Every bug lies in the last layer where it can, so that finding "the first
-block" by luck is not enough.
+The table lists what the report must contain. Bugs are in the last layer where possible, so that blaming the first
+block by default fails.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ GRAPH_BUGS: list[tuple[Callable[[Any], None], list[str]]] = [
     (layers_swapped, ["begins in block 0\n"]),
     (layers_bytes_swapped, ["h.0.mlp.c_fc.weight: differs", "h.1.mlp.c_fc.weight: differs"]),
     (caches_swapped, ["present.0.key does not begin with the past"]),
-    (past_dropped_from_scores, ["past 5: the runtime refused to run it"]),
+    (past_dropped_from_scores, ["past 5: the run failed"]),
     (scale_missing, ["begins in block 1\n"]),
     (final_norm_missing, ["the head"]),
     (constant_output, ["logits is constant"]),
@@ -164,7 +164,7 @@ Judge = Callable[[Checkpoint, Path], Report]
 
 @pytest.fixture(params=["small", pytest.param("large", marks=pytest.mark.slow)])
 def judge(request: pytest.FixtureRequest) -> Judge:
-    """Large models run with the source's weights, before it is known that the file's are the same."""
+    """Large models run with the source's weights, before the file's are known to be equal."""
     verifier = OnnxVerifier() if request.param == "small" else OnnxVerifier(small_model=0)
     return lambda checkpoint, path: report_on(checkpoint, path, verifiers={"onnx": verifier})
 
@@ -211,7 +211,7 @@ def test_export_of_another_architecture(
     export(tmp_path / "bad", altered(checkpoint, **wrong), kv_cache=kv_cache)
     report = judge(checkpoint, tmp_path / "bad")
     assert not report.passed
-    if "final_norm" in wrong:  # then its weights are not in the graph at all
+    if "final_norm" in wrong:  # its weights are not even in the graph
         named = "ln_f.weight: not in the graph"
     assert named in report.table()
 
@@ -239,13 +239,13 @@ def test_truncated_data_file(judge: Judge, tmp_path: Path) -> None:
     assert caught.value.exit_code == 3
 
 
-def test_a_fault_of_the_optimiser_is_named(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimiser_bug_is_named(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gptconvert.targets.onnx import runner as onnx_runner
 
-    honest = onnx_runner.OnnxRunner.run
+    original = onnx_runner.OnnxRunner.run
 
     def run(self: Any, feeds: Any, presents: bool) -> Any:
-        outputs = honest(self, feeds, presents)
+        outputs = original(self, feeds, presents)
         if not self.taps:  # the copy that returns every block's output runs without optimisation
             outputs.named["logits"][...] *= 1.001
         return outputs
@@ -261,7 +261,7 @@ def _groups(report: Report) -> dict[str, bool]:
     return {group.name: group.ok for group in report.artifacts[0].runs[0].groups}
 
 
-def test_groups_tell_what_kind_of_input_goes_wrong(judge: Judge, tmp_path: Path) -> None:
+def test_failing_groups_name_the_kind_of_input(judge: Judge, tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
     edit(path, positions_ignore_padding)

@@ -51,12 +51,12 @@ def test_probes_are_valid_input(n_ctx: int, vocabulary: int, window: int | None,
         assert probe.input_ids.min() >= 0 and probe.input_ids.max() < vocabulary
         assert probe.position_ids.min() >= 0 and probe.position_ids.max() < n_ctx
         assert set(np.unique(probe.attention_mask)) <= {0, 1}
-        assert probe.attention_mask[:, probe.past_length :].any(1).all()  # every row asks something
+        assert probe.attention_mask[:, probe.past_length :].any(1).all()  # every row has a real token
         assert sum(probe.chunks) <= new and all(size > 0 for size in probe.chunks)
         assert kv_cache or not probe.past_length
 
 
-def test_the_list_is_complete() -> None:
+def test_all_kinds_of_probes_are_made() -> None:
     probes = make_probes(config_of(1024, window=256), kv_cache=True)
     assert {"length 1", "length 2", "length 7", "length 64"} <= all_groups(probes)
     assert {"no padding", "left padding", "right padding", "holes", "one token"} <= all_groups(probes)
@@ -71,7 +71,7 @@ def test_the_list_is_complete() -> None:
     assert {"length 1023", "length 1024", "past 7, 4 new", "past 1020"} <= everything
 
 
-def test_without_cache_positions_and_windows_are_still_reached() -> None:
+def test_last_positions_and_windows_are_reached_without_a_cache() -> None:
     probes = make_probes(config_of(1024, window=256), kv_cache=False)
     assert max(int(probe.position_ids.max()) for probe in probes) == 1023
     assert max(probe.input_ids.shape[1] for probe in probes) == 259
@@ -80,13 +80,13 @@ def test_without_cache_positions_and_windows_are_still_reached() -> None:
 
 
 @pytest.mark.parametrize("kv_cache", [True, False])
-def test_the_default_level_is_cheap_whatever_the_model(kv_cache: bool) -> None:
+def test_default_level_is_bounded(kv_cache: bool) -> None:
     assert sum(probe.tokens for probe in make_probes(config_of(2048), kv_cache=kv_cache)) <= 130
     assert all(sum(p.tokens for p in wave) <= 256 for wave in waves(make_probes(config_of(2048), kv_cache=kv_cache)))
 
 
 def test_prompts_of_different_lengths_differ_in_one_id() -> None:
-    """What the causality check lives on."""
+    """The causality check relies on this."""
     for config in (SMALLER, LARGE):
         prompts = [
             ids
@@ -99,7 +99,7 @@ def test_prompts_of_different_lengths_differ_in_one_id() -> None:
 
 
 def test_neighbours_in_the_batch_of_masks_differ() -> None:
-    """A candidate that mixes up rows must not get away with it."""
+    """A candidate that mixes up rows must fail."""
     (probe,) = (p for p in make_probes(config_of(), kv_cache=True) if "holes" in p.groups)
     real = [ids[mask == 1].tolist() for ids, mask in zip(probe.input_ids, probe.attention_mask, strict=True)]
     assert all(a[0] != b[0] for a, b in pairwise(real))
@@ -116,7 +116,7 @@ def test_past_is_seeded_and_differs_by_layer_unless_shared() -> None:
     assert shared.past(0, config)[0].shape == (1, 3, 99, 8)
 
 
-def test_default_positions_are_the_reference_models() -> None:
+def test_default_positions_equal_the_reference_models() -> None:
     import torch
 
     mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 0]])
@@ -146,19 +146,19 @@ def sized(n_layer: int, n_embd: int) -> GPTConfig:
 LARGE, SMALLER = sized(48, 1600), sized(36, 1280)
 
 
-def test_lengths_are_those_promised() -> None:
+def test_lengths_by_model_size() -> None:
     everywhere = {"length 1", "length 2", "no padding", "left padding", "right padding", "holes", "one token"}
     for config, longest, chunks in ((LARGE, 17, (1, 1, 1)), (SMALLER, 64, (1, 1, 5))):
         probes = make_probes(config, kv_cache=True)
         assert everywhere | {f"length {longest}", "past 5, holes", "past 1023"} <= all_groups(probes)
         assert 7 in {probe.input_ids.shape[1] for probe in probes}
         assert [(p.input_ids.shape[1], p.chunks) for p in probes if p.chunks] == [(longest, chunks)]
-    asked_for = all_groups(make_probes(LARGE, kv_cache=True, level="full"))
-    assert {"length 7", "length 64", "length 1024"} <= asked_for
+    full = all_groups(make_probes(LARGE, kv_cache=True, level="full"))
+    assert {"length 7", "length 64", "length 1024"} <= full
 
 
-def test_a_large_model_is_asked_in_few_passes() -> None:
-    """Each run is a pass over all weights, but for the first chunk, which is the prompt of one token."""
+def test_large_model_runs_few_passes() -> None:
+    """Each run is a pass over all weights, except for the first chunk, which reuses the prompt of one token."""
     probes = make_probes(LARGE, kv_cache=True)
     assert len(probes) + sum(len(probe.chunks) - 1 for probe in probes if probe.chunks) == 8
     assert Pack(probes).length <= 36

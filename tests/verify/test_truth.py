@@ -50,7 +50,7 @@ def doubles(checkpoint: Checkpoint, probe: Probe) -> list[tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize("scale_by_layer", [False, True])
-def test_truth_is_transformers_in_float64(scale_by_layer: bool) -> None:
+def test_truth_equals_transformers_in_float64(scale_by_layer: bool) -> None:
     import torch
     from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -91,7 +91,7 @@ def test_truth_is_transformers_in_float64(scale_by_layer: bool) -> None:
     ids=str,
 )
 def test_packing_changes_nothing(config: dict[str, Any]) -> None:
-    """The packed pass against the reference model run probe by probe, padding and all."""
+    """The packed pass agrees with the reference model run probe by probe, padding included."""
     import torch
 
     from reference_model.model import GPT
@@ -123,21 +123,21 @@ def test_head_on_some_tokens_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert whole.values["logits"].shape == (whole.pack.length, 97)
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["[out, in]", "[in, out]"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["[out, in]", "[in, out]"])
 @pytest.mark.parametrize("elements", [1, 50, 1 << 19])
-def test_linear_layers_in_parts(turned: bool, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_layers_in_parts(transposed: bool, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torch import nn
 
     monkeypatch.setattr(truth_module, "PART_ELEMENTS", elements)
     torch.manual_seed(0)
     weight = torch.randn(7, 24, dtype=torch.bfloat16)
-    stored = {"weight": weight.T.contiguous().T if turned else weight, "bias": torch.randn(7)}
+    stored = {"weight": weight.T.contiguous().T if transposed else weight, "bias": torch.randn(7)}
     x = torch.randn(1, 5, 24, dtype=torch.float64)
     with torch.device("meta"):
         layer = nn.Linear(24, 7)
-    precision = truth_module.PrecisionPass(torch.float64, torch.empty(elements, dtype=torch.float64))
-    precision.fill(layer, stored, tiny_checkpoint().config, "")
+    pass_ = truth_module.PrecisionPass(torch.float64, torch.empty(elements, dtype=torch.float64))
+    pass_.fill(layer, stored, tiny_checkpoint().config, "")
     with torch.no_grad():
         expected = x @ stored["weight"].double().T + stored["bias"].double()
         assert torch.allclose(layer(x), expected, rtol=0, atol=1e-13)
@@ -161,7 +161,7 @@ def test_noise_is_float32_noise(tmp_path: Path) -> None:
     assert 1e-8 < relative < 1e-6
 
 
-def test_a_checkpoint_of_nan_is_an_input_error(tmp_path: Path) -> None:
+def test_nan_in_the_checkpoint_is_an_input_error(tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2()
     arrays["transformer.h.1.mlp.c_fc.bias"][3] = np.nan
     checkpoint = checkpoint_of(raw, arrays, tmp_path)
@@ -206,7 +206,7 @@ print(max(peaks))
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_layers() -> None:
-    """24 more layers are 170 MB in float32 and 340 MB in float64; one block's worth of slack is allowed."""
+    """24 more layers take 170 MB in float32 and 340 MB in float64; the slack is one block."""
     peaks = []
     for layers in ("4", "28"):
         command = [sys.executable, "-c", MEMORY, layers]

@@ -30,7 +30,7 @@ def lazy(array: np.ndarray[Any, Any]) -> LazyTensor:
     dtype=st.sampled_from([np.float32, np.float16, np.int8]),
     place=st.integers(0, 10_000),
 )
-def test_first_difference_is_found_wherever_it_is(shape: tuple[int, ...], dtype: Any, place: int) -> None:
+def test_first_difference_is_found_at_any_index(shape: tuple[int, ...], dtype: Any, place: int) -> None:
     array = np.arange(int(np.prod(shape)), dtype=dtype).reshape(shape)
     assert first_difference(lazy(array), lazy(array.copy())) is None
     other = array.copy()
@@ -52,19 +52,19 @@ def test_stored_in_files_against_computed(tmp_path: Path) -> None:
     assert difference("w", stored, wrong) == "w: differs from its source, first at element [650, 7]"
 
 
-def test_tensors_that_lie_turned_are_compared_as_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transposed_tensors_are_compared_as_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     array = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
     other = array.copy()
     other[5, 2] += 1
     expected, wrong = (
         transpose(stored_tensors(tmp_path / str(i), {"w": a})["w"]) for i, a in enumerate((array, other))
     )
-    monkeypatch.setattr(type(expected), "read", lambda *_: pytest.fail("turned over, which takes longer"))
+    monkeypatch.setattr(type(expected), "read", lambda *_: pytest.fail("transposed in memory, which is slower"))
     assert difference("w", expected, expected) is None
     assert difference("w", expected, wrong) == "w: differs from its source, first at element [2, 5]"
 
 
-def test_zeros_of_either_sign_and_nans_are_told_apart() -> None:
+def test_signed_zeros_differ_and_equal_nans_match() -> None:
     """Bytes are compared, not numbers."""
     assert first_difference(lazy(np.array([0.0])), lazy(np.array([-0.0]))) == 0
     assert first_difference(lazy(np.array([np.nan])), lazy(np.array([np.nan]))) is None
@@ -113,7 +113,7 @@ def test_as_stored(tmp_path: Path) -> None:
 
 
 def test_as_stored_in_several_types(tmp_path: Path) -> None:
-    """A mixture kept as it is stays one; a mixture stored in one type becomes that."""
+    """A mixed checkpoint stays mixed if stored so; stored in one type, it is cast to that type."""
     checkpoint = tiny(tmp_path)
     mixed = dataclasses.replace(
         checkpoint,

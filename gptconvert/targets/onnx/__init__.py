@@ -1,1 +1,1 @@
-"""ONNX: a graph built node by node, its weights streamed beside it."""
+"""ONNX: a graph built node by node, and its weights, streamed into a file beside it."""

@@ -14,15 +14,15 @@ FLOAT32 = np.dtype(np.float32)
 
 
 class Builder:
-    """Collects nodes, weights and constants of one graph.
+    """Collects the nodes, weights and constants of one graph.
 
     Attributes:
-        nodes: in an order in which they can run.
-        casts: of weights to the computing type. They go before all other nodes: onnxruntime runs a node's inputs in
-            the reverse order of the file, so that a cast that stands first runs last, just before its only use.
-            Standing beside its use it runs before all layers below, and the whole model is in memory in float32.
-        stored: canonical name → the tensor as it goes into the file, in order of first use. A transposed weight is
-            stored as it lies in the source; the node that uses it says so (``transB``).
+        nodes: in topological order.
+        casts: casts of weights to the computing type. They precede all other nodes: onnxruntime runs a node's inputs
+            in the reverse order of the file, so a cast at the top runs last, just before its only use. A cast placed
+            beside its use would run before all earlier layers, and the whole model would be in memory in float32.
+        stored: canonical name → the tensor as stored in the file, in order of first use. A transposed weight keeps
+            the source's layout; the node that uses it transposes (``transB``).
     """
 
     def __init__(self, weights: Mapping[str, LazyTensor], opset: int) -> None:
@@ -47,7 +47,7 @@ class Builder:
         return outputs
 
     def constant(self, value: object, dtype: type[np.generic] = np.int64) -> ir.Value:
-        """A small constant; equal constants are one initializer."""
+        """A small constant; equal constants share one initializer."""
         array = np.asarray(value, dtype)
         key = (array.dtype.str, array.tobytes(), array.shape)
         if key not in self.constants:
@@ -56,7 +56,7 @@ class Builder:
         return self.constants[key]
 
     def stored_weight(self, name: str) -> tuple[ir.Value, bool]:
-        """The initializer holding a weight, and whether it is the weight's transpose."""
+        """The initializer that holds a weight, and whether it is the weight's transpose."""
         weight = self.weights[name]
         flipped = isinstance(weight, Transposed)
         if name not in self._values:
@@ -65,11 +65,11 @@ class Builder:
         return self._values[name], flipped
 
     def weight(self, name: str) -> ir.Value:
-        """A weight that is no matrix, in float32."""
+        """A weight other than a matrix, in float32."""
         return self.in_float32(name, self.stored_weight(name)[0])
 
     def in_float32(self, name: str, value: ir.Value) -> ir.Value:
-        """``value`` (the weight ``name`` or a part of it), cast for computing if it is stored in another type."""
+        """``value`` (the weight ``name`` or rows of it), cast to float32 if stored in another type."""
         if self.weights[name].dtype == FLOAT32:
             return value
         wide = f"{value.name}.float32"
@@ -82,7 +82,7 @@ class Builder:
     def linear(
         self, x: ir.Value, prefix: str, *, weight: str | None = None, bias: bool = True, name: str
     ) -> ir.Value:
-        """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (however it is stored) plus bias → [N, out]."""
+        """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (stored either way) plus bias → [N, out]."""
         matrix_name = weight or f"{prefix}.weight"
         matrix, flipped = self.stored_weight(matrix_name)
         operands = [x, self.in_float32(matrix_name, matrix)]
@@ -91,7 +91,7 @@ class Builder:
         return self.op("Gemm", *operands, name=name, transB=int(not flipped))
 
     def initializers(self) -> list[ir.Value]:
-        """Constants and weights, the weights in sorted order of their names."""
+        """Constants, then weights sorted by name."""
         return [*self.constants.values(), *(self._values[name] for name in sorted(self.stored))]
 
 
@@ -101,6 +101,6 @@ def graph_input(name: str, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value
 
 
 def as_output(value: ir.Value, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value:
-    """``value`` with the type and shape an output must state."""
+    """``value`` with the type and shape that an output must declare."""
     value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
     return value

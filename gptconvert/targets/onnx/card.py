@@ -1,4 +1,4 @@
-"""How each library loads the ONNX graph, for the model card."""
+"""Model card snippets: how each library loads the ONNX graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gptconvert.targets.target import CardFacts, Snippet
 
 #: Families that transformers.js has model classes for.
 IN_TRANSFORMERS_JS = frozenset({"gpt2", "gpt_neo", "gptj", "gpt_neox"})
-#: Graph file → what transformers.js calls its dtype.
+#: Graph file → its dtype in transformers.js.
 JS_DTYPE: Mapping[str, str] = {
     "model.onnx": "fp32",
     "model_fp16.onnx": "fp16",
@@ -78,7 +78,7 @@ def _onnxruntime(facts: CardFacts) -> str:
 
 
 def _continues_text(facts: CardFacts) -> bool:
-    """Whether the graph can continue a text in any runtime: keys and values, and a tokenizer."""
+    """Whether the graph can generate text in any runtime: it needs a KV cache and a tokenizer."""
     return facts.generates and facts.tokenized and facts.options.kv_cache
 
 

@@ -1,4 +1,4 @@
-"""Another runtime's greedy text, held token by token against the logits of an ONNX graph."""
+"""Checks another runtime's greedy text, token by token, against the logits of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def check_continuation(
     groups: Sequence[Group],
     runner: type[OnnxRunner] = OnnxRunner,
 ) -> Group:
-    """A group without figures: what of ``continuation`` the ONNX graph would not have generated.
+    """The tokens of ``continuation`` that the ONNX graph rules out, as a group without figures.
 
-    ``groups`` are those in which the graph has passed: they say how exact it is.
+    ``groups`` are the groups that the graph has passed; they define its accuracy.
     """
     group = Group(f"greedy as {candidate.shown_as}", tokens=continuation.new * len(continuation.input_ids))
     own = max(group.measures["logits"].most for group in groups if "logits" in group.measures)
@@ -32,7 +32,7 @@ def check_continuation(
             Feeds(continuation.input_ids, continuation.attention_mask, positions), False
         )
     except RunError as error:
-        group.problems.append(f"the runtime refused to run it: {error}")
+        group.problems.append(f"the run failed: {error}")
         return group
     group.problems += continuation.unlikely(outputs.named["logits"], config, continuation.allowed + 2 * own)
     return group

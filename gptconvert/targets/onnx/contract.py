@@ -17,7 +17,7 @@ Table = dict[str, tuple[str, tuple[int | str, ...]]]
 
 
 def check_contract(file: OnnxFile, config: GPTConfig) -> list[str]:
-    """What breaks the contract, one line each; tasks other than the two that have one are left alone."""
+    """Violations of the contract, one line each. Only two tasks have tables of inputs and outputs."""
     problems = [f"operator domain {o.domain!r}" for o in file.model.opset_import if o.domain not in ("", "ai.onnx")]
     problems += [f"opset {o.version} > {OPSETS[-1]}" for o in file.model.opset_import if o.version > OPSETS[-1]]
     if file.model.ir_version > IR_VERSION:

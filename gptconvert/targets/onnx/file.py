@@ -1,6 +1,6 @@
-"""An ONNX file read without trust: its graph parsed, its weights located and checked, nothing executed.
+"""An untrusted ONNX file: parses its graph, locates and checks its weights, and executes nothing.
 
-onnxruntime is given a file only after every external tensor is known to lie inside a regular file beside the graph
+onnxruntime opens a file only after every external tensor has been found inside a regular file beside the graph
 (``onnx.checker`` accepts truncated data and offsets past the end).
 """
 
@@ -29,7 +29,7 @@ class OnnxFile:
     Attributes:
         path: of the graph file.
         model: the ModelProto, external data not loaded.
-        initializers: name → lazy tensor, of the types numpy has whole bytes for.
+        initializers: name → lazy tensor, except for types smaller than a byte and strings.
     """
 
     path: str
@@ -38,16 +38,16 @@ class OnnxFile:
 
     @property
     def is_own(self) -> bool:
-        """Whether this program wrote it, and so answers for every name in it."""
+        """Whether gptconvert wrote the file, so that every name in it is known."""
         return bool(self.model.producer_name == "gptconvert")
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all initializers as a plain session holds them: those of 16 bits widened to 32."""
+        """Bytes of all initializers in a plain session, which widens 16-bit ones to 32."""
         return sum(t.size * (4 if t.dtype.itemsize == 2 else t.dtype.itemsize) for t in self.initializers.values())
 
     def inputs(self) -> dict[str, Any]:
-        """Name → ValueInfoProto of what must be fed, in order."""
+        """Name → ValueInfoProto of the inputs to feed, in order."""
         fixed = {tensor.name for tensor in self.model.graph.initializer}
         return {value.name: value for value in self.model.graph.input if value.name not in fixed}
 
@@ -57,11 +57,11 @@ class OnnxFile:
 
 
 def open_onnx(path: str) -> OnnxFile:
-    """Parse a model and check where its weights lie.
+    """Parse a model and check where its weights are stored.
 
     Raises:
-        InputError: not an ONNX model, or its external data is missing, short or badly described.
-        UnsafeInputError: external data lies outside the model's directory or in something that is no file.
+        InputError: not an ONNX model, or its external data is missing, truncated or malformed.
+        UnsafeInputError: external data is stored outside the model's directory or not in a regular file.
     """
     import onnx
 
@@ -93,7 +93,7 @@ def _is_external(tensor: Any) -> bool:
 
 
 def _worst(problems: list[GptConvertError], path: str) -> GptConvertError:
-    """One error for all of them; unsafe outranks invalid."""
+    """One error for all problems; unsafe outranks invalid."""
     unsafe = [p for p in problems if isinstance(p, UnsafeInputError)]
     shown = (unsafe or problems)[:10]
     lines = "\n".join(f"{p.item}: {p.message}" for p in shown)
@@ -102,7 +102,7 @@ def _worst(problems: list[GptConvertError], path: str) -> GptConvertError:
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """Every TensorProto of a graph, in nodes and subgraphs too."""
+    """Every TensorProto of a graph, including nodes and subgraphs."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -116,7 +116,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _locate(model_path: str, tensor: Any) -> Segment:
-    """Where an external tensor's bytes lie, checked."""
+    """The checked byte range of an external tensor."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     name, nbytes = tensor.name, _nbytes(tensor)
     unknown = sorted(set(entries) - EXTERNAL_KEYS)
@@ -124,7 +124,7 @@ def _locate(model_path: str, tensor: Any) -> Segment:
         raise InputError(f"external data keys {unknown or 'lack location'}", item=name)
     numbers = {key: entries.get(key, default) for key, default in (("offset", "0"), ("length", str(nbytes)))}
     if not all(value.isascii() and value.isdigit() for value in numbers.values()):
-        raise InputError(f"external data offset or length is no number: {numbers}", item=name)
+        raise InputError(f"external data offset or length is not a number: {numbers}", item=name)
     offset, length = int(numbers["offset"]), int(numbers["length"])
     if length != nbytes:
         raise InputError(f"external data has {length} bytes, the tensor's type and shape need {nbytes}", item=name)
@@ -144,10 +144,10 @@ def _locate(model_path: str, tensor: Any) -> Segment:
 
 
 def _require_filled(tensor: Any) -> None:
-    """Raises unless a tensor inside the graph has the bytes that its type and shape call for."""
+    """Raise InputError unless a tensor inside the graph has as many bytes as its type and shape need."""
     expected, found = _nbytes(tensor), len(tensor.raw_data)
     if expected != found:
-        raise InputError(f"data does not fill its shape: {found} bytes, {expected} are needed", item=tensor.name)
+        raise InputError(f"data does not fill its shape: {found} bytes, expected {expected}", item=tensor.name)
 
 
 def _dtype(tensor: Any) -> np.dtype[np.generic]:
@@ -160,7 +160,7 @@ def _dtype(tensor: Any) -> np.dtype[np.generic]:
 
 
 def _nbytes(tensor: Any) -> int:
-    """Bytes that type and shape call for."""
+    """Bytes that type and shape need."""
     dtype, count = _dtype(tensor), 1
     for size in tensor.dims:
         count *= size

@@ -1,4 +1,4 @@
-"""The weights of an ONNX graph for which there is no plan: found by name in our own files, by content in others."""
+"""The weights of an ONNX graph verified without its plan: matched by name in our own files, by content in others."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from gptconvert.model.transforms import transpose
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.verify.weights import Pair, WeightReport
 
-#: Initializers that are not weights are constants; a constant has at most this many elements.
+#: A larger initializer that is not a weight of the model is a problem; smaller ones are constants.
 MOST_CONSTANT_ELEMENTS = 4096
 
 
 def pair_up(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightReport, list[Pair]]:
-    """What is to be compared in one of our own ONNX files, by name; the report says what there is nothing to compare
-    with.
-    """
+    """Pair weights and initializers of one of our own files by name; unmatched ones are problems of the report."""
     report, pairs = WeightReport(len(weights)), list[Pair]()
     flips = orientations(file.model.graph)
     for name, weight in weights.items():
@@ -25,7 +23,7 @@ def pair_up(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightRe
         if found is None:
             report.problems.append(f"{name}: not in the graph")
         elif len(uses) > 1:
-            report.problems.append(f"{name}: used both as it is and transposed")
+            report.problems.append(f"{name}: used both as stored and transposed")
         else:
             pairs.append(Pair(name, name, transpose(weight) if uses == {True} else weight, found))
     report.problems += unplanned(file, weights)
@@ -44,11 +42,11 @@ def unplanned(file: OnnxFile, weights: Container[str]) -> list[str]:
 def orientations(graph: Any) -> dict[str, set[bool]]:
     """Initializer → whether its matrix products take it as [in, out], the transpose of the canonical weight.
 
-    A ``Gemm`` says so in ``transB``; a ``MatMul`` always does. Casts and transposes on the way are followed.
+    ``transB`` decides for a ``Gemm``; a ``MatMul`` always does. Casts and transposes in between are followed.
     """
     uses: dict[str, set[bool]] = {}
     origin: dict[str, tuple[str, bool]] = {tensor.name: (tensor.name, False) for tensor in graph.initializer}
-    for node in graph.node:  # topological order, as ONNX demands
+    for node in graph.node:  # topological order, which ONNX requires
         if node.op_type in ("Cast", "Identity", "Transpose") and node.input[0] in origin:
             name, flipped = origin[node.input[0]]
             origin[node.output[0]] = name, flipped ^ (node.op_type == "Transpose")

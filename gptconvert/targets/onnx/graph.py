@@ -1,12 +1,12 @@
 """The ONNX graph of a GPT, built node by node.
 
-Written to be read beside ``reference_model/model.py``: the same story in the same order under the same names.
+Read it beside ``reference_model/model.py``: the same functions in the same order under the same names.
 Only ai.onnx operators, opset 17 to 21. The hidden state stays 2-D, [N, D] with N = B * S, so that every linear
-layer is one Gemm that takes its weight as it lies in the checkpoint; masks and shapes are computed once per run.
+layer is one Gemm that takes its weight as stored in the checkpoint; masks and shapes are computed once per run.
 
-Ids from the vocabulary's end on, and learned positions from n_ctx on, are refused by the runtime's Gather. Rotary
-positions are a formula, not a table: they go on past n_ctx, with results the model was never trained for. Negative
-ids and positions are not refused: ONNX counts them from the end of the table.
+The runtime's Gather rejects ids from vocab_size on and learned positions from n_ctx on. Rotary positions are
+computed, not looked up: they continue past n_ctx, where the model was never trained. Negative ids and positions are
+accepted: ONNX counts them from the end of the table.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ KeyValue = tuple[ir.Value, ir.Value]
 
 
 def flattened(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-    """The inputs with one row per sequence ([B, choices, S] → [B * choices, S]), and positions where none are given.
+    """The inputs with one row per sequence ([B, choices, S] → [B * choices, S]), and default positions if not given.
 
-    Positions then count the mask's ones, as ``default_positions`` of the reference model does.
+    Default positions count the mask's ones, like ``default_positions`` of the reference model.
     """
     rows = dict(inputs)
     if config.task == "multiple-choice":
@@ -47,7 +47,7 @@ def flattened(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> 
 
 
 def visible(b: Builder, input_ids: ir.Value, attention_mask: ir.Value, window: int | None) -> ir.Value:
-    """What is added to scores: 0 where a query sees a key, else the lowest float. [B, 1, S, T].
+    """Bias added to scores, [B, 1, S, T]: 0 where a query sees a key, else the lowest float.
 
     A query at absolute index q sees key k iff k <= q, the mask has k, and q - k < window.
     """
@@ -71,11 +71,11 @@ def visible(b: Builder, input_ids: ir.Value, attention_mask: ir.Value, window: i
 
 
 def rotary_angles(b: Builder, rotary: Rotary, position_ids: ir.Value) -> KeyValue:
-    """(cos, sin), each [B, S, 1, dim], laid out for the pairing that ``rotary`` says."""
+    """(cos, sin), each [B, S, 1, dim], laid out for the pairing of ``rotary``."""
     exponent = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim  # (dim/2)
     frequency = rotary.base**-exponent  # (dim/2)
     frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (dim)
-    # Large positions times a float32 frequency would lose bits, so the angle is taken in float64.
+    # Large positions times a float32 frequency would lose bits, so the angle is computed in float64.
     position = b.op("Cast", position_ids, name="rotary.position_2d", to=ir.DataType.DOUBLE.value)  # (B, S)
     position = b.op("Unsqueeze", position, b.constant([2, 3]), name="rotary.position")  # (B, S, 1, 1)
     angle = b.op("Mul", position, b.constant(frequency, np.float64), name="rotary.angle_64")  # (B, S, 1, dim)
@@ -115,7 +115,7 @@ def rotate(b: Builder, config: GPTConfig, x: ir.Value, angles: KeyValue, name: s
 
 
 class Once:
-    """What every layer shares and is computed once per run."""
+    """Values that all layers share, computed once per run."""
 
     def __init__(self, b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> None:
         self.input_ids = ids = inputs["input_ids"]  # (B, S)
@@ -175,7 +175,7 @@ def norm(b: Builder, config: GPTConfig, x: ir.Value, weight: str, name: str) -> 
 def block(
     b: Builder, config: GPTConfig, i: int, x: ir.Value, once: Once, past: KeyValue | None
 ) -> tuple[ir.Value, KeyValue]:
-    """One layer: [N, D] → [N, D], called ``h.{i}``, and its keys and values."""
+    """One layer: [N, D] → [N, D], named ``h.{i}``, and its keys and values."""
     name = f"h.{i}"
     if config.norm_position == "post":
         a, present = attention(b, config, i, x, once, past)  # (N, D)
@@ -192,7 +192,7 @@ def block(
 
 
 def embedding(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> ir.Value:
-    """Token vectors, plus position vectors where positions are learned: [N, D]."""
+    """Token vectors, plus position vectors if positions are learned: [N, D]."""
     x = _rows(b, "wte.weight", inputs["input_ids"], "tokens")  # (B, S, D)
     if config.rotary is None:
         x = b.op("Add", x, _rows(b, "wpe.weight", inputs["position_ids"], "positions"), name="embedded")
@@ -200,7 +200,7 @@ def embedding(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> 
 
 
 def _rows(b: Builder, weight: str, ids: ir.Value, name: str) -> ir.Value:
-    """Rows of a table in float32; only the rows taken are cast."""
+    """Rows of a table in float32; only these rows are cast."""
     return b.in_float32(weight, b.op("Gather", b.stored_weight(weight)[0], ids, name=name))
 
 
@@ -211,7 +211,7 @@ def lm_head(b: Builder, config: GPTConfig, x: ir.Value) -> ir.Value:
 
 
 def qa_outputs(b: Builder, x: ir.Value) -> Sequence[ir.Value]:
-    """[N, D] → scores [N, 1] of being the answer's first and its last token."""
+    """[N, D] → scores [N, 1] of being the answer's first and last token."""
     scores = b.linear(x, "qa_outputs", name="qa_2d")  # (N, 2)
     return b.ops("Split", scores, b.constant([1, 1]), names=("start_2d", "end_2d"), axis=1)
 
@@ -236,7 +236,7 @@ def per_token(b: Builder, config: GPTConfig, x: ir.Value) -> dict[str, ir.Value]
 def pooled(
     b: Builder, config: GPTConfig, values: Mapping[str, ir.Value], inputs: Mapping[str, ir.Value], once: Once
 ) -> list[ir.Value]:
-    """What a task gives out of :func:`per_token`'s [N, width]; shapes in :func:`output_shapes`."""
+    """The task's outputs from :func:`per_token`'s [N, width]; shapes in :func:`output_shapes`."""
     rows = once.batch_and_new  # [B, S]
     if config.task == "question-answering":
         return [b.op("Reshape", value, rows, name=name) for name, value in values.items()]  # (B, S)
@@ -251,7 +251,7 @@ def pooled(
     ((name, value),) = values.items()
     if config.task == "text-classification":
         scores = _in_rows(b, value, rows, config.n_labels, f"{name}_rows")  # (B, S, K)
-        if config.pad_token_id is None:  # nothing tells padding, so it is the last token
+        if config.pad_token_id is None:  # padding cannot be detected: take the last token
             return [b.op("Gather", scores, b.constant(-1), name=name, axis=1)]  # (B, K)
         return [b.op("GatherND", scores, last_real(b, config.pad_token_id, once), name=name, batch_dims=1)]  # (B, K)
     widths = {
@@ -269,7 +269,7 @@ def _in_rows(b: Builder, value: ir.Value, rows: ir.Value, width: int, name: str)
 
 
 def last_real(b: Builder, pad_token_id: int, once: Once) -> ir.Value:
-    """Index of the last token that is not padding, which is known by its id: [B, 1]. If all are, the first."""
+    """Index [B, 1] of the last token whose id is not the padding id; the first token if there is none."""
     new = b.op("Squeeze", b.op("Shape", once.input_ids, name="last.new_1d", start=1), name="last.new")  # S
     index = b.op("Range", b.constant(0), new, b.constant(1), name="last.index")  # (S)
     padding = b.op("Equal", once.input_ids, b.constant(pad_token_id), name="last.padding")  # (B, S)
@@ -306,9 +306,9 @@ def input_shapes(config: GPTConfig, kv_cache: bool) -> dict[str, tuple[Dim, ...]
 def build(
     config: GPTConfig, weights: Mapping[str, LazyTensor], opset: int, kv_cache: bool
 ) -> tuple[ir.Graph, Builder]:
-    """The whole graph, weights not yet attached.
+    """The whole graph, without its weights attached.
 
-    Inputs and outputs are a contract (docs/onnx.md): their names, order, types and symbolic dimensions.
+    Names, order, types and symbolic dimensions of inputs and outputs are a contract (docs/onnx.md).
     """
     b, kv_cache = Builder(weights, opset), kv_cache and config.task in CACHED_TASKS
     inputs = {name: graph_input(name, INT64, shape) for name, shape in input_shapes(config, kv_cache).items()}

@@ -1,8 +1,8 @@
-"""Where a wrong answer begins: the first block whose output leaves the noise.
+"""Locates an error: the first block whose output leaves the rounding noise.
 
-Our graphs name every block's output ``h.{i}``. A copy of the graph that returns them is run without optimisation on
-a failing probe; if that copy is right, the optimiser is not. Graphs without these names are judged by the keys and
-values they return.
+Our graphs name every block's output ``h.{i}``. A copy of the graph that returns them runs without optimisation on a
+failing probe; if the copy is correct, the optimiser is at fault. Graphs without these names are judged by the keys
+and values they return.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MOST_TOKENS = 64
 
 
 def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, groups: list[Group]) -> str | None:
-    """In words, where the error of the failing ``groups`` begins; None: it does not show on any whole probe."""
+    """Where the error of the failing ``groups`` begins, as text; None if no whole probe reproduces it."""
     failing = [probe for group in groups if not group.ok for probe in group.probes]
     if not failing:
         return None
-    # The more tokens the more there is to go wrong (one token's attention is always right), up to a cost.
+    # More tokens expose more errors (attention over one token is always right), but cost more.
     probe = max(failing, key=lambda p: (p.tokens <= MOST_TOKENS, p.tokens))
     config = checkpoint.config
     values = {name for node in file.model.graph.node for name in node.output}
@@ -50,7 +50,7 @@ def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, gr
     if not all(group.ok for group in found.values()):
         return "the head (final norm, projection) or the output's shape"
     measured = any(not measure.ok for group in groups for measure in group.measures.values())
-    return "onnxruntime's graph optimisation: without it the same graph is right" if measured else None
+    return "onnxruntime's graph optimisation: without it the same graph is correct" if measured else None
 
 
 def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:
@@ -66,7 +66,7 @@ def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:
 
 
 def _in_block(tap: str, bad_presents: list[str]) -> str:
-    """What the block's own keys and values add to knowing that its output is wrong."""
+    """The block whose output is wrong, and which of its keys and values are."""
     if tap == "embedding":
         return "the embedding (tokens or positions)"
     layer = _layer(tap)
@@ -75,11 +75,11 @@ def _in_block(tap: str, bad_presents: list[str]) -> str:
 
 
 def _from_presents(name: str, taps: list[str]) -> str:
-    """Keys or values are wrong and no block's output says more."""
+    """The block whose keys or values are wrong, where no block's output is known to be."""
     layer = _layer(name)
     if taps:
         return f"block {layer}: {name}, as returned"
-    before = f", or block {layer - 1} after its own" if layer else ", or the embedding"
+    before = f", or block {layer - 1} after its keys and values" if layer else ", or the embedding"
     return f"block {layer}, in {name}{before}"
 
 

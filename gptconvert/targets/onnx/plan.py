@@ -1,7 +1,7 @@
 """The ONNX files: ``model.onnx`` (graph only) and ``model.onnx_data`` (weights), or one self-contained file.
 
-The data file holds the weights in sorted order of their canonical names, each at a multiple of 64 bytes. For
-OpenAI's own GPT-2 checkpoints that is, byte for byte, the checkpoint's data file.
+The data file holds the weights sorted by canonical name, each at a multiple of 64 bytes. For OpenAI's GPT-2
+checkpoints it equals the checkpoint's data file, byte for byte.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from gptconvert.model.export import Export, Placed, PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
 
-#: Read by onnxruntime >= 1.17, onnxruntime-web and -genai; later IR versions are not.
+#: The latest IR version that onnxruntime >= 1.17, onnxruntime-web and -genai all read.
 IR_VERSION = 10
 NAME = "onnx"
-#: Protobuf messages, and so single-file models, end here.
+#: Size limit of protobuf messages, and so of single-file models.
 PROTOBUF_LIMIT = (1 << 31) - 1
 
 
 def onnx_path(options: Options) -> str:
-    """Where the graph goes: the plain name, or transformers.js's name for a storage type that was asked for."""
+    """Path of the graph: the plain name, or transformers.js's name for the requested storage type."""
     variant = variant_of(options)
     return f"onnx/model_{variant}.onnx" if variant else "onnx/model.onnx"
 
 
 def variant_of(options: Options) -> str:
-    """The storage type that was asked for, where it is not the base."""
+    """The requested storage type; empty for the base type."""
     return "" if options.dtype in (None, "fp32") else options.dtype
 
 
@@ -42,7 +42,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     """One export: the graph and, unless ``single_file``, its data file.
 
     Raises:
-        UnsupportedError: ``single_file`` and more than 2 GiB.
+        UnsupportedError: ``single_file``, and the model is larger than 2 GiB.
     """
     from gptconvert.targets.onnx.graph import build
 
@@ -79,7 +79,7 @@ def _serialise(graph: object) -> bytes:
 
 
 def _attach(graph: object, placed: Iterable[Placed], location: str) -> None:
-    """Point every weight at its place in the data file."""
+    """Point every weight to its byte range in the data file."""
     import onnx_ir as ir
 
     for item in placed:
@@ -99,8 +99,8 @@ def _single_file(
 ) -> PlannedFile:
     """One protobuf with the weights inside, laid out so that they still stream from the source.
 
-    A GraphProto's initializers are length-delimited records that may stand in any order, so each weight's bytes
-    get a hand-written record header in front of them and the graph message's length counts them all.
+    A GraphProto's initializers are length-delimited records in any order, so each weight's bytes get a hand-written
+    record header, and the length of the graph message includes them all.
     """
     from onnx import GraphProto, ModelProto, TensorProto
 
@@ -124,24 +124,24 @@ def _single_file(
 
 
 def check_single_file_size(nbytes: int) -> None:
-    """Refuse a file that protobuf cannot hold."""
+    """Raise UnsupportedError if protobuf cannot hold the file."""
     if nbytes > PROTOBUF_LIMIT:
         raise UnsupportedError(
-            "the model does not fit in a single ONNX file: protobuf ends at 2 GiB",
+            "the model does not fit in a single ONNX file: protobuf is limited to 2 GiB",
             item="--single-file",
             expected=f"at most {PROTOBUF_LIMIT} bytes",
             found=f"{nbytes} bytes",
-            hint="leave --single-file out: the weights then go to model.onnx_data beside the graph",
+            hint="without --single-file, the weights are stored in model.onnx_data beside the graph",
         )
 
 
 def _tag(field: int, length: int) -> bytes:
-    """Protobuf key of a length-delimited field and the length."""
+    """Protobuf key and length of a length-delimited field."""
     return varint(field << 3 | 2) + varint(length)
 
 
 def _literal(content: bytes) -> LazyTensor:
-    """Bytes that lie in no file, as a tensor."""
+    """Bytes in memory, as a tensor."""
     array = np.frombuffer(content, np.uint8)
 
     def read(box: Box) -> Array:

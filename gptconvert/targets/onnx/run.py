@@ -1,4 +1,4 @@
-"""An exported graph, run one token after the other by onnxruntime."""
+"""Runs an exported graph token by token in onnxruntime."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OnnxRuntime:
         }
 
     def close(self) -> None:
-        """Nothing is held that does not go by itself."""
+        """Do nothing: the session is freed with the object."""
 
     def step(self, ids: Sequence[int]) -> Floats:
         self.seen += ids
@@ -60,7 +60,7 @@ class OnnxRuntime:
 
 
 def find_onnx(directory: str) -> str:
-    """The graph of an export: ``onnx/model.onnx``, a variant of it, or a graph at the top.
+    """The graph of an export: ``onnx/model.onnx``, a variant of it, or a graph in the directory itself.
 
     Raises:
         InputError: there is none.

@@ -1,4 +1,4 @@
-"""ONNX graphs, ours and anyone's, run by onnxruntime on the CPU."""
+"""Runs ONNX graphs of any exporter in onnxruntime on the CPU."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.verify.runners import Feeds, Outputs, RunError, one_line
 from reference_model.config import INPUTS, OUTPUTS, GPTConfig
 
-#: A cache's names, whoever chose them: a layer number, and ``key`` or ``value``.
+#: Names of a cache, in any exporter's style: a layer number, and ``key`` or ``value``.
 LAYER = re.compile(r"\D*(\d+)\D*?(key|value)s?")
-#: Bytes of keys and values that may be held though nobody asked for them, and of a graph that may be copied.
+#: Largest unrequested keys and values that may be held, and largest graph that may be copied, in bytes.
 MOST_CACHE, MOST_GRAPH = 64 << 20, 64 << 20
-#: Optimisers that would hold every 16-bit weight in float32 from loading on.
+#: Optimisers that would hold every 16-bit weight in float32 once loaded.
 HOLDING_FLOAT32 = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 
 
 @dataclass(frozen=True)
 class Binding:
-    """Which graph input and output plays which part.
+    """The role of each graph input and output.
 
     Attributes:
-        inputs: name → numpy type of all but the past.
-        outputs: name of each of the task's outputs.
-        past, presents: (key, value) names per layer; empty without cache.
+        inputs: name → numpy type, for all inputs but the past.
+        outputs: the task's output → its name in the graph.
+        past: (key, value) input names per layer; empty without a cache.
+        presents: (key, value) output names per layer; empty without a cache.
         cache_type: numpy type of keys and values.
         compute: computing type.
     """
@@ -45,10 +46,10 @@ class Binding:
 
 
 def bind(file: OnnxFile, config: GPTConfig) -> Binding:
-    """Match a graph's inputs and outputs to their parts, whatever exporter wrote it.
+    """Match the inputs and outputs of any exporter's graph to their roles.
 
     Raises:
-        UnsupportedError: it wants inputs that are not known, or lacks ones that are needed; all are named.
+        UnsupportedError: unknown or missing inputs (all are listed), or a cache or outputs that do not fit the model.
     """
     inputs, outputs = file.inputs(), file.outputs()
     past, presents = _by_layer(inputs), _by_layer(outputs)
@@ -83,7 +84,7 @@ def bind(file: OnnxFile, config: GPTConfig) -> Binding:
 
 
 def _by_layer(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """(key, value) names by layer, of the names that have a layer number and one of these words."""
+    """(key, value) names per layer, among the names that match :data:`LAYER`."""
     found: dict[int, dict[str, str]] = {}
     for name in values:
         match = LAYER.fullmatch(name)
@@ -94,14 +95,14 @@ def _by_layer(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _task_outputs(file: OnnxFile, config: GPTConfig, rest: list[str]) -> dict[str, str]:
-    """The outputs that are no cache: by name, or the only one where only one is wanted."""
-    wanted = OUTPUTS[config.task]
-    if all(name in rest for name in wanted):
-        return {name: name for name in wanted}
-    if len(wanted) == len(rest) == 1:
-        return {wanted[0]: rest[0]}
-    expected, found = ", ".join(wanted), ", ".join(rest) or "none"
-    raise UnsupportedError("not the outputs of this task", path=file.path, expected=expected, found=found)
+    """The outputs other than the cache: matched by name, or the only one if the task has one."""
+    required = OUTPUTS[config.task]
+    if all(name in rest for name in required):
+        return {name: name for name in required}
+    if len(required) == len(rest) == 1:
+        return {required[0]: rest[0]}
+    expected, found = ", ".join(required), ", ".join(rest) or "none"
+    raise UnsupportedError("the graph's outputs do not fit the task", path=file.path, expected=expected, found=found)
 
 
 def element_type(value: Any) -> str:
@@ -125,7 +126,9 @@ def _known_type(file: OnnxFile, value: Any, known: Mapping[str, str]) -> str:
     if name in known:
         return known[name]
     expected = " or ".join(known.values())
-    raise UnsupportedError("element type", path=file.path, item=value.name, expected=expected, found=name.lower())
+    raise UnsupportedError(
+        "unsupported element type", path=file.path, item=value.name, expected=expected, found=name.lower()
+    )
 
 
 class OnnxRunner:
@@ -134,12 +137,12 @@ class OnnxRunner:
     Args:
         file: the checked file.
         binding: its inputs and outputs.
-        prepack: whether weights are copied into the layout of the kernels, and from 16 bits into the computing type
-            (the default of onnxruntime). Else they stay in the file, and are converted as they are used.
-        optimise: whether graph optimisation runs (the default).
+        prepack: whether weights are copied into the kernels' layout, and 16-bit ones into the computing type
+            (onnxruntime's default). If not, they stay memory-mapped and are converted in use.
+        optimise: whether graph optimisation runs (onnxruntime's default).
         taps: further values to return; only without optimisation, which may remove them.
-        lent: weights to be used, where they lie in other files, instead of the file's own, by name.
-        threads: how many; 0: as many as there are cores.
+        lent: weights stored in other files to use instead of the file's own, by name.
+        threads: number of threads; 0 for one per core.
     """
 
     def __init__(
@@ -163,7 +166,7 @@ class OnnxRunner:
         self._without_cache: Any = None
 
     def _open(self, outputs: Sequence[str] | None) -> Any:
-        """A session on the file as it is, or on its graph with other ``outputs``."""
+        """A session on the file, or on its graph with other ``outputs``."""
         import onnxruntime
 
         file, skipped = self._file, list[str]()
@@ -172,7 +175,7 @@ class OnnxRunner:
         options.intra_op_num_threads = self._threads
         if not self._prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = False  # an arena keeps what its largest run needed
+            options.enable_cpu_mem_arena = False  # an arena keeps the memory of its largest run
             if any(tensor.dtype.itemsize == 2 for tensor in file.initializers.values()):
                 skipped = HOLDING_FLOAT32
         if not self._optimise:
@@ -193,27 +196,29 @@ class OnnxRunner:
 
     def run(self, feeds: Feeds, presents: bool) -> Outputs:
         """See :class:`Runner`."""
-        wanted = [*self.binding.outputs.values()]
+        names = [*self.binding.outputs.values()]
         if presents:
-            wanted += [name for pair in self.binding.presents for name in pair]
+            names += [name for pair in self.binding.presents for name in pair]
         session = self._session if presents or self._small_cache(feeds) else self._session_without_cache()
         try:
-            arrays = session.run([*wanted, *self.taps], self._inputs(feeds))
+            arrays = session.run([*names, *self.taps], self._inputs(feeds))
         except Exception as error:
             raise RunError(one_line(error)) from error
         named = dict(zip(self.binding.outputs, arrays, strict=False))
-        cache = arrays[len(named) : len(wanted)]
+        cache = arrays[len(named) : len(names)]
         pairs = tuple(zip(cache[::2], cache[1::2], strict=True))
-        return Outputs(named, pairs, dict(zip(self.taps, arrays[len(wanted) :], strict=True)))
+        return Outputs(named, pairs, dict(zip(self.taps, arrays[len(names) :], strict=True)))
 
     def _small_cache(self, feeds: Feeds) -> bool:
-        """Whether keys and values may come back unasked for. Weights inside the graph would be copied with it."""
+        """Whether to compute unrequested keys and values: they are small, or a second session would copy weights."""
         size = 2 * self.config.n_layer * feeds.attention_mask.size * self.config.n_embd * 4
         return size <= MOST_CACHE or self._prepack or self._file.model.ByteSize() > MOST_GRAPH
 
     def _session_without_cache(self) -> Any:
-        """The same graph, but no keys and values come back: of what a graph returns, onnxruntime holds all layers'
-        at once, asked for or not; of what it does not, only what is still to be used.
+        """A session on the same graph without its keys and values as outputs.
+
+        onnxruntime keeps every graph output until the end of a run, requested or not; other values only until their
+        last use.
         """
         if self._without_cache is None:
             self._without_cache = self._open([*self.binding.outputs.values(), *self.taps])
@@ -233,7 +238,7 @@ class OnnxRunner:
 
 
 def _value(tensor: LazyTensor) -> Any:
-    """onnxruntime's view of a tensor in a file, mapped; nothing is copied."""
+    """onnxruntime's view of a memory-mapped tensor, without a copy."""
     import onnx
     import onnxruntime
 
@@ -244,7 +249,7 @@ def _value(tensor: LazyTensor) -> Any:
 
 
 def _returning(file: OnnxFile, names: Sequence[str]) -> bytes:
-    """The model with these values as outputs; its external data stays where it is."""
+    """The serialised model with these values as outputs; its external data is not copied."""
     import onnx
 
     model, have = onnx.ModelProto(), file.outputs()

@@ -1,4 +1,4 @@
-"""Both rules for one ONNX file."""
+"""Verifies one ONNX file by both rules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gptconvert.verify.truth import Truth, TruthPass
 from gptconvert.verify.weights import Pair, WeightReport, compare, in_one_piece, pairs_of
 from reference_model.config import GPTConfig
 
-#: Up to this many bytes of weights the model is also run as a user's plain session would run it: that copies them.
+#: Up to this many bytes of weights, a model runs in a plain session, as a user would run it; that copies the weights.
 SMALL_MODEL = 600 << 20
 IN_PLACE, DEFAULT = "onnxruntime, weights in place", "onnxruntime, default options"
 LENT = "onnxruntime, the source's weights in place (equal to the file's)"
@@ -40,12 +40,12 @@ LENT = "onnxruntime, the source's weights in place (equal to the file's)"
 class OnnxVerifier:
     """Verifies one graph file and its external data.
 
-    The weights of our own files are compared while the graph runs. A small model runs with those in the file; a large
-    one with the source's, which must turn out to be the same bytes: they are in memory already, and a second copy
-    there takes longer than all runs together.
+    Weights are compared while the graph runs. A small model runs with the weights in the file; a large one with the
+    source's, which count only if they turn out to be equal: they are cached already, and reading a second copy into
+    memory takes longer than all runs together.
 
     Attributes:
-        small_model: up to this many bytes of weights, a model is run as a plain session runs it, which copies them.
+        small_model: up to this many bytes of weights, a model runs in a plain session, which copies them.
         runner: runs the graph.
         compare: compares weights.
     """
@@ -59,7 +59,7 @@ class OnnxVerifier:
 
         Raises:
             InputError: the file cannot be read as a model.
-            UnsupportedError: its inputs or outputs are not known.
+            UnsupportedError: its inputs or outputs are unknown.
             UnsafeInputError: its external data is stored outside its directory.
         """
         file = open_onnx(candidate.path)
@@ -82,25 +82,25 @@ class OnnxVerifier:
         level: Level,
         stage: Stage,
     ) -> None:
-        """Both rules at once."""
+        """Check both rules at once."""
         with in_background(lambda stop: self.compare(report.weights, pairs, stop=stop)) as compared:
             small = file.weight_bytes <= min(self.small_model, available_memory() // 4)
             lent = None if small else in_one_piece(pairs)
             runs = Runs(file, checkpoint, lent, level, stage, runner=self.runner)
             report.probes = [probe.as_dict() for probe in runs.probes]
-            found = runs.run()
+            run = runs.run()
             stage("comparing weights", 0)
             compared.result()
         if report.weights.ok:  # a run with the wrong weights proves nothing
-            runs.locate_error(found)
-            report.runs = [found]
+            runs.locate_error(run)
+            report.runs = [run]
 
 
 verify = OnnxVerifier()
 
 
 def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightReport, list[Pair]]:
-    """The checkpoint as stored, and what is to be compared: by plan, else by name, else by content."""
+    """The checkpoint as stored, and the pairs to compare: matched by plan, else by name, else by content."""
     if candidate.export is not None:
         report = WeightReport(len(candidate.checkpoint.weights))
         pairs = pairs_of(candidate.export, file.initializers, report)
@@ -114,16 +114,16 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
 
 
 class Runs:
-    """Rule 2: the graph is run wave by wave beside the truth, each on half of the cores.
+    """Rule 2: runs the graph beside the truth, one wave of probes at a time, each on half of the cores.
 
-    A small model runs as a user's plain session runs it, with weights copied into the layout of the kernels. A large
-    one runs with its weights where they are: a second copy would cost more than all runs together.
+    A small model runs in a plain session, with weights copied into the kernels' layout. A large one runs with its
+    weights in place: a second copy would cost more than all runs together.
 
     Args:
         file: the checked file.
         checkpoint: weights as stored in it.
-        lent: of a large model, weights not to be taken from the file, by name; None: the model is small.
-        level: how many probes are run.
+        lent: for a large model, weights to use instead of the file's, by name; None for a small model.
+        level: selects the probes.
         stage: receives progress.
         runner: runs the graph.
     """
@@ -150,7 +150,7 @@ class Runs:
         )
 
     def run(self) -> RunReport:
-        """All probes."""
+        """Run all probes."""
         groups: dict[str, Group] = {}
         for wave in waves(self.probes):
             self._run_wave(wave, groups)
@@ -171,7 +171,7 @@ class Runs:
         )
 
     def _run_wave(self, wave: Sequence[Probe], groups: dict[str, Group]) -> None:
-        """One wave of probes; its truth, which may be large, is freed on return."""
+        """Run one wave of probes; its truth, which may be large, is freed on return."""
         advance = self.stage(f"running {self.name}", len(wave))
         alone = threading.Event()
         with in_background(lambda stop: self._truth(wave, stop, alone)) as computed:
@@ -182,7 +182,7 @@ class Runs:
         OutputComparison(answers, self.binding.compute, truth, self.config, groups).judge()
 
     def _truth(self, wave: Sequence[Probe], stop: threading.Event, alone: threading.Event) -> Truth:
-        """The truth, on half of the cores until it is ``alone``."""
+        """Compute the truth on half of the cores, and on all once ``alone`` is set."""
         with torch_threads() as use:
 
             def go_on(layers: int = 0) -> None:

@@ -1,1 +1,1 @@
-"""TensorFlow SavedModel: a graph with named signatures, built in a process of its own, its weights streamed."""
+"""TensorFlow SavedModel: a graph with named signatures, built in a process of its own, and streamed weights."""

@@ -1,9 +1,8 @@
-"""The variables of a SavedModel: a TensorFlow checkpoint of two data files and their index, planned, not saved.
+"""The variables of a SavedModel: a TensorFlow checkpoint of two data files and an index, written without TensorFlow.
 
-The first data file holds the weights and nothing else, in sorted order of their canonical names, each at a multiple
-of 64 bytes (TensorFlow reads them at any offset): it can be written before TensorFlow has said a word, and is
-OpenAI's own data file byte for byte where that is the source. The second holds the object graph, in which TensorFlow
-looks for the variables.
+The first data file holds only the weights, sorted by canonical name, each at a multiple of 64 bytes (TensorFlow reads
+them at any offset). It can be written before TensorFlow has built the graph, and equals OpenAI's data file, byte for
+byte, if that is the source. The second holds the object graph, in which TensorFlow looks up the variables.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from gptconvert.model.tensors import LazyTensor
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 WEIGHTS, OBJECTS, INDEX = "variables.data-00000-of-00002", "variables.data-00001-of-00002", "variables.index"
-#: Generous estimates of what the index and the object graph take, in bytes per weight and in all (measured: 90, 130).
+#: Generous sizes of the index and the object graph: bytes per weight (measured: 90, 130) and a constant part.
 INDEX_BYTES, OBJECT_BYTES, OTHER_BYTES = 128, 160, 4096
 
 
 class Named(Protocol):
-    """What TensorFlow says of a graph's variables.
+    """TensorFlow's names for a graph's variables.
 
     Attributes:
-        object_graph: the string that it keeps under :data:`OBJECT_GRAPH_KEY`.
+        object_graph: the string stored under :data:`OBJECT_GRAPH_KEY`.
         keys: canonical name → name in the checkpoint.
     """
 
@@ -49,8 +48,8 @@ def plan_bundle(
     Args:
         directory: relative to the output.
         weights: canonical name → tensor as stored.
-        graph: asked when the bytes of the second data file are wanted, and again for the index; given an event that
-            says when nobody wants them any more.
+        graph: called for the bytes of the second data file, and again for the index, with an event that is set on
+            cancellation.
         transposed: names of the weights that are stored transposed.
     """
     placed, size = place((name, weights[name], name) for name in sorted(weights))

@@ -1,6 +1,6 @@
 """The signatures of a SavedModel: names, types and shapes that clients rely on (docs/serving.md). No TensorFlow here.
 
-All integers are int64, but for the int32 twin. ``decode`` has the names of the ONNX graph.
+All integers are int64, except in the int32 twin. ``decode`` uses the names of the ONNX graph.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, GPTConfig
 
-#: A size; None: any.
+#: A size; None for any.
 Size = int | None
 #: Name → (type, shape).
 Table = Mapping[str, tuple[str, tuple[Size, ...]]]
@@ -22,7 +22,7 @@ XLA = "_xla"
 
 
 def signature_names(config: GPTConfig, xla: bool = False) -> tuple[str, ...]:
-    """The signatures of a task; with ``xla`` also their compiled twins."""
+    """Names of a task's signatures; with ``xla`` also of their compiled twins."""
     cached = ("decode",) if config.task in CACHED_TASKS else ()
     generating = ("last_logits", "generate") if config.task == "text-generation" else ()
     names = ("serving_default", INT32, *cached, *generating)
@@ -30,14 +30,14 @@ def signature_names(config: GPTConfig, xla: bool = False) -> tuple[str, ...]:
 
 
 def lengths_of(config: GPTConfig, name: str) -> Lengths:
-    """Any, but for compiled twins: one sequence as long as the context; ``decode_xla`` takes its last token."""
+    """Any, except for compiled twins: one sequence as long as the context; ``decode_xla`` takes its last token."""
     if not name.endswith(XLA):
         return ANY
     return 1, 1 if name.startswith("decode") else config.n_ctx, config.n_ctx
 
 
 def inputs_of(config: GPTConfig, name: str) -> Table:
-    """What a signature takes."""
+    """Inputs of a signature."""
     batch, new, total = lengths_of(config, name)
     rows = (batch, None) if config.task == "multiple-choice" else (batch,)
     integer = "int32" if name == INT32 else "int64"
@@ -58,7 +58,7 @@ def inputs_of(config: GPTConfig, name: str) -> Table:
 
 
 def outputs_of(config: GPTConfig, name: str) -> Table:
-    """What a signature gives."""
+    """Outputs of a signature."""
     batch, new, total = lengths_of(config, name)
     if name.startswith("last_logits"):
         return {"logits": ("float32", (batch, config.vocab_size))}

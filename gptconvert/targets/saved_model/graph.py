@@ -1,9 +1,9 @@
 """The TensorFlow graph of a GPT.
 
-Written to be read beside ``reference_model/model.py`` and ``targets/onnx/graph.py``: the same story in the same
-order under the same names. The hidden state stays 2-D, [N, D] with N = B * S, so that every linear layer is one
-MatMul that takes its weight as it lies in the checkpoint; masks and angles are computed once per run. Everything is
-computed in float32, whatever the weights are stored in. Imported in the TensorFlow process only.
+Read it beside ``reference_model/model.py`` and ``targets/onnx/graph.py``: the same functions in the same order under
+the same names. The hidden state stays 2-D, [N, D] with N = B * S, so that every linear layer is one MatMul that takes
+its weight as stored in the checkpoint; masks and angles are computed once per run. Everything is computed in float32,
+whatever the storage type of the weights. Imported only in the TensorFlow process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Weights:
 
     Attributes:
         values: name → variable or tensor, as stored.
-        shapes: name → shape as stored (a variable is declared before it has one).
+        shapes: name → shape as stored (variables are declared without one).
         flipped: names of matrices stored [in, out]; all others are [out, in].
     """
 
@@ -39,7 +39,7 @@ class Weights:
         self.values, self.shapes, self.flipped = values, shapes, flipped
 
     def stored(self, name: str) -> Tensor:
-        """The value as stored. Not gathered from the variable itself: that would make every other read a copy."""
+        """The value as stored. Gathering from the variable itself would make every other read of it a copy."""
         value = tf.convert_to_tensor(self.values[name])
         value.set_shape(self.shapes[name])
         return value
@@ -48,27 +48,27 @@ class Weights:
         return tf.cast(self.stored(name), tf.float32)
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows of a table in float32; only the rows taken are cast."""
+        """Rows of a table in float32; only these rows are cast."""
         return tf.cast(tf.gather(self.stored(name), ids), tf.float32)
 
     def linear(self, x: Tensor, prefix: str, *, weight: str | None = None, bias: bool = True) -> Tensor:
-        """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (however it is stored) plus bias → [N, out]."""
+        """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (stored either way) plus bias → [N, out]."""
         name = weight or f"{prefix}.weight"
         if name in self.flipped:
-            # As a batch of one, because TensorFlow's kernel for a single row adds all products up in one chain, which
-            # costs 1.5 bits at 768 inputs and more with width. The speed is the same.
+            # As a batch of one: TensorFlow's kernel for a single row sums all products in one chain, which costs
+            # 1.5 bits at 768 inputs, and more with width. The speed is the same.
             x = tf.matmul(tf.expand_dims(x, 0), self(name))[0]  # (N, out)
         else:
             x = tf.matmul(x, self(name), transpose_b=True)  # (N, out)
         return tf.nn.bias_add(x, self(f"{prefix}.bias")) if bias else x
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The values under ``prefix``, which is taken off their names."""
+        """The values under ``prefix``, by name without it."""
         return {name.removeprefix(prefix): self.stored(name) for name in self.values if name.startswith(prefix)}
 
 
 ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
-    # TensorFlow's own forms: they are what its CPU kernels recognise and fuse with the matrix product.
+    # TensorFlow's own forms, which its CPU kernels recognise and fuse with the matrix product.
     "gelu_tanh": lambda x: tf.nn.gelu(x, approximate=True),
     "gelu_erf": lambda x: tf.nn.gelu(x, approximate=False),
     "relu": tf.nn.relu,
@@ -78,13 +78,13 @@ ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def default_positions(attention_mask: Tensor, new_tokens: Tensor) -> Tensor:
-    """Positions that count real tokens only: [B, T] mask → [B, S]. Padding before the first gets 0."""
+    """Positions that count real tokens only: [B, T] mask → [B, S]. Leading padding gets 0."""
     positions = tf.maximum(tf.cumsum(attention_mask, axis=1) - 1, 0)  # (B, T)
     return positions[:, tf.shape(attention_mask)[1] - new_tokens :]  # (B, S)
 
 
 def visible(attention_mask: Tensor, new_tokens: Tensor, window: int | None) -> Tensor:
-    """What is added to scores: 0 where a query sees a key, else the lowest float. [B, 1, S, T].
+    """Bias added to scores, [B, 1, S, T]: 0 where a query sees a key, else the lowest float.
 
     A query at absolute index q sees key k iff k <= q, the mask has k, and q - k < window.
     """
@@ -100,11 +100,11 @@ def visible(attention_mask: Tensor, new_tokens: Tensor, window: int | None) -> T
 
 
 def rotary_angles(rotary: Rotary, position_ids: Tensor) -> KeyValue:
-    """(cos, sin), each [B, S, 1, dim], laid out for the pairing that ``rotary`` says."""
+    """(cos, sin), each [B, S, 1, dim], laid out for the pairing of ``rotary``."""
     exponent = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim  # (dim/2)
     frequency = rotary.base**-exponent  # (dim/2)
     frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (dim)
-    # Large positions times a float32 frequency would lose bits, so the angle is taken in float64.
+    # Large positions times a float32 frequency would lose bits, so the angle is computed in float64.
     position = tf.cast(position_ids, tf.float64)[:, :, tf.newaxis, tf.newaxis]  # (B, S, 1, 1)
     angle = tf.cast(tf.math.floormod(position * frequency, 2 * math.pi), tf.float32)  # (B, S, 1, dim)
     return tf.cos(angle), tf.sin(angle)
@@ -175,7 +175,7 @@ def block(
 
 
 def traceable(named: Callable[..., Any], *bound: object, **options: Any) -> Callable[..., Any]:
-    """``named`` with its first arguments bound, as a TensorFlow function of that name."""
+    """``named``, with its first arguments bound, as a TensorFlow function of the same name."""
     function = functools.partial(named, *bound)
     vars(function)["__name__"] = named.__name__
     traced: Callable[..., Any] = tf.function(function, autograph=False, **options)
@@ -183,9 +183,9 @@ def traceable(named: Callable[..., Any], *bound: object, **options: Any) -> Call
 
 
 class Blocks:
-    """:func:`block` as a TensorFlow function that layers share if only their weights differ.
+    """:func:`block` as a TensorFlow function, shared by layers that differ only in their weights.
 
-    So a layer is traced, and stands in the file, once; 48 layers are 48 calls, which TensorFlow inlines.
+    Such layers are traced and stored once; 48 layers are 48 calls, which TensorFlow inlines.
     """
 
     def __init__(self, w: Weights, config: GPTConfig) -> None:
@@ -204,13 +204,13 @@ class Blocks:
         return self.traced[kind](weights, x, bias, angles, past)
 
     def block(self, i: int, weights: Mapping[str, Tensor], *inputs: Any) -> tuple[Tensor, KeyValue]:
-        """Layer ``i`` with the weights given."""
+        """Layer ``i`` with the given weights."""
         values = {f"h.{i}.{name}": value for name, value in weights.items()}
         return block(Weights(values, self.w.shapes, self.w.flipped), self.config, i, *inputs)
 
 
 def embedding(w: Weights, config: GPTConfig, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Token vectors, plus position vectors where positions are learned: [N, D]."""
+    """Token vectors, plus position vectors if positions are learned: [N, D]."""
     x = w.rows("wte.weight", input_ids)  # (B, S, D)
     if config.rotary is None:
         x = x + w.rows("wpe.weight", position_ids)  # (B, S, D)
@@ -242,9 +242,9 @@ def per_token(w: Weights, config: GPTConfig, x: Tensor) -> dict[str, Tensor]:
 def pooled(
     config: GPTConfig, values: Mapping[str, Tensor], input_ids: Tensor, mc_token_ids: Tensor | None
 ) -> dict[str, Tensor]:
-    """What a task gives out of :func:`per_token`'s [N, width]; shapes in ``config.OUTPUTS``.
+    """The task's outputs from :func:`per_token`'s [N, width]; shapes in ``config.OUTPUTS``.
 
-    ``input_ids`` [B, S]; ``mc_token_ids`` [B / choices, choices] for multiple-choice alone.
+    ``input_ids`` [B, S]; ``mc_token_ids`` [B / choices, choices], only for multiple-choice.
     """
     batch, new = tf.unstack(tf.shape(input_ids))  # B, S
     values = {name: tf.reshape(value, (batch, new, value.shape[-1])) for name, value in values.items()}
@@ -264,7 +264,7 @@ def pooled(
 def last_real(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
     """Index of the last token that is not padding: [B, S] → [B].
 
-    Padding is known by its id. Without one it is the last token; in a sequence of padding alone it is the first.
+    Padding is detected by its id. Without a padding id it is the last token; if all tokens are padding, the first.
     """
     batch, new = tf.unstack(tf.shape(input_ids, tf.int64))  # B, S
     if pad_token_id is None:
@@ -280,9 +280,9 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def checks(
     config: GPTConfig, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_tokens: Tensor
 ) -> list[Tensor]:
-    """Refuse at run time what has no row in a table (a GPU would read zeros) and shapes that would broadcast.
+    """Run-time checks that reject indices outside a table (a GPU would read zeros) and shapes that would broadcast.
 
-    Compiled graphs (XLA) leave such checks out.
+    Compiled graphs (XLA) omit such checks.
     """
     batch, new = tf.unstack(tf.shape(input_ids))  # B, S
     fits = tf.reduce_all(tf.equal(tf.shape(attention_mask), (batch, past_tokens + new)))
@@ -301,7 +301,7 @@ def checks(
 
 
 def require(condition: Tensor, message: str) -> Tensor:
-    """Fail the run with ``message`` unless ``condition`` holds."""
+    """Operation that fails the run with ``message`` unless ``condition`` holds."""
     return tf.raw_ops.Assert(condition=condition, data=[message])
 
 
@@ -315,7 +315,7 @@ def body(
 ) -> tuple[Tensor, list[KeyValue]]:
     """All blocks: ids [B, S], mask [B, T], positions [B, S] → [N, D] and every layer's keys and values.
 
-    ``pasts`` are per layer keys and values [B, H, P, hd]; P may be 0.
+    ``pasts`` holds each layer's keys and values, [B, H, P, hd]; P may be 0.
     """
     past_tokens = tf.shape(pasts[0][0])[2]  # P
     with tf.control_dependencies(checks(config, input_ids, attention_mask, position_ids, past_tokens)):

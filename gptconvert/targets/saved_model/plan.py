@@ -1,8 +1,8 @@
 """The SavedModel files: graph, variables and their index. Weights never pass through TensorFlow.
 
-TensorFlow, in a process of its own, builds the graph around variables that hold nothing. While it does, the weights'
-bytes go from the source into their data file like those of any other target; the other files are made from what it
-answers. There is no ``fingerprint.pb``: it is optional, and its uuid is random by design.
+TensorFlow, in a process of its own, builds the graph around empty variables. Meanwhile, the weights are copied from
+the source into their data file as for any other target; the other files are made from TensorFlow's results.
+``fingerprint.pb`` is left out: it is optional, and contains a random uuid.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from gptconvert.targets.saved_model.bundle import plan_bundle
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
 
 NAME, DIRECTORY = "tf", "saved_model"
-#: Generous estimate of the graph's size in bytes (measured for GPT-2: 120 000 and 52 000 for each layer); twice that
+#: Generous size of the graph in bytes, constant and per layer (measured for GPT-2: 120 000 and 52 000); twice that
 #: with compiled twins.
 GRAPH_BYTES, LAYER_BYTES = 180_000, 60_000
-#: Weights that are looked up by row, and so stored as they are named.
+#: Weights that are looked up by row, and so never stored transposed.
 TABLES = ("wte.weight", "wpe.weight")
 
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """What TensorFlow made.
+    """A graph built by TensorFlow.
 
     Attributes:
-        saved_model: ``saved_model.pb``.
-        object_graph: the variables' tree, as the checkpoint keeps it.
+        saved_model: content of ``saved_model.pb``.
+        object_graph: the tree of variables, as stored in the checkpoint.
         keys: canonical name → checkpoint key.
     """
 
@@ -46,24 +46,24 @@ class BuiltGraph:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
-    """One export: the directory ``saved_model``; ``saved_model.pb`` last, because it marks the directory as complete.
+    """One export: the directory ``saved_model``, with ``saved_model.pb`` last: it marks the directory as complete.
 
-    TensorFlow is not asked before the files are written.
+    TensorFlow starts only when the files are written.
 
     Raises:
-        UnsupportedError: TensorFlow is not installed, or a weight is of a type that has no place in a checkpoint.
+        UnsupportedError: TensorFlow is not installed, or a weight's type cannot be stored in a checkpoint.
     """
     require_tensorflow()
     checkpoint = encoded(checkpoint, options.dtype)
     weights = {name: stored(name, weight) for name, weight in checkpoint.weights.items()}
     for name, weight in weights.items():
         if weight.dtype not in FLOATS:
-            raise UnsupportedError("weights of this type are not written", item=name, found=weight.dtype)
+            raise UnsupportedError("weights of this type cannot be written", item=name, found=weight.dtype)
     transposed = [name for name, weight in checkpoint.weights.items() if weight is not weights[name]]
     built: list[BuiltGraph] = []
 
     def graph(stop: threading.Event) -> BuiltGraph:
-        """Built for the first file that needs it, kept for the others."""
+        """The graph, built for the first file that needs it."""
         if not built:
             built.append(build_graph(checkpoint, weights, options.xla, stop))
         return built[0]
@@ -77,7 +77,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
 
 
 def stored(name: str, weight: LazyTensor) -> LazyTensor:
-    """A weight as it goes into the file: a transposed matrix as it lies in the source; the graph transposes."""
+    """A weight as stored in the file: a transposed matrix keeps the source's layout, and the graph transposes it."""
     return weight.base if isinstance(weight, Transposed) and name not in TABLES else weight
 
 
@@ -87,7 +87,7 @@ def build_graph(
     """The graph for weights stored as ``weights``.
 
     Raises:
-        UnsupportedError: TensorFlow cannot build it, or ``stop`` was set before it had.
+        UnsupportedError: TensorFlow cannot build it, or ``stop`` was set first.
     """
     described = {name: (weight.dtype.name, weight.shape) for name, weight in sorted(weights.items())}
     flipped = [name for name, weight in checkpoint.weights.items() if weight is not weights[name]]
@@ -106,7 +106,7 @@ def build_graph(
     except TensorFlowError as error:
         raise UnsupportedError(
             f"TensorFlow could not build the graph: {error}",
-            hint="TensorFlow 2.18 to 2.21 can: pip install 'gptconvert[tf]'",
+            hint="install TensorFlow 2.18 to 2.21: pip install 'gptconvert[tf]'",
         ) from error
     return BuiltGraph(saved_model, objects, answer["keys"])
 

@@ -1,4 +1,4 @@
-"""The other end of :mod:`.worker`: one TensorFlow process, asked in JSON, arrays passed as files."""
+"""The client of :mod:`.worker`: one TensorFlow process, with requests in JSON and arrays in files."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from gptconvert.errors import UnsupportedError
 from gptconvert.model.tensors import Array
 
 WORKER = "gptconvert.targets.saved_model.worker"
-#: How often a thread that waits for an answer looks whether it should stop.
+#: Seconds between two checks for cancellation while waiting for an answer.
 POLL_SECONDS = 0.1
 
 
 class TensorFlowError(Exception):
-    """TensorFlow refused, or its process died. One line."""
+    """TensorFlow failed, or its process died; the message is one line."""
 
 
 def require_tensorflow() -> None:
-    """Raises :class:`UnsupportedError` unless TensorFlow is installed. Does not import it."""
+    """Raise :class:`UnsupportedError` unless TensorFlow is installed; do not import it."""
     if importlib.util.find_spec("tensorflow") is None:
         raise UnsupportedError(
-            "TensorFlow is not installed, and SavedModels are built and run with it",
+            "TensorFlow is not installed, but is needed to build and run SavedModels",
             hint="pip install 'gptconvert[tf]'",
         )
 
 
 class TensorFlowProcess:
-    """A TensorFlow of its own. Use as a context manager.
+    """A TensorFlow process; use as a context manager.
 
     Attributes:
-        directory: passes files to and fro; removed at the end.
+        directory: for files exchanged with the process; removed at the end.
     """
 
     def __init__(self) -> None:
@@ -68,17 +68,17 @@ class TensorFlowProcess:
         self.close()
 
     def close(self) -> None:
-        """End the process and remove its directory."""
+        """Kill the process and remove its directory."""
         self._process.kill()
         self._process.communicate()
         self._log.close()
         self._temporary.cleanup()
 
     def ask(self, command: str, stop: threading.Event | None = None, **request: object) -> dict[str, Any]:
-        """The answer to one request. Once ``stop`` is set it is waited for no longer.
+        """Send one request and wait for its answer.
 
         Raises:
-            TensorFlowError: it could not be answered, or was no longer wanted.
+            TensorFlowError: the request failed, or was cancelled by setting ``stop``.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None  # both are pipes, see above
@@ -86,7 +86,7 @@ class TensorFlowProcess:
             print(json.dumps({"command": command, **request}), file=stdin, flush=True)
             while stop is not None and not select.select([stdout], [], [], POLL_SECONDS)[0]:
                 if stop.is_set():
-                    raise TensorFlowError("TensorFlow was told to stop")
+                    raise TensorFlowError("the request to TensorFlow was cancelled")
             line = stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -99,22 +99,22 @@ class TensorFlowProcess:
         return answer
 
     def run(self, signature: str, inputs: Mapping[str, Array], wanted: tuple[str, ...] = ()) -> dict[str, Array]:
-        """Outputs of a loaded model's signature: those ``wanted``, or all.
+        """Run a signature of the loaded model; return the outputs in ``wanted``, or all.
 
         Raises:
-            TensorFlowError: TensorFlow refused the inputs.
+            TensorFlowError: the run failed.
         """
-        given, results = (os.path.join(self.directory, name) for name in ("inputs.npz", "outputs.npz"))
-        np.savez(given, **inputs)  # type: ignore[arg-type]
-        self.ask("run", signature=signature, inputs=given, outputs=results, wanted=wanted)
+        feeds, results = (os.path.join(self.directory, name) for name in ("inputs.npz", "outputs.npz"))
+        np.savez(feeds, **inputs)  # type: ignore[arg-type]
+        self.ask("run", signature=signature, inputs=feeds, outputs=results, wanted=wanted)
         with np.load(results, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
     def step(self, ids: Sequence[int]) -> Array:
-        """Logits [V] after ``ids``, which continue what earlier steps gave the loaded model.
+        """Logits [V] after ``ids``, which continue the ids of earlier steps.
 
         Raises:
-            TensorFlowError: TensorFlow refused.
+            TensorFlowError: the run failed.
         """
         results = os.path.join(self.directory, "outputs.npz")
         self.ask("step", ids=list(ids), outputs=results)
@@ -123,7 +123,7 @@ class TensorFlowProcess:
         return logits
 
     def _last_words(self) -> str:
-        """Why the process ended, as far as can be known."""
+        """How the process ended, and the last line of its log."""
         status = self._process.wait()
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
@@ -132,7 +132,7 @@ class TensorFlowProcess:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of the worker: quiet, no accelerator, the same gptconvert, the same order of hashes always."""
+    """The worker's environment: quiet, no accelerator, the same gptconvert, a fixed hash seed."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     fixed = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONHASHSEED": "0", "PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""A SavedModel, run one token after the other by TensorFlow in a process of its own."""
+"""Runs a SavedModel token by token in a TensorFlow process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 
 
 class TensorFlowRuntime:
-    """A SavedModel in a TensorFlow process of its own, through its ``decode`` signature."""
+    """A SavedModel in a TensorFlow process of its own, run through its ``decode`` signature."""
 
     def __init__(self, directory: str, config: Mapping[str, object]) -> None:
         path = os.path.join(directory, "saved_model")

@@ -1,8 +1,8 @@
-"""The signatures of the SavedModel: what clients call, all from one traced body.
+"""The signatures of the SavedModel, which clients call, all built on one traced body.
 
-The body is one TensorFlow function that every signature calls, a run without a past being one whose past has no
-tokens. So the graph holds the layers once, however many signatures there are. Names, types and shapes stand in
-``contract.py``. Imported in the TensorFlow process only.
+The body is one TensorFlow function that every signature calls; a run without a past has a past of no tokens. So the
+graph holds the layers only once. Names, types and shapes are defined in ``contract.py``. Imported only in the
+TensorFlow process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Model:
 
     Attributes:
         run: ids [B, S], mask [B, T], positions [B, S], pasts → [N, D], presents.
-        drop: columns that leave ids, mask and cache in front when one is appended: 0, or 1 where shapes are fixed.
+        drop: leading columns dropped from ids, mask and cache when one is appended: 0, or 1 if shapes are fixed.
     """
 
     def __init__(self, weights: Weights, config: GPTConfig, run: Body, drop: int = 0) -> None:
@@ -72,7 +72,7 @@ def signatures(weights: Weights, config: GPTConfig, xla: bool) -> dict[str, Any]
 
 
 def _traced(model: Model, name: str, *, jit: bool | None = None) -> Any:
-    """One signature: a function of a dictionary, by keyword for clients."""
+    """One signature: a function of a dictionary, which clients call by keyword."""
     function = FUNCTIONS[name.removesuffix(XLA)]
     table = inputs_of(model.config, name)
     specs = {key: tf.TensorSpec(shape, tf.as_dtype(kind), key) for key, (kind, shape) in table.items()}
@@ -81,7 +81,7 @@ def _traced(model: Model, name: str, *, jit: bool | None = None) -> Any:
 
 
 def serving(model: Model, inputs: Inputs) -> dict[str, Tensor]:
-    """Every output of the task, positions taken from the mask."""
+    """Every output of the task, with positions derived from the mask."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     if model.config.task == "multiple-choice":  # [B, choices, S]; B counts choices from here on
         ids, mask = (tf.reshape(value, (-1, tf.shape(value)[2])) for value in (ids, mask))
@@ -91,7 +91,7 @@ def serving(model: Model, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def serving_int32(model: Model, inputs: Inputs) -> dict[str, Tensor]:
-    """The same for clients that send int32, which TensorFlow does not convert."""
+    """:func:`serving` for clients that send int32, which TensorFlow does not convert."""
     return serving(model, {name: tf.cast(value, tf.int64) for name, value in inputs.items()})
 
 
@@ -107,13 +107,13 @@ def decode(model: Model, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def last_logits(model: Model, inputs: Inputs) -> dict[str, Tensor]:
-    """Logits [B, V] of each sequence's last real token, as the mask says."""
+    """Logits [B, V] of each sequence's last unmasked token."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     return {"logits": _next_logits(model, ids, mask, model.empty(tf.shape(ids)[0]))[0]}
 
 
 def _next_logits(model: Model, ids: Tensor, mask: Tensor, past: Sequence[KeyValue]) -> tuple[Tensor, list[KeyValue]]:
-    """Logits [B, V] of the last real one of the new tokens ``ids`` [B, S], and the cache for the next."""
+    """Logits [B, V] of the last real token among the new ones ``ids`` [B, S], and the cache for the next step."""
     batch, new = tf.unstack(tf.shape(ids))
     x, presents = model.run(ids, mask, default_positions(mask, new), past)  # (N, D)
     real = tf.cast(mask[:, tf.shape(mask)[1] - new :] != 0, tf.int32)  # (B, S)
@@ -123,9 +123,9 @@ def _next_logits(model: Model, ids: Tensor, mask: Tensor, past: Sequence[KeyValu
 
 
 def generate(model: Model, inputs: Inputs) -> dict[str, Tensor]:
-    """The prompt and its continuation [B, S + n]: greedy at temperature 0, else sampled; ends when all rows have.
+    """The prompt and its continuation [B, S + n]: greedy at temperature 0, else sampled, until all rows have ended.
 
-    A row that has ended, its end-of-text token included, is filled up with padding (or end-of-text) tokens.
+    After its end-of-text token, a row is filled with padding (or end-of-text) tokens.
     """
     config, ids, mask = model.config, inputs["input_ids"], inputs["attention_mask"]
     room = config.n_ctx - tf.reduce_max(tf.reduce_sum(mask, 1))
@@ -136,7 +136,7 @@ def generate(model: Model, inputs: Inputs) -> dict[str, Tensor]:
     filler = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
 
     def extended(step: Tensor, ids: Tensor, mask: Tensor, done: Tensor, logits: Tensor) -> Sequence[Tensor]:
-        """One token chosen and appended."""
+        """Choose and append one token."""
         token = choose(logits, inputs["temperature"], inputs["top_k"], tf.stack((inputs["seed"], step)))  # (B)
         if config.eos_token_id is not None:
             token = tf.where(done, tf.constant(filler, tf.int64), token)
@@ -158,7 +158,7 @@ def generate(model: Model, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _growing(state: Sequence[Any]) -> Any:
-    """The loop's shapes with their lengths left open: axis 1 of ids and mask, axis 2 of the cache."""
+    """The loop's shapes, with open lengths in axis 1 of ids and mask and axis 2 of the cache."""
     open_axis = {2: 1, 4: 2}
 
     def shape(value: Tensor) -> Any:
@@ -169,7 +169,7 @@ def _growing(state: Sequence[Any]) -> Any:
 
 
 def choose(logits: Tensor, temperature: Tensor, top_k: Tensor, seed: Tensor) -> Tensor:
-    """The next token of each row from logits [B, V]; ``top_k`` 0 keeps all; ``seed`` [2] decides the draw."""
+    """The next token of each row from logits [B, V]; ``top_k`` 0 keeps all; ``seed`` [2] determines the draw."""
     vocabulary = logits.shape[1]
 
     def sampled() -> Tensor:

@@ -1,6 +1,6 @@
-"""Both rules for a SavedModel of ours: variables read back from its bundle, signatures run by TensorFlow.
+"""Verifies our SavedModels by both rules: variables read back from the bundle, signatures run by TensorFlow.
 
-TensorFlow runs in a process of its own. A SavedModel is a program: only verify one whose origin is known.
+TensorFlow runs in a process of its own. A SavedModel is a program: verify only those of known origin.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from gptconvert.verify.weights import Pair, WeightReport, compare, difference, p
 from reference_model.config import CACHED_TASKS, GPTConfig
 
 PREFIX, SUFFIX = "weights/", "/.ATTRIBUTES/VARIABLE_VALUE"
-#: No constant of a graph may be larger: weights belong into variables.
+#: Largest constant allowed in a graph: weights belong in variables.
 MOST_CONSTANT_BYTES = 1 << 20
-#: Memory TensorFlow needs to load and run a model, in sizes of its weights (measured: 1.35 at 6.2 GB).
+#: Memory that TensorFlow needs to load and run a model, as a multiple of its weights (measured: 1.35 at 6.2 GB).
 MEMORY_FACTOR = 1.5
 
 
@@ -47,8 +47,8 @@ class SavedModelVerifier:
     """Verifies a SavedModel directory.
 
     Attributes:
-        process: starts TensorFlow; None: :class:`TensorFlowProcess`.
-        free_memory: bytes that can be had.
+        process: starts TensorFlow; None for :class:`TensorFlowProcess`.
+        free_memory: returns the available bytes of memory.
     """
 
     process: Callable[[], AbstractContextManager[TensorFlowProcess]] | None = None
@@ -59,8 +59,8 @@ class SavedModelVerifier:
 
         Raises:
             InputError: it cannot be read or loaded.
-            UnsupportedError: TensorFlow is not installed, the variables are not named as ours, or there is too little
-                memory to load them.
+            UnsupportedError: TensorFlow is not installed, the variables have other names than ours, or they do not
+                fit in memory.
         """
         path, variables = candidate.path, read_variables(candidate.path)
         checkpoint, weights, pairs = _weights(candidate, variables)
@@ -87,7 +87,7 @@ verify = SavedModelVerifier()
 def _weights(
     candidate: Candidate, variables: Mapping[str, LazyTensor]
 ) -> tuple[Checkpoint, WeightReport, list[Pair]]:
-    """The checkpoint as stored, and what is to be compared."""
+    """The checkpoint as stored, and the pairs to compare."""
     checkpoint = candidate.checkpoint
     weights = WeightReport(len(checkpoint.weights))
     weights.problems += [
@@ -113,33 +113,33 @@ def read_variables(path: str) -> dict[str, LazyTensor]:
         UnsupportedError: its keys are not ours.
     """
     tensors = read_bundle(os.path.join(path, "variables", "variables"))
-    strange = [key for key in tensors if not (key.startswith(PREFIX) and key.endswith(SUFFIX))]
-    if strange:
+    unknown = [key for key in tensors if not (key.startswith(PREFIX) and key.endswith(SUFFIX))]
+    if unknown:
         raise UnsupportedError(
             "this SavedModel was not written by gptconvert",
             path=path,
             expected=f"variables named {PREFIX}…",
-            found=strange[0],
+            found=unknown[0],
         )
     bare = {key.removeprefix(PREFIX).removesuffix(SUFFIX): tensor for key, tensor in tensors.items()}
     return {name.replace("..", "."): tensor for name, tensor in bare.items()}  # TensorFlow doubles dots in keys
 
 
 def require_memory(path: str, nbytes: int, free: int) -> None:
-    """Raises :class:`UnsupportedError` where TensorFlow, which loads all variables, would run out of memory."""
+    """Raise :class:`UnsupportedError` if TensorFlow, which loads all variables, would run out of memory."""
     needed = int(MEMORY_FACTOR * nbytes)
     if free < needed:
         raise UnsupportedError(
-            "the SavedModel is too large to be loaded, and so verified, on this machine",
+            "the SavedModel is too large to load and verify on this machine",
             path=path,
             expected=f"{needed} bytes of memory",
             found=f"{free} bytes available",
-            hint="verify it on a larger machine, or leave the SavedModel unverified with --no-verify",
+            hint="verify it on a machine with more memory, or skip verification with --no-verify",
         )
 
 
 def _oriented(weight: LazyTensor, found: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
-    """Both in one orientation. A square matrix may be either way round: how it is used shows in the outputs."""
+    """Both tensors in one orientation. A square matrix may have either: the outputs show how it is used."""
     flipped = transpose(weight) if len(weight.shape) == 2 else weight
     if weight.shape != flipped.shape:
         return (flipped if found.shape == flipped.shape else weight), found
@@ -147,17 +147,17 @@ def _oriented(weight: LazyTensor, found: LazyTensor) -> tuple[LazyTensor, LazyTe
 
 
 def contract_problems(loaded: Mapping[str, Any], config: GPTConfig) -> Iterator[str]:
-    """What of a loaded model's description breaks the contract."""
+    """Yield the contract violations in a loaded model's description."""
     found: Mapping[str, Mapping[str, Any]] = loaded["signatures"]
     expected = signature_names(config, any(name.endswith(XLA) for name in found))
     yield from (f"no signature {name}" for name in expected if name not in found)
     yield from (f"signature {name} is not in the contract" for name in found if name not in expected)
     for name in (name for name in expected if name in found):
         for side, table in (("inputs", inputs_of(config, name)), ("outputs", outputs_of(config, name))):
-            wanted = {key: [kind, list(shape)] for key, (kind, shape) in table.items()}
-            if found[name][side] != wanted:
-                wrong = [k for k in {**wanted, **found[name][side]} if wanted.get(k) != found[name][side].get(k)]
-                shown = [f"{k} is {found[name][side].get(k)}, expected {wanted.get(k)}" for k in wrong]
+            agreed = {key: [kind, list(shape)] for key, (kind, shape) in table.items()}
+            if found[name][side] != agreed:
+                wrong = [k for k in {**agreed, **found[name][side]} if agreed.get(k) != found[name][side].get(k)]
+                shown = [f"{k} is {found[name][side].get(k)}, expected {agreed.get(k)}" for k in wrong]
                 yield f"{side} of {name}: {'; '.join(shown)}"
     if loaded["largest_constant"] > MOST_CONSTANT_BYTES:
         yield f"the graph holds a constant of {loaded['largest_constant']} bytes"
@@ -171,7 +171,7 @@ def _run(
     level: Level,
     stage: Stage,
 ) -> None:
-    """Rule 2: all probes on the signatures that take and give everything, then the others held against these."""
+    """Rule 2: run all probes on the signatures with all inputs and outputs, then compare the others with these."""
     config, runner = checkpoint.config, SavedModelRunner(tensorflow, checkpoint.config)
     probes: tuple[Probe, ...] = make_probes(
         config, kv_cache=runner.kv_cache, free_positions=runner.free_positions, level=level
@@ -194,17 +194,19 @@ def _run(
 
 
 def first_bad(groups: list[Group]) -> str | None:
-    """In words, the first layer whose keys or values left the noise; None: nothing was measured."""
+    """The first layer whose keys or values leave the noise, as text; None if nothing was measured."""
     bad = {m.tensor for group in groups for m in group.measures.values() if not m.ok}
     presents = sorted((int(name.split(".")[1]), name) for name in bad if name.startswith("present."))
     if not presents:
         return "the last block or the head" if bad else None
     layer, name = presents[0]
-    return f"block {layer}, in {name}" + (f", or block {layer - 1} after its own" if layer else ", or the embedding")
+    return f"block {layer}, in {name}" + (
+        f", or block {layer - 1} after its keys and values" if layer else ", or the embedding"
+    )
 
 
 class SavedModelRunner:
-    """A loaded SavedModel. Outputs come from ``serving_default`` where it can be asked, else from ``decode``."""
+    """A loaded SavedModel. Outputs come from ``serving_default`` if it takes the inputs, else from ``decode``."""
 
     compute = "float32"
 
@@ -215,10 +217,10 @@ class SavedModelRunner:
     def run(self, feeds: Feeds, presents: bool) -> Outputs:
         """See :class:`~gptconvert.verify.runners.Runner`."""
         positions = default_positions(feeds.attention_mask, feeds.input_ids.shape[1])
-        usual = not feeds.past and np.array_equal(positions, feeds.position_ids)
+        plain = not feeds.past and np.array_equal(positions, feeds.position_ids)
         try:
-            named = self._serving(feeds) if usual else {}
-            cache = self._decode(feeds, presents) if presents or not usual else {}
+            named = self._serving(feeds) if plain else {}
+            cache = self._decode(feeds, presents) if presents or not plain else {}
         except TensorFlowError as error:
             raise RunError(one_line(error)) from error
         pairs = [(cache.pop(key), cache.pop(value)) for key, value in self._present_names(presents)]

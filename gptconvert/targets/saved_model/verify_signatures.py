@@ -1,7 +1,7 @@
-"""The signatures that are not held against the truth themselves: held against ``serving_default`` and ``decode``.
+"""Verifies the other signatures against ``serving_default`` and ``decode``, which are compared with the truth.
 
-Two runs that are each within a distance of the truth are within twice that of each other. What was allowed there
-is known by then, so no tolerance is made up here.
+Two runs that are each within a distance of the truth are within twice that distance of each other. That distance is
+known by then, so no further tolerance is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gptconvert.verify.runners import one_line
 from reference_model.config import CACHED_TASKS, GPTConfig
 
 Arrays = Mapping[str, Array]
-#: Tokens that ``generate`` is asked for.
+#: Tokens to generate.
 NEW_TOKENS = 8
 NAME = "other signatures"
 
@@ -28,9 +28,10 @@ NAME = "other signatures"
 def check_other_signatures(
     tensorflow: TensorFlowProcess, config: GPTConfig, present: Sequence[str], groups: Sequence[Group]
 ) -> tuple[Group, Continuation | None]:
-    """What is wrong with the signatures ``present`` of the model loaded, as a group without figures of its own.
+    """Check the signatures ``present`` in the loaded model, given the ``groups`` that have passed.
 
-    ``groups`` are the ones that passed. The second is what ``generate`` made greedily, if there is such a signature.
+    Returns:
+        a group without figures, and the greedy continuation of ``generate`` (None without such a signature).
     """
     allowed: dict[str, float] = {}
     for measure in (m for group in groups for m in group.measures.values()):
@@ -74,28 +75,28 @@ class _Check:
         return inputs
 
     def int32(self) -> Iterator[str]:
-        """The int32 twin gives what ``serving_default`` gives."""
+        """The int32 twin equals ``serving_default``."""
         narrow = {name: array.astype(np.int32) for name, array in self.prompts.items()}
         yield from self._same(INT32, narrow, self.tensorflow.run("serving_default", self.prompts))
 
     def last_logits(self) -> Iterator[str]:
-        """The logits of each row's last real token."""
+        """The logits are those of each row's last real token."""
         logits = self.tensorflow.run("serving_default", self.prompts)["logits"]
         last = _last_real(self.prompts["attention_mask"])
         yield from self._same("last_logits", self.prompts, {"logits": logits[np.arange(len(last)), last]})
 
     def generate(self, name: str, prompts: Arrays) -> Iterator[str]:
-        """Greedy takes a best token each time, whatever the padding; sampling repeats under its seed."""
+        """Greedy picks a best token each time, with any padding; sampling is reproducible by seed."""
         greedy = self._sequences(name, prompts, temperature=0.0)
         yield from (f"{name}, greedy: {problem}" for problem in self._unlikely(greedy, prompts))
         narrowed = self._sequences(name, prompts, temperature=1.0, top_k=1, seed=1)
         yield from (f"{name}, top_k 1: {problem}" for problem in self._unlikely(narrowed, prompts))
         first, second = (self._sequences(name, prompts, temperature=1.0, seed=7) for _ in range(2))
         if not np.array_equal(first, second):
-            yield f"{name}: the same seed gives two texts"
+            yield f"{name}: the same seed gives different texts"
 
     def twins(self) -> Iterator[str]:
-        """Compiled signatures give what the plain ones give, on a left-padded sequence as long as the context."""
+        """Compiled signatures equal the plain ones on a left-padded sequence as long as the context."""
         n_ctx, config = self.config.n_ctx, self.config
         mask = np.zeros((1, n_ctx), np.int64)
         mask[:, -max(1, min(5, n_ctx - NEW_TOKENS)) :] = 1
@@ -116,12 +117,12 @@ class _Check:
             yield from self.generate("generate" + XLA, inputs)
 
     def _same(self, signature: str, inputs: Arrays, expected: Arrays) -> Iterator[str]:
-        """What of a signature's outputs is not ``expected``, within what two good runs may differ by."""
+        """Yield the outputs of a signature that differ from ``expected`` by more than two good runs may."""
         for name, array in self.tensorflow.run(signature, inputs).items():
             if array.shape != expected[name].shape:
                 yield f"{signature}: {name} has shape {list(array.shape)}, expected {list(expected[name].shape)}"
             elif not np.abs(np.subtract(array, expected[name], dtype=np.float64)).max() <= self.allowed[name]:
-                yield f"{signature}: {name} is not what the plain signature gives"
+                yield f"{signature}: {name} differs from the plain signature's"
 
     def _sequences(
         self, name: str, prompts: Arrays, *, temperature: float, top_k: int = 0, seed: int = 0
@@ -131,7 +132,7 @@ class _Check:
         return self.tensorflow.run(name, inputs)["sequences"].astype(np.int64)  # type: ignore[arg-type]
 
     def _unlikely(self, sequences: Integers, prompts: Arrays) -> Iterator[str]:
-        """What is wrong with a greedy continuation, by the logits of ``serving_default``."""
+        """Yield the errors of a greedy continuation, by the logits of ``serving_default``."""
         ids, mask = prompts["input_ids"].astype(np.int64), prompts["attention_mask"].astype(np.int64)
         new = _new_tokens(ids, sequences)
         if new is None:
@@ -148,7 +149,7 @@ class _Check:
 
 
 def _new_tokens(ids: Integers, sequences: Integers) -> int | None:
-    """How many tokens follow ``ids``; where the length is fixed, as many fell off in front. None: they do not."""
+    """How many tokens follow ``ids``; at fixed length, as many were dropped in front. None if none follow."""
     if sequences.shape != ids.shape:
         new = sequences.shape[1] - ids.shape[1]
         return new if new > 0 and np.array_equal(sequences[:, :-new], ids) else None

@@ -1,7 +1,7 @@
 """The TensorFlow process: builds the graph, or runs a SavedModel. Started by :mod:`.process`, never imported.
 
-TensorFlow takes seconds and half a gigabyte to import, so it lives alone in here. Requests and answers are lines of
-JSON on stdin and stdout; arrays and files pass through a directory that the parent made and removes.
+Importing TensorFlow takes seconds and half a gigabyte, so only this process does. Requests and answers are lines of
+JSON on stdin and stdout; arrays and files are exchanged in a directory that the parent creates and removes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
 def build(request: Mapping[str, Any]) -> dict[str, object]:
-    """Save the model without its weights into ``request["directory"]``.
+    """Save the model without its weights: ``saved_model.pb`` and ``object_graph`` in ``request["directory"]``.
 
-    Variables are declared with unknown sizes and hold nothing while the graph is traced and saved; their real
-    shapes are then written into the saved graph. TensorFlow's own checkpoint of the empty variables says under
-    which keys it will look for them.
+    Variables are declared with unknown sizes and stay empty while the graph is traced and saved; their real shapes
+    are then written into the saved graph. TensorFlow's checkpoint of the empty variables provides the keys under
+    which it will look them up.
 
     Returns:
-        ``keys``: canonical name → checkpoint key. Left in the directory: ``saved_model.pb`` and ``object_graph``.
+        ``keys``: canonical name → checkpoint key.
     """
     from tensorflow.core.protobuf import trackable_object_graph_pb2
 
-    gc.disable()  # it finds nothing in the million objects of a graph, and looks for an eighth of the time
+    gc.disable()  # takes an eighth of the time and frees nothing among the million objects of a graph
     config = config_of(request["config"])
     shapes = {name: shape for name, (_, shape) in request["weights"].items()}
     variables = {name: empty_variable(name, dtype, len(shape)) for name, (dtype, shape) in request["weights"].items()}
@@ -53,7 +53,7 @@ def build(request: Mapping[str, Any]) -> dict[str, object]:
 
 
 def config_of(fields: Mapping[str, Any]) -> GPTConfig:
-    """The configuration whose ``as_dict`` went through JSON."""
+    """The configuration, from its ``as_dict`` read from JSON."""
     plain: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
@@ -63,7 +63,7 @@ def config_of(fields: Mapping[str, Any]) -> GPTConfig:
 
 
 def empty_variable(name: str, dtype: str, rank: int) -> Any:
-    """A variable that takes no memory: no size of it is known, and there is nothing in it."""
+    """A variable that takes no memory: all its sizes are unknown, and it is empty."""
     nothing = tf.zeros([0] * rank, tf.as_dtype(dtype))
     return tf.Variable(nothing, name=name, shape=tf.TensorShape([None] * rank))
 
@@ -78,7 +78,7 @@ def with_shapes(saved: str, shapes: Mapping[str, list[int]]) -> bytes:
     declared = {n.variable.name: n.variable.shape for n in graph.object_graph_def.nodes if n.HasField("variable")}
     handles = {n.name: n.attr["shape"].shape for n in graph.graph_def.node if n.op == "VarHandleOp"}
     if not declared.keys() == handles.keys() == shapes.keys():
-        raise RuntimeError("this version of TensorFlow declares variables in a way that is not understood")
+        raise RuntimeError("this version of TensorFlow declares variables in an unknown way")
     for name, shape in shapes.items():
         for written in (declared[name], handles[name]):
             written.CopyFrom(tf.TensorShape(shape).as_proto())
@@ -173,7 +173,7 @@ COMMANDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, object]]] = {
 def main() -> None:
     """Answer requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    os.dup2(2, 1)  # keep prints of libraries out of the answers
     tf.get_logger().setLevel("ERROR")
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""Nothing of a foreign model is handed to a runtime before its external data is known to be what it says."""
+"""External data of an untrusted model is checked before a runtime opens it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ CASES: list[tuple[str, Callable[[Any], None], type[GptConvertError], str]] = [
     ("missing", put("location", "gone"), InputError, "is missing"),
     ("no location", drop_location, InputError, "lack location"),
     ("beyond the end", put("offset", "99999999"), InputError, "truncated"),
-    ("negative", put("offset", "-64"), InputError, "no number"),
-    ("words", put("offset", "abc"), InputError, "no number"),
+    ("negative", put("offset", "-64"), InputError, "not a number"),
+    ("words", put("offset", "abc"), InputError, "not a number"),
     ("short", put("length", "4"), InputError, "need"),
     ("long", put("length", "99999999"), InputError, "need"),
     ("unknown key", put("hook", "x"), InputError, "hook"),
@@ -61,7 +61,7 @@ def test_external_data(
     import onnxruntime
 
     def never(*args: Any, **options: Any) -> None:
-        raise AssertionError("onnxruntime was given the file")
+        raise AssertionError("onnxruntime opened the file")
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", never)
     (tmp_path / "secret").write_bytes(b"x" * 100_000)
@@ -88,12 +88,12 @@ def test_links_and_pipes(tmp_path: Path) -> None:
     with pytest.raises(UnsafeInputError, match="not a regular file"):
         open_onnx(str(path))
     data.unlink()
-    os.link(outside, data)  # a hard link is a file like any other
+    os.link(outside, data)  # a hard link is a regular file
     assert open_onnx(str(path)).initializers
 
 
 def test_hub_cache_layout(tmp_path: Path) -> None:
-    """Both files are links into one directory of blobs."""
+    """Both files are links into a directory of blobs."""
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
     blobs = tmp_path / "blobs"
@@ -135,7 +135,7 @@ def test_tensors_hidden_in_subgraphs_are_checked(tmp_path: Path) -> None:
         open_onnx(str(tmp_path / "model.onnx"))
 
 
-def test_inline_data_that_does_not_fill_its_shape(tmp_path: Path) -> None:
+def test_truncated_inline_data(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint, single_file=True)
 

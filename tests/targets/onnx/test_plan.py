@@ -1,6 +1,6 @@
-"""The ONNX target: every family, head and option, run by onnxruntime and held against transformers.
+"""The ONNX target: every family, head and option, run by onnxruntime and compared with transformers.
 
-The yardstick is the reference model in float32: a graph may be off by a few times what rounding costs there.
+The yardstick is the reference model in float32: a graph may have a few times its rounding error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.families.witness import BY_TASK, CASES, PAD, Case, gap, hf_outputs, i
 from tests.helpers import content, openai_checkpoint, write_planned
 
 FAMILIES = tuple(witness.TINY)
-#: A graph may be off so many times as far as the reference model in float32, plus so many units in the last place.
+#: Allowed error of a graph: this many times the float32 reference model's, plus this many units in the last place.
 TIMES, ULPS = 8, 8 * 2.0**-23
 
 
@@ -41,7 +41,7 @@ def understood(case: Case, directory: Path) -> Checkpoint:
 
 
 def session(checkpoint: Checkpoint, directory: Path, **options: Any) -> Any:
-    """onnxruntime with its default optimisations, on the files as planned."""
+    """An onnxruntime session with default optimisations on the planned files."""
     import onnxruntime
 
     files = plan(checkpoint, Options(**options))[0].files
@@ -53,69 +53,69 @@ def session(checkpoint: Checkpoint, directory: Path, **options: Any) -> Any:
 
 
 def run(opened: Any, inputs: Mapping[str, Any], past: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All outputs by name. What the graph does not take is not fed; an empty past where none is given."""
+    """All outputs by name. Only the graph's own inputs are fed; without ``past``, an empty one."""
     feeds = {}
-    for wanted in opened.get_inputs():
-        if wanted.name in inputs:
-            feeds[wanted.name] = np.ascontiguousarray(inputs[wanted.name])
+    for value in opened.get_inputs():
+        if value.name in inputs:
+            feeds[value.name] = np.ascontiguousarray(inputs[value.name])
         elif past is not None:
-            feeds[wanted.name] = past[wanted.name]
+            feeds[value.name] = past[value.name]
         else:
-            _, heads, _, width = wanted.shape
-            feeds[wanted.name] = np.zeros((len(inputs["input_ids"]), heads, 0, width), np.float32)
+            _, heads, _, width = value.shape
+            feeds[value.name] = np.zeros((len(inputs["input_ids"]), heads, 0, width), np.float32)
     names = [output.name for output in opened.get_outputs()]
     return dict(zip(names, opened.run(None, feeds), strict=True))
 
 
 def as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys and values of a run, as the next run takes them."""
+    """The keys and values of a run, named as inputs of the next."""
     return {n.replace("present", "past_key_values"): v for n, v in outputs.items() if n.startswith("present.")}
 
 
-def shared(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """What both sides give out (a graph without a cache keeps its keys and values to itself)."""
-    assert {name for name in theirs if not name.startswith("present.")} <= set(ours)
-    return {name: value for name, value in theirs.items() if name in ours}
+def shared(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The expected outputs that the graph returns (without a cache, no keys and values)."""
+    assert {name for name in expected if not name.startswith("present.")} <= set(actual)
+    return {name: value for name, value in expected.items() if name in actual}
 
 
 def noise(checkpoint: Checkpoint, inputs: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """How far rounding to float32 takes the reference model."""
+    """The float32 reference model's rounding error."""
     import torch
 
-    ours = our_outputs(witness.reference(checkpoint, torch.float32), inputs)
-    return gap(ours, expected, inputs["attention_mask"])
+    actual = our_outputs(witness.reference(checkpoint, torch.float32), inputs)
+    return gap(actual, expected, inputs["attention_mask"])
 
 
 @pytest.mark.parametrize(
     ("case", "kv_cache"),
-    # Other tasks have no cache to leave out.
+    # Other tasks never have a cache.
     [(case, True) for case in CASES] + [(case, False) for case in CASES if case.task in CACHED_TASKS],
     ids=str,
 )
 def test_equals_transformers(case: Case, kv_cache: bool, directory: Path, tmp_path: Path) -> None:
     """All outputs, keys and values, with padding on either side and holes in the mask."""
     inputs, checkpoint = inputs_of(case.task), understood(case, directory)
-    ours = run(session(checkpoint, tmp_path, kv_cache=kv_cache), inputs)
-    assert any(name.startswith("present.") for name in ours) == (kv_cache and case.task in CACHED_TASKS)
-    expected = shared(ours, hf_outputs(case, inputs))
+    actual = run(session(checkpoint, tmp_path, kv_cache=kv_cache), inputs)
+    assert any(name.startswith("present.") for name in actual) == (kv_cache and case.task in CACHED_TASKS)
+    expected = shared(actual, hf_outputs(case, inputs))
     allowed = TIMES * noise(checkpoint, inputs, expected) + ULPS
-    assert gap(ours, expected, inputs["attention_mask"]) < allowed < 1e-4
+    assert gap(actual, expected, inputs["attention_mask"]) < allowed < 1e-4
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
-def test_a_planted_bug_shows(bug: Bug, directory: Path, tmp_path: Path) -> None:
+def test_planted_bug_is_detected(bug: Bug, directory: Path, tmp_path: Path) -> None:
     inputs, right = inputs_of(bug.case.task), understood(bug.case, directory)
-    ours = run(session(bug.plant(right), tmp_path), inputs)
-    expected = shared(ours, hf_outputs(bug.case, inputs))
+    actual = run(session(bug.plant(right), tmp_path), inputs)
+    expected = shared(actual, hf_outputs(bug.case, inputs))
     allowed = TIMES * noise(right, inputs, expected) + ULPS
-    assert gap(ours, expected, inputs["attention_mask"]) > 4 * allowed
+    assert gap(actual, expected, inputs["attention_mask"]) > 4 * allowed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_bug_in_the_graph_itself_shows(
+def test_bug_in_the_graph_is_detected(
     family: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same comparison with nodes that are wrong instead of a configuration: one key too many is seen."""
+    """With a wrong node instead of a wrong configuration: each query sees one key too many."""
     from gptconvert.targets.onnx import graph
 
     class Later(graph.Builder):
@@ -126,15 +126,15 @@ def test_a_bug_in_the_graph_itself_shows(
 
     inputs, checkpoint = inputs_of("text-generation"), understood(Case(family), directory)
     monkeypatch.setattr(graph, "Builder", Later)
-    ours = run(session(checkpoint, tmp_path), inputs)
-    expected = shared(ours, hf_outputs(Case(family), inputs))
-    assert gap(ours, expected, inputs["attention_mask"]) > 1e-3
+    actual = run(session(checkpoint, tmp_path), inputs)
+    expected = shared(actual, hf_outputs(Case(family), inputs))
+    assert gap(actual, expected, inputs["attention_mask"]) > 1e-3
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5, 9), (1, 2, 3, 16)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_add_up(family: str, cuts: tuple[int, ...], directory: Path, tmp_path: Path) -> None:
-    """A batch given in pieces, each with the keys and values of those before: the logits of the whole."""
+    """A batch fed in chunks, each with the keys and values of the ones before, gives the logits of the whole."""
     inputs, checkpoint = inputs_of("text-generation"), understood(Case(family), directory)
     opened = session(checkpoint, tmp_path)
     logits, past = [], None
@@ -153,27 +153,27 @@ def test_chunks_add_up(family: str, cuts: tuple[int, ...], directory: Path, tmp_
 def test_any_batch_and_length(family: str, shape: tuple[int, int], directory: Path, tmp_path: Path) -> None:
     """One token, one sequence, the whole context (longer than GPT-Neo's window)."""
     inputs, checkpoint = witness.batch(mask=np.ones(shape, np.int64)), understood(Case(family), directory)
-    ours = run(session(checkpoint, tmp_path), inputs)
-    expected = shared(ours, hf_outputs(Case(family), inputs))
-    assert gap(ours, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
+    actual = run(session(checkpoint, tmp_path), inputs)
+    expected = shared(actual, hf_outputs(Case(family), inputs))
+    assert gap(actual, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("case", BY_TASK, ids=str)
-def test_half_precision_weights_are_computed_with_in_float32(
+def test_half_precision_weights_are_computed_in_float32(
     case: Case, dtype: Any, directory: Path, tmp_path: Path
 ) -> None:
     whole = understood(case, directory)
     halved = dataclasses.replace(whole, weights={n: cast(w, dtype) for n, w in whole.weights.items()})
     inputs = inputs_of(case.task)
-    ours = run(session(halved, tmp_path), inputs)
-    expected = shared(ours, our_outputs(witness.reference(halved), inputs))
-    assert gap(ours, expected, inputs["attention_mask"]) < TIMES * noise(halved, inputs, expected) + ULPS
+    actual = run(session(halved, tmp_path), inputs)
+    expected = shared(actual, our_outputs(witness.reference(halved), inputs))
+    assert gap(actual, expected, inputs["attention_mask"]) < TIMES * noise(halved, inputs, expected) + ULPS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_casts_of_weights_come_first(family: str, directory: Path, tmp_path: Path) -> None:
-    """onnxruntime then makes each just before its use; made beside their uses, all would be in memory at once."""
+    """So onnxruntime runs each just before its use; beside their uses, all would be in memory at once."""
     whole = understood(Case(family), directory)
     halved = dataclasses.replace(whole, weights={n: cast(w, BFLOAT16) for n, w in whole.weights.items()})
     write_planned(tmp_path, plan(halved, Options())[0].files)
@@ -194,9 +194,9 @@ def test_every_opset(opset: int, directory: Path, tmp_path: Path) -> None:
     ):
         inputs, checkpoint = inputs_of(case.task), understood(case, directory)
         where = tmp_path / str(case)
-        ours = run(session(checkpoint, where, opset=opset), inputs)
-        expected = shared(ours, hf_outputs(case, inputs))
-        assert gap(ours, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
+        actual = run(session(checkpoint, where, opset=opset), inputs)
+        expected = shared(actual, hf_outputs(case, inputs))
+        assert gap(actual, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
         model = onnx_model(where / "onnx/model.onnx")
         assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
         assert model.ir_version == IR_VERSION
@@ -224,7 +224,7 @@ B, S, P = "batch_size", "sequence_length", "past_sequence_length"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_language_models_contract(family: str, directory: Path, tmp_path: Path) -> None:
+def test_language_model_contract(family: str, directory: Path, tmp_path: Path) -> None:
     """Names, order, types and symbols that onnxruntime-genai, optimum and transformers.js rely on."""
     checkpoint = understood(Case(family), directory)
     write_planned(tmp_path, plan(checkpoint, Options())[0].files)
@@ -264,10 +264,10 @@ def test_the_language_models_contract(family: str, directory: Path, tmp_path: Pa
     ],
     ids=str,
 )
-def test_the_heads_contract(
+def test_head_contract(
     case: Case, inputs: dict[str, Any], outputs: dict[str, Any], directory: Path, tmp_path: Path
 ) -> None:
-    """As Hugging Face's exporter names them; positions only where it takes them."""
+    """Names as in Hugging Face's exporter; position_ids only where it has them."""
     write_planned(tmp_path, plan(understood(case, directory), Options(kv_cache=False))[0].files)
     graph = onnx_model(tmp_path / "onnx/model.onnx").graph
     rows = [B, "num_choices", S] if case.task == "multiple-choice" else [B, S]
@@ -279,7 +279,7 @@ def test_the_heads_contract(
 
 
 @pytest.mark.parametrize("case", BY_TASK, ids=str)
-def test_the_checker_agrees(case: Case, directory: Path, tmp_path: Path) -> None:
+def test_onnx_checker_passes(case: Case, directory: Path, tmp_path: Path) -> None:
     import onnx
 
     write_planned(tmp_path, plan(understood(case, directory), Options())[0].files)
@@ -287,12 +287,12 @@ def test_the_checker_agrees(case: Case, directory: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("case", BY_TASK, ids=str)
-def test_every_weight_is_there_once_as_it_lies_in_the_source(case: Case, directory: Path) -> None:
+def test_every_weight_is_stored_once_in_the_sources_layout(case: Case, directory: Path) -> None:
     checkpoint = understood(case, directory)
     model, data = plan(checkpoint, Options())[0].files
     assert [placed.name for placed in data.tensors] == sorted(checkpoint.weights)
     assert all(placed.offset % 64 == 0 for placed in data.tensors)
-    assert all(placed.tensor.segments() is not None for placed in data.tensors), "bytes that could be copied are not"
+    assert all(placed.tensor.segments() is not None for placed in data.tensors), "bytes could be copied"
     stored = sum(weight.nbytes for weight in checkpoint.weights.values())
     assert stored <= data.nbytes < stored + 64 * len(data.tensors)
     assert model.nbytes < 100_000
@@ -306,7 +306,7 @@ def test_openais_bytes_are_copied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_can_be_tapped(family: str, directory: Path, tmp_path: Path) -> None:
-    """Every block's output has a name, which the verifier adds to the outputs to find the first bad block."""
+    """The verifier returns every block's output by name to find the first bad block."""
     import onnx
     import torch
 
@@ -319,18 +319,18 @@ def test_blocks_can_be_tapped(family: str, directory: Path, tmp_path: Path) -> N
     import onnxruntime
 
     opened = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    ours = run(opened, inputs)
+    actual = run(opened, inputs)
     reference, taps = witness.reference(checkpoint), []
     for block in reference.h:
         block.register_forward_hook(lambda _, __, output: taps.append(output[0].numpy()))
     with torch.no_grad():
         our_outputs(reference, inputs)
-    found = {name: ours[name].reshape(4, 17, -1) for name in blocks}
+    found = {name: actual[name].reshape(4, 17, -1) for name in blocks}
     assert gap(found, dict(zip(blocks, taps, strict=True)), inputs["attention_mask"]) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_file_holds_the_same(family: str, directory: Path, tmp_path: Path) -> None:
+def test_single_file_gives_the_same_outputs(family: str, directory: Path, tmp_path: Path) -> None:
     checkpoint, inputs = understood(Case(family), directory), inputs_of("text-generation")
     (file,) = plan(checkpoint, Options(single_file=True))[0].files
     assert file.path == "onnx/model.onnx"
@@ -339,7 +339,7 @@ def test_one_file_holds_the_same(family: str, directory: Path, tmp_path: Path) -
     assert all(np.array_equal(alone[name], beside[name]) for name in beside)
 
 
-def test_one_file_has_a_limit(directory: Path) -> None:
+def test_single_file_size_limit(directory: Path) -> None:
     checkpoint = understood(Case("gpt2"), directory)
     from gptconvert.model.tensors import filled
 
@@ -349,7 +349,7 @@ def test_one_file_has_a_limit(directory: Path) -> None:
         plan(large, Options(single_file=True))
 
 
-def test_the_bytes_depend_on_the_checkpoint_alone(directory: Path) -> None:
+def test_bytes_depend_only_on_the_checkpoint(directory: Path) -> None:
     checkpoint = understood(Case("gpt_neox"), directory)
     first, second = ([content(file) for file in plan(checkpoint, Options())[0].files] for _ in range(2))
     assert first == second
@@ -365,7 +365,7 @@ def test_file_names(dtype: str | None, path: str, directory: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_outside_the_vocabulary(family: str, directory: Path, tmp_path: Path) -> None:
-    """Too large: refused. Negative: counted from the end, as ONNX defines it."""
+    """Too large fails; negative counts from the end, as ONNX defines."""
     opened = session(understood(Case(family), directory), tmp_path)
     inputs = witness.batch(mask=np.ones((1, 3), np.int64))
     inputs["input_ids"][0, 1] = 97
@@ -379,7 +379,7 @@ def test_ids_outside_the_vocabulary(family: str, directory: Path, tmp_path: Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_past_the_context(family: str, directory: Path, tmp_path: Path) -> None:
-    """Learned positions end there; rotary ones go on, however far, and only their distances count."""
+    """Learned positions fail; rotary ones continue, and only their distances matter."""
     checkpoint = understood(Case(family), directory)
     opened = session(checkpoint, tmp_path)
     near = {**witness.batch(mask=np.ones((1, 6), np.int64)), "position_ids": np.arange(6)[None]}
@@ -403,7 +403,7 @@ def test_without_a_padding_token_the_last_token_is_classified(directory: Path, t
     assert np.abs(found - hf_outputs(case, inputs)["logits"])[2].max() > 1e-3, "row 2 ends in padding"
 
 
-def test_padding_alone_is_classified_at_its_first_token(directory: Path, tmp_path: Path) -> None:
+def test_sequence_of_padding_is_classified_at_its_first_token(directory: Path, tmp_path: Path) -> None:
     case = Case("gpt_neo", "text-classification")
     inputs = {**inputs_of(case.task), "input_ids": np.full((4, 17), PAD)}
     found = run(session(understood(case, directory), tmp_path), inputs)["logits"]

@@ -1,4 +1,4 @@
-"""The runner leaves weights where they are, whatever their type, and holds no keys and values nobody asked for."""
+"""The runner uses weights of any type in place and keeps no unrequested keys and values."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MIB = 1 << 20
 
 
 def anonymous() -> int:
-    """Bytes of this process that no file stands behind."""
+    """Bytes of this process that are not backed by a file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
 @contextmanager
 def sampled() -> Iterator[list[int]]:
-    """What :func:`anonymous` was, every half millisecond."""
+    """Samples of :func:`anonymous`, every half millisecond."""
     seen, stop = [anonymous()], threading.Event()
 
     def watch() -> None:
@@ -52,13 +52,13 @@ def sampled() -> Iterator[list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
 def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype: np.dtype[np.generic]) -> None:
-    """Twelve layers of 3 MiB in float32: neither loading nor running may hold half of that."""
+    """Twelve layers take 3 MiB each in float32; neither loading nor running may hold half of that."""
     wide = tiny(tmp_path, n_embd=240, n_head=3, n_inner=960, n_layer=12)
     narrow = dataclasses.replace(wide, weights={name: cast(w, dtype) for name, w in wide.weights.items()})
     file = open_onnx(str(export(tmp_path, narrow)))
     binding, probe = bind(file, narrow.config), make_probes(narrow.config, kv_cache=True)[0]
     feeds = feeds_of(probe, narrow.config)
-    first = OnnxRunner(file, binding, narrow.config)  # stays, so that nothing it holds is used a second time
+    first = OnnxRunner(file, binding, narrow.config)  # kept alive, so that its memory is not reused
     first.run(feeds, True)
     with sampled() as seen:
         runner = OnnxRunner(file, binding, narrow.config)
@@ -67,7 +67,7 @@ def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype:
     assert max(seen) - seen[0] < 18 * MIB
 
 
-def test_a_long_past_is_not_returned_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_past_is_returned_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny(tmp_path)
     file = open_onnx(str(export(tmp_path, checkpoint)))
     binding = bind(file, checkpoint.config)

@@ -1,4 +1,4 @@
-"""How one ONNX file is verified: whose weights run, what happens at the same time, and what a failure leaves."""
+"""Verification of one ONNX file: whose weights run, what runs concurrently, and what happens on failure."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ class Spy(OnnxRunner):
 
 
 def spied(checkpoint: Checkpoint, path: Path, **fields: Any) -> tuple[list[str], list[set[str]]]:
-    """The runtimes that a graph passed, and what was lent to each."""
+    """The runtimes that a graph passed, and the weights lent to each."""
     Spy.lent.clear()
     report = report_on(checkpoint, path, verifiers={"onnx": OnnxVerifier(runner=Spy, **fields)})
     assert report.passed
     return [run.runtime for run in report.artifacts[0].runs], list(Spy.lent)
 
 
-def test_a_small_model_runs_with_the_weights_in_its_file(tmp_path: Path) -> None:
+def test_small_model_runs_with_the_files_weights(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     assert spied(checkpoint, export(tmp_path, checkpoint)) == ([DEFAULT], [set()])
 
 
-def test_a_large_model_runs_with_the_sources(tmp_path: Path) -> None:
+def test_large_model_runs_with_the_sources_weights(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     assert spied(checkpoint, export(tmp_path, checkpoint), small_model=0) == ([LENT], [set(checkpoint.weights)])
 
 
-def test_a_foreign_file_runs_with_its_own(tmp_path: Path) -> None:
+def test_foreign_file_runs_with_its_own_weights(tmp_path: Path) -> None:
     from tests.verify.exports import edit
     from tests.verify.test_families import disown
 
@@ -64,8 +64,8 @@ def test_a_foreign_file_runs_with_its_own(tmp_path: Path) -> None:
     assert spied(checkpoint, path, small_model=0) == ([IN_PLACE], [set()])
 
 
-def test_what_can_be_lent(tmp_path: Path) -> None:
-    """Bytes in one run, aligned, of the file's own shape and type."""
+def test_weights_that_can_be_lent(tmp_path: Path) -> None:
+    """Contiguous, aligned, of the file's own shape and type."""
     checkpoint = tiny(tmp_path)
     file = open_onnx(str(export(tmp_path, checkpoint)))
     _, pairs = pair_up(file, checkpoint.weights)
@@ -80,8 +80,8 @@ def test_what_can_be_lent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16], ids=str)
-def test_a_session_uses_what_it_is_lent(tmp_path: Path, dtype: Any) -> None:
-    """Two exports with other weights: each graph computes what the lender's does, bit for bit."""
+def test_session_uses_lent_weights(tmp_path: Path, dtype: Any) -> None:
+    """With another export's weights, a graph computes the other's outputs, bit for bit."""
     runs = []
     for seed in (1, 2):
         checkpoint = tiny(tmp_path / str(seed), seed, dtype=dtype)
@@ -90,13 +90,13 @@ def test_a_session_uses_what_it_is_lent(tmp_path: Path, dtype: Any) -> None:
     (first, first_file, binding), (second, second_file, _) = runs
     feeds = feeds_of(make_probes(first.config, kv_cache=True)[2], first.config)
     _, pairs = pair_up(second_file, second.weights)
-    honest = [OnnxRunner(f, binding, c.config).run(feeds, True).named["logits"] for c, f, _ in runs]
+    own = [OnnxRunner(f, binding, c.config).run(feeds, True).named["logits"] for c, f, _ in runs]
     lent = OnnxRunner(first_file, binding, first.config, lent=in_one_piece(pairs)).run(feeds, True).named["logits"]
-    assert np.array_equal(lent, honest[1]) and not np.array_equal(*honest)
+    assert np.array_equal(lent, own[1]) and not np.array_equal(*own)
 
 
 def test_weights_are_compared_while_the_graph_runs(tmp_path: Path) -> None:
-    """The comparison here ends only when the first run has begun."""
+    """This comparison ends only after the first run has begun."""
     running = threading.Event()
 
     def waiting(*arguments: Any, **fields: Any) -> Any:
@@ -116,7 +116,7 @@ def test_weights_are_compared_while_the_graph_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("most", [0, 1 << 30], ids=["large", "small"])
 def test_runs_with_wrong_weights_do_not_count(tmp_path: Path, most: int) -> None:
-    """With the right weights lent to it the graph is right; what is in the file is not."""
+    """The graph is correct with lent weights, but the file's are wrong."""
     checkpoint = tiny(tmp_path)
     data = export(tmp_path, checkpoint).with_name("model.onnx_data")
     content = bytearray(data.read_bytes())
@@ -127,7 +127,7 @@ def test_runs_with_wrong_weights_do_not_count(tmp_path: Path, most: int) -> None
     assert "differs from its source" in report.table() and "outputs: not run" in report.table()
 
 
-def test_a_comparison_that_cannot_be_made_does_not_pass(tmp_path: Path) -> None:
+def test_read_error_during_comparison_fails(tmp_path: Path) -> None:
     def unreadable(report: Any, pairs: Any, stop: Any) -> Any:
         raise InputError("cannot be read (Input/output error)")
 
@@ -145,7 +145,7 @@ class Halting(OnnxRunner):
         raise Halt
 
 
-def test_a_failing_run_ends_comparison_and_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_run_cancels_comparison_and_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: dict[str, BaseException] = {}
 
     def endless(name: str, stop: threading.Event) -> Any:
@@ -161,7 +161,7 @@ def test_a_failing_run_ends_comparison_and_truth(tmp_path: Path, monkeypatch: py
     assert set(ended) == {"comparison", "truth"}
 
 
-def test_the_truth_stops_between_two_blocks(tmp_path: Path) -> None:
+def test_truth_is_cancelled_between_blocks(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     file = open_onnx(str(export(tmp_path, checkpoint)))
     runs = Runs(file, checkpoint, {}, "default", lambda name, total: lambda count: None)
@@ -171,7 +171,7 @@ def test_the_truth_stops_between_two_blocks(tmp_path: Path) -> None:
         runs._truth(runs.probes, stop, threading.Event())
 
 
-def test_threads_of_torch_are_as_before(tmp_path: Path) -> None:
+def test_torch_threads_are_restored(tmp_path: Path) -> None:
     import torch
 
     checkpoint, before = tiny(tmp_path), torch.get_num_threads()
@@ -179,8 +179,8 @@ def test_threads_of_torch_are_as_before(tmp_path: Path) -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_checkpoint_of_nan_is_the_checkpoints_fault(tmp_path: Path) -> None:
-    """Told by the truth, in its thread, while the graph runs."""
+def test_nan_in_the_checkpoint_is_an_input_error(tmp_path: Path) -> None:
+    """Raised in the truth's thread while the graph runs."""
     raw, arrays = tiny_gpt2()
     arrays["transformer.h.1.mlp.c_fc.bias"][3] = np.nan
     checkpoint = checkpoint_of(raw, arrays, tmp_path, request=Options())

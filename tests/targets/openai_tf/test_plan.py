@@ -1,4 +1,4 @@
-"""The way back to OpenAI's formats: TensorFlow restores it, it reads back bit for bit, and nothing is left unsaid."""
+"""The openai-tf target: TensorFlow restores its files, they read back bit for bit, and nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def gpt1(**config: object) -> Checkpoint:
 
 
 def published(source: Path | str, output: Path, targets: tuple[str, ...] = ("openai-tf",), **request: Any) -> Path:
-    """A source converted, verified and published; its folder of OpenAI's files."""
+    """Convert, verify and publish a source; return its folder of OpenAI's files."""
     checkpoint = open_checkpoint(str(source), Options(**request))
     pipeline.convert(checkpoint, str(output), Options(targets=targets))
     return output / FOLDER
 
 
 @pytest.mark.skipif(not REAL_GPT2.exists(), reason=NO_RELEASED_FILES)
-def test_real_gpt2_comes_back_byte_for_byte(tmp_path: Path) -> None:
+def test_real_gpt2_round_trips_byte_for_byte(tmp_path: Path) -> None:
     folder = published(REAL_GPT2, tmp_path / "back")
     names = ["checkpoint", "encoder.json", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "vocab.bpe"]
     assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "hparams.json"])
@@ -65,19 +65,19 @@ def test_real_gpt2_comes_back_byte_for_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not REAL_GPT1.exists(), reason=NO_RELEASED_FILES)
-def test_real_gpt1_comes_back_byte_for_byte(tmp_path: Path) -> None:
+def test_real_gpt1_round_trips_byte_for_byte(tmp_path: Path) -> None:
     folder = published(REAL_GPT1, tmp_path / "back", n_head=4)
     for path in REAL_GPT1.glob("[!o]*.*"):
         if path.name != "README.md":
             assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
-    assert json.loads((folder / "hparams.json").read_text())["n_head"] == 4  # 32 / 64 would tell no reader
+    assert json.loads((folder / "hparams.json").read_text())["n_head"] == 4  # the default, 32 / 64, would be wrong
 
 
 @pytest.mark.parametrize(
     "name", ["openai-tf", "openai-tf-sharded", "openai-tf-bf16", "openai-tf-f16", "openai-tf-adam"]
 )
-def test_tensorflows_own_files_come_back(tmp_path: Path, name: str) -> None:
-    """From any of its layouts to the plain one, which is what the Saver itself wrote of these weights."""
+def test_tensorflows_files_round_trip(tmp_path: Path, name: str) -> None:
+    """From any layout to the plain one, as the Saver itself writes these weights."""
     folder = published(TINY / name, tmp_path / "back")
     if name in ("openai-tf", "openai-tf-sharded"):
         for part in ("model.ckpt.data-00000-of-00001", "model.ckpt.index", "checkpoint"):
@@ -87,7 +87,7 @@ def test_tensorflows_own_files_come_back(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("source", ["hf-safetensors", "hf-bin", "hf-bf16"])
 def test_round_trip_through_openais_layout(tmp_path: Path, source: str) -> None:
-    """Hugging Face → OpenAI → Hugging Face: the same tensors, and the same file the second time."""
+    """Hugging Face → OpenAI → Hugging Face gives the same file."""
     folder = published(TINY / source, tmp_path / "there", ("openai-tf", "safetensors"))
     pipeline.convert(open_checkpoint(str(folder)), str(tmp_path / "back"), Options(targets=("safetensors",)))
     there, back = (tmp_path / where / "model.safetensors" for where in ("there", "back"))
@@ -105,14 +105,14 @@ def test_round_trip_through_openais_layout(tmp_path: Path, source: str) -> None:
     ],
 )
 def test_from_every_trainer(tmp_path: Path, source: str, request_: dict[str, Any]) -> None:
-    """Linear layers are turned over on the way, so their checksums are those of computed bytes."""
+    """Linear layers are transposed, so checksums are of computed bytes."""
     folder = published(ORIGINALS / source, tmp_path / "back", **request_)
-    theirs = open_checkpoint(str(ORIGINALS / source), Options(**request_))
-    assert same_weights(open_checkpoint(str(folder), Options(n_head=3)), theirs)
+    original = open_checkpoint(str(ORIGINALS / source), Options(**request_))
+    assert same_weights(open_checkpoint(str(folder), Options(n_head=3)), original)
 
 
 def test_tensorflow_restores_it(tmp_path: Path, tf: Any) -> None:
-    """By tf.train.load_checkpoint, and by the Saver into variables of a graph, from a source that was transposed."""
+    """By tf.train.load_checkpoint, and by the Saver into a graph's variables, from a transposed source."""
     folder = published(ORIGINALS / "llmc" / "gpt2_fp32.bin", tmp_path / "back")
     assert tf.train.latest_checkpoint(str(folder)) == str(folder / "model.ckpt")
     reader = tf.train.load_checkpoint(str(folder))
@@ -130,8 +130,8 @@ def test_tensorflow_restores_it(tmp_path: Path, tf: Any) -> None:
     assert len(shapes) == 28
 
 
-def test_gpt1_is_numpys_arrays(tmp_path: Path) -> None:
-    """Read the way the original program does: load, concatenate, split at the shapes."""
+def test_gpt1_is_stored_as_numpy_arrays(tmp_path: Path) -> None:
+    """Read as by the original program: load, concatenate, split by shapes."""
     checkpoint = gpt1()
     write_planned(tmp_path, plan_without_tokenizer(checkpoint))
     parts = [np.load(tmp_path / FOLDER / f"params_{i}.npy") for i in range(10)]
@@ -151,11 +151,11 @@ def plan_without_tokenizer(checkpoint: Checkpoint, **options: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_gpt1_of_another_type_reads_back(tmp_path: Path, dtype: str) -> None:
-    """Cast tensors lie in no file, so the pieces of those that straddle two files are computed."""
+    """Cast tensors are computed, including the parts of those that straddle two files."""
     checkpoint = encoded(gpt1(), dtype)
     write_planned(tmp_path, plan_without_tokenizer(checkpoint))
     found = open_checkpoint(str(tmp_path / FOLDER))
-    assert found.config.n_head == 3  # from hparams.json, which is there because 24 / 64 tells nothing
+    assert found.config.n_head == 3  # from hparams.json, needed because 24 / 64 is not a number of heads
     assert same_weights(found, checkpoint)
 
 
@@ -172,7 +172,7 @@ def test_gpt1_of_another_type_reads_back(tmp_path: Path, dtype: str) -> None:
         (lambda: encoded(gpt1(), "bf16"), "bfloat16"),
     ],
 )
-def test_what_the_format_cannot_say_is_refused(checkpoint: Any, reason: str) -> None:
+def test_configurations_the_format_cannot_express_are_rejected(checkpoint: Any, reason: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         plan(checkpoint(), Options())
     assert reason in str(caught.value)
@@ -184,14 +184,14 @@ def test_all_reasons_at_once() -> None:
     assert len(why_not(dataclasses.replace(checkpoint, config=task))) == 4
 
 
-def test_other_families_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_other_families_are_rejected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     done = command(capsys, "hf", ORIGINALS / "flax-gpt-neo", "--to", "openai-tf", "-o", tmp_path / "out", "--json")
     assert done.code == 4
     assert "gpt_neo cannot be written" in done.json["error"]["message"]
     assert not (tmp_path / "out").exists()
 
 
-def test_nanogpt_with_erf_has_no_place_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_nanogpt_with_erf_is_rejected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     done = command(capsys, "nanogpt", ORIGINALS / "nanogpt", "--to", "openai-tf", "-o", tmp_path / "out", "--json")
     assert (done.code, (tmp_path / "out").exists()) == (4, False)
     assert "gelu_erf" in done.json["error"]["message"]
@@ -210,7 +210,7 @@ def damage_bytes(folder: Path) -> None:
 
 
 def swap_layers(folder: Path) -> None:
-    """h0 and h1 exchanged, as the index of a careless writer would have it."""
+    """Exchange the bytes of a weight in h0 and h1."""
     data = folder / "model.ckpt.index"
     content = data.read_bytes()
     data.write_bytes(content)
@@ -239,14 +239,14 @@ def test_planted_damage_is_found(tmp_path: Path, damage: Any, words: str) -> Non
 
 
 @pytest.mark.parametrize("bug", ["order", "transpose"])
-def test_a_bug_of_the_writer_stops_publication(tmp_path: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Square projections written untransposed, or tensors at each other's places: the gate says no."""
+def test_writer_bug_prevents_publication(tmp_path: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square projections written untransposed, or two tensors exchanged, fail the gate."""
     from gptconvert.targets.openai_tf import plan as openai_tf
 
     original = openai_tf._stored
 
     def wrong(bound: Any, checkpoint: Checkpoint) -> Any:
-        name, tensor, ours = original(bound, checkpoint)
+        name, tensor, canonical = original(bound, checkpoint)
         if bug == "transpose" and "c_proj/w" in name and tensor.shape[1] == tensor.shape[2]:
             from gptconvert.model.tensors import LeadingAxis
             from gptconvert.model.transforms import transpose
@@ -256,7 +256,7 @@ def test_a_bug_of_the_writer_stops_publication(tmp_path: Path, bug: str, monkeyp
             name = name.replace("ln_1", "ln_2")
         elif bug == "order" and name.endswith("ln_2/g"):
             name = name.replace("ln_2", "ln_1")
-        return name, tensor, ours
+        return name, tensor, canonical
 
     monkeypatch.setattr(openai_tf, "_stored", wrong)
     with pytest.raises(VerificationError):
@@ -264,7 +264,7 @@ def test_a_bug_of_the_writer_stops_publication(tmp_path: Path, bug: str, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_shown_in_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+def test_formats_lists_the_target(capsys: pytest.CaptureFixture[str]) -> None:
     found = command(capsys, "formats", "--json").json
     able = {f["name"]: "openai-tf" in f["targets"] for f in found["families"]}
     assert able == {family.name: family.name in ("gpt1", "gpt2") for family in FAMILIES}

@@ -1,4 +1,4 @@
-"""The safetensors target against its two witnesses: the safetensors library (bytes) and transformers (meaning)."""
+"""The safetensors target against its references: the safetensors library (bytes) and transformers (logits)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.helpers import (
 )
 
 IDS = torch.tensor([[0, 96, 5, 17, 42, 3, 88], [96, 1, 2, 3, 50, 60, 70]])
-#: What differs between the models every check below runs on.
+#: Configuration changes of the models that the checks below run on.
 VARIANTS: dict[str, dict[str, object]] = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -56,7 +56,7 @@ def export(checkpoint: Any, directory: Path, options: Options = Options()) -> Pa
 
 
 def load(directory: Path, **kwargs: Any) -> Any:
-    """The exported model in transformers, with nothing missing, unexpected or mismatched."""
+    """Load the exported model in transformers, with no missing, unexpected or mismatched key."""
     auto = kwargs.pop("auto", transformers.AutoModelForCausalLM)
     model, info = auto.from_pretrained(directory, output_loading_info=True, local_files_only=True, **kwargs)
     assert {key: value for key, value in info.items() if value} == {}
@@ -69,7 +69,7 @@ def reference_logits(checkpoint: Any) -> Any:
 
 
 def saved_by_library(files: tuple[PlannedFile, ...], directory: Path) -> None:
-    """Every planned safetensors file equals what ``save_file`` writes for the same tensors."""
+    """Every planned safetensors file equals the one that ``save_file`` writes for the same tensors."""
     from safetensors.torch import load as parse
     from safetensors.torch import save_file
 
@@ -81,7 +81,7 @@ def saved_by_library(files: tuple[PlannedFile, ...], directory: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_transformers_loads_it_whole_and_computes_the_same(variant: str, tmp_path: Path) -> None:
+def test_transformers_loads_every_key_and_computes_the_same(variant: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(*tiny_gpt2(7, **VARIANTS[variant]), tmp_path)
     model = load(export(checkpoint, tmp_path / "out"), dtype=torch.float64)
     with torch.no_grad():
@@ -89,15 +89,15 @@ def test_transformers_loads_it_whole_and_computes_the_same(variant: str, tmp_pat
     torch.testing.assert_close(logits, reference_logits(checkpoint), rtol=0, atol=1e-11)
 
 
-def test_openai_source_gives_what_the_hf_source_gives(tmp_path: Path) -> None:
+def test_openai_and_hf_sources_give_the_same_bytes(tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2(3, n_inner=None)
     (tmp_path / "tf").mkdir()
-    ours = TARGET.plan(openai_checkpoint(tmp_path / "tf", 3), Options())[0].files
-    theirs = TARGET.plan(checkpoint_of(raw, arrays, tmp_path), Options())[0].files
-    assert [content(file) for file in ours] == [content(file) for file in theirs]
+    from_openai = TARGET.plan(openai_checkpoint(tmp_path / "tf", 3), Options())[0].files
+    from_hf = TARGET.plan(checkpoint_of(raw, arrays, tmp_path), Options())[0].files
+    assert [content(file) for file in from_openai] == [content(file) for file in from_hf]
 
 
-def test_every_weight_of_an_openai_checkpoint_is_copied_raw(tmp_path: Path) -> None:
+def test_weights_of_an_openai_checkpoint_are_copied_raw(tmp_path: Path) -> None:
     checkpoint = openai_checkpoint(tmp_path)
     (file,) = TARGET.plan(checkpoint, Options())[0].files
     for placed in file.tensors:
@@ -110,14 +110,14 @@ def test_every_weight_of_an_openai_checkpoint_is_copied_raw(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("limit", [5_000_000_000, 12_000, 1])
-def test_bytes_are_those_of_the_library(variant: str, limit: int, tmp_path: Path) -> None:
+def test_bytes_equal_the_librarys(variant: str, limit: int, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(*tiny_gpt2(1, **VARIANTS[variant]), tmp_path)
     saved_by_library(TARGET.plan(checkpoint, Options(max_shard_size=limit))[0].files, tmp_path)
 
 
 @pytest.mark.parametrize("shards", ["hf-safetensors", "hf-safetensors-sharded", "hf-bf16", "hf-variant"])
-def test_output_equals_what_transformers_saved(shards: str, tmp_path: Path) -> None:
-    """Read the witness's tensors back, plan them, and get the witness's files, index included."""
+def test_output_equals_files_saved_by_transformers(shards: str, tmp_path: Path) -> None:
+    """Planning the tensors of transformers' files gives the same files, index included."""
     from safetensors.numpy import load_file
 
     directory = FIXTURES / "tiny-gpt2" / shards
@@ -130,7 +130,7 @@ def test_output_equals_what_transformers_saved(shards: str, tmp_path: Path) -> N
     assert {file.path: content(file) for file in files} == witness
 
 
-def test_mixed_types_are_laid_out_as_the_library_does(tmp_path: Path) -> None:
+def test_mixed_types_are_laid_out_as_by_the_library(tmp_path: Path) -> None:
     kinds = [np.float32, ml_dtypes.bfloat16, np.float64, np.float16]
     arrays = {
         f"{letter}{n}": np.arange(n, dtype=np.float32).astype(kinds[n % 4])
@@ -146,16 +146,14 @@ def test_mixed_types_are_laid_out_as_the_library_does(tmp_path: Path) -> None:
 def test_big_endian_sources_are_swapped(tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2(5)
     swapped = {name: array.astype(">f4") for name, array in arrays.items()}
-    ours, theirs = tmp_path / "big", tmp_path / "little"
-    ours.mkdir()
-    theirs.mkdir()
-    plans = [
-        TARGET.plan(checkpoint_of(raw, a, d), Options())[0].files for a, d in ((swapped, ours), (arrays, theirs))
-    ]
+    big, little = tmp_path / "big", tmp_path / "little"
+    big.mkdir()
+    little.mkdir()
+    plans = [TARGET.plan(checkpoint_of(raw, a, d), Options())[0].files for a, d in ((swapped, big), (arrays, little))]
     assert content(plans[0][0]) == content(plans[1][0])
 
 
-def test_integers_are_refused_by_name() -> None:
+def test_integer_weights_are_rejected() -> None:
     entries = [("wte.weight", computed_tensors({"x": np.zeros(3, np.int32)})["x"], None)]
     with pytest.raises(UnsupportedError) as caught:
         safetensors_file("model.safetensors", entries)
@@ -179,11 +177,11 @@ def test_shards_load_and_their_index_is_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [2, 11])
-def test_shards_are_cut_where_transformers_cuts(layers: int, tmp_path: Path) -> None:
+def test_shards_are_split_as_by_transformers(layers: int, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(*tiny_gpt2(2, n_layer=layers), tmp_path)
     out = export(checkpoint, tmp_path / "out", Options(max_shard_size=30_000))
     loaded = load(out)
-    fresh = transformers.GPT2LMHeadModel(loaded.config)  # saving a loaded model fills shards in another order
+    fresh = transformers.GPT2LMHeadModel(loaded.config)  # a loaded model fills shards in another order
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(tmp_path / "again", max_shard_size=30_000)
     for path in (tmp_path / "again").glob("model*"):
@@ -191,7 +189,7 @@ def test_shards_are_cut_where_transformers_cuts(layers: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_and_is_declared(dtype: str, tmp_path: Path) -> None:
+def test_half_precision_is_kept_and_declared(dtype: str, tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2(4)
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     half = {name: array.astype(kind) for name, array in arrays.items()}
@@ -231,14 +229,14 @@ def test_offsets_are_dense_and_absolute(tmp_path: Path) -> None:
     assert len(file.head) % 8 == 0
 
 
-def test_nothing_is_read_when_planning(tmp_path: Path) -> None:
+def test_planning_reads_no_weights(tmp_path: Path) -> None:
     checkpoint = openai_checkpoint(tmp_path)
     (tmp_path / "weights.raw").unlink()
     assert TARGET.plan(checkpoint, Options())[0].files[0].nbytes > checkpoint.nbytes
 
 
-def test_real_files_match_what_openai_computed(tmp_path: Path) -> None:
-    """The real-format checkpoint through its reader, against OpenAI's own logits."""
+def test_real_files_match_openais_logits(tmp_path: Path) -> None:
+    """A checkpoint in OpenAI's original format against logits computed by OpenAI's code."""
     if not REAL_GPT2.is_dir():
         pytest.skip(NO_RELEASED_FILES)
     from gptconvert.families.registry import understand

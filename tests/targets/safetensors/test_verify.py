@@ -30,7 +30,7 @@ def table(checkpoint: Checkpoint, directory: Path) -> tuple[bool, str]:
     return report.passed, report.table()
 
 
-def test_good(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_correct_export_passes(checkpoint: Checkpoint, tmp_path: Path) -> None:
     passed, text = table(checkpoint, tmp_path / "out")
     assert passed and "28 of 28 equal" in text, text
 
@@ -94,7 +94,9 @@ BUGS: list[tuple[str, Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("bug", "words"), [b[1:] for b in BUGS], ids=[b[0] for b in BUGS])
-def test_planted(checkpoint: Checkpoint, tmp_path: Path, bug: Callable[[Path], None], words: str) -> None:
+def test_planted_bugs_are_caught(
+    checkpoint: Checkpoint, tmp_path: Path, bug: Callable[[Path], None], words: str
+) -> None:
     bug(tmp_path / "out")
     passed, text = table(checkpoint, tmp_path / "out")
     assert not passed
@@ -102,14 +104,14 @@ def test_planted(checkpoint: Checkpoint, tmp_path: Path, bug: Callable[[Path], N
 
 
 def test_rounded_copy_of_a_wider_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Somebody else's half-precision file is right if it is the checkpoint, rounded."""
+    """Another exporter's half-precision file passes if it equals the rounded checkpoint."""
     path = tmp_path / "out" / "model.safetensors"
     save_file({n: t.astype(np.float16) for n, t in load_file(path).items()}, path)
     passed, text = table(checkpoint, tmp_path / "out")
     assert passed, text
 
 
-def test_repeated_tied_head_must_repeat(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_stored_tied_head_must_equal_the_embedding(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()

@@ -20,7 +20,7 @@ def tensorflow() -> Iterator[TensorFlowProcess]:
 
 @pytest.fixture
 def shared(tensorflow: TensorFlowProcess, monkeypatch: pytest.MonkeyPatch) -> TensorFlowProcess:
-    """Plans and verifies in the one TensorFlow."""
+    """Make planning and verification use one TensorFlow process."""
     monkeypatch.setattr(model, "TensorFlowProcess", Shared(tensorflow))
     monkeypatch.setattr(verifier, "TensorFlowProcess", Shared(tensorflow))
     return tensorflow
@@ -28,5 +28,5 @@ def shared(tensorflow: TensorFlowProcess, monkeypatch: pytest.MonkeyPatch) -> Te
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where transformers' models lie."""
+    """Directory for models saved by transformers."""
     return tmp_path_factory.mktemp("saved")

@@ -1,4 +1,4 @@
-"""SavedModels for tests: checkpoints planned, and the plans written the slow and obvious way."""
+"""SavedModels for tests, written from their plans in the simplest way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers import content
 
 
 class Shared:
-    """A TensorFlow process that outlives each ``with``: its import is what costs."""
+    """A TensorFlow process that outlives each ``with``, since importing TensorFlow is slow."""
 
     def __init__(self, process: Any) -> None:
         self.process = process
@@ -51,7 +51,7 @@ def file_bytes(file: PlannedFile) -> bytes:
 
 
 def write(directory: Path, files: Iterable[PlannedFile]) -> Path:
-    """Write planned files; the SavedModel's directory."""
+    """Write planned files; return the SavedModel's directory."""
     for file in files:
         path = directory / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +68,8 @@ def understood(case: Case, directory: Path, dtype: Any = None) -> Checkpoint:
     return dataclasses.replace(checkpoint, weights=weights)
 
 
-def turned(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with every matrix of the layers stored the other way round."""
+def transposed(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with every matrix of the layers stored transposed."""
     weights = {
         name: (weight.base if isinstance(weight, Transposed) else weight)
         for name, weight in checkpoint.weights.items()

@@ -1,4 +1,4 @@
-"""The variables of a SavedModel: index and strings as TensorFlow writes them, tensors as they were."""
+"""The variables of a SavedModel: index and strings as TensorFlow writes them, tensors unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import computed_tensors
 from tests.targets.saved_model.support import file_bytes
 
 
-def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
+def test_tensors_read_back_unchanged(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     arrays = {
         "h.0.w": random.standard_normal((5, 7)).astype(np.float32),
@@ -39,10 +39,10 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     assert OBJECT_GRAPH_KEY in found.notes[0]
 
 
-def test_weights_are_laid_out_before_there_is_a_graph() -> None:
+def test_weights_are_laid_out_before_the_graph_is_built() -> None:
     arrays = {f"h.{i}.w": np.full(3, i, np.float32) for i in range(40)}
     tensors = computed_tensors(arrays).tensors
-    data, objects, index = plan_bundle("v", tensors, lambda stop: pytest.fail("it was asked for"))
+    data, objects, index = plan_bundle("v", tensors, lambda stop: pytest.fail("the graph was built"))
     assert data.finish is None
     assert [placed.name for placed in data.tensors] == sorted(arrays)
     assert None not in (objects.finish, index.finish)

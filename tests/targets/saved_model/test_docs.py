@@ -1,4 +1,4 @@
-"""docs/serving.md says what the signatures really answer."""
+"""The examples in docs/serving.md are real answers of the signatures."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ GENERATE, REPLY, LAST = (json.loads(block) for block in re.findall(r"```json\n(.
 
 @pytest.fixture
 def config(shared: TensorFlowProcess, tmp_path: Path) -> GPTConfig:
-    """The model of the page, loaded."""
+    """Load the model of the page; return its configuration."""
     checkpoint = open_checkpoint(str(FIXTURES / "tiny-gpt2/openai-tf"))
     shared.ask("load", path=str(write(tmp_path, plan(checkpoint, Options())[0].files)))
     return checkpoint.config
 
 
 def feeds(config: GPTConfig, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """JSON as TensorFlow Serving reads it: by the signature's types."""
+    """JSON inputs as arrays of the signature's types, as in TensorFlow Serving."""
     return {name: np.asarray(inputs[name], kind) for name, (kind, _) in inputs_of(config, signature).items()}
 
 
@@ -48,7 +48,7 @@ def test_the_examples(config: GPTConfig, shared: TensorFlowProcess) -> None:
     assert shared.run(LAST["signature_name"], feeds(config, "last_logits", rows))["logits"].shape == (2, 97)
 
     wrong = {"input_ids": np.array([[97]]), "attention_mask": np.array([[1]])}
-    said = re.search(r"ends in\s+`([^`]*)`", TEXT)
-    assert said is not None
-    with pytest.raises(TensorFlowError, match=said[1]):
+    documented = re.search(r"ends in\s+`([^`]*)`", TEXT)
+    assert documented is not None
+    with pytest.raises(TensorFlowError, match=documented[1]):
         shared.run("serving_default", wrong)

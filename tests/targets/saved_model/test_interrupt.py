@@ -1,4 +1,4 @@
-"""A conversion that ends early takes its TensorFlow process along, at once, and leaves nothing."""
+"""A conversion that ends early kills its TensorFlow process at once and leaves no files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers import FIXTURES, ROOT
 pytestmark = pytest.mark.tensorflow
 
 SOURCE = FIXTURES / "tiny-gpt2/openai-tf"
-#: A TensorFlow whose import takes longer than any test waits.
+#: A fake TensorFlow whose import takes longer than any test waits.
 SLOW = """
 import os, time
 with open(os.environ["STARTED"] + ".part", "w") as file:
@@ -33,7 +33,7 @@ SECONDS = 20
 
 @pytest.fixture
 def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """TensorFlow is the slow one; the file that appears when it has started, and holds its process id."""
+    """Replace TensorFlow by the slow one; return the file that will hold its process id once it has started."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/tensorflow.py").write_text(SLOW)
     (tmp_path / "temporary").mkdir()
@@ -66,7 +66,7 @@ def check_nothing_is_left(work: Path, tensorflow: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to it", "to all, as a terminal does"])
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the process", "to the group, as a terminal does"])
 def test_a_signal(send: Callable[[int, int], None], number: int, code: int, slow: Path, tmp_path: Path) -> None:
     with convert(SOURCE, tmp_path) as process:
         tensorflow = wait_for(slow)
@@ -78,7 +78,7 @@ def test_a_signal(send: Callable[[int, int], None], number: int, code: int, slow
 
 
 def test_a_damaged_source(slow: Path, tmp_path: Path) -> None:
-    """Found by another thread while TensorFlow is at work."""
+    """Found by another thread while TensorFlow is importing."""
     damaged = shutil.copytree(SOURCE, tmp_path / "damaged")
     data = damaged / "model.ckpt.data-00000-of-00001"
     raw = bytearray(data.read_bytes())
@@ -92,10 +92,10 @@ def test_a_damaged_source(slow: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_an_answer_that_is_no_longer_wanted(slow: Path) -> None:
+def test_cancelled_request(slow: Path) -> None:
     stop = threading.Event()
     threading.Timer(0.3, stop.set).start()
     started = time.monotonic()
-    with TensorFlowProcess() as tensorflow, pytest.raises(TensorFlowError, match="told to stop"):
+    with TensorFlowProcess() as tensorflow, pytest.raises(TensorFlowError, match="was cancelled"):
         tensorflow.ask("load", stop, path="/nowhere")
     assert time.monotonic() - started < SECONDS

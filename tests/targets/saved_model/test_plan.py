@@ -1,4 +1,4 @@
-"""The SavedModel target: every family and head, run by TensorFlow and held against transformers and the truth."""
+"""The SavedModel target: every family and head, run by TensorFlow and compared with transformers and the truth."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from tests.commands import TRAINED
 from tests.families.bugs import BUGS, Bug
 from tests.families.witness import CASES, Case, gap, hf_outputs, inputs_of, our_outputs, reference
 from tests.helpers import ROOT
-from tests.targets.saved_model.support import file_bytes, turned, understood, write
+from tests.targets.saved_model.support import file_bytes, transposed, understood, write
 from tests.verify.exports import report_on
 
 pytestmark = pytest.mark.tensorflow
 
-#: A graph may be off so many times as far as the reference model in float32, plus so many units in the last place.
+#: Allowed error of a graph: this many times the float32 reference model's, plus this many units in the last place.
 TIMES, ULPS = 8, 8 * 2.0**-23
 LM = Case("gpt2")
 BY_NAME = {str(case): case for case in CASES}
-#: Every family, every head, and each way in which a configuration changes the graph.
+#: Every family, every head, and every configuration option that changes the graph.
 CHOSEN = (
     "gpt1-text-generation gpt2-text-generation gpt_neo-text-generation gptj-text-generation gpt_neox-text-generation "
     "gpt2-feature-extraction gpt2-text-classification gpt_neo-text-classification gpt2-token-classification "
     "gptj-question-answering gpt1-multiple-choice gpt2-text-generation-untied gpt_neox-text-generation-serial"
 ).split()
-#: Bugs of the configuration and of the weights that a graph could be built with.
+#: Wrong configurations and weights to build a graph with.
 PLANTED = (
     "gpt1-text-generation-norm-first gpt1-text-generation-square-transposed gpt2-text-generation-erf "
     "gpt2-text-generation-eps gpt_neo-text-generation-scaled gpt_neo-text-generation-window-one-more "
@@ -56,7 +56,7 @@ PLANTED = (
 
 
 def verdict(checkpoint: Checkpoint, path: Path) -> Report:
-    """What the gate says of a SavedModel."""
+    """The report of the gate on a SavedModel."""
     return report_on(checkpoint, path)
 
 
@@ -72,16 +72,16 @@ def test_every_family_and_head(name: str, shared: TensorFlowProcess, saved: Path
     feeds = {name: inputs[name] for name in INPUTS[case.task] if name != "position_ids"}
     import torch
 
-    theirs = hf_outputs(case, inputs)
-    ours = shared.run("serving_default", feeds)
-    theirs = {name: value for name, value in theirs.items() if name in ours}
-    noise = gap(our_outputs(reference(checkpoint, torch.float32), inputs), theirs, inputs["attention_mask"])
-    assert gap(ours, theirs, inputs["attention_mask"]) <= TIMES * noise + ULPS
+    expected = hf_outputs(case, inputs)
+    actual = shared.run("serving_default", feeds)
+    expected = {name: value for name, value in expected.items() if name in actual}
+    noise = gap(our_outputs(reference(checkpoint, torch.float32), inputs), expected, inputs["attention_mask"])
+    assert gap(actual, expected, inputs["attention_mask"]) <= TIMES * noise + ULPS
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)
 def test_half_width_storage(dtype: Any, shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
-    checkpoint = turned(understood(BY_NAME["gptj-text-generation"], saved, dtype))
+    checkpoint = transposed(understood(BY_NAME["gptj-text-generation"], saved, dtype))
     files = plan(checkpoint, Options())[0].files
     assert files[0].nbytes < 1.1 * checkpoint.nbytes
     report = verdict(checkpoint, write(tmp_path, files))
@@ -107,12 +107,12 @@ def test_planted_bugs_are_caught(bug: Bug, shared: TensorFlowProcess, saved: Pat
     wrong = bug.plant(right)
     report = verdict(right, write(tmp_path, plan(wrong, Options())[0].files))
     assert not report.passed
-    # A square matrix may lie either way round: that it is used the wrong way shows in the outputs alone.
+    # A square matrix may be stored either way; wrong use shows only in the outputs.
     by_weights = wrong.weights is not right.weights and "square" not in bug.name
     assert bool(report.artifacts[0].weights.problems) == by_weights
 
 
-def test_all_bugs_were_found() -> None:
+def test_all_planted_bugs_exist() -> None:
     assert set(PLANTED) <= {str(bug) for bug in BUGS}
 
 
@@ -130,7 +130,7 @@ def test_one_flipped_byte_is_named(shared: TensorFlowProcess, saved: Path, tmp_p
     ]
 
 
-def test_wrong_checksum_is_refused_by_tensorflow(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+def test_wrong_checksum_is_rejected_by_tensorflow(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
     checkpoint = understood(LM, saved)
     files = plan(checkpoint, Options())[0].files
     path = write(tmp_path, files)
@@ -164,10 +164,10 @@ def test_first_bad_block_is_named(shared: TensorFlowProcess, saved: Path, tmp_pa
     config = dataclasses.replace(checkpoint.config, attn_scale=(1.0, checkpoint.config.attn_scale[1]))
     wrong = dataclasses.replace(checkpoint, config=config)
     run = verdict(checkpoint, write(tmp_path / "b", plan(wrong, Options())[0].files)).artifacts[0].runs[0]
-    assert run.first_bad == "block 1, in present.1.key, or block 0 after its own"
+    assert run.first_bad == "block 1, in present.1.key, or block 0 after its keys and values"
 
 
-def test_planning_reads_no_weight_and_asks_no_tensorflow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_reads_no_weight_and_starts_no_tensorflow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "TensorFlowProcess", lambda: pytest.fail("it was started"))
 
     def never(box: Box) -> Any:
@@ -180,30 +180,30 @@ def test_planning_reads_no_weight_and_asks_no_tensorflow(saved: Path, monkeypatc
         "saved_model/variables/variables.data-00000-of-00002",
         "saved_model/variables/variables.data-00001-of-00002",
         "saved_model/variables/variables.index",
-        "saved_model/saved_model.pb",  # last: clients take its presence for completeness
+        "saved_model/saved_model.pb",  # last: marks the directory as complete
     ]
 
 
-def test_weights_are_copied_as_they_lie(shared: TensorFlowProcess, saved: Path) -> None:
+def test_weights_are_copied_as_stored(shared: TensorFlowProcess, saved: Path) -> None:
     checkpoint = understood(LM, saved)
     data = plan(checkpoint, Options())[0].files[0]
     assert [p.weight for p in data.tensors] == sorted(checkpoint.weights)
     assert all(p.tensor.segments() is not None and p.offset % 64 == 0 for p in data.tensors)
 
 
-def test_the_weights_of_an_openai_checkpoint_are_its_data_file() -> None:
+def test_weights_of_an_openai_checkpoint_equal_its_data_file() -> None:
     data = plan(open_checkpoint(str(TRAINED)), Options())[0].files[0]
     assert copy_of(data) == str(TRAINED / "model.ckpt.data-00000-of-00001")
 
 
-def test_layers_stand_in_the_file_once(shared: TensorFlowProcess, saved: Path) -> None:
+def test_layers_are_stored_once(shared: TensorFlowProcess, saved: Path) -> None:
     for layers in (2, 5):
         case = Case("gpt2", keys={"n_layer": layers}, name=f"{layers}-layers")
         graph = file_bytes(plan(understood(case, saved), Options())[0].files[-1])
         assert graph.count(b"Gelu/Tanh\x12\x04Tanh") == 1
 
 
-def test_integers_are_refused(shared: TensorFlowProcess, saved: Path) -> None:
+def test_integer_weights_are_rejected(shared: TensorFlowProcess, saved: Path) -> None:
     checkpoint = understood(LM, saved)
     weights = {
         **checkpoint.weights,
@@ -216,14 +216,14 @@ def test_integers_are_refused(shared: TensorFlowProcess, saved: Path) -> None:
 
 @pytest.fixture(scope="module")
 def export(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path, list[bytes]]:
-    """An export by a TensorFlow process of its own, as a user makes it."""
+    """An export built in a TensorFlow process of its own, as for a user."""
     checkpoint = understood(LM, saved)
     files = plan(checkpoint, Options())[0].files
     path = write(tmp_path_factory.mktemp("export"), files)
     return checkpoint, path, [file_bytes(file) for file in files]
 
 
-def test_same_bytes_wherever_it_runs(
+def test_same_bytes_in_any_environment(
     export: tuple[Checkpoint, Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, _, before = export
@@ -274,7 +274,7 @@ def test_a_client_without_gptconvert(export: tuple[Checkpoint, Path, list[bytes]
 
 
 def cli(*arguments: str) -> str:
-    """What ``saved_model_cli`` prints."""
+    """Output of ``saved_model_cli``."""
     tool = Path(sys.executable).with_name("saved_model_cli")
     done = subprocess.run([str(tool), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -292,8 +292,8 @@ def test_saved_model_cli(export: tuple[Checkpoint, Path, list[bytes]]) -> None:
         "inputs['past_key_values.1.value'] tensor_info:\n        dtype: DT_FLOAT\n        shape: (-1, 3, -1, 8)"
         in shown
     )
-    asked = "input_ids=[[5,6,7]];attention_mask=[[1,1,1]];max_new_tokens=4;temperature=0.0;top_k=0;seed=0"
-    ran = cli("run", "--dir", str(path), "--tag_set", "serve", "--signature_def", "generate", "--input_exprs", asked)
+    inputs = "input_ids=[[5,6,7]];attention_mask=[[1,1,1]];max_new_tokens=4;temperature=0.0;top_k=0;seed=0"
+    ran = cli("run", "--dir", str(path), "--tag_set", "serve", "--signature_def", "generate", "--input_exprs", inputs)
     ids = [5, 6, 7]
     for _ in range(4):
         with torch.no_grad():
@@ -303,7 +303,7 @@ def test_saved_model_cli(export: tuple[Checkpoint, Path, list[bytes]]) -> None:
 
 def test_without_tensorflow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("work was begun"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
     with pytest.raises(UnsupportedError) as caught:
         plan(understood(LM, saved), Options())
     assert caught.value.exit_code == 4
@@ -312,14 +312,14 @@ def test_without_tensorflow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("raise ImportError('libcudart.so.99: cannot open')", "libcudart.so.99: cannot open"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed by signal 9"),
     ],
 )
-def test_a_broken_tensorflow(
-    source: str, said: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_broken_tensorflow(
+    source: str, message: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tensorflow.py").write_text(source)
     (tmp_path / "temporary").mkdir()
@@ -328,5 +328,5 @@ def test_a_broken_tensorflow(
     checkpoint = understood(LM, saved)
     with pytest.raises(UnsupportedError, match="could not build the graph") as caught:
         file_bytes(plan(checkpoint, Options())[0].files[-1])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert list((tmp_path / "temporary").iterdir()) == []

@@ -1,4 +1,4 @@
-"""What clients of the signatures rely on, beyond the numbers that the gate looks at."""
+"""Properties of the signatures that clients rely on, beyond the numbers that the gate compares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.targets.saved_model.support import understood, write
 pytestmark = pytest.mark.tensorflow
 
 PROMPT = np.array([[7, 3, 50, 51, 9]] * 4)
-#: Nothing masked, padding left, right, a hole.
+#: No mask, left padding, right padding, a hole.
 MASK = np.array([[1] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 1]])
 CONTEXT = 40
 
@@ -64,7 +64,7 @@ def generate(
 
 
 def greedy(checkpoint: Checkpoint, ids: list[int], new: int) -> list[int]:
-    """The reference model's own continuation, without padding and without a cache."""
+    """The reference model's continuation, without padding or cache."""
     import torch
 
     model = reference(checkpoint)
@@ -74,7 +74,7 @@ def greedy(checkpoint: Checkpoint, ids: list[int], new: int) -> list[int]:
     return ids[-new:]
 
 
-def test_greedy_does_not_care_for_padding(checkpoint: Checkpoint, loaded: TensorFlowProcess) -> None:
+def test_greedy_is_independent_of_padding(checkpoint: Checkpoint, loaded: TensorFlowProcess) -> None:
     sequences = generate(loaded, PROMPT, MASK, 9)
     assert sequences.dtype == np.int64
     np.testing.assert_array_equal(sequences[:, :5], PROMPT)
@@ -82,7 +82,9 @@ def test_greedy_does_not_care_for_padding(checkpoint: Checkpoint, loaded: Tensor
         assert row[5:].tolist() == greedy(checkpoint, prompt[mask == 1].tolist(), 9)
 
 
-def test_it_ends_at_the_end_token(checkpoint: Checkpoint, tensorflow: TensorFlowProcess, tmp_path: Path) -> None:
+def test_generation_ends_at_the_end_token(
+    checkpoint: Checkpoint, tensorflow: TensorFlowProcess, tmp_path: Path
+) -> None:
     free = [greedy(checkpoint, p[m == 1].tolist(), 9) for p, m in zip(PROMPT, MASK, strict=True)]
     end = free[0][2]
     config = dataclasses.replace(checkpoint.config, eos_token_id=end, pad_token_id=95)
@@ -95,7 +97,7 @@ def test_it_ends_at_the_end_token(checkpoint: Checkpoint, tensorflow: TensorFlow
     assert generate(tensorflow, PROMPT[:1], MASK[:1], 9)[0, 5:].tolist() == cut[0]
 
 
-def test_it_stops_where_the_context_does(loaded: TensorFlowProcess) -> None:
+def test_generation_ends_with_the_context(loaded: TensorFlowProcess) -> None:
     ids = np.arange(CONTEXT - 3)[None]
     assert generate(loaded, ids, np.ones_like(ids), 10).shape == (1, CONTEXT)
     mask = np.ones_like(ids)
@@ -103,7 +105,7 @@ def test_it_stops_where_the_context_does(loaded: TensorFlowProcess) -> None:
     assert generate(loaded, ids, mask, 10).shape == (1, CONTEXT + 5)
 
 
-def test_sampling_repeats_under_its_seed(loaded: TensorFlowProcess) -> None:
+def test_sampling_is_reproducible_by_seed(loaded: TensorFlowProcess) -> None:
     texts = [generate(loaded, PROMPT, MASK, 12, temperature=1.0, seed=s).tolist() for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
@@ -153,7 +155,7 @@ def test_last_position_is_allowed(loaded: TensorFlowProcess) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"input_ids": [[1, 97]]}, "input_ids must lie between 0 and 96"),
         ({"input_ids": [[-1, 2]]}, "input_ids must lie between 0 and 96"),
@@ -166,33 +168,33 @@ def test_last_position_is_allowed(loaded: TensorFlowProcess) -> None:
         ({"input_ids": np.array([[1, 2]], np.int32)}, "int32"),
     ],
 )
-def test_decode_refuses(changes: dict[str, Any], said: str, loaded: TensorFlowProcess) -> None:
-    with pytest.raises(TensorFlowError, match=said):
+def test_decode_rejects(changes: dict[str, Any], message: str, loaded: TensorFlowProcess) -> None:
+    with pytest.raises(TensorFlowError, match=message):
         loaded.run("decode", decode_feeds(**changes))
 
 
-def test_serving_refuses_more_than_the_context(loaded: TensorFlowProcess) -> None:
+def test_serving_rejects_more_than_the_context(loaded: TensorFlowProcess) -> None:
     ids = np.ones((1, CONTEXT + 1), np.int64)
     with pytest.raises(TensorFlowError, match="position_ids must lie between 0 and 39"):
         loaded.run("serving_default", {"input_ids": ids, "attention_mask": ids})
 
 
 @pytest.mark.parametrize(
-    ("length", "new", "temperature", "said"),
+    ("length", "new", "temperature", "message"),
     [
         (CONTEXT, 1, 0.0, "the prompt fills the context of 40 tokens"),
         (3, 0, 0.0, "max_new_tokens must be at least 1"),
         (3, 1, -1.0, "temperature must not be negative"),
     ],
 )
-def test_generate_refuses(length: int, new: int, temperature: float, said: str, loaded: TensorFlowProcess) -> None:
+def test_generate_rejects(length: int, new: int, temperature: float, message: str, loaded: TensorFlowProcess) -> None:
     ids = np.ones((1, length), np.int64)
-    with pytest.raises(TensorFlowError, match=said):
+    with pytest.raises(TensorFlowError, match=message):
         generate(loaded, ids, ids, new, temperature)
 
 
-def test_the_contract(path: Path, tensorflow: TensorFlowProcess) -> None:
-    """Names, types and shapes as documented, written out."""
+def test_contract(path: Path, tensorflow: TensorFlowProcess) -> None:
+    """Names, types and shapes as documented."""
     found = tensorflow.ask("load", path=str(path))
     signatures = found["signatures"]
     pair = {"input_ids": ["int64", [None, None]], "attention_mask": ["int64", [None, None]]}

@@ -1,4 +1,4 @@
-"""The gate for SavedModels must be able to fail: TensorFlow's answers bent on their way to it."""
+"""The gate for SavedModels fails when TensorFlow's outputs are altered."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def path(checkpoint: Checkpoint, tensorflow: TensorFlowProcess, tmp_path_factory
         return write(tmp_path_factory.mktemp("verify"), model.plan(checkpoint, Options())[0].files)
 
 
-class Bent:
-    """A TensorFlow process whose answers to one signature are bent."""
+class Altered:
+    """A TensorFlow process with the outputs of one signature altered."""
 
-    def __init__(self, process: TensorFlowProcess, signature: str, bend: Callable[[Arrays, Arrays], Arrays]) -> None:
-        self.process, self.signature, self.bend = process, signature, bend
+    def __init__(self, process: TensorFlowProcess, signature: str, alter: Callable[[Arrays, Arrays], Arrays]) -> None:
+        self.process, self.signature, self.alter = process, signature, alter
 
     def ask(self, command: str, **request: object) -> dict[str, Any]:
         return self.process.ask(command, **request)
 
     def run(self, signature: str, inputs: Arrays, wanted: tuple[str, ...] = ()) -> Arrays:
         outputs = self.process.run(signature, inputs, wanted)
-        return self.bend(inputs, outputs) if signature == self.signature else outputs
+        return self.alter(inputs, outputs) if signature == self.signature else outputs
 
 
 def verdict(checkpoint: Checkpoint, path: Path, verifier: SavedModelVerifier) -> ArtifactReport:
@@ -78,46 +78,46 @@ without_seed.calls = 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
-    ("signature", "bend", "said"),
+    ("signature", "alter", "message"),
     [
-        ("serving_int32", lambda i, o: {"logits": o["logits"] + 1e-3}, "serving_int32: logits is not what"),
+        ("serving_int32", lambda i, o: {"logits": o["logits"] + 1e-3}, "serving_int32: logits differs"),
         ("serving_int32", lambda i, o: {"logits": o["logits"][:, :1]}, "serving_int32: logits has shape"),
-        ("serving_int32", lambda i, o: {"logits": o["logits"] * np.nan}, "serving_int32: logits is not what"),
-        ("last_logits", lambda i, o: {"logits": o["logits"][::-1]}, "last_logits: logits is not what"),
+        ("serving_int32", lambda i, o: {"logits": o["logits"] * np.nan}, "serving_int32: logits differs"),
+        ("last_logits", lambda i, o: {"logits": o["logits"][::-1]}, "last_logits: logits differs"),
         ("generate", other_token, "generate, greedy: token 5 of row 1"),
         ("generate", other_prompt, "generate, greedy: the sequences do not begin with the prompt"),
         ("generate", lambda i, o: {"sequences": o["sequences"][:, :-1]}, "generate, greedy: it ended after 7"),
-        ("generate", without_seed, "generate: the same seed gives two texts"),
+        ("generate", without_seed, "generate: the same seed gives different texts"),
         ("serving_default", lambda i, o: {"logits": o["logits"] + 1e-3}, ""),
         ("decode", lambda i, o: {n: v + 1e-3 * (n == "present.1.key") for n, v in o.items()}, ""),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "?"),
 )
-def test_bent_answers(
+def test_altered_outputs_fail(
     signature: str,
-    bend: Callable[[Arrays, Arrays], Arrays],
-    said: str,
+    alter: Callable[[Arrays, Arrays], Arrays],
+    message: str,
     checkpoint: Checkpoint,
     path: Path,
     tensorflow: TensorFlowProcess,
 ) -> None:
-    report = verdict(checkpoint, path, SavedModelVerifier(Shared(Bent(tensorflow, signature, bend))))
+    report = verdict(checkpoint, path, SavedModelVerifier(Shared(Altered(tensorflow, signature, alter))))
     assert not report.ok
     others = [group for group in report.runs[0].groups if group.name == "other signatures"]
-    if said:
-        assert any(said in problem for problem in others[0].problems), others[0].problems
+    if message:
+        assert any(message in problem for problem in others[0].problems), others[0].problems
     else:
-        assert not others, "what is not true to the checkpoint is no measure for others"
+        assert not others, "a wrong signature must not serve as reference for others"
 
 
-def test_straight_answers_pass(checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess) -> None:
-    straight = Bent(tensorflow, "decode", lambda inputs, outputs: outputs)
-    report = verdict(checkpoint, path, SavedModelVerifier(Shared(straight)))
+def test_unaltered_outputs_pass(checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess) -> None:
+    unaltered = Altered(tensorflow, "decode", lambda inputs, outputs: outputs)
+    report = verdict(checkpoint, path, SavedModelVerifier(Shared(unaltered)))
     assert report.ok
     assert report.runs[0].groups[-1].name == "other signatures"
 
 
-def test_a_broken_contract(checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess) -> None:
+def test_contract_violations(checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess) -> None:
     loaded = tensorflow.ask("load", path=str(path))
     assert list(contract_problems(loaded, checkpoint.config)) == []
     wrong, cache = copy.deepcopy(loaded), ["float32", [None, 3, None, 8]]
@@ -133,7 +133,7 @@ def test_a_broken_contract(checkpoint: Checkpoint, path: Path, tensorflow: Tenso
     ]
 
 
-def test_somebody_elses(checkpoint: Checkpoint, path: Path, tmp_path: Path) -> None:
+def test_savedmodel_of_another_exporter(checkpoint: Checkpoint, path: Path, tmp_path: Path) -> None:
     from gptconvert.targets.saved_model.bundle import plan_bundle
     from gptconvert.targets.saved_model.plan import BuiltGraph
     from tests.helpers import computed_tensors
@@ -148,7 +148,7 @@ def test_somebody_elses(checkpoint: Checkpoint, path: Path, tmp_path: Path) -> N
 
 
 def test_too_little_memory(checkpoint: Checkpoint, path: Path) -> None:
-    verifier = SavedModelVerifier(lambda: pytest.fail("it was started"), lambda: checkpoint.nbytes)
-    with pytest.raises(UnsupportedError, match="too large to be loaded") as caught:
+    verifier = SavedModelVerifier(lambda: pytest.fail("TensorFlow was started"), lambda: checkpoint.nbytes)
+    with pytest.raises(UnsupportedError, match="too large to load") as caught:
         verdict(checkpoint, path, verifier)
     assert caught.value.found == f"{checkpoint.nbytes} bytes available"
