@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each carries what, where, expected, found and what to do next, and an exit code.
+"""The errors that users may see. Each has a message, a location, expected and found values, a hint and an exit code.
 
 Exit codes are a contract (docs/cli.md): 2 usage, 3 input invalid or corrupt, 4 unsupported feature,
 5 verification failed, 6 output I/O, 7 unsafe input refused.
@@ -9,18 +9,18 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
-#: What to suspect of a file that ends too early, and what to do next.
+#: The likely cause of a truncated file, and the hint about it.
 UNFINISHED = "the download or copy did not finish"
 FETCH_AGAIN = f"{UNFINISHED}: fetch the file again"
 
 
 def printable(text: object) -> str:
-    """``text`` on one line, control characters escaped: names come from files nobody vouched for."""
+    """``text`` on one line, with control characters escaped: names come from untrusted files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 class GptConvertError(Exception):
-    """Base of every error raised on purpose.
+    """Base class of every error raised on purpose.
 
     Args:
         message: what is wrong, in one sentence without the file name.
@@ -62,13 +62,13 @@ class GptConvertError(Exception):
         return lines
 
     def as_dict(self) -> dict[str, object]:
-        """The same fields for ``--json``."""
+        """The fields for ``--json``."""
         return {
             "kind": self.kind,
             "exit_code": self.exit_code,
             "message": self.message,
             "file": self.path,
-            "tensor": self.item,  # the key's name is part of the schema
+            "tensor": self.item,  # the key is fixed by the schema
             "expected": self.expected,
             "found": self.found,
             "hint": self.hint,
@@ -76,7 +76,7 @@ class GptConvertError(Exception):
 
 
 class UsageError(GptConvertError):
-    """The request itself makes no sense (a wrong option value, a missing source)."""
+    """The request is invalid (a wrong option value, a missing source)."""
 
     exit_code = 2
     kind = "usage"
@@ -90,7 +90,7 @@ class InputError(GptConvertError):
 
 
 class UnsupportedError(GptConvertError):
-    """The checkpoint is what it claims to be, and this program does not do it."""
+    """The checkpoint is valid, but needs a feature that is not implemented."""
 
     exit_code = 4
     kind = "unsupported"
@@ -117,7 +117,7 @@ class OutputError(GptConvertError):
 
 
 class UnsafeInputError(GptConvertError):
-    """The input tries to do what a checkpoint must not: run code, leave its directory, expand without bound."""
+    """The input attempts what a checkpoint must not do: run code, leave its directory, expand without bound."""
 
     exit_code = 7
     kind = "unsafe"

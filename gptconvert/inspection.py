@@ -1,4 +1,4 @@
-"""A checkpoint opened and described from its headers alone.
+"""Open a checkpoint, and describe it from its headers alone.
 
 Separate from :mod:`gptconvert.pipeline`, whose imports take longer than the description.
 """
@@ -18,12 +18,12 @@ from gptconvert.sources.detect import open_source
 def open_checkpoint(
     source: str | os.PathLike[str], options: Options | None = None, *, format: str | None = None
 ) -> Checkpoint:
-    """The checkpoint at a path or hub name: configuration checked, every tensor accounted for, no weight read.
+    """Open the checkpoint at a path or in a hub repository: check its configuration and tensors, read no weights.
 
     Args:
         source: a local path or a hub repository.
-        options: how to open it; the output options among them become the default of ``convert``.
-        format: name of a source format (``openai-tf``); None: detected.
+        options: how to open it; the output options among them become the defaults of ``convert``.
+        format: name of a source format (``openai-tf``); None detects it.
 
     Raises:
         GptConvertError: it is damaged, incomplete, unsupported or unsafe, or an option does not apply to it.
@@ -35,7 +35,7 @@ def open_checkpoint(
 
 
 def inspect(source: str | os.PathLike[str], options: Options | None = None) -> dict[str, Any]:
-    """What a checkpoint is, as plain values. Only headers are read."""
+    """Describe a checkpoint as plain values. Only headers are read."""
     checkpoint = open_checkpoint(source, options)
     weights = checkpoint.weights
     stored = {name: t for name, t in checkpoint.source.tensors.items() if name not in checkpoint.dropped}

@@ -1,7 +1,7 @@
-"""The flow, top to bottom: open, plan, write, verify, describe, publish. The only module that knows every room.
+"""The flow, top to bottom: open, plan, write, verify, describe, publish. Only this module uses every package.
 
-Nothing is visible at the output before everything is written, checked and on disk; a failure at any point leaves
-the output as it was.
+Nothing is visible at the output before everything is written, verified and synced to disk; a failure at any point
+leaves the output unchanged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Plan:
         options: the user's choices.
         exports: the artifacts.
         package: configuration and tokenizer files beside them.
-        notes: what the user should know (one sentence each).
+        notes: what the user should know, one sentence each.
     """
 
     checkpoint: Checkpoint
@@ -56,29 +56,29 @@ class Plan:
 
     @property
     def files(self) -> tuple[PlannedFile, ...]:
-        """All files but the model card, the manifest and the checksums, which come last."""
+        """All files except the model card, the manifest and the checksums, which are written last."""
         return (*(file for export in self.exports for file in export.files), *self.package)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of :attr:`files`."""
+        """Total size of :attr:`files` in bytes."""
         return sum(file.nbytes for file in self.files)
 
     def as_dict(self) -> dict[str, object]:
-        """For ``--dry-run --json``."""
+        """The output of ``--dry-run --json``."""
         return {"bytes": self.nbytes, "files": [_file_plan(file) for file in self.files], "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         output: the published directory.
         checkpoint: as exported.
-        files: everything in the directory, with sizes and digests.
-        report: of the verification; None: it was skipped.
-        notes: what the user should know (one sentence each).
+        files: every file in the directory, with size and digest.
+        report: the verification report, or None if verification was skipped.
+        notes: what the user should know, one sentence each.
     """
 
     output: str
@@ -92,7 +92,7 @@ class Result:
         return f"<Result {self.output!r}: {self.checkpoint.config.family}, {len(self.files)} files, {verdict}>"
 
     def as_dict(self) -> dict[str, object]:
-        """For ``--json``."""
+        """The output of ``--json``."""
         return {
             "output": self.output,
             "family": self.checkpoint.config.family,
@@ -104,16 +104,16 @@ class Result:
 
 
 def plan(checkpoint: Checkpoint, options: Options | None = None) -> Plan:
-    """Every file of the output but the ones that describe the others.
+    """Plan every output file, except those that describe the others.
 
     Args:
         checkpoint: from :func:`open_checkpoint`.
-        options: what to write; None: the options that the checkpoint was opened with.
+        options: what to write; None for the options that the checkpoint was opened with.
 
     Raises:
-        UsageError: an option has no effect with these targets, or contradicts what the checkpoint was opened with.
-        UnsupportedError: a target cannot be written: a package is missing, or the model has no place in the format.
-        InputError: there are notes, and ``options.strict``.
+        UsageError: an option has no effect with these targets, or contradicts the options of :func:`open_checkpoint`.
+        UnsupportedError: a target cannot be written: a package is missing, or the format cannot store the model.
+        InputError: the checkpoint has notes, and ``options.strict`` is set.
     """
     options = checkpoint.options if options is None else options.opened_with(checkpoint.options)
     targets = targets_for(options.targets, checkpoint)
@@ -126,11 +126,11 @@ def plan(checkpoint: Checkpoint, options: Options | None = None) -> Plan:
 
 
 def _refuse_notes(notes: Sequence[str], options: Options) -> None:
-    """Treat notes as errors where the user asked for that."""
+    """Treat notes as errors if ``options.strict`` is set."""
     if notes and options.strict:
         raise InputError(
-            "\n  ".join(("there are notes about this checkpoint, and --strict was given", *notes)),
-            hint="convert without --strict if the notes are as expected",
+            "\n  ".join(("the checkpoint has notes, which --strict treats as errors", *notes)),
+            hint="convert without --strict if the notes are acceptable",
         )
 
 
@@ -141,17 +141,17 @@ def convert(
     *,
     progress: Progress | None = None,
 ) -> Result:
-    """Write, verify and publish; all of it or nothing.
+    """Write, verify and publish a checkpoint: all of it or nothing.
 
     Args:
-        checkpoint: from :func:`open_checkpoint`, or what that would open.
+        checkpoint: from :func:`open_checkpoint`, or any source that it accepts.
         output: directory to publish.
-        options: what to write; None: the options that the checkpoint was opened with.
+        options: what to write; None for the options that the checkpoint was opened with.
         progress: receives stages and bytes.
 
     Raises:
-        VerificationError: an artifact does not compute what the checkpoint computes. Its ``report`` says where.
-        GptConvertError: anything else that went wrong. In every case the output is as it was before.
+        VerificationError: an artifact does not compute what the checkpoint computes. Its ``report`` shows where.
+        GptConvertError: any other failure. In every case the output is left unchanged.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint, options)
@@ -189,7 +189,7 @@ def verify_export(
     *,
     progress: Progress | None = None,
 ) -> Report:
-    """Check an existing export, anyone's, against its checkpoint.
+    """Verify an existing export, by any tool, against its checkpoint.
 
     Args:
         source: the checkpoint: a local path or a hub repository.
@@ -199,7 +199,7 @@ def verify_export(
 
     Raises:
         InputError: the source, or a file of the artifact, is damaged.
-        UnsupportedError: the artifact holds nothing that can be checked.
+        UnsupportedError: nothing in the artifact can be verified.
     """
     from gptconvert.targets.foreign import find_candidates
     from gptconvert.targets.verification import verify
@@ -211,10 +211,10 @@ def verify_export(
 
 
 def _verified(planned: Plan, directory: str, progress: Progress) -> Report | None:
-    """The report on the staged files, or None if verification is skipped.
+    """Verify the staged files; None if verification is skipped.
 
     Raises:
-        VerificationError: an export has not passed.
+        VerificationError: an export did not pass.
     """
     if planned.options.verify is None:
         return None
@@ -224,7 +224,7 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
     if not report.passed:
         error = VerificationError(
             f"the export does not compute what the checkpoint computes\n{report.table()}",
-            hint="nothing was published; this is a fault of gptconvert, so please report it with the table above",
+            hint="nothing was published; this is a bug in gptconvert, so please report it with the table above",
         )
         error.report = report.as_dict()
         raise error
@@ -233,7 +233,7 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
 
 def _describe(planned: Plan, written: Written, directory: str, report: Report | None) -> list[WrittenFile]:
     """Write the files that describe the others: card, manifest, checksums."""
-    # Measured figures differ in their last digits between processors, and the output must not.
+    # Measured figures differ in the last digits between processors, but the output must not.
     verification = report.as_dict(figures=False) if report else {}
     checkpoint, options = planned.exports[0].checkpoint, planned.options
     facts = CardFacts(checkpoint, planned.exports, options, {file.path: file.nbytes for file in written.files})
@@ -251,28 +251,28 @@ def _describe(planned: Plan, written: Written, directory: str, report: Report | 
 
 
 def check_tied(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that stores a tied tensor twice with different bytes. Reads both.
+    """Refuse a checkpoint that stores a tied tensor twice with different bytes. Reads both copies.
 
     Raises:
-        InputError: the configuration ties what the weights do not.
+        InputError: the configuration ties two tensors that differ.
     """
     source, config = checkpoint.source, checkpoint.config
     scheme = family_named(config.family).scheme(source.scheme)
     for name, canonical in tied_pairs(scheme, config, source.tensors, checkpoint.prefix):
         weight = checkpoint.weights[canonical]
-        copy = take_rows(source.tensors[name], [(0, weight.shape[0])])  # rows may have been cut off the embedding
+        copy = take_rows(source.tensors[name], [(0, weight.shape[0])])  # the embedding may have been trimmed
         if copy.segments() == weight.segments() is not None or sha256_of(name, copy) == sha256_of(canonical, weight):
             continue
         raise InputError(
             "the configuration ties this tensor to the embedding, but the weights differ",
             path=source.path,
             item=name,
-            hint='set "tie_word_embeddings": false in config.json if the model was trained with a head of its own',
+            hint='set "tie_word_embeddings": false in config.json if the model was trained with a separate head',
         )
 
 
 def matrix() -> dict[str, Any]:
-    """What can be read and what it can become, from the registries."""
+    """Supported sources, targets and families, from the registries."""
     targets = [target_named(name) for name in TARGETS]
     return {
         "sources": [{"name": f.name, "title": f.title} for f in FORMATS],
@@ -291,7 +291,7 @@ def matrix() -> dict[str, Any]:
 
 
 def _file_plan(file: PlannedFile) -> dict[str, object]:
-    """One file of a dry run: how much of it is copied as it is, and what is computed."""
+    """One file of a dry run: its size, the bytes copied unchanged, and the tensors computed."""
     raw = [placed.tensor.nbytes for placed in file.tensors if placed.tensor.segments() is not None]
     computed = [placed.name for placed in file.tensors if placed.tensor.segments() is None]
     return {

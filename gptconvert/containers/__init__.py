@@ -1,1 +1,1 @@
-"""Byte formats: each is read and written in one module. Nothing here knows what a GPT is."""
+"""Byte formats, one module each for reading and writing. Nothing here depends on a model architecture."""

@@ -1,7 +1,7 @@
 """CRC-32C (Castagnoli) as TensorFlow's checkpoints record it.
 
 Polynomial 0x82F63B78 (reflected), initial and final value 0xFFFFFFFF. Files store it *masked* (rotated right by 15
-bits, plus a constant), so that a checksum of data that itself contains checksums stays useful.
+bits, plus a constant), because a CRC over data that contains CRCs is otherwise weak.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def crc32c(data: bytes) -> int:
 
 
 def mask(checksum: int) -> int:
-    """The form in which files store ``checksum``."""
+    """``checksum`` in the masked form that files store."""
     return ((checksum >> 15 | checksum << 17) + _MASK_DELTA) & _WORD
 
 
 def unmask(masked: int) -> int:
-    """The checksum that files store as ``masked``."""
+    """The checksum whose masked form is ``masked``."""
     rotated = (masked - _MASK_DELTA) & _WORD
     return (rotated >> 17 | rotated << 15) & _WORD

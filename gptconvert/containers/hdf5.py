@@ -1,7 +1,7 @@
-"""HDF5 files, read by h5py without trust: datasets become lazy tensors.
+"""HDF5 files, untrusted and read through h5py: datasets become lazy tensors.
 
-An HDF5 file can point at other files, expand without bound and, with filters, load code: only data in the file
-itself, plain or packed by HDF5's own filters, is read.
+An HDF5 file can refer to other files, expand without bound and load code through filters. Only data stored in the
+file itself is read, plain or compressed with HDF5's built-in filters.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, 
 
 #: The extra that installs h5py.
 EXTRA = "h5"
-#: Filters that are part of HDF5. Others are plug-ins, which are code.
+#: Filters built into HDF5. All others are plug-ins, and plug-ins are code.
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32"}
-#: Most names in an attribute, and most characters of one.
+#: Limits on an attribute: names, and characters per name.
 MAX_NAMES, MAX_NAME = 100_000, 1024
-#: Most groups around a dataset.
+#: Maximum nesting of groups.
 MAX_DEPTH = 32
-#: Most bytes of one chunk: reading any element unpacks its whole chunk.
+#: Maximum bytes per chunk: reading one element decompresses its whole chunk.
 MAX_CHUNK = 256 << 20
-#: Deflate packs at most 1032 to 1; data that claims more has chunks that were never written, or an invented size.
+#: Deflate compresses at most 1032:1. A higher ratio means unwritten chunks or a forged size.
 MAX_RATIO = 1032
 
 
@@ -39,7 +39,7 @@ def open_hdf5(path: str) -> Iterator[Any]:
 
     Raises:
         UnsupportedError: h5py is not installed.
-        InputError: not an HDF5 file, or h5py fails inside the ``with`` statement, because the file is damaged.
+        InputError: not an HDF5 file, or a damaged one; covers h5py's errors inside the ``with`` block.
         UnsafeInputError: ``path`` is not a regular file.
     """
     file_size(path)
@@ -47,7 +47,7 @@ def open_hdf5(path: str) -> Iterator[Any]:
         import h5py
     except ImportError as error:
         raise UnsupportedError(
-            "reading HDF5 files needs the package h5py", path=path, hint=f"pip install 'gptconvert[{EXTRA}]'"
+            "reading HDF5 files requires the h5py package", path=path, hint=f"pip install 'gptconvert[{EXTRA}]'"
         ) from error
     if not h5py.is_hdf5(path):
         explained = explain_file(path, allow={"hdf5"}) or "has no HDF5 signature, or is damaged"
@@ -64,11 +64,11 @@ def _first_line(error: Exception) -> str:
 
 
 def names_in(attributes: Any, attribute: str, path: str) -> list[str]:
-    """The names that one attribute holds, its declared size checked first.
+    """The names stored in one attribute. Its declared size is checked before it is read.
 
     Raises:
-        UnsafeInputError: it is too large.
-        InputError: it does not hold names.
+        UnsafeInputError: the attribute is too large.
+        InputError: the attribute does not hold names.
     """
     space = attributes.get_id(attribute)
     if math.prod(space.shape or ()) > MAX_NAMES or space.dtype.itemsize > 16 * MAX_NAME:
@@ -84,55 +84,55 @@ def names_in(attributes: Any, attribute: str, path: str) -> list[str]:
     return names
 
 
-def is_dataset(found: Any) -> bool:
-    """Whether an object of the file is a dataset, rather than a group."""
-    return hasattr(found, "chunks")
+def is_dataset(node: Any) -> bool:
+    """Whether an HDF5 object is a dataset rather than a group."""
+    return hasattr(node, "chunks")
 
 
 def find_group(parent: Any, name: str, path: str) -> Any:
-    """The group ``name`` of a group. Raises as :func:`find`, and InputError for a dataset."""
-    found = find(parent, name, path)
-    if is_dataset(found):
+    """The group ``name`` inside ``parent``. Raises as :func:`find`, and InputError for a dataset."""
+    node = find(parent, name, path)
+    if is_dataset(node):
         raise InputError("a dataset where a group should be", path=path, item=name)
-    return found
+    return node
 
 
 def find(root: Any, place: str, path: str) -> Any:
-    """The group or dataset at ``place``, reached by hard links alone: soft and external ones lead elsewhere.
+    """The group or dataset at ``place``, reached through hard links only: other links can lead out of the file.
 
     Raises:
-        InputError: it is not there.
-        UnsafeInputError: a link on the way leads elsewhere.
+        InputError: nothing exists at ``place``.
+        UnsafeInputError: the path contains a soft, external or user-defined link.
     """
     import h5py
     from h5py import h5l
 
-    parts, found = [part for part in place.split("/") if part], root
+    parts, node = [part for part in place.split("/") if part], root
     if len(parts) > MAX_DEPTH:
         raise UnsafeInputError("groups nested too deep", path=path, item=place, expected=f"at most {MAX_DEPTH}")
     for part in parts:
-        # h5py's own `in` and `get` would follow an external link, and open what it names.
-        name, here = part.encode(), not is_dataset(found) and part != "."
-        if not here or not found.id.links.exists(name):
+        # h5py's `in` and `get` would follow an external link and open its target.
+        name = part.encode()
+        if is_dataset(node) or part == "." or not node.id.links.exists(name):
             raise InputError("weight is missing from the file", path=path, item=place)
-        kind = found.id.links.get_info(name).type
+        kind = node.id.links.get_info(name).type
         if kind != h5l.TYPE_HARD:
-            what = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "an external link"}.get(kind, "a foreign link")
-            target = found.id.links.get_val(name)
+            what = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "an external link"}.get(kind, "a custom link")
+            target = node.id.links.get_val(name)
             raise UnsafeInputError(f"refused {what}", path=path, item=place, expected="data", found=target)
-        found = found[part]
-    if not isinstance(found, (h5py.Group, h5py.Dataset)):
-        raise InputError("neither group nor dataset", path=path, item=place)
-    return found
+        node = node[part]
+    if not isinstance(node, (h5py.Group, h5py.Dataset)):
+        raise InputError("neither a group nor a dataset", path=path, item=place)
+    return node
 
 
 def lazy_tensor(dataset: Any, path: str) -> LazyTensor:
-    """A dataset of the file ``path`` as a lazy tensor: bytes to copy if they are contiguous, else values to read.
+    """A dataset of the file ``path`` as a lazy tensor: a byte range if its data is contiguous, else read on demand.
 
     Raises:
-        UnsafeInputError: its data are in other files, or expand beyond reason.
-        UnsupportedError: not floats, or packed by a filter that is not HDF5's own.
-        InputError: a group, or data that are cut off or were never written.
+        UnsafeInputError: its data is stored in other files, or expands beyond reason.
+        UnsupportedError: not floats, or compressed with a plug-in filter.
+        InputError: a group, or data that is truncated or was never written.
     """
     from h5py import h5d
 
@@ -141,7 +141,7 @@ def lazy_tensor(dataset: Any, path: str) -> LazyTensor:
         raise InputError("a group where a weight should be", path=path, item=name)
     if dataset.is_virtual or dataset.external:
         what = "a virtual dataset" if dataset.is_virtual else "external storage"
-        raise UnsafeInputError(f"refused {what}: data in other files", path=path, item=name)
+        raise UnsafeInputError(f"refused {what}: data stored in other files", path=path, item=name)
     dtype, shape = dataset.dtype, dataset.shape
     if shape is None or dtype.newbyteorder("=") not in FLOATS:
         raise UnsupportedError(
@@ -177,11 +177,11 @@ def _contiguous(
 
 
 def _check_chunks(dataset: Any, nbytes: int, name: str, path: str) -> None:
-    """Refuse what cannot be read, or would cost far more than the file's size suggests.
+    """Refuse chunks that cannot be read, or that expand far beyond the file's size.
 
     Raises:
-        UnsupportedError: a filter that is a plug-in.
-        UnsafeInputError: a chunk, or all of them together, would expand beyond reason.
+        UnsupportedError: a plug-in filter.
+        UnsafeInputError: a chunk, or the whole dataset, would expand beyond reason.
         InputError: chunks were never written.
     """
     plist = dataset.id.get_create_plist()
@@ -190,25 +190,25 @@ def _check_chunks(dataset: Any, nbytes: int, name: str, path: str) -> None:
     if strange:
         expected, found = ", ".join(FILTERS.values()), ", ".join(f"filter {code}" for code in strange)
         raise UnsupportedError(
-            "packed by a filter that is not HDF5's own",
+            "compressed with a filter that is not built into HDF5",
             path=path,
             item=name,
             expected=expected,
             found=found,
-            hint="h5repack -f NONE IN.h5 OUT.h5 unpacks it, where the filter is installed",
+            hint="decompress it where the filter is installed: h5repack -f NONE IN.h5 OUT.h5",
         )
     chunk, stored = math.prod(dataset.chunks) * dataset.dtype.itemsize, dataset.id.get_storage_size()
     if chunk > MAX_CHUNK or nbytes > MAX_RATIO * max(stored, 1):
-        found = f"{nbytes} bytes in chunks of {chunk}, out of {stored} stored"
+        found = f"{nbytes} bytes in chunks of {chunk}, from {stored} stored bytes"
         raise UnsafeInputError("refused data that expands beyond reason", path=path, item=name, found=found)
-    wanted = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
-    present = dataset.id.get_num_chunks()
-    if present < wanted:
-        found = f"{present} of {wanted} chunks"
-        raise InputError("weight was not written in full", path=path, item=name, expected="all", found=found)
+    total = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+    written = dataset.id.get_num_chunks()
+    if written < total:
+        found = f"{written} of {total} chunks"
+        raise InputError("weight was not fully written", path=path, item=name, expected="all chunks", found=found)
 
 
 def _read(path: str, name: str, dtype: np.dtype[np.generic], box: Box) -> Array:
-    """The elements inside ``box``. The file is opened again, so that it does not stay open while the tensor lives."""
+    """The elements inside ``box``. Reopens the file, so that no handle outlives the read."""
     with open_hdf5(path) as file:
         return np.asarray(find(file, name, path)[box], dtype)

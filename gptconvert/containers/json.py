@@ -1,7 +1,7 @@
-"""JSON, read strictly (one meaning for every document, or an error that says where) and written in one form.
+"""JSON, read strictly (a document has one meaning, or is refused) and written in one form.
 
-Python's own parser takes the last of two equal keys, NaN, infinities and half surrogate pairs. Two programs that
-read such a file differently disagree about the model, so all of these are refused here.
+Python's parser accepts duplicate keys, NaN, infinities and unpaired surrogates. Parsers disagree about such files,
+and so two programs could disagree about the model: all of these are refused here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from gptconvert.containers.untrusted import explain_bytes, read_small
 from gptconvert.errors import InputError
 
-#: Deepest nesting accepted: the limit of the parser inside the safetensors library.
+#: Maximum nesting depth: the limit of the parser inside the safetensors library.
 MAX_DEPTH = 127
 
 
 class _BadJsonError(ValueError):
-    """A fault found by the parser's hooks, in words."""
+    """A fault found by the parser's hooks; the message describes it."""
 
 
 def parse_json(data: bytes, path: str | os.PathLike[str], what: str) -> object:
@@ -28,11 +28,11 @@ def parse_json(data: bytes, path: str | os.PathLike[str], what: str) -> object:
 
     Args:
         data: the document, UTF-8 without a byte order mark.
-        path: the file that holds it, for messages.
-        what: name of the document, for messages (``safetensors header``).
+        path: the file it came from, used in error messages.
+        what: the document's name in error messages (``safetensors header``).
 
     Raises:
-        InputError: not UTF-8, not JSON, a key twice in one object, a number no double can hold, nested too deep.
+        InputError: not UTF-8, not JSON, a duplicate key, a number beyond the range of a double, or nested too deep.
     """
     try:
         value = json.loads(
@@ -56,7 +56,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str], what: str) -> object:
 
 
 def read_json_object(path: str | os.PathLike[str], limit: int, what: str) -> dict[str, object]:
-    """The JSON object that is the whole of the file ``path``, at most ``limit`` bytes.
+    """The JSON object in the file ``path``, which may have at most ``limit`` bytes.
 
     Raises:
         UnsafeInputError: not a regular file.
@@ -75,26 +75,26 @@ def read_json_object(path: str | os.PathLike[str], limit: int, what: str) -> dic
 
 
 def dump_json(value: object) -> bytes:
-    """``value`` as transformers writes its JSON files: sorted keys, two spaces, ASCII, a newline at the end.
+    """``value`` as transformers writes its JSON files: sorted keys, two-space indent, ASCII, final newline.
 
     Raises:
-        ValueError: ``value`` holds NaN or an infinity, which JSON cannot express.
+        ValueError: ``value`` contains NaN or an infinity, which JSON cannot express.
     """
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 
 def kind(value: object) -> str:
-    """What ``value`` is in JSON's own words."""
+    """The JSON type of ``value``, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise _BadJsonError(f"duplicate key {', '.join(f'`{name}`' for name in twice[:5])}")
-    return found
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        duplicates = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise _BadJsonError(f"duplicate key {', '.join(f'`{name}`' for name in duplicates[:5])}")
+    return value
 
 
 def _constant(name: str) -> float:
@@ -109,14 +109,14 @@ def _number(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
-    """A whole number; ``-0`` stays a float, as it does in parsers that distinguish unsigned numbers."""
+    """An integer; ``-0`` becomes a float, as in parsers with separate types for signed and unsigned integers."""
     if len(text) > 300:
         _number(text)
     return -0.0 if text == "-0" else int(text)
 
 
 def _check_values(value: object) -> None:
-    """Nesting depth and half surrogate pairs, level by level (a recursion would be the attack's target)."""
+    """Check depth and surrogates level by level: a recursive check could be made to overflow the stack."""
     level, depth = [value], 0
     while level:
         for text in level:
@@ -141,4 +141,4 @@ def _check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadJsonError("a string holds half a surrogate pair") from error
+        raise _BadJsonError("a string contains an unpaired surrogate") from error

@@ -1,12 +1,13 @@
-"""The sorted table (LevelDB's file format) in which TensorFlow keeps a checkpoint's index, read and written.
+"""LevelDB's sorted tables, the format of a TensorFlow checkpoint's index: reader and writer.
+
+A file is a sequence of blocks and a 48-byte footer with the address of the index block. Each block is followed by its
+compression type (1 byte) and masked CRC-32C (4 bytes, over the block and the type).
+
+Reading takes time and memory in proportion to the file size: overlapping blocks are refused, and so are keys whose
+shared prefixes expand too far.
 
 Sources: LevelDB ``doc/table_format.md``; tensorflow/core/lib/io/table_builder, whose files :func:`write_table`
-reproduces byte for byte. A file is blocks, then a footer of 48 bytes with the address of the block of block
-addresses. Each block is followed by its compression type (1 byte) and masked CRC-32C (4 bytes, over the block and
-the type).
-
-Reading costs work and memory in proportion to the file: blocks may not overlap, and keys, which share prefixes, may
-not expand without bound.
+reproduces byte for byte.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
 FOOTER_BYTES = 48
 _TRAILER_BYTES = 5
 _UNCOMPRESSED, _SNAPPY = 0, 1
-#: Keys, written out in full, may be this many times the file. Writers repeat a key in full at least every 16
-#: entries, so an honest file stays below a quarter of it.
+#: Maximum total size of the expanded keys, in multiples of the file size. Writers store a full key at least every 16
+#: entries, so a valid file stays below a quarter of it.
 MAX_EXPANSION = 64
-#: What TensorFlow's writer uses: least bytes of keys and values in a block that is full, entries per full key.
+#: TensorFlow's settings: bytes of keys and values at which a block ends, and entries per full key.
 BLOCK_BYTES = 262_144
 RESTART_INTERVAL = 16
 
@@ -36,8 +37,7 @@ def read_table(data: bytes) -> Iterator[Row]:
     """(key, value) pairs of a whole table file, by ascending key.
 
     Raises:
-        MalformedError: wrong magic number, an address outside the file, a checksum that does not match, or a
-            block whose entries do not add up.
+        MalformedError: wrong magic number, an address outside the file, a checksum mismatch, or malformed entries.
     """
     table, last, end = _Table(data), None, 0
     for _, address in table.entries(*table.index()):
@@ -53,30 +53,30 @@ def read_table(data: bytes) -> Iterator[Row]:
 
 
 class _Table:
-    """One table file, and how far its keys may still expand."""
+    """One table file, and the number of bytes by which its keys may still expand."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.budget = data, MAX_EXPANSION * len(data)
 
     def index(self) -> tuple[int, int]:
-        """Offset and size of the block of block addresses."""
+        """Offset and size of the index block, which lists the addresses of the data blocks."""
         if len(self.data) < FOOTER_BYTES:
-            raise MalformedError(f"is truncated: {len(self.data)} bytes, and its footer alone has {FOOTER_BYTES}")
+            raise MalformedError(f"is truncated: {len(self.data)} bytes are less than a {FOOTER_BYTES}-byte footer")
         if not self.data.endswith(MAGIC):
             raise MalformedError(
-                "is truncated, or not a checkpoint index: the table's magic number at its end is missing"
+                "is truncated, or not a checkpoint index: it does not end with the table's magic number"
             )
         footer = self.data[-FOOTER_BYTES:]
         meta, at = _handle(footer, 0)
-        self.block(*meta)  # empty; read for its checksum
+        self.block(*meta)  # empty; read only to verify its checksum
         return _handle(footer, at)[0]
 
     def block(self, offset: int, size: int) -> bytes:
-        """One block, its checksum checked, decompressed."""
+        """One block, verified against its checksum and decompressed."""
         data, end = self.data, offset + size
         if end + _TRAILER_BYTES > len(data) - FOOTER_BYTES:
             raise MalformedError(
-                f"is truncated: a block of {size} bytes at {offset} does not fit into {len(data)} bytes"
+                f"is truncated: a block of {size} bytes at {offset} does not fit in {len(data)} bytes"
             )
         kind, masked = struct.unpack_from("<BI", data, end)
         if crc32c(data[offset : end + 1]) != unmask(masked):
@@ -86,7 +86,7 @@ class _Table:
         return snappy.decompress(data[offset:end]) if kind == _SNAPPY else data[offset:end]
 
     def entries(self, offset: int, size: int) -> Iterator[Row]:
-        """(key, value) pairs of one block. Its restart points serve binary search; in sequence none is needed."""
+        """(key, value) pairs of one block. Restart points are for binary search and not needed here."""
         block = self.block(offset, size)
         if len(block) < 4:
             raise MalformedError("has a block without a restart count")
@@ -100,10 +100,10 @@ class _Table:
             unshared, at = read_varint(block, at, 32)
             length, at = read_varint(block, at, 32)
             if shared > len(key) or at + unshared + length > end:
-                raise MalformedError("has an entry that leaves its block")
+                raise MalformedError("has an entry that extends past its block")
             self.budget -= shared + unshared
             if self.budget < 0:
-                raise MalformedError(f"has keys that expand to more than {MAX_EXPANSION} times the file")
+                raise MalformedError(f"has keys that expand to more than {MAX_EXPANSION} times the file size")
             key = key[:shared] + block[at : at + unshared]
             at += unshared
             yield key, block[at : at + length]
@@ -111,23 +111,23 @@ class _Table:
 
 
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """A block's (offset, size), and the position after it."""
+    """A block handle (offset, size), and the position after it."""
     offset, at = read_varint(data, at)
     size, at = read_varint(data, at)
     return (offset, size), at
 
 
 def write_table(rows: Sequence[Row], block_bytes: int = BLOCK_BYTES) -> bytes:
-    """The table file of ``rows``, which are sorted by key, uncompressed.
+    """An uncompressed table file of ``rows``.
 
     Args:
-        rows: (key, value) pairs; every key once.
-        block_bytes: a block ends with the row that brings its keys and values to so many bytes.
+        rows: (key, value) pairs, sorted by key, without duplicates.
+        block_bytes: a block ends with the row that brings its keys and values to this size.
     """
     table, index = bytearray(), list[Row]()
     for run in _runs(rows, block_bytes):
         index.append((run[-1][0], _append_block(table, _block(run, RESTART_INTERVAL))))
-    if index:  # the last block's key may be any that sorts after it; TensorFlow takes the shortest
+    if index:  # the last block may be listed under any key that sorts after it; TensorFlow takes the shortest
         index[-1] = (_short_successor(index[-1][0]), index[-1][1])
     metaindex = _append_block(table, _block([], RESTART_INTERVAL))
     root = _append_block(table, _block(index, 1))
@@ -135,7 +135,7 @@ def write_table(rows: Sequence[Row], block_bytes: int = BLOCK_BYTES) -> bytes:
 
 
 def _runs(rows: Sequence[Row], block_bytes: int) -> Iterator[list[Row]]:
-    """Rows in runs that reach ``block_bytes``; the last may be shorter."""
+    """Rows grouped into runs of at least ``block_bytes``; the last may be smaller."""
     run, size = list[Row](), 0
     for row in rows:
         run.append(row)
@@ -148,7 +148,7 @@ def _runs(rows: Sequence[Row], block_bytes: int) -> Iterator[list[Row]]:
 
 
 def _block(rows: Sequence[Row], restart_interval: int) -> bytes:
-    """Prefix-compressed rows, then the offsets at which compression starts anew."""
+    """Prefix-compressed rows, then the offsets of the rows with a full key (restart points)."""
     out, restarts, previous = bytearray(), [0], b""
     for number, (key, value) in enumerate(rows):
         shared = 0
@@ -163,7 +163,7 @@ def _block(rows: Sequence[Row], restart_interval: int) -> bytes:
 
 
 def _append_block(table: bytearray, block: bytes) -> bytes:
-    """Append block and trailer; the handle (offset, size) that finds it again."""
+    """Append a block and its trailer, and return its handle (offset, size)."""
     handle = varint(len(table)) + varint(len(block))
     typed = block + bytes([_UNCOMPRESSED])
     table += typed + struct.pack("<I", mask(crc32c(typed)))
@@ -171,7 +171,7 @@ def _append_block(table: bytearray, block: bytes) -> bytes:
 
 
 def _short_successor(key: bytes) -> bytes:
-    """The shortest key that sorts after ``key``, or is ``key`` where there is none."""
+    """The shortest key that sorts after ``key``, or ``key`` itself if every byte is 0xFF."""
     for i, byte in enumerate(key):
         if byte != 0xFF:
             return key[:i] + bytes([byte + 1])

@@ -1,8 +1,9 @@
 """MessagePack files as Flax writes them: maps, text and numbers are decoded, arrays only located.
 
-Sources: the MessagePack specification; flax ``serialization.py``, where an array is an extension of type 1 whose
-payload is again MessagePack: shape, name of the dtype, bytes in C order. Depth and number of entries are bounded, so
-that a hostile file costs no more than its size.
+An array is an extension of type 1 whose payload is again MessagePack: shape, dtype name, bytes in C order. Nesting
+and the number of entries are bounded, so that a hostile file costs no more than its size.
+
+Sources: the MessagePack specification; flax ``serialization.py``.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ MAX_RANK = 32
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
 DTYPES: Mapping[str, np.dtype[np.generic]] = {row.torch: row.dtype for row in ELEMENT_TYPES if row.torch is not None}
 
-#: A decoded value: maps, lists, text, numbers, and tensors for arrays. Byte strings become their length.
+#: A decoded value: map, list, text, number, lazy tensor for an array, or the length of a byte string.
 Value = object
 
 
 def read_msgpack(path: str) -> Value:
-    """The one value that a file holds.
+    """The single value in a file.
 
     Raises:
-        InputError: the file is damaged, or something else.
-        UnsafeInputError: it is nested without end, holds arrays of Python objects, or is not a regular file.
-        UnsupportedError: element types that are not read.
+        InputError: the file is damaged, or not MessagePack.
+        UnsafeInputError: too deep, too many entries, arrays of Python objects, or not a regular file.
+        UnsupportedError: an unsupported element type.
     """
     file_size(path)
     explained = explain_file(path)
@@ -57,7 +58,7 @@ def read_msgpack(path: str) -> Value:
 
 @dataclass
 class _Walker:
-    """Decodes one MessagePack value after the other; ``at`` is the position of the next."""
+    """Decodes MessagePack values in sequence; ``at`` is the current position."""
 
     data: mmap.mmap
     path: str
@@ -65,7 +66,7 @@ class _Walker:
     items: int = 0
 
     def value(self, depth: int) -> Value:
-        """The value that begins here."""
+        """The value at the current position."""
         self.items += 1
         if depth > MAX_DEPTH:
             raise UnsafeInputError("nested too deep", path=self.path, expected=f"at most {MAX_DEPTH} levels")
@@ -83,7 +84,7 @@ class _Walker:
         return self.coded(code, depth)
 
     def coded(self, code: int, depth: int) -> Value:
-        """A value whose first byte is a code of the table, not a small value itself."""
+        """A value whose first byte is a type code rather than a small value."""
         if code in _CONSTANTS:
             return _CONSTANTS[code]
         if code in _NUMBERS:
@@ -91,7 +92,7 @@ class _Walker:
         if code in _FIXED_EXTENSIONS:
             return self.extension(_FIXED_EXTENSIONS[code])
         if code not in _SIZED:
-            raise self.wrong(f"byte 0x{code:02x} begins no value")
+            raise self.wrong(f"byte 0x{code:02x} is not a type code")
         kind, width = _SIZED[code]
         length = self.number(width)
         handlers: Mapping[str, Callable[[int], Value]] = {
@@ -110,7 +111,7 @@ class _Walker:
             if not isinstance(key, str):
                 raise self.wrong("a key that is not text")
             if key in found:
-                raise self.wrong(f"the key {key!r} twice in one map")
+                raise self.wrong(f"duplicate key {key!r} in a map")
             found[key] = self.value(depth + 1)
         return found
 
@@ -126,7 +127,7 @@ class _Walker:
             raise self.wrong("a name that is not UTF-8") from error
 
     def skip(self, length: int) -> int:
-        """Skip a byte string; its length stands for it."""
+        """Skip a byte string and return its length instead."""
         self.need(length)
         self.at += length
         return length
@@ -161,22 +162,22 @@ class _Walker:
         code = self.take(1)[0]
         if code not in _BYTES:
             raise self.wrong("an array without its bytes")
-        length, wanted = int(self.number(_BYTES[code])), math.prod(shape) * dtype.itemsize
-        if length != wanted or self.at + length > end:
-            raise self.wrong(f"an array of shape {shape!r:.60} and type {dtype} with {length} bytes, not {wanted}")
+        length, expected = int(self.number(_BYTES[code])), math.prod(shape) * dtype.itemsize
+        if length != expected or self.at + length > end:
+            raise self.wrong(f"an array of shape {shape!r:.60} and type {dtype} with {length} bytes, not {expected}")
         part = Segment(self.path, self.at, length)
         self.at += length
         return Stored((part,) if length else (), dtype, tuple(shape))
 
     def dtype(self) -> np.dtype[np.generic]:
-        """The dtype's name: text, or bytes in what older versions wrote."""
+        """The dtype, named by text or, in files of older versions, by bytes."""
         code = self.take(1)[0]
         if 0xA0 <= code < 0xC0:
             length = code & 0x1F
         elif code in (0xC4, 0xD9):
             length = self.take(1)[0]
         else:
-            raise self.wrong("an array without the name of its type")
+            raise self.wrong("an array without a dtype name")
         name = self.take(length).decode("ascii", "replace")
         if name in ("O", "object"):
             raise UnsafeInputError("refused an array of Python objects", path=self.path)
@@ -196,7 +197,7 @@ class _Walker:
             raise InputError(
                 "file is truncated",
                 path=self.path,
-                expected=f"{self.at + count} bytes at least",
+                expected=f"at least {self.at + count} bytes",
                 found=f"{len(self.data)} bytes",
                 hint=FETCH_AGAIN,
             )

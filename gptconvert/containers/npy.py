@@ -1,6 +1,6 @@
-"""NumPy's array files, read lazily and without running what they hold: alone, or as members of an ``.npz`` archive.
+"""NumPy array files, single or as members of an ``.npz`` archive, read lazily and without running code.
 
-A header (magic, version, a Python literal) is followed by the elements, packed. An array of Python objects is a
+A header (magic, version, a Python literal) is followed by the packed elements. An array of Python objects is a
 pickle in disguise and is refused. Format: numpy/lib/format.py, NEP 1.
 """
 
@@ -23,7 +23,7 @@ from gptconvert.errors import FETCH_AGAIN, InputError, UnsafeInputError, Unsuppo
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Shape, Stored, Transposed, map_segment
 
 MAGIC = b"\x93NUMPY"
-#: numpy's own limit on the length of a header it trusts.
+#: Maximum header length in bytes, numpy's default.
 MAX_HEADER = 10_000
 _MAX_RANK = 64
 #: Major version → format and size of the header's length.
@@ -33,13 +33,13 @@ _NUMBERS = re.compile(r"[<>|=](f2|f4|f8|i1|i2|i4|i8|u1|u2|u4|u8|b1)")
 
 @dataclass(frozen=True)
 class Header:
-    """What an array file says of itself.
+    """The header of an array file.
 
     Attributes:
-        dtype: of the elements, with their byte order.
+        dtype: element type, with its byte order.
         column_major: whether the first axis varies fastest (Fortran order).
-        shape: of the array.
-        nbytes: of the header, the elements follow.
+        shape: shape of the array.
+        nbytes: length of the header; the elements follow.
     """
 
     dtype: np.dtype[np.generic]
@@ -52,8 +52,8 @@ def read_npy(path: str | os.PathLike[str]) -> LazyTensor:
     """The array in the file ``path``.
 
     Raises:
-        InputError: missing, cut off, or not an array file.
-        UnsafeInputError: an array of Python objects (a pickle), or no regular file.
+        InputError: missing, truncated, or not an array file.
+        UnsafeInputError: an array of Python objects (a pickle), or not a regular file.
         UnsupportedError: elements that are not plain numbers.
     """
     path = os.fspath(path)
@@ -66,13 +66,13 @@ def read_npy(path: str | os.PathLike[str]) -> LazyTensor:
 
 
 def array_in(file: BinaryIO, whole: Segment, name: str, void2: np.dtype[np.generic] | None = None) -> LazyTensor:
-    """The array that fills the bytes ``whole`` of an open file.
+    """The array stored in the byte range ``whole`` of an open file.
 
     Args:
-        file: open for reading; its position is moved.
-        whole: where header and elements lie.
-        name: of the array, for messages.
-        void2: what two bytes without a type (``|V2``) are; None: refused.
+        file: open for reading; its position changes.
+        whole: the byte range of header and elements.
+        name: the array's name in error messages.
+        void2: dtype of elements of two untyped bytes (``|V2``); None refuses them.
 
     Raises:
         InputError, UnsafeInputError, UnsupportedError: as :func:`read_npy`.
@@ -83,7 +83,7 @@ def array_in(file: BinaryIO, whole: Segment, name: str, void2: np.dtype[np.gener
     expected = header.nbytes + math.prod(header.shape) * header.dtype.itemsize
     if expected != whole.nbytes:
         raise InputError(
-            "file is truncated" if whole.nbytes < expected else "bytes are left over behind the array",
+            "file is truncated" if whole.nbytes < expected else "extra bytes follow the array",
             path=whole.path,
             item=name,
             expected=f"{expected} bytes ({header.dtype} of shape {_short(header.shape)})",
@@ -95,7 +95,7 @@ def array_in(file: BinaryIO, whole: Segment, name: str, void2: np.dtype[np.gener
 
 
 def parse_header(data: bytes, path: str, name: str, void2: np.dtype[np.generic] | None = None) -> Header:
-    """The header that ``data`` begins with. Arguments and errors as :func:`array_in`."""
+    """The header at the start of ``data``. Arguments and errors as for :func:`array_in`."""
     fields, nbytes = _fields(data, path, name)
     if set(fields) != {"descr", "fortran_order", "shape"}:
         raise _wrong(path, name, "keys descr, fortran_order and shape", ", ".join(map(str, fields)) or "none")
@@ -112,9 +112,9 @@ def parse_header(data: bytes, path: str, name: str, void2: np.dtype[np.generic] 
 
 
 def _fields(data: bytes, path: str, name: str) -> tuple[dict[object, object], int]:
-    """The header's dictionary, and how many bytes the header has."""
+    """The header's dictionary, and the header's length in bytes."""
     if not data.startswith(MAGIC):
-        explained = explain_bytes(data, allow={"npy"}) or "begins like no array file of NumPy's"
+        explained = explain_bytes(data, allow={"npy"}) or "does not begin like a NumPy array file"
         raise InputError(f"this file {explained}", path=path, item=name, expected="an array saved by numpy.save")
     version = data[len(MAGIC)] if len(data) > len(MAGIC) else 0
     if version not in _LENGTHS:
@@ -128,7 +128,11 @@ def _fields(data: bytes, path: str, name: str) -> tuple[dict[object, object], in
     (length,) = struct.unpack(code, data[start - size : start])
     if length > MAX_HEADER:
         raise InputError(
-            "header is too long", path=path, item=name, expected=f"≤ {MAX_HEADER} bytes", found=f"{length} bytes"
+            "header is too long",
+            path=path,
+            item=name,
+            expected=f"at most {MAX_HEADER} bytes",
+            found=f"{length} bytes",
         )
     if len(data) < start + length:
         raise InputError("file is truncated inside its header", path=path, item=name, hint=FETCH_AGAIN)
@@ -137,7 +141,7 @@ def _fields(data: bytes, path: str, name: str) -> tuple[dict[object, object], in
 
 
 def _literal(text: str, path: str, name: str) -> dict[object, object]:
-    """The dictionary that a header's text is. Python 2 wrote lengths as ``512L``."""
+    """The dictionary in a header's text. Python 2 wrote lengths as ``512L``."""
     try:
         value = ast.literal_eval(re.sub(r"(?<=\d)L\b", "", text).strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
@@ -154,14 +158,14 @@ def _dtype(descr: object, path: str, name: str, void2: np.dtype[np.generic] | No
             path=path,
             item=name,
             expected="an array of numbers",
-            hint="save it, in an environment where you trust the file, as an array of float32",
+            hint="in an environment where you trust the file, save it as an array of float32",
         )
     if void2 is not None and descr in ("|V2", "<V2"):
         return void2
     if isinstance(descr, str) and _NUMBERS.fullmatch(descr):
         return np.dtype(descr)
     raise UnsupportedError(
-        "elements that are no plain numbers", path=path, item=name, expected="<f4, >f4, <f2 …", found=descr
+        "elements that are not plain numbers", path=path, item=name, expected="<f4, >f4, <f2 …", found=descr
     )
 
 
@@ -175,9 +179,9 @@ def _tensor(header: Header, data: Segment) -> LazyTensor:
 
 
 def _column_major(data: Segment, header: Header, box: Box) -> Array:
-    """The elements inside ``box`` of an array whose first axis varies fastest."""
-    seen = np.ndarray(header.shape, header.dtype, map_segment(data), order="F")
-    return np.array(seen[box], header.dtype.newbyteorder("="), order="C")
+    """The elements inside ``box`` of an array in Fortran order."""
+    view = np.ndarray(header.shape, header.dtype, map_segment(data), order="F")
+    return np.array(view[box], header.dtype.newbyteorder("="), order="C")
 
 
 def _wrong(path: str, name: str, expected: str, found: object) -> InputError:

@@ -1,4 +1,4 @@
-"""Archives of arrays (``numpy.savez``), read lazily: each array is a run of bytes in the archive."""
+"""Archives of arrays (``numpy.savez``), read lazily: each array is a byte range of the archive."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gptconvert.model.tensors import FileChecksum, LazyTensor
 
 @dataclass(frozen=True)
 class Archive:
-    """What one ``.npz`` file holds.
+    """The contents of one ``.npz`` file.
 
     Attributes:
         arrays: by name, in the order of the archive.
-        checksums: of every member, its header included.
+        checksums: by name, over the whole member, array header included.
     """
 
     arrays: dict[str, LazyTensor]
@@ -32,10 +32,10 @@ def read_npz(path: str | os.PathLike[str], void2: np.dtype[np.generic] | None = 
 
     Args:
         path: the file.
-        void2: what two bytes without a type (``|V2``) are; None: refused.
+        void2: dtype of elements of two untyped bytes (``|V2``); None refuses them.
 
     Raises:
-        InputError: no archive, or a damaged one.
+        InputError: not an archive, or a damaged one.
         UnsafeInputError: compressed members (``numpy.savez_compressed``), arrays of Python objects.
         UnsupportedError: elements that are not plain numbers.
     """

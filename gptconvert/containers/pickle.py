@@ -1,9 +1,9 @@
-"""A pickle interpreter that can do nothing but build data.
+"""A pickle interpreter that only builds plain data.
 
-Python's own unpickler imports what a file names, calls it, and lets a file allocate and recurse without bound. This
-one works through the opcodes itself: a *global* becomes a :class:`Global`, a record of two strings that was never
-imported; calling one looks it up in the reader's table; whatever the table does not list is refused by name. Memory
-and time are bounded by the number of bytes and opcodes read.
+Python's unpickler imports and calls the functions that a file names, and sets no bound on memory or recursion. This
+one interprets the opcodes itself: a *global* becomes a :class:`Global`, a pair of strings that is never imported; a
+call is looked up in the reader's table, and a global missing from the table is refused by name. Memory and time are
+bounded by the number of bytes and opcodes read.
 Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
 
@@ -16,9 +16,9 @@ from typing import BinaryIO, cast
 
 from gptconvert.errors import InputError, UnsafeInputError
 
-#: Most bytes of pickle read from one file: the largest GPT's names and shapes take less than 1 MiB.
+#: Maximum bytes of pickle read from one file: the names and shapes of the largest GPT take less than 1 MiB.
 MAX_BYTES = 64 << 20
-#: Most opcodes executed (a second or two of work).
+#: Maximum number of opcodes executed (one or two seconds of work).
 MAX_OPCODES = 2_000_000
 _MAX_INTEGER = 1 << 128
 
@@ -27,7 +27,7 @@ RESAVE = "in an environment where you trust the file: torch.save(model.state_dic
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the file asks for; nothing was imported."""
+    """A module attribute named in the file; it is not imported."""
 
     module: str
     name: str
@@ -38,23 +38,23 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A harmless value that is not needed, by what it is (``numpy scalar``)."""
+    """A placeholder for a harmless value that is not needed; ``what`` describes it (``numpy scalar``)."""
 
     what: str
 
 
 class Attributes(dict[object, object]):
-    """The attributes of an object that holds nothing but plain data (``argparse.Namespace``), by name."""
+    """The attributes of a plain-data object (``argparse.Namespace``), by name."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What one kind of file may name.
+    """The globals that one kind of file may use.
 
     Attributes:
-        calls: global → what stands in for calling it with these arguments.
-        values: globals that may be named and are never called (storage types, dtypes).
-        persistent: stands in for an object outside the pickle (a storage), from its id.
+        calls: global → function that replaces it in calls.
+        values: globals that may appear but not be called (storage types, dtypes).
+        persistent: maps the id of an object outside the pickle (a storage) to its replacement.
     """
 
     calls: Mapping[Global, Callable[[tuple[object, ...]], object]]
@@ -63,23 +63,25 @@ class Rules:
 
 
 class RefusedError(Exception):
-    """Raised by a rule's function: the arguments make no sense. Becomes an :class:`InputError`."""
+    """Invalid opcodes or arguments. :func:`load_pickle` turns it into an :class:`InputError`."""
 
 
 def load_pickle(file: BinaryIO, rules: Rules, path: str) -> object:
-    """The object of the one pickle that begins at the file's position; the position moves behind it.
+    """The object of the pickle at the file's position, which moves to the end of the pickle.
 
-    Dictionaries and ordered dictionaries become ``dict``, sets become lists (their order is not defined).
+    Dictionaries and ordered dictionaries become ``dict``, sets become lists in undefined order.
 
     Raises:
-        UnsafeInputError: the pickle names or does something that is not in ``rules``.
-        InputError: the pickle is damaged or cut off.
+        UnsafeInputError: the pickle uses a global or an opcode that ``rules`` do not allow, or is too long.
+        InputError: the pickle is damaged or truncated.
     """
     machine = _Machine(rules, path)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(cast("BinaryIO", _Bounded(file, path)))):
             if count > MAX_OPCODES:
-                raise UnsafeInputError("pickle refused: too long", path=path, expected=f"≤ {MAX_OPCODES} opcodes")
+                raise UnsafeInputError(
+                    "pickle refused: too long", path=path, expected=f"at most {MAX_OPCODES} opcodes"
+                )
             machine.step(opcode.name, argument)
     except RefusedError as error:
         raise InputError(f"pickle is damaged: {error}", path=path) from error
@@ -89,14 +91,14 @@ def load_pickle(file: BinaryIO, rules: Rules, path: str) -> object:
 
 
 class _Bounded:
-    """The file, as pickletools reads it, with a budget."""
+    """The methods of a file that pickletools calls, limited to :data:`MAX_BYTES` in all."""
 
     def __init__(self, file: BinaryIO, path: str) -> None:
         self.file, self.path, self.left = file, path, MAX_BYTES
 
     def read(self, nbytes: int) -> bytes:
         if nbytes > self.left:
-            raise UnsafeInputError("pickle refused: too long", path=self.path, expected=f"≤ {MAX_BYTES} bytes")
+            raise UnsafeInputError("pickle refused: too long", path=self.path, expected=f"at most {MAX_BYTES} bytes")
         self.left -= nbytes
         return self.file.read(nbytes)
 
@@ -107,7 +109,7 @@ class _Bounded:
 
 
 class _Mark:
-    """What MARK leaves on the stack; never a value."""
+    """The marker that MARK pushes on the stack; never a value."""
 
 
 _MARK = _Mark()
@@ -125,7 +127,7 @@ class _Machine:
     def step(self, name: str, argument: object) -> None:
         if name in _PUSHED:
             if isinstance(argument, int) and abs(argument) >= _MAX_INTEGER:
-                raise RefusedError("a whole number of more than 128 bits")
+                raise RefusedError("an integer of more than 128 bits")
             self.stack.append(argument)
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
@@ -163,7 +165,7 @@ class _Machine:
 
     def find(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise RefusedError("a global that is not named by strings")
+            raise RefusedError("a global whose name is not a string")
         found = Global(module, name)
         if found not in self.rules.calls and found not in self.rules.values:
             raise UnsafeInputError(
@@ -176,25 +178,25 @@ class _Machine:
         self.stack.append(found)
 
     def instance(self, module: str, name: str) -> None:
-        """Protocol 0's way to build an object: never torch.save's."""
+        """Build an object as protocol 0 does. torch.save never does."""
         self.find(module, name)
         raise RefusedError(f"an instance of {module}.{name}")
 
     def call(self) -> None:
         function, arguments = self.pops(2)
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise RefusedError("a call of something that is no global")
+            raise RefusedError("a call of something that is not a global")
         if function not in self.rules.calls:
             raise RefusedError(f"a call of {function}")
         self.stack.append(self.rules.calls[function](arguments))
 
     def build(self) -> None:
-        """Attributes set on an object. Those of dictionaries (``_metadata``) and unneeded objects are let go."""
+        """Set attributes on an object. Those of dictionaries (``_metadata``) and placeholders are discarded."""
         state, target = self.pop(), self.top()
         if isinstance(target, Attributes) and isinstance(state, dict):
             target.update(state)
         elif not isinstance(target, (dict, Opaque)):
-            raise RefusedError("attributes set on something that is no dictionary")
+            raise RefusedError("attributes set on something that is not a dictionary")
 
     def persistent(self) -> None:
         self.stack.append(self.rules.persistent(self.pop()))
@@ -202,13 +204,13 @@ class _Machine:
     def extend(self, values: list[object]) -> None:
         target = self.top()
         if not isinstance(target, list):
-            raise RefusedError("elements appended to something that is no list")
+            raise RefusedError("elements appended to something that is not a list")
         target.extend(values)
 
     def update(self, values: list[object]) -> None:
         target = self.top()
         if not isinstance(target, dict):
-            raise RefusedError("items set on something that is no dictionary")
+            raise RefusedError("items set on something that is not a dictionary")
         target.update(_pairs(values))
 
     def memoize(self, index: object) -> None:
@@ -219,7 +221,7 @@ class _Machine:
 
 
 def _pairs(values: list[object]) -> dict[str | int | None, object]:
-    """Key, value, key, value … → a dictionary. Keys are scalars: hashing a deep tuple would overflow the C stack."""
+    """Key, value, key, value … → a dictionary. Keys must be scalars: hashing a deep tuple overflows the C stack."""
     if len(values) % 2:
         raise RefusedError("a dictionary key without a value")
     found: dict[str | int | None, object] = {}
@@ -231,7 +233,7 @@ def _pairs(values: list[object]) -> dict[str | int | None, object]:
 
 
 def ordered_dict(arguments: tuple[object, ...]) -> dict[str | int | None, object]:
-    """``collections.OrderedDict()``. Its items follow as opcodes of their own, each counted."""
+    """``collections.OrderedDict()``. Its items follow as separate opcodes, each counted."""
     if arguments:
         raise RefusedError("an ordered dictionary that is not built item by item")
     return {}
@@ -242,7 +244,7 @@ def _is_model_class(found: Global) -> bool:
     return found.module.startswith("torch.nn.") or package in ("transformers", "pytorch_transformers", "__main__")
 
 
-#: Opcodes whose argument is the value.
+#: Opcodes that push their argument.
 _PUSHED = frozenset(
     """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING
     BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8""".split()

@@ -1,8 +1,7 @@
-"""Protocol Buffers' wire format, as much of it as a checkpoint index needs, read without trust and written.
+"""The part of Protocol Buffers' wire format that a checkpoint index needs: a reader of untrusted bytes, and a writer.
 
-Source: protobuf.dev, "Encoding". When reading, every length is checked against the bytes that are there, so no
-length in a file decides how much memory is allocated. When writing, singular numbers of value 0 are left out, as in
-proto3.
+The reader checks every length against the bytes available, so that no length in a file determines how much memory is
+allocated. The writer omits singular numbers of value 0, as proto3 does. Source: protobuf.dev, "Encoding".
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ _MAX_VARINT_BYTES = 10
 
 
 class MalformedError(ValueError):
-    """The bytes are not what the format allows. Readers turn it into an error that names the file."""
+    """The bytes violate the format. Readers turn it into an error that names the file."""
 
 
 def read_varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
-    """An unsigned base-128 number at ``at``.
+    """The unsigned base-128 number at position ``at``.
 
     Returns:
         the number and the position after it.
@@ -70,30 +69,30 @@ class Message:
             self._fields.setdefault(number, []).append(value)
 
     def integer(self, number: int, default: int = 0) -> int:
-        """A singular int64 field (or one of its narrower kin); absent: ``default``."""
+        """A singular int64 field (or a narrower integer type), or ``default`` if absent."""
         value = self._single(number)
         if value is None:
             return default
         if not isinstance(value, int):
-            raise MalformedError(f"has bytes where field {number} is a number")
+            raise MalformedError(f"has bytes where field {number} should be a number")
         return signed(value)
 
     def raw(self, number: int) -> bytes:
-        """The bytes of a singular embedded message; absent: none."""
+        """The bytes of a singular embedded message, empty if absent."""
         value = self._single(number)
         if isinstance(value, int):
-            raise MalformedError(f"has a number where field {number} is a message")
+            raise MalformedError(f"has a number where field {number} should be a message")
         return value or b""
 
     def message(self, number: int) -> Message:
-        """A singular embedded message; absent: an empty one."""
+        """A singular embedded message, empty if absent."""
         return Message(self.raw(number))
 
     def messages(self, number: int) -> list[Message]:
         """A repeated embedded message."""
         values = self._fields.get(number, [])
         if any(isinstance(value, int) for value in values):
-            raise MalformedError(f"has a number where field {number} is a message")
+            raise MalformedError(f"has a number where field {number} should be a message")
         return [Message(value) for value in values if isinstance(value, bytes)]
 
     def __contains__(self, number: int) -> bool:
@@ -103,7 +102,7 @@ class Message:
         values = self._fields.get(number)
         if values is None:
             return None
-        if len(values) > 1:  # legal protobuf, written by no checkpoint writer: two readers could differ on it
+        if len(values) > 1:  # legal, but checkpoint writers never do it, and readers could disagree on the value
             raise MalformedError(f"has field {number} {len(values)} times")
         return values[0]
 
@@ -128,7 +127,7 @@ def _value(data: bytes, at: int, wire: int) -> tuple[int | bytes, int]:
 
 
 def varint(value: int) -> bytes:
-    """``value`` (not negative) in groups of seven bits, lowest first; the top bit says that more follow."""
+    """``value`` (≥ 0) in groups of seven bits, lowest first; the top bit is set if more follow."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -137,7 +136,7 @@ def varint(value: int) -> bytes:
 
 
 def integer_field(number: int, value: int, keep_zero: bool = False) -> bytes:
-    """An int64 field (or one of its narrower kin), not negative; 0 is left out unless ``keep_zero``."""
+    """A non-negative int64 field (or a narrower integer type); 0 is omitted unless ``keep_zero``."""
     return _key(number, VARINT) + varint(value) if value or keep_zero else b""
 
 
@@ -152,7 +151,7 @@ def bytes_field(number: int, content: bytes) -> bytes:
 
 
 def bytes_prefix(number: int, nbytes: int) -> bytes:
-    """What stands in front of the ``nbytes`` bytes of a string, byte string or embedded message."""
+    """The key and length that precede the ``nbytes`` bytes of a string, byte string or embedded message."""
     return _key(number, BYTES) + varint(nbytes)
 
 

@@ -1,9 +1,8 @@
 """The safetensors container: 8 bytes of header length, a JSON header, then the tensors packed without gaps.
 
-Reading opens the header alone. The checks are those of the official library and three more
-(:func:`read_safetensors` names them), with messages that say which tensor and which byte.
-Writing reproduces the official library's files: compact JSON padded with spaces to a multiple of 8, tensors in the
-library's order.
+Only the header is read. The checks are those of the official library plus three more (see :func:`read_safetensors`),
+and messages name the tensor and the byte. Written files are identical to the library's: compact JSON padded with
+spaces to a multiple of 8, tensors in the library's order.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -23,19 +22,19 @@ from gptconvert.errors import FETCH_AGAIN, InputError, UnsupportedError
 from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import LazyTensor, Segment, Shape, Stored, TensorSet
 
-#: Largest header the format allows, in bytes.
+#: Maximum header length in bytes, set by the format.
 MAX_HEADER = 100_000_000
 _PREFIX = 8
 _U64 = 1 << 64
 
-#: Name in a header → numpy type, and the way back.
+#: Name in a header → numpy type, and the inverse.
 DTYPES: Mapping[str, np.dtype[np.generic]] = {
     row.safetensors: row.dtype for row in ELEMENT_TYPES if row.safetensors is not None
 }
 NAMES: Mapping[np.dtype[np.generic], str] = {dtype: name for name, dtype in DTYPES.items()}
-#: The order in which the library lays tensors out: its ``Dtype`` enum from the end, roughly by width.
+#: The order in which the library lays tensors out: its ``Dtype`` enum reversed, roughly by width.
 _LAYOUT = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 I8 U8 BOOL".split()
-#: Bits per element of the format's other types: recognised, so that a file is judged whole, and then refused.
+#: Bits per element of the format's other types. They are refused, but only after the whole file has been checked.
 UNSUPPORTED_BITS: Mapping[str, int] = {
     "F4": 4,
     "F6_E2M3": 6,
@@ -63,12 +62,12 @@ class _Entry:
 def read_safetensors(path: str | os.PathLike[str]) -> TensorSet:
     """The tensors of one safetensors file, in the order of their bytes; only its header is read.
 
-    Accepts what the official library accepts, except a header that does not begin with ``{`` (the format demands
-    it), a key that occurs twice in one object (the library takes the last), and a tensor described by a JSON list.
+    Stricter than the official library in three ways: the header must begin with ``{`` (as the format demands), a key
+    must not occur twice in an object (the library takes the last), and a tensor must not be described by a JSON list.
 
     Raises:
         InputError: the file is not a safetensors file, or is damaged.
-        UnsupportedError: it holds element types that are not read.
+        UnsupportedError: it contains unsupported element types.
         UnsafeInputError: ``path`` is not a regular file.
     """
     path = os.fspath(path)
@@ -87,17 +86,17 @@ def read_safetensors(path: str | os.PathLike[str]) -> TensorSet:
 def header_bytes(
     tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[str]]:
-    """What comes before the data in a file of ``tensors``, and the order in which the data must follow.
+    """The bytes that precede the data in a file of ``tensors``, and the order in which the data must follow.
 
     Args:
         tensors: name → tensor, in any order; stored little-endian.
-        metadata: at most one key, because the library itself writes several in random order.
+        metadata: at most one key, because the library writes several keys in random order.
 
     Returns:
         the file's first bytes (length and header), and the names in the order of their data.
 
     Raises:
-        UnsupportedError: an element type that the format does not have.
+        UnsupportedError: an element type that the format lacks.
     """
     kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
     ordered = sorted(tensors, key=lambda name: (_LAYOUT.index(kinds[name]), name))
@@ -113,7 +112,7 @@ def header_bytes(
 
 
 def _kind(name: str, tensor: LazyTensor) -> str:
-    """The format's name of a tensor's dtype, whatever its byte order."""
+    """The format's name for a tensor's dtype in either byte order."""
     dtype = tensor.dtype.newbyteorder("=")
     if dtype not in NAMES:
         expected = ", ".join(str(known) for known in NAMES)
@@ -140,7 +139,7 @@ def _read_header(path: str, size: int) -> tuple[dict[str, object], int]:
 
 
 def _not_safetensors(path: str, size: int, prefix: bytes, length: int, data: bytes) -> InputError:
-    """Why the first bytes cannot begin a safetensors file."""
+    """The error for a file whose first bytes cannot begin a safetensors file."""
     explained = explain_file(path)
     if explained is not None:
         return InputError(f"this file {explained}", path=path, expected="a safetensors file")
@@ -162,7 +161,7 @@ def _not_safetensors(path: str, size: int, prefix: bytes, length: int, data: byt
 
 
 def _entries(header: Mapping[str, object], path: str) -> list[_Entry]:
-    """The header's tensors, sorted by their bytes."""
+    """The header's tensors, sorted by offset."""
     metadata = header.get("__metadata__")
     if metadata is not None and not isinstance(metadata, dict):
         raise InputError("wrong value", path=path, item="__metadata__", expected="an object", found=kind(metadata))
@@ -199,7 +198,7 @@ def _whole_numbers(value: object) -> bool:
 
 
 def _check_layout(entries: Sequence[_Entry], available: int, data_start: int, path: str) -> None:
-    """Every tensor's bytes fit its shape, and all tensors together cover the data, each byte once."""
+    """Check that every tensor's size matches its shape, and that the tensors cover the data, each byte once."""
     position, before = 0, None
     for entry in entries:
         _check_size(entry, path)
@@ -229,7 +228,7 @@ def _check_layout(entries: Sequence[_Entry], available: int, data_start: int, pa
 def _check_size(entry: _Entry, path: str) -> None:
     bits = DTYPES[entry.dtype].itemsize * 8 if entry.dtype in DTYPES else UNSUPPORTED_BITS[entry.dtype]
     count = 1
-    for factor in (*entry.shape, bits):  # in order: a zero behind an overflow does not heal it
+    for factor in (*entry.shape, bits):  # in order: a zero does not undo an earlier overflow
         count *= factor
         if count >= _U64:
             found = f"{entry.dtype} {list(entry.shape)}"[:80]
@@ -253,5 +252,5 @@ def _check_supported(entries: Sequence[_Entry], path: str) -> None:
             f"element types not supported: {listed}{more}",
             path=path,
             expected=f"one of {' '.join(DTYPES)}",
-            hint="save the checkpoint in float32, float16 or bfloat16 first",
+            hint="first save the checkpoint in float32, float16 or bfloat16",
         )

@@ -1,4 +1,4 @@
-"""Snappy's raw block format (google/snappy ``format_description.txt``), decompressed: LevelDB tables may use it."""
+"""Decompression of Snappy's raw block format (google/snappy ``format_description.txt``), used by LevelDB tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from gptconvert.containers.protobuf import MalformedError, read_varint
 
 
 def decompress(data: bytes) -> bytes:
-    """The content of one block.
+    """The decompressed content of one block.
 
-    A run of elements: literals, and copies of 1 to 64 bytes from earlier output, so the output is at most about 30
-    times the input. The length in front is compared, never allocated.
+    A block is a sequence of literals and copies of 1 to 64 bytes of earlier output, so the output is at most about
+    30 times the input. The declared length is only compared with the result; memory is never allocated from it.
 
     Raises:
-        MalformedError: cut off, a copy from before the start, or not as long as announced.
+        MalformedError: truncated, a copy from before the start, or a length other than the declared one.
     """
     length, at = read_varint(data, 0, 32)
     output = bytearray()
@@ -29,15 +29,15 @@ def decompress(data: bytes) -> bytes:
             if not 0 < back <= len(output):
                 raise MalformedError("has a compressed block that copies from before its start")
             start = len(output) - back
-            piece = output[start : start + count]  # shorter than count where the copy overlaps what it writes
+            piece = output[start : start + count]  # shorter than count if the copy overlaps its own output
             output += (piece * (count // len(piece) + 1))[:count]
     if len(output) != length:
-        raise MalformedError(f"has a compressed block that promises {length} bytes and holds another number")
+        raise MalformedError(f"has a compressed block of {len(output)} bytes that declares {length} bytes")
     return bytes(output)
 
 
 def _literal_length(data: bytes, at: int, code: int) -> tuple[int, int]:
-    """Length of a literal: in the tag itself, or in the 1 to 4 bytes after it."""
+    """Length of a literal, stored in the tag or the 1 to 4 bytes after it, and the position after it."""
     if code < 60:
         return code + 1, at
     more = code - 59

@@ -1,8 +1,8 @@
 """TensorFlow checkpoints of version 2 ("tensor bundles"), without TensorFlow.
 
-``PREFIX.index`` says what there is (:mod:`gptconvert.containers.tf_index`); ``PREFIX.data-00000-of-00001`` … hold the
-tensors' bytes, row-major, back to back. Opening reads the index and the data files' sizes; a tensor's bytes are read
-when it is used.
+``PREFIX.index`` describes the tensors (:mod:`gptconvert.containers.tf_index`); ``PREFIX.data-00000-of-00001`` … store
+their bytes, row-major, back to back. Opening reads the index and the data files' sizes; a tensor's bytes are read on
+use.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gptconvert.model.transforms import concatenate
 
 
 def read_bundle(prefix: str) -> TensorSet:
-    """Every numeric tensor of the checkpoint ``prefix``, lazily. What else it holds is said in the notes.
+    """Every numeric tensor of the checkpoint ``prefix``, lazily. The notes list the tensors that are skipped.
 
     Raises:
         InputError: the index is missing or corrupt, data files are missing or truncated.
@@ -49,7 +49,7 @@ def read_bundle(prefix: str) -> TensorSet:
 def string_scalar(content: bytes) -> tuple[bytes, int]:
     """A scalar string tensor as a data file stores it, and its CRC-32C.
 
-    Stored: length as varint, masked checksum of the length, content. The checksums take the length as four bytes.
+    Layout: length as varint, masked checksum of the length, content. Both checksums cover the length as four bytes.
     Source: tensorflow/core/util/tensor_bundle/tensor_bundle.cc, ``WriteStringTensor``.
     """
     length = struct.pack("<I", len(content))
@@ -75,7 +75,7 @@ def bundle_tensors(index: Index) -> TensorSet:
 
 
 class _Tensors:
-    """Turns entries into lazy tensors; ``checksums`` and ``claimed`` collect what is known of pieces."""
+    """Turns entries into lazy tensors; ``checksums`` and ``claimed`` collect checksums and keys of the pieces."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
@@ -102,7 +102,7 @@ class _Tensors:
 
     def _dtype(self, name: str, entry: Entry) -> np.dtype[np.generic]:
         dtype, swapped = DTYPES.get(entry.data_type), self.index.big_endian
-        if dtype is None or (swapped and dtype.kind == "V"):  # ml_dtypes has the machine's byte order only
+        if dtype is None or (swapped and dtype.kind == "V"):  # ml_dtypes supports native byte order only
             raise UnsupportedError(
                 f"{'big-endian ' if swapped else ''}values of data type {entry.data_type} are not supported",
                 path=self.index.path,
@@ -111,7 +111,7 @@ class _Tensors:
         return dtype.newbyteorder(">") if swapped else dtype
 
     def _joined(self, name: str, entry: Entry) -> LazyTensor:
-        """The pieces of a partitioned variable, one after the other along the axis it was split on."""
+        """The pieces of a partitioned variable, concatenated along the axis it was split on."""
         pieces = [(extents, self._ranges(name, extents, entry.shape)) for extents in entry.slices]
         axis = self._split_axis(name, entry.shape, [ranges for _, ranges in pieces])
         parts, position = [], 0
@@ -126,36 +126,36 @@ class _Tensors:
         return concatenate(parts, axis)
 
     def _ranges(self, name: str, extents: Extents, shape: Shape) -> Extents:
-        """(start, length) per axis, every length a number."""
+        """(start, length) per axis, with :data:`WHOLE` replaced by the axis's length."""
         if len(extents) != len(shape):
             raise self._wrong(name, f"a piece of rank {len(extents)} in a variable of shape {list(shape)}")
         sized = zip(extents, shape, strict=True)
         ranges = tuple((start, size if length == WHOLE else length) for (start, length), size in sized)
         if any(start < 0 or length < 1 for start, length in ranges):
-            raise self._wrong(name, f"a piece {_words(ranges)} in a variable of shape {list(shape)}")
+            raise self._wrong(name, f"a piece {_as_text(ranges)} in a variable of shape {list(shape)}")
         return ranges
 
     def _split_axis(self, name: str, shape: Shape, pieces: list[Extents]) -> int:
-        """The only axis along which the pieces differ from the whole."""
+        """The one axis along which the pieces differ from the whole; 0 if none does."""
         axes = {axis for ranges in pieces for axis, extent in enumerate(ranges) if extent != (0, shape[axis])}
         if len(axes) > 1:
             raise UnsupportedError(
                 f"a variable partitioned along several axes ({', '.join(map(str, sorted(axes)))}) is not supported",
                 path=self.index.path,
                 item=name,
-                hint="save it again from a graph without that partitioner",
+                hint="save it again from a graph without the partitioner",
             )
         if not shape:
-            raise self._wrong(name, "a scalar in pieces")
+            raise self._wrong(name, "a scalar stored in pieces")
         return min(axes, default=0)
 
     def _piece(self, name: str, whole: Entry, extents: Extents, ranges: Extents) -> Stored:
-        key, title = piece_key(name, extents), f"{name} {_words(ranges)}"
+        key, title = piece_key(name, extents), f"{name} {_as_text(ranges)}"
         piece = self.index.pieces.get(key)
         if piece is None:
             raise self._wrong(title, "this piece is missing")
         if piece.shape != tuple(length for _, length in ranges) or piece.data_type != whole.data_type or piece.slices:
-            raise self._wrong(title, "this piece has another shape or type than the variable says")
+            raise self._wrong(title, "this piece's shape or type does not match the variable's")
         self.claimed.add(key)
         stored = self._stored(title, piece)
         self.checksums += [FileChecksum(part, "crc32c", piece.crc32c, title) for part in stored.parts]
@@ -165,13 +165,13 @@ class _Tensors:
         return InputError(f"the index contradicts itself: {what}", path=self.index.path, item=name)
 
 
-def _words(ranges: Iterable[Extent]) -> str:
-    """``[0:49, 0:24]``."""
+def _as_text(ranges: Iterable[Extent]) -> str:
+    """The ranges as ``[0:49, 0:24]``."""
     return "[" + ", ".join(f"{start}:{start + length}" for start, length in ranges) + "]"
 
 
 def _check_data_files(index: Index) -> list[str]:
-    """The data files that hold something: all there, regular files, long enough. All missing ones are named."""
+    """The data files in use, checked to be present, regular and long enough. The error names all missing ones."""
     ends: dict[int, tuple[int, str]] = {}
     for name, entry in _owners(index):
         ends[entry.shard] = max(ends.get(entry.shard, (0, "")), (entry.offset + entry.nbytes, name))
@@ -184,7 +184,7 @@ def _check_data_files(index: Index) -> list[str]:
         if size < end:
             explained = explain_file(path, allow={"zeros"})
             raise InputError(
-                f"this file {explained}" if explained else f"file is truncated: {name} ends beyond it",
+                f"this file {explained}" if explained else f"file is truncated: {name} extends past its end",
                 path=path,
                 expected=f"{end} bytes",
                 found=f"{size} bytes",
@@ -193,11 +193,11 @@ def _check_data_files(index: Index) -> list[str]:
     return list(paths.values())
 
 
-def _missing(index: Index, missing: list[str], wanted: int) -> InputError:
+def _missing(index: Index, missing: list[str], total: int) -> InputError:
     beside = sorted(os.path.basename(path) for path in glob.glob(glob.escape(index.prefix) + ".data-*"))
     names = ", ".join(os.path.basename(path) for path in missing[:20])
     return InputError(
-        f"{len(missing)} of {wanted} data files are missing: {names}{' …' if len(missing) > 20 else ''}",
+        f"{len(missing)} of {total} data files are missing: {names}{' …' if len(missing) > 20 else ''}",
         path=index.prefix,
         found=", ".join(beside[:20]) or "no data file of this checkpoint",
         hint="copy all files of the checkpoint into one directory",
@@ -205,6 +205,6 @@ def _missing(index: Index, missing: list[str], wanted: int) -> InputError:
 
 
 def _owners(index: Index) -> Iterable[tuple[str, Entry]]:
-    """Entries that own bytes, with a name for messages."""
+    """Entries that own bytes, with their names in error messages."""
     yield from ((name, entry) for name, entry in index.tensors.items() if not entry.slices)
     yield from ((repr(key)[2:-1], entry) for key, entry in index.pieces.items())

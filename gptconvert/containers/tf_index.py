@@ -1,9 +1,9 @@
-"""The index of a TensorFlow checkpoint of version 2, ``PREFIX.index``, which names what the data files hold.
+"""The index of a version 2 TensorFlow checkpoint, ``PREFIX.index``, which describes the tensors in the data files.
 
-A sorted table: the empty key has the header, every other key is a tensor's name and has its entry (type, shape,
-shard, offset, size, checksum). A partitioned variable has an entry without bytes under its name, and one for each
-piece under a key that begins with a zero byte. :func:`index_bytes` writes what TensorFlow's own Saver does, byte for
-byte.
+It is a sorted table: the empty key maps to the header, and every other key is a tensor's name that maps to its entry
+(type, shape, shard, offset, size, checksum). A partitioned variable has an entry without bytes under its name, and
+one for each piece under a key that begins with a zero byte. :func:`index_bytes` reproduces the output of TensorFlow's
+Saver byte for byte.
 
 Sources: tensorflow/core/protobuf/tensor_bundle.proto, tensorflow/core/util/tensor_bundle, and for the keys of
 pieces tensorflow/core/lib/strings/ordered_code.
@@ -32,24 +32,24 @@ from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import Shape
 
-#: tensorflow.DataType → numpy type, and the way back.
+#: tensorflow.DataType → numpy type, and the inverse.
 DTYPES: Mapping[int, np.dtype[np.generic]] = {
     row.tensorflow: row.dtype for row in ELEMENT_TYPES if row.tensorflow is not None
 }
 DATA_TYPES: Mapping[np.dtype[np.generic], int] = {dtype: number for number, dtype in DTYPES.items()}
 DT_STRING = 7
-#: tensorflow.DataType of what is not an array of numbers, in words.
+#: tensorflow.DataType → description, for types that are not arrays of numbers.
 NOT_NUMERIC: Mapping[int, str] = {DT_STRING: "strings", 20: "a resource handle", 21: "a variant"}
 
-#: An index of 580 tensors has 20 KB; one of a million would have 40 MB.
+#: An index of 580 tensors takes 20 KB; one of a million would take 40 MB.
 MAX_INDEX_BYTES = 64 << 20
 #: numpy's own limits.
 MAX_RANK, MAX_ELEMENTS = 64, 1 << 58
 #: Bundle format version that is read and written (``kTensorBundleVersion``).
 VERSION = 1
-#: Length of an extent that takes the whole axis.
+#: Length of an extent that covers the whole axis.
 WHOLE = -1
-#: What to do about an index or a data file that is damaged or cut off.
+#: Hint for an index or data file that is damaged or truncated.
 COPY_AGAIN = "copy or download the checkpoint again"
 
 Extent = tuple[int, int]
@@ -62,12 +62,12 @@ class Entry:
 
     Attributes:
         data_type: tensorflow.DataType.
-        shape: of the tensor, or of the whole variable where ``slices`` says that it is stored in pieces.
+        shape: of the tensor, or of the whole variable if it is stored in pieces.
         offset: of the first byte in the data file.
         nbytes: stored bytes.
         crc32c: of these bytes, unmasked.
         shard: number of the data file.
-        slices: (start, length) per axis of every piece, as written: a length may be :data:`WHOLE`. Empty for a
+        slices: (start, length) per axis of every piece, as stored: a length may be :data:`WHOLE`. Empty for a
             tensor stored whole.
     """
 
@@ -82,7 +82,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """An index, read and checked; the data files have not been looked at.
+    """A parsed and checked index. The data files are not checked yet.
 
     Attributes:
         prefix: path without ``.index``.
@@ -99,20 +99,20 @@ class Index:
     pieces: Mapping[bytes, Entry]
 
     def shard_path(self, number: int) -> str:
-        """The data file of that number."""
+        """Path of the data file ``number``."""
         return f"{self.prefix}.data-{number:05d}-of-{self.shards:05d}"
 
     @property
     def path(self) -> str:
-        """The index file."""
+        """Path of the index file."""
         return self.prefix + ".index"
 
 
 def read_index(prefix: str) -> Index:
-    """The index of the checkpoint ``prefix``, every block's checksum compared.
+    """The index of the checkpoint ``prefix``. The checksum of every block is verified.
 
     Raises:
-        InputError: missing, truncated, damaged, or something else altogether.
+        InputError: missing, truncated, damaged, or not an index.
         UnsupportedError: a later bundle version.
         UnsafeInputError: not a regular file.
     """
@@ -146,12 +146,12 @@ def _header(value: bytes, path: str) -> tuple[int, bool]:
     required = header.message(3).integer(2)
     if required > VERSION:
         raise UnsupportedError(
-            f"the checkpoint asks for a reader of bundle version {required}", path=path, expected=VERSION
+            f"the checkpoint requires a reader of bundle version {required}", path=path, expected=VERSION
         )
     if not 0 < shards < 100_000:
-        raise MalformedError(f"says that there are {shards} data files")
+        raise MalformedError(f"declares {shards} data files")
     if endianness not in (0, 1):
-        raise MalformedError(f"says byte order {endianness}")
+        raise MalformedError(f"declares byte order {endianness}")
     return shards, endianness == 1
 
 
@@ -173,20 +173,20 @@ def _entry(key: bytes, value: bytes, shards: int) -> Entry:
     except MalformedError as error:
         raise MalformedError(f"has a damaged entry for {name}, which {error}") from error
     if not 0 <= entry.shard < shards:
-        raise MalformedError(f"puts {name} into data file {entry.shard} of {shards}")
+        raise MalformedError(f"places {name} in data file {entry.shard} of {shards}")
     if entry.offset < 0 or entry.nbytes < 0:
-        raise MalformedError(f"puts {name} at offset {entry.offset} with {entry.nbytes} bytes")
+        raise MalformedError(f"places {name} at offset {entry.offset} with {entry.nbytes} bytes")
     return entry
 
 
-@lru_cache(maxsize=1024)  # a GPT's tensors have some ten shapes
+@lru_cache(maxsize=1024)  # a GPT's tensors have about ten different shapes
 def _shape(raw: bytes) -> Shape:
     """A TensorShapeProto's sizes."""
     message = Message(raw)
     shape = tuple(size.integer(1) for size in message.messages(2))
     definite = not message.integer(3) and all(size >= 0 for size in shape)
     if not definite or len(shape) > MAX_RANK or math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
-        raise MalformedError(f"has no shape that a tensor can have: {str(list(shape))[:80]}")
+        raise MalformedError(f"has an impossible shape: {str(list(shape))[:80]}")
     return shape
 
 
@@ -196,14 +196,14 @@ def _extents(message: Message) -> Extents:
 
 
 def index_bytes(tensors: Mapping[str, Entry], shards: int = 1, pieces: Mapping[bytes, Entry] | None = None) -> bytes:
-    """A whole ``.index`` file, the bytes described as little-endian.
+    """A complete ``.index`` file for little-endian data.
 
     Args:
         tensors: tensor name → entry.
         shards: number of data files.
         pieces: :func:`piece_key` of a piece of a partitioned variable → entry.
     """
-    version = integer_field(1, VERSION)  # the producer's; the least version of a reader is 0
+    version = integer_field(1, VERSION)  # the producer's; the minimum reader version stays 0
     rows = {b"": integer_field(1, shards) + bytes_field(3, version)}
     rows |= {name.encode(): _entry_bytes(entry) for name, entry in tensors.items()}
     rows |= {key: _entry_bytes(entry) for key, entry in (pieces or {}).items()}
@@ -219,7 +219,7 @@ def _entry_bytes(entry: Entry) -> bytes:
         integer_field(3, entry.shard),
         integer_field(4, entry.offset),
         integer_field(5, entry.nbytes),
-        # A variable in pieces has no bytes of its own, and so no checksum.
+        # A partitioned variable has no bytes of its own, and so no checksum.
         b"" if entry.slices else fixed32_field(6, mask(entry.crc32c)),
         *(bytes_field(7, _extents_bytes(extents)) for extents in entry.slices),
     )
@@ -232,21 +232,21 @@ def _extents_bytes(extents: Extents) -> bytes:
 
 
 def _extent_bytes(start: int, length: int) -> bytes:
-    """One axis's extent, where the length, unlike other numbers, is written even if it is 0."""
+    """One axis's extent. Unlike other numbers, a length of 0 is written."""
     return integer_field(1, start) + (b"" if length == WHOLE else integer_field(2, length, keep_zero=True))
 
 
 def piece_key(name: str, extents: Extents) -> bytes:
-    """The table key of one piece of a partitioned variable, in TensorFlow's order-preserving code."""
+    """The table key of one piece of a partitioned variable, in TensorFlow's order-preserving encoding."""
     text = name.encode("utf-8").replace(b"\xff", b"\xff\x00").replace(b"\x00", b"\x00\xff")
     key = b"\x00" + text + b"\x00\x01" + bytes([1, len(extents)])
     return key + b"".join(_ordered(number) for extent in extents for number in extent)
 
 
 def _ordered(value: int) -> bytes:
-    """A signed number whose encodings sort bytewise as the numbers do.
+    """A signed integer, encoded so that encodings sort bytewise in the order of the integers.
 
-    n bytes carry n leading one bits, a zero bit and 7n - 1 bits of value; of a negative number all are inverted.
+    n bytes hold n one bits, a zero bit and 7n - 1 bits of value; all bits are inverted for a negative integer.
     """
     magnitude = ~value if value < 0 else value
     width = magnitude.bit_length() // 7 + 1

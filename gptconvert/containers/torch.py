@@ -1,7 +1,7 @@
 """PyTorch checkpoints (``torch.save``), read lazily and without PyTorch: no code runs, no storage is loaded.
 
 A file is a zip archive: ``data.pkl`` describes the object, and member ``data/KEY`` holds the bytes of storage KEY.
-Before PyTorch 1.6 it was a run of pickles with the storages behind them; that layout is read just as lazily.
+Before PyTorch 1.6, a file was a sequence of pickles followed by the storages; that layout is read just as lazily.
 Formats: ``torch/serialization.py`` (``_save``, ``_legacy_save``) in PyTorch's sources.
 """
 
@@ -25,20 +25,20 @@ from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, 
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-#: Usual endings of such files' names.
+#: Usual file name extensions.
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-#: Keys under which training scripts put the model's state dict beside their own state.
+#: Keys under which training scripts save the model's state dict beside their own state.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What one ``torch.save`` wrote.
+    """The contents of one file written by ``torch.save``.
 
     Attributes:
         path: the file.
         tree: dictionaries, lists, tuples, numbers, strings, None, :class:`Opaque`, and lazy tensors as leaves.
-        checksums: recorded for the storages of all tensors.
+        checksums: recorded checksums of the storages of all tensors.
         notes: what the user should know.
     """
 
@@ -49,27 +49,27 @@ class TorchFile:
 
 
 def read_torch(path: str | os.PathLike[str]) -> TensorSet:
-    """The state dict in a PyTorch file, its wrapping (``{"state_dict": …}``) taken off and announced.
+    """The state dict in a PyTorch file. A wrapper (``{"state_dict": …}``) is removed, and noted.
 
     Raises:
-        InputError: the file is damaged, not PyTorch's, or holds no tensors by name.
-        UnsafeInputError: it names anything but tensors and plain data, or is not a plain archive.
-        UnsupportedError: element types numpy cannot express.
+        InputError: the file is damaged, not PyTorch's, or contains no named tensors.
+        UnsafeInputError: it refers to anything but tensors and plain data, or its archive is not plain.
+        UnsupportedError: an element type that numpy lacks.
     """
     path = os.fspath(path)
     file = read_torch_pickle(path)
     state, notes = _unwrap(file.tree, os.path.basename(path))
     found = tensors_of(file, state, path)
     if all(name.startswith("module.") for name in found):
-        notes.append(f"{os.path.basename(path)}: the prefix 'module.' (DataParallel) is left off the tensor names")
+        notes.append(f"{os.path.basename(path)}: removed the prefix 'module.' (DataParallel) from the tensor names")
     return replace(found, notes=(*file.notes, *notes, *found.notes[len(file.notes) :]))
 
 
 def tensors_of(file: TorchFile, state: Mapping[object, object], path: str) -> TensorSet:
-    """The tensors of one state dict in a file, which may hold much else: an optimizer's state is never read.
+    """The tensors of one state dict in a file. The rest of the file, such as optimizer state, is never read.
 
     Raises:
-        InputError: there are none.
+        InputError: the state dict contains no tensors.
     """
     tensors: dict[str, LazyTensor] = {}
     others: list[str] = []
@@ -80,16 +80,16 @@ def tensors_of(file: TorchFile, state: Mapping[object, object], path: str) -> Te
             others.append(f"{name} ({_kind(value)})")
     if not tensors:
         found = f"{_kind(file.tree)} of {', '.join(others[:5]) or 'nothing'}"
-        raise InputError("file holds no tensors by name", path=path, expected="a state dict", found=found)
+        raise InputError("file contains no named tensors", path=path, expected="a state dict", found=found)
     notes = list(file.notes)
     if others:
         listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        notes.append(f"{os.path.basename(path)}: entries that are no tensors are left out: {listed}")
-    return TensorSet(tensors, (path,), tuple(notes), _under(tensors.values(), file.checksums))
+        notes.append(f"{os.path.basename(path)}: entries that are not tensors are left out: {listed}")
+    return TensorSet(tensors, (path,), tuple(notes), _checksums_of(tensors.values(), file.checksums))
 
 
-def _under(tensors: Iterable[LazyTensor], checksums: Iterable[FileChecksum]) -> tuple[FileChecksum, ...]:
-    """The checksums of the storages that hold these tensors; all, if a tensor does not say where it is stored."""
+def _checksums_of(tensors: Iterable[LazyTensor], checksums: Iterable[FileChecksum]) -> tuple[FileChecksum, ...]:
+    """The checksums of the storages that hold these tensors; all of them if a tensor's location is unknown."""
     ordered = sorted(checksums, key=lambda checksum: checksum.segment.offset)
     starts, used = [checksum.segment.offset for checksum in ordered], set[int]()
     for tensor in tensors:
@@ -118,12 +118,12 @@ def read_torch_pickle(path: str | os.PathLike[str]) -> TorchFile:
         raise InputError(f"cannot be read ({error.strerror})", path=path) from error
     if head == b"PK":
         return _read_zip(path)
-    explained = explain_file(path, allow={"pickle", "zip"}) or "begins like none of PyTorch's"
+    explained = explain_file(path, allow={"pickle", "zip"}) or "does not begin like a PyTorch file"
     raise InputError(f"this file {explained}", path=path, expected="a file written by torch.save")
 
 
 def read_if_torch(path: str) -> TorchFile | None:
-    """The same for a file that may be something else; None where its name or its content says so."""
+    """:func:`read_torch_pickle`, but None if the file's extension or content is not PyTorch's."""
     if not path.endswith(SUFFIXES):
         return None
     try:
@@ -135,7 +135,7 @@ def read_if_torch(path: str) -> TorchFile | None:
 def _read_zip(path: str) -> TorchFile:
     try:
         members = read_members(path)
-    except UnsafeInputError as error:  # TorchScript programs, for one, compress the code they carry
+    except UnsafeInputError as error:  # TorchScript, for example, compresses its code
         error.hint = f"save the weights alone, {RESAVE}"
         raise
     root = _root(members, path)
@@ -147,7 +147,7 @@ def _read_zip(path: str) -> TorchFile:
             raise InputError(f"storage {key} is missing from the archive", path=path)
         if member.data.nbytes < nbytes:
             expected, found = f"{nbytes} bytes", f"{member.data.nbytes} bytes"
-            raise InputError(f"storage {key} is cut off", path=path, expected=expected, found=found)
+            raise InputError(f"storage {key} is truncated", path=path, expected=expected, found=found)
         used[key] = member
         return Segment(path, member.data.offset, nbytes)
 
@@ -158,7 +158,7 @@ def _read_zip(path: str) -> TorchFile:
 
 
 def _root(members: Mapping[str, Member], path: str) -> str:
-    """The directory inside the archive that holds everything, with its slash."""
+    """The archive's top-level directory, with its slash."""
     roots = [name.removesuffix("data.pkl") for name in members if name.split("/")[1:] == ["data.pkl"]]
     if len(roots) != 1:
         raise InputError(
@@ -170,7 +170,7 @@ def _root(members: Mapping[str, Member], path: str) -> str:
 
 
 def _read_member(member: Member) -> bytes:
-    """A small member's bytes, checked."""
+    """A small member's bytes, verified against its checksum."""
     if member.data.nbytes > MAX_BYTES:
         expected, found = f"at most {MAX_BYTES} bytes", f"{member.data.nbytes} bytes"
         raise UnsafeInputError(f"{member.name} is too long", path=member.data.path, expected=expected, found=found)
@@ -214,36 +214,36 @@ def _read_legacy(file: BinaryIO, path: str) -> TorchFile:
     places = _legacy_storages(file, keys, sizes, path)
     file.seek(start)
     tree = load_pickle(file, torch_rules(path, lambda key, _elements, _item: places[key]), path)
-    note = f"{os.path.basename(path)}: written in the format before PyTorch 1.6, which records no checksums"
+    note = f"{os.path.basename(path)}: PyTorch's format before version 1.6 records no checksums"
     return TorchFile(path, tree, notes=(note,))
 
 
 def _legacy_storages(
     file: BinaryIO, keys: object, sizes: Mapping[str, tuple[int, int]], path: str
 ) -> dict[str, Segment]:
-    """Where each storage lies; ``keys`` is their order in the file."""
+    """The byte range of each storage; ``keys`` gives their order in the file."""
     if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys) or sorted(keys) != sorted(sizes):
         raise InputError("the list of storages does not match the tensors", path=path)
     position, size, places = file.tell(), os.fstat(file.fileno()).st_size, {}
-    need = position + sum(8 + elements * item for elements, item in sizes.values())
-    if need > size:
+    end = position + sum(8 + elements * item for elements, item in sizes.values())
+    if end > size:
         raise InputError(
-            "file is truncated", path=path, expected=f"{need} bytes", found=f"{size} bytes", hint=FETCH_AGAIN
+            "file is truncated", path=path, expected=f"{end} bytes", found=f"{size} bytes", hint=FETCH_AGAIN
         )
     for key in keys:
         file.seek(position)
-        (found,) = struct.unpack("<q", file.read(8))
+        (stored,) = struct.unpack("<q", file.read(8))
         elements, item = sizes[key]
-        if found != elements:
-            expected = f"{elements} elements"
-            raise InputError(f"storage {key} is damaged", path=path, expected=expected, found=f"{found} elements")
+        if stored != elements:
+            expected, found = f"{elements} elements", f"{stored} elements"
+            raise InputError(f"storage {key} is damaged", path=path, expected=expected, found=found)
         places[key] = Segment(path, position + 8, elements * item)
         position = places[key].end
     return places
 
 
 def _unwrap(tree: object, name: str) -> tuple[Mapping[object, object], list[str]]:
-    """The state dict inside ``tree``, and what was taken off."""
+    """The state dict inside ``tree``, and notes on the wrappers removed."""
     notes: list[str] = []
     for _ in range(len(WRAPPERS)):
         if not isinstance(tree, dict):
@@ -252,7 +252,7 @@ def _unwrap(tree: object, name: str) -> tuple[Mapping[object, object], list[str]
         if inner is None:
             break
         left = ", ".join(str(key) for key in list(tree)[:9] if key != inner)
-        notes.append(f"{name}: the weights lie under '{inner}'" + (f"; left out: {left}" if left else ""))
+        notes.append(f"{name}: the weights are stored under '{inner}'" + (f"; left out: {left}" if left else ""))
         tree = tree[inner]
     return tree if isinstance(tree, dict) else {}, notes
 

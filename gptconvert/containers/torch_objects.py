@@ -1,6 +1,6 @@
-"""What a ``torch.save`` pickle may name, and the lazy tensors that stand in for PyTorch's.
+"""The globals that a ``torch.save`` pickle may use, and the lazy tensors that replace PyTorch's.
 
-A storage is a run of bytes in the file; a tensor is a storage, an offset, a shape and strides, in elements.
+A storage is a byte range of the file; a tensor is a storage, an offset, a shape and strides, in elements.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from gptconvert.model.tensors import (
     map_segment,
 )
 
-#: PyTorch's name of a dtype → numpy dtype.
+#: PyTorch's name for a dtype → numpy dtype.
 DTYPES: Mapping[str, np.dtype[np.generic]] = {row.torch: row.dtype for row in ELEMENT_TYPES if row.torch is not None}
-#: Storage class → PyTorch's name of a dtype. Classes of other types are refused when a tensor uses them.
+#: Storage class → PyTorch's name for a dtype. Classes of other types are refused when a tensor uses them.
 STORAGES: Mapping[str, str] = {
     row.storage: row.torch for row in ELEMENT_TYPES if row.storage is not None and row.torch is not None
 }
-#: Types that a file may name, and that no tensor here can have.
+#: Types that a file may mention but whose tensors are refused.
 _STRANGE_STORAGES = ("ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage")
 _STRANGE_DTYPES = (
     "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu "
     "float4_e2m1fn_x2 qint8 quint8 qint32"
 ).split()
-#: Enumerations among Megatron-LM's arguments: which kind of model a run was for.
+#: Enumerations in Megatron-LM's arguments that describe the kind of model.
 _MEGATRON_CONSTANTS = tuple(
     Global(module, name)
     for module in ("megatron.enums", "megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums")
@@ -51,7 +51,7 @@ _UNTYPED = (Global("torch.storage", "UntypedStorage"), Global("torch", "UntypedS
 _MAX_RANK = 64
 _MAX_ELEMENTS = 1 << 63
 
-#: What DeepSpeed, and GPT-NeoX on top of it, save beside the weights: sets of names, buffers, arguments.
+#: Saved beside the weights by DeepSpeed and GPT-NeoX: sets of names, buffers, arguments.
 _DEEPSPEED_STATE = (
     Global("__builtin__", "set"),
     Global("builtins", "set"),
@@ -59,14 +59,14 @@ _DEEPSPEED_STATE = (
     Global("megatron.neox_arguments.arguments", "NeoXArgs"),
 )
 
-#: (storage key, its elements, bytes per element) → where they lie.
+#: (storage key, number of elements, bytes per element) → byte range.
 Locate = Callable[[str, int, int], Segment]
 ByteOrder = Literal["<", ">"]
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of elements in the file; ``dtype`` is None for an untyped one, whose elements are bytes."""
+    """Contiguous elements in the file; ``dtype`` is None for an untyped storage, whose elements are bytes."""
 
     key: str
     data: Segment
@@ -74,11 +74,11 @@ class Storage:
 
 
 def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules:
-    """What may be named in the pickles of the file ``path``.
+    """The globals allowed in the pickles of the file ``path``.
 
     Args:
-        path: the file, for messages.
-        locate: finds a storage's bytes.
+        path: the file, used in error messages.
+        locate: returns a storage's byte range.
         byte_order: of the storages' elements, as numpy writes it: ``<`` or ``>``.
     """
     calls: dict[Global, Callable[[tuple[object, ...]], object]] = {
@@ -93,7 +93,7 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         Global("numpy", "dtype"): lambda _: Opaque("numpy dtype"),
         Global("numpy.core.multiarray", "scalar"): lambda _: Opaque("numpy scalar"),
         Global("numpy._core.multiarray", "scalar"): lambda _: Opaque("numpy scalar"),
-        # What training scripts save beside the weights: their arguments, and states of random generators.
+        # Saved beside the weights by training scripts: their arguments, and the states of random number generators.
         Global("argparse", "Namespace"): lambda _: Attributes(),
         Global("numpy.core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         Global("numpy._core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
@@ -110,13 +110,13 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
 def _storage(path: str, locate: Locate, identity: object) -> Storage:
     """A persistent id ``("storage", class, key, device, elements[, view])`` → the storage."""
     if not isinstance(identity, tuple) or not identity:
-        raise RefusedError("a persistent id that is no tuple")
+        raise RefusedError("a persistent id that is not a tuple")
     if identity[0] == "module":
         raise UnsafeInputError(
             "file holds a whole pickled model object", path=path, hint=f"save the weights, {RESAVE}"
         )
     if identity[0] != "storage" or len(identity) not in (5, 6):
-        raise RefusedError("a persistent id that is no storage")
+        raise RefusedError("a persistent id that is not a storage")
     kind, key, elements = identity[1], identity[2], identity[4]
     if not isinstance(kind, Global) or not isinstance(key, str):
         raise RefusedError("a storage without a type or a key")
@@ -165,7 +165,7 @@ def _rebuild(byte_order: ByteOrder, dtype_at: int | None, arguments: tuple[objec
 def _view(
     storage: Storage, dtype: np.dtype[np.generic], offset: int, size: Shape, stride: Sequence[int]
 ) -> LazyTensor:
-    """Elements ``offset + i·stride`` of a storage, as cheap to read as their order allows."""
+    """Elements ``offset + i·stride`` of a storage, in the cheapest form that their order allows."""
     item, data = dtype.itemsize, storage.data
     if 0 in size:
         return Stored((), dtype, size)
@@ -186,7 +186,7 @@ def _view(
 
 
 def _is_packed(size: Shape, stride: Sequence[int]) -> bool:
-    """Whether the strides are those of a row-major array; an axis of length 1 may have any."""
+    """Whether the strides are those of a row-major array; an axis of length 1 may have any stride."""
     expected = 1
     for n, s in zip(reversed(size), reversed(stride), strict=True):
         if n != 1 and s != expected:
@@ -205,20 +205,20 @@ def _gather(part: Segment, dtype: np.dtype[np.generic], stride: Shape, box: Box)
     span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     raw = map_segment(Segment(part.path, part.offset + first * dtype.itemsize, span * dtype.itemsize))
     steps = [step * dtype.itemsize for step in stride]
-    seen = np.lib.stride_tricks.as_strided(raw.view(dtype), shape, steps, writeable=False)
-    return np.array(seen, native, order="C")
+    view = np.lib.stride_tricks.as_strided(raw.view(dtype), shape, steps, writeable=False)
+    return np.array(view, native, order="C")
 
 
 def _rebuild_parameter(arguments: tuple[object, ...]) -> LazyTensor:
     if not arguments or not isinstance(arguments[0], LazyTensor):
-        raise RefusedError("a parameter that is no tensor")
+        raise RefusedError("a parameter that is not a tensor")
     return arguments[0]
 
 
 def _size(arguments: tuple[object, ...]) -> object:
-    """``torch.Size((2, 3))`` → (2, 3), the very object: copying it each time it is named would cost without bound."""
+    """``torch.Size((2, 3))`` → (2, 3), the same object: a copy per reference would take unbounded memory."""
     if len(arguments) != 1 or not isinstance(arguments[0], (tuple, list)):
-        raise RefusedError("a size that is no tuple")
+        raise RefusedError("a size that is not a tuple")
     return arguments[0]
 
 

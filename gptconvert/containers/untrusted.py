@@ -1,9 +1,9 @@
-"""How files and directories that may be hostile are opened: the one place for it.
+"""Safe access to files and directories that may be hostile.
 
-Readers call :func:`file_size` (or :func:`read_small`) before they open anything, so that a FIFO or a device can
-neither block nor be read without end; :func:`explain_file` once parsing has failed, so that the message says
-"Git LFS pointer" and not "bad magic number"; and :func:`file_beside` or :func:`links_out` for every file that
-another file names, so that a checkpoint cannot have other files of the machine read.
+Readers call :func:`file_size` (or :func:`read_small`) before they open a file, so that a FIFO or device can neither
+block nor be read forever; :func:`explain_file` after parsing fails, so that the message is "Git LFS pointer" rather
+than "bad magic number"; and :func:`file_beside` or :func:`links_out` for every file that another file names, so that
+a checkpoint cannot cause unrelated files to be read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gptconvert.errors import UNFINISHED, GptConvertError, InputError, UnsafeInp
 _HEAD_BYTES = 512
 _TAR_MAGIC_AT = 257
 
-#: What a path leads to that is not a regular file, by ``stat``'s predicates.
+#: ``stat`` predicate → name of a file type other than a regular file.
 _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -26,12 +26,12 @@ _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISBLK, "a block device"),
     (stat.S_ISSOCK, "a socket"),
 )
-#: (kind, first bytes, in words). The first that fits wins.
+#: (kind, first bytes, description). The first match wins.
 _MAGIC: tuple[tuple[str, bytes, str], ...] = (
     (
         "lfs",
         b"version https://git-lfs.github.com/spec/",
-        "is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned",
+        "is a Git LFS pointer, not the file itself; run `git lfs pull` in the clone",
     ),
     (
         "lfs",
@@ -60,33 +60,33 @@ _HTML_STARTS = (b"<!doctype html", b"<html", b"<head", b"<body", b"<!--")
 
 
 def explain_bytes(head: bytes, allow: Collection[str] = ()) -> str | None:
-    """What a file that begins with ``head`` is, as the end of the sentence "this file …"; None: nothing known.
+    """The kind of file that begins with ``head``, worded to follow "this file …"; None if unknown.
 
     Args:
-        head: the first bytes, a few hundred at least where the file has them.
-        allow: kinds not to report, because they are right here (``{"zip"}`` for a PyTorch file).
+        head: the first few hundred bytes, fewer only if the file is shorter.
+        allow: kinds not to report, because they are expected (``{"zip"}`` for a PyTorch file).
     """
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     found: list[tuple[str, str]] = []
     if not head:
         found.append(("empty", f"is empty (0 bytes); {UNFINISHED}"))
     if text.startswith(_HTML_STARTS):
-        found.append(("html", "is an HTML page: the download gave a web page in place of the file"))
+        found.append(("html", "is an HTML page: the download returned a web page instead of the file"))
     if text.startswith((b"<?xml", b"<error")):
-        found.append(("xml", "is an XML page: the download gave a server's error message in place of the file"))
-    found += [(kind, words) for kind, magic, words in _MAGIC if head.startswith(magic)]
+        found.append(("xml", "is an XML page: the download returned a server's error message instead of the file"))
+    found += [(kind, description) for kind, magic, description in _MAGIC if head.startswith(magic)]
     if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
         found.append(("tar", "is a tar archive; unpack it first"))
     if len(head) >= 64 and not any(head):
-        found.append(("zeros", f"begins with nothing but zero bytes; {UNFINISHED}"))
+        found.append(("zeros", f"begins with zero bytes only; {UNFINISHED}"))
     if head and not found and _is_text(head):
         start = head[:60].decode("ascii").strip().splitlines() or [""]
         found.append(("text", f"is a text file that begins with {start[0]!r}"))
-    return next((words for kind, words in found if kind not in allow), None)
+    return next((description for kind, description in found if kind not in allow), None)
 
 
 def explain_file(path: str | os.PathLike[str], allow: Collection[str] = ()) -> str | None:
-    """:func:`explain_bytes` of the file at ``path``; None also where it is not a regular file or cannot be read."""
+    """:func:`explain_bytes` of the file at ``path``; None also if it is not a regular file or cannot be read."""
     try:
         return explain_bytes(read_head(path), allow)
     except GptConvertError:
@@ -109,7 +109,7 @@ def read_head(path: str | os.PathLike[str]) -> bytes:
 
 
 def file_size(path: str | os.PathLike[str]) -> int:
-    """Bytes of the regular, readable file at ``path``, found without opening it.
+    """Size in bytes of the regular, readable file at ``path``, determined without opening it.
 
     Raises:
         UnsafeInputError: a directory, named pipe, device or socket.
@@ -122,7 +122,7 @@ def file_size(path: str | os.PathLike[str]) -> int:
     except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
         raise InputError(f"cannot be read ({_reason(error)})", path=path) from error
     if not stat.S_ISREG(status.st_mode):
-        found = next((words for test, words in _SPECIAL if test(status.st_mode)), "something else")
+        found = next((name for test, name in _SPECIAL if test(status.st_mode)), "something else")
         raise UnsafeInputError("not a regular file", path=path, expected="a regular file", found=found)
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise InputError(
@@ -137,7 +137,7 @@ def entries(folder: str, *, files_only: bool = False, quiet: bool = False) -> li
     Args:
         folder: the directory.
         files_only: leave out directories, and links to them.
-        quiet: return none where it cannot be read.
+        quiet: return an empty list if it cannot be read.
 
     Raises:
         InputError: it cannot be read.
@@ -152,22 +152,22 @@ def entries(folder: str, *, files_only: bool = False, quiet: bool = False) -> li
 
 
 def no_such_path(path: str) -> InputError:
-    """The error for a path that does not exist; names like it in the deepest directory that does become the hint."""
+    """The error for a path that does not exist. Its hint suggests similar names in the deepest existing directory."""
     parent, name = os.path.split(path.rstrip("/"))
     while parent and not os.path.isdir(parent):
         parent, name = os.path.split(parent.rstrip("/"))
-    near = difflib.get_close_matches(name, entries(parent or ".", quiet=True), n=3, cutoff=0.5)
-    meant = f"did you mean {' or '.join(os.path.join(parent, n) for n in near)}?" if near else None
-    return InputError("no such file or directory", path=path, hint=meant or "or name a hub repository: org/name")
+    similar = difflib.get_close_matches(name, entries(parent or ".", quiet=True), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(os.path.join(parent, n) for n in similar)}?" if similar else None
+    return InputError("no such file or directory", path=path, hint=hint or "or name a hub repository: org/name")
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` names a file in a directory, on any system, and not a path."""
+    """Whether ``name`` is a file name rather than a path, on any system."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and name[1:2] != ":"
 
 
 def is_regular(path: str) -> bool:
-    """Whether a regular file, or a link to one, is at ``path``."""
+    """Whether ``path`` is a regular file, or a link to one."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -175,13 +175,13 @@ def is_regular(path: str) -> bool:
 
 
 def links_out(path: str, homes: Iterable[str]) -> bool:
-    """Whether ``path``, its links resolved, is outside all of ``homes``, which are resolved already."""
+    """Whether ``path``, with its links resolved, is outside all of ``homes``, which must be resolved already."""
     target = os.path.realpath(path)
     return not any(os.path.commonpath([home, target]) == home for home in homes)
 
 
 def hub_homes(directory: str) -> list[str]:
-    """Where links in ``directory`` may lead: to files in it, or to where a hub cache keeps them.
+    """Where links in ``directory`` may lead: into it and, in a hub cache, into the stores that hold its files.
 
     A cache's links are ``CACHE/REPO/snapshots/COMMIT/FILE`` → ``CACHE/REPO/blobs/…``, which may itself be a link into
     ``CACHE/blobs/…``, the store that repositories share.
@@ -195,15 +195,15 @@ def hub_homes(directory: str) -> list[str]:
 
 
 def file_beside(path: str, location: str, what: str) -> str:
-    """The file that the file at ``path`` names by ``location``, a path inside its own directory; links resolved.
+    """The file that the file at ``path`` refers to by ``location``, relative to its directory; links resolved.
 
-    A link is followed only inside the directory, or where ``path`` is itself a link into the same directory: that is
-    how a hub cache stores both.
+    A link may lead elsewhere in that directory, or into the directory that ``path`` itself links into, as in a hub
+    cache.
 
     Args:
-        path: the file that names another.
-        location: the relative path that it gives.
-        what: name of such a file, for messages (``external data``).
+        path: the file that refers to another.
+        location: the relative path that it contains.
+        what: name of such a file in error messages (``external data``).
 
     Raises:
         UnsafeInputError: it is outside the directory, or not a regular file.
@@ -223,12 +223,12 @@ def file_beside(path: str, location: str, what: str) -> str:
 
 
 def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
-    """The whole of a small file.
+    """The contents of a small file.
 
     Args:
         path: the file.
-        limit: the most bytes it may have.
-        what: its name in messages (``hparams.json``).
+        limit: maximum size in bytes.
+        what: its name in error messages (``hparams.json``).
 
     Raises:
         UnsafeInputError: not a regular file.

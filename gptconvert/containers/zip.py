@@ -1,7 +1,7 @@
-"""Where the members of an uncompressed zip archive lie: the container of ``torch.save`` and ``numpy.savez``.
+"""Byte ranges of the members of uncompressed zip archives, the container of ``torch.save`` and ``numpy.savez``.
 
-Only the central directory and the members' local headers are read. Compressed members are refused: the writers of
-weights never compress, their bytes could not be copied raw, and a small file could claim to hold terabytes.
+Only the central directory and the members' local headers are read. Compressed members are refused: weights are
+normally stored uncompressed, compressed bytes cannot be copied raw, and a small file could expand to terabytes.
 Format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.3 (zip64).
 """
 
@@ -19,7 +19,7 @@ from gptconvert.containers.untrusted import file_size
 from gptconvert.errors import FETCH_AGAIN, InputError, UnsafeInputError
 from gptconvert.model.tensors import Segment
 
-#: Most bytes a central directory may have; a member costs about 100.
+#: Maximum size of a central directory in bytes; a member takes about 100.
 MAX_DIRECTORY = 64 << 20
 
 _END = struct.Struct("<4s4H2LH")  # disks ×2, entries ×2, directory size and offset, comment length
@@ -34,7 +34,7 @@ _IN_ZIP64 = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One uncompressed member: its name, where its bytes lie, and their CRC-32."""
+    """One uncompressed member: its name, its byte range, and the CRC-32 of its bytes."""
 
     name: str
     data: Segment
@@ -58,9 +58,9 @@ def read_members(path: str | os.PathLike[str]) -> dict[str, Member]:
     """The archive's members by name, in the order of its central directory.
 
     Raises:
-        InputError: the central directory is missing (the file is cut off) or damaged.
-        UnsafeInputError: compressed or encrypted members, a name twice, names that leave the archive, members
-            that overlap.
+        InputError: the central directory is missing (the file is truncated) or damaged.
+        UnsafeInputError: compressed or encrypted members, duplicate names, names that leave the archive, or
+            overlapping members.
     """
     path = os.fspath(path)
     size = file_size(path)
@@ -78,7 +78,7 @@ def read_members(path: str | os.PathLike[str]) -> dict[str, Member]:
 def _read_directory(file: BinaryIO, size: int, path: str) -> list[_Entry]:
     count, nbytes, offset = _find_directory(file, size, path)
     if offset + nbytes > size:
-        raise _damaged(path, f"central directory lies at bytes {offset}–{offset + nbytes} of {size}")
+        raise _damaged(path, f"central directory at bytes {offset}–{offset + nbytes} of {size}")
     if nbytes > MAX_DIRECTORY:
         expected, found = f"at most {MAX_DIRECTORY} bytes", f"{nbytes} bytes"
         raise UnsafeInputError("zip central directory is too long", path=path, expected=expected, found=found)
@@ -89,7 +89,7 @@ def _read_directory(file: BinaryIO, size: int, path: str) -> list[_Entry]:
         entry, position = _parse_entry(data, position, path)
         entries.append(entry)
     if len(entries) != count:
-        raise _damaged(path, f"central directory announces {count} members and lists {len(entries)}")
+        raise _damaged(path, f"central directory declares {count} members but lists {len(entries)}")
     return entries
 
 
@@ -100,13 +100,13 @@ def _find_directory(file: BinaryIO, size: int, path: str) -> tuple[int, int, int
     tail = file.read(size - start)
     at = tail.rfind(b"PK\5\6")
     while at >= 0:
-        # A comment may contain the signature: the real record's comment ends with the file.
+        # A comment may contain the signature: only the real record's comment ends at the end of the file.
         if at + _END.size <= len(tail) and at + _END.size + _END.unpack_from(tail, at)[7] == len(tail):
             break
         at = tail.rfind(b"PK\5\6", 0, at)
     if at < 0:
         raise InputError(
-            "file is truncated: the zip central directory that ends it is missing",
+            "file is truncated: the zip central directory at its end is missing",
             path=path,
             found=f"{size} bytes",
             hint=FETCH_AGAIN,
@@ -125,7 +125,7 @@ def _find_directory64(file: BinaryIO, locator: int, size: int, path: str) -> tup
         raise _damaged(path, "zip64 end record is missing")
     offset = _END64_LOCATOR.unpack(data)[2]
     if offset + _END64.size > size:
-        raise _damaged(path, f"zip64 end record lies at byte {offset} of {size}")
+        raise _damaged(path, f"zip64 end record at byte {offset} of {size}")
     file.seek(offset)
     fields = _END64.unpack(file.read(_END64.size))
     if fields[0] != b"PK\6\6":
@@ -144,7 +144,7 @@ def _parse_entry(data: bytes, position: int, path: str) -> tuple[_Entry, int]:
     extra_at = name_at + name_bytes
     end = extra_at + extra_bytes + comment_bytes
     if end > len(data):
-        raise _damaged(path, "central directory is cut off")
+        raise _damaged(path, "truncated central directory")
     wide = _zip64_fields(data[extra_at : extra_at + extra_bytes])
     nbytes, packed, header = (
         (wide.pop(0) if value == _IN_ZIP64 and wide else value) for value in (nbytes, packed, header)
@@ -154,7 +154,7 @@ def _parse_entry(data: bytes, position: int, path: str) -> tuple[_Entry, int]:
 
 
 def _zip64_fields(extra: bytes) -> list[int]:
-    """The 64-bit sizes and offset that did not fit an entry, in the order of its fields."""
+    """The 64-bit sizes and offset that did not fit in an entry, in the order of its fields."""
     position = 0
     while position + 4 <= len(extra):
         tag, nbytes = struct.unpack_from("<2H", extra, position)
@@ -169,9 +169,9 @@ def _check_entries(entries: Sequence[_Entry], path: str) -> None:
     rules: Mapping[str, list[str]] = {
         "compressed members": [e.name for e in entries if e.method != 0],
         "encrypted members": [e.name for e in entries if e.flags & _ENCRYPTED],
-        "member names that stand twice": [n for n, c in Counter(e.name for e in entries).items() if c > 1],
+        "duplicate member names": [n for n, c in Counter(e.name for e in entries).items() if c > 1],
         "member names that leave the archive": [e.name for e in entries if _leaves(e.name)],
-        "members whose packed and plain size differ": [
+        "members whose compressed and uncompressed sizes differ": [
             e.name for e in entries if e.method == 0 and e.packed != e.nbytes
         ],
     }
@@ -180,7 +180,7 @@ def _check_entries(entries: Sequence[_Entry], path: str) -> None:
         raise UnsafeInputError(
             f"zip archive refused: {'; '.join(broken)}",
             path=path,
-            expected="plain stored members, as torch.save and numpy.savez write them",
+            expected="uncompressed members, as torch.save and numpy.savez write them",
         )
 
 
@@ -191,18 +191,18 @@ def _leaves(name: str) -> bool:
 
 
 def _locate(file: BinaryIO, entry: _Entry, size: int, path: str) -> Member:
-    """The member's bytes: they begin behind a local header whose length only itself tells."""
+    """The member's byte range. It follows a local header, whose length is recorded only in that header."""
     file.seek(entry.header)
     header = file.read(_LOCAL.size)
     if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
-        raise _damaged(path, f"no local header of {entry.name} at byte {entry.header}")
+        raise _damaged(path, f"no local header for {entry.name} at byte {entry.header}")
     name_bytes, extra_bytes = _LOCAL.unpack(header)[9:]
     start = entry.header + _LOCAL.size + name_bytes + extra_bytes
     if file.read(name_bytes) != entry.name.encode("utf-8" if entry.flags & _UTF8 else "cp437", "replace"):
-        raise _damaged(path, f"the local header at byte {entry.header} names another member than {entry.name}")
+        raise _damaged(path, f"local header at byte {entry.header} is not that of {entry.name}")
     if start + entry.nbytes > size:
         raise InputError(
-            f"file is truncated: member {entry.name} is cut off",
+            f"file is truncated inside member {entry.name}",
             path=path,
             expected=f"{start + entry.nbytes} bytes",
             found=f"{size} bytes",
@@ -214,7 +214,7 @@ def _check_overlap(members: Sequence[Member], path: str) -> None:
     filled = sorted((m for m in members if m.data.nbytes), key=lambda m: m.data.offset)
     for before, after in pairwise(filled):
         if before.data.end > after.data.offset:
-            raise UnsafeInputError(f"zip members {before.name} and {after.name} share bytes", path=path)
+            raise UnsafeInputError(f"zip members {before.name} and {after.name} overlap", path=path)
 
 
 def _damaged(path: str, found: str) -> InputError:

@@ -1,4 +1,4 @@
-"""A checkpoint understood: configuration, canonical lazy weights, tokenizer files and provenance."""
+"""A checkpoint in canonical form: configuration, lazy weights, tokenizer files and provenance."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from reference_model.config import GPTConfig
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the targets and the verifier work from. Nothing of it has been read but headers.
+    """The input of targets and verification. Only headers have been read.
 
     Attributes:
         config: the architecture.
         weights: canonical name → lazy tensor; names are the reference model's.
-        source: where it came from, in its own names; every tensor whole.
-        prefix: what stood before the tensor names in the file.
-        dropped: file name → why it carries nothing.
-        carried: harmless keys of the source's config.json, written to the output's.
-        notes: decisions the user should know (one sentence each).
-        options: what the user chose when opening it.
+        source: the source, under its original names and with every tensor whole.
+        prefix: prefix of the tensor names in the file.
+        dropped: tensor name in the file → why it is not needed.
+        carried: harmless keys of the source's config.json, copied to the exported one.
+        notes: decisions that the user should know, one sentence each.
+        options: the options it was opened with.
     """
 
     config: GPTConfig

@@ -1,4 +1,4 @@
-"""Element types and their names in each file format: the one table from which readers and writers take their maps."""
+"""Element types and their names in each file format, in the one table that all readers and writers use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class ElementType:
-    """One element type and its names; None where a format lacks the type, or it is not read from that format.
+    """One element type and its names; None if a format lacks the type, or it is not read from that format.
 
     Attributes:
         dtype: in little-endian byte order, as the formats below store it.

@@ -1,7 +1,7 @@
-"""Encodings: the lossy twin of a transform. A weight becomes parts, and the parts decode to what they stand for.
+"""Encodings, the lossy counterparts of transforms: a weight is stored as parts, and the parts decode to a weight.
 
-Verification compares the parts byte for byte with what the encoding makes of the source weight, and runs the truth
-on the decoded weights. A new storage type is one encoding here and one name in :data:`ENCODINGS`.
+Verification compares the stored parts byte for byte with the encoded source weight, and runs the reference model on
+the decoded weights. A new storage type takes one encoding here and one name in :data:`ENCODINGS`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Encoding(Protocol):
         ...
 
     def decode(self, parts: Parts) -> LazyTensor:
-        """The weight that the stored tensors stand for, lazily."""
+        """The weight that the stored tensors represent, lazily."""
         ...
 
 
@@ -47,12 +47,12 @@ class CastTo:
         return parts[""]
 
 
-#: ``--dtype`` → encoding of every weight.
+#: Value of ``--dtype`` → encoding of every weight.
 ENCODINGS: Mapping[str, Encoding] = {row.option: CastTo(row.dtype) for row in ELEMENT_TYPES if row.option is not None}
 
 
 def encoded(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
-    """The checkpoint with its weights as the encoding ``name`` stores them; None keeps each as it is."""
+    """The checkpoint with its weights as stored by the encoding ``name``; None keeps them unchanged."""
     if name is None:
         return checkpoint
     encoding = ENCODINGS[name]

@@ -1,4 +1,4 @@
-"""An export as a value: its files, and in them which tensor goes where. Planned before any byte is read."""
+"""An export as a value: its files and the offset of every tensor in them. Planned before any byte is read."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import LazyTensor
 
-#: Tensors start at multiples of this many bytes in the files we lay out (a cache line, and any SIMD width).
+#: Alignment in bytes of tensors in files laid out here (a cache line, and enough for any SIMD width).
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor at a place in a file.
+    """A tensor at an offset in a file.
 
     Attributes:
         name: its name in that file.
-        tensor: whose row-major bytes go there.
+        tensor: the tensor whose row-major bytes are written.
         offset: bytes from the start of the file.
-        weight: the canonical weight it holds (two files may hold one weight under two names); None: none.
-        transposed: whether it holds the weight's transpose.
+        weight: the canonical weight that it stores (two files may store one weight under two names), or None.
+        transposed: whether it stores the weight's transpose.
     """
 
     name: str
@@ -32,23 +32,22 @@ class Placed:
     transposed: bool = False
 
 
-#: Makes the bytes of a file. Is given a function for the unmasked CRC32C of a placed tensor, which waits until the
-#: file that holds it is written, and an event: once that is set nobody wants the bytes, and it should raise soon.
+#: Returns the bytes of a file. Its arguments are a function that returns the unmasked CRC-32C of a placed tensor,
+#: blocking until the tensor's file is written, and a cancellation event: once set, it should raise soon.
 Finish = Callable[[Callable[[Placed], int], threading.Event], bytes]
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to be written: ``head`` first, then tensors at their offsets, zeros between.
+    """A file to write: ``head`` first, then tensors at their offsets, with zeros between them.
 
     Attributes:
         path: relative to the output directory, with forward slashes.
-        nbytes: final size; with ``finish`` an estimate, good for room and progress.
-        head: the bytes at offset 0; the whole file if it holds no tensors.
+        nbytes: final size; with ``finish``, an estimate for disk space and progress.
+        head: the bytes at offset 0; the whole file if it has no tensors.
         tensors: by increasing offset.
-        finish: for a file that takes long to make, or that records the checksums of other files' tensors: returns
-            its bytes. All are called in plan order, by one thread, from the moment writing begins; the files are
-            written after all others.
+        finish: returns the file's bytes if they are slow to compute, or record checksums of other files' tensors. One
+            background thread calls these in plan order from the start of writing; their files are written last.
     """
 
     path: str
@@ -59,14 +58,14 @@ class PlannedFile:
 
     @classmethod
     def of_bytes(cls, path: str, content: bytes) -> PlannedFile:
-        """A small file known in full."""
+        """A small file with known content."""
         return cls(path, len(content), content)
 
 
 def place(
     tensors: Iterable[tuple[str, LazyTensor, str | None]], start: int = 0, alignment: int = ALIGNMENT
 ) -> tuple[tuple[Placed, ...], int]:
-    """Lay (name, tensor, weight) one after the other from ``start``, aligned.
+    """Place each (name, tensor, weight) in order from ``start``, aligned.
 
     Returns:
         the placed tensors and the offset after the last.
@@ -86,8 +85,8 @@ class Export:
     Attributes:
         target: as in ``--to``.
         path: of the artifact, relative to the output: a graph file, a weights file or index, or a directory.
-        checkpoint: with its weights as the artifact stores them (decoded, where the encoding is lossy).
-        files: everything the artifact consists of.
+        checkpoint: with its weights as stored in the artifact (decoded if the encoding is lossy).
+        files: all files of the artifact.
         variant: of the target (``fp16``); empty for the base.
     """
 

@@ -1,11 +1,11 @@
-"""How a long run reports what it is doing."""
+"""Progress reporting for long runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
-#: Starts a stage of so many steps (0: unknown); call the result with each number of steps done.
+#: Starts a stage with a number of steps (0 if unknown); the result is called with each number of steps completed.
 Stage = Callable[[str, int], Callable[[int], None]]
 
 
@@ -17,10 +17,10 @@ class Progress(Protocol):
 
 
 class Silent:
-    """No progress."""
+    """Discards all progress."""
 
     def stage(self, name: str, total: int = 0) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advance(self, count: int) -> None:
-        """Nothing."""
+        """Do nothing."""

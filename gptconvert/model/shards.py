@@ -1,9 +1,8 @@
-"""How the parts of a tensor that several shards hold become the tensor, and back.
+"""Rules that merge the parts of a sharded tensor, and split a tensor into parts.
 
-A trainer that spreads a model over devices saves what each of them holds: a block of a matrix, a share of a sum, a
-copy. Readers hand on the :class:`Parts`; the rule that joins them is stated in the name table, one per row. Rules
-are records, as transforms are: parts laid along axis 0 stay copyable, and nothing is read before it is needed,
-except vectors that should be alike.
+A trainer that spreads a model over devices saves each device's share: a block of a matrix, a summand, a copy. Readers
+return these as :class:`Parts`; each row of a name table gives the rule that merges them. Like transforms, rules are
+recorded: parts concatenated along axis 0 stay copyable, and only replicated vectors are read early, to compare them.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from gptconvert.model.transforms import concatenate, split, transpose
 
 @dataclass(frozen=True, slots=True)
 class Parts(LazyTensor):
-    """What every shard holds of one tensor, not joined yet: ``dtype`` and ``shape`` are known, elements are not.
+    """One tensor's parts, not merged yet: ``dtype`` and ``shape`` are known, but elements cannot be read.
 
     Attributes:
-        parts: one per shard, in their order; None where a shard has none.
-        unit: what the trainer calls a shard (``rank``), for messages.
-        checksums: recorded checksums of the bytes under the parts, where they go by tensor.
-        axis: the axis along which the parts are laid; None: each has the whole shape.
+        parts: one per shard, in order; None for a shard that lacks the tensor.
+        unit: the trainer's name for a shard (``rank``), used in messages.
+        checksums: recorded checksums of the parts' bytes, if they are recorded per tensor.
+        axis: the axis along which the parts are concatenated; None if each has the full shape.
     """
 
     parts: tuple[LazyTensor | None, ...]
@@ -55,25 +54,25 @@ class Parts(LazyTensor):
 
     @property
     def held(self) -> tuple[LazyTensor, ...]:
-        """The parts that are there."""
+        """The parts that are not None."""
         return tuple(part for part in self.parts if part is not None)
 
 
 class Shards(Protocol):
-    """How parts become the tensor. ``axis`` is the axis along which they are cut, as far as that is fixed."""
+    """A merge rule. ``axis`` is the axis along which parts are cut by default; None if each has the full shape."""
 
     @property
     def axis(self) -> int | None: ...
     def merge(self, parts: Sequence[LazyTensor], shape: Shape) -> LazyTensor:
-        """The tensor, which should have this ``shape``, from two or more parts."""
+        """The tensor of the expected ``shape``, from two or more parts."""
 
     def split(self, tensor: LazyTensor, count: int) -> tuple[LazyTensor, ...]:
-        """``count`` parts that :meth:`merge` makes ``tensor`` of."""
+        """``count`` parts that :meth:`merge` turns back into ``tensor``."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Every shard holds a block: they are laid one after the other along ``axis``."""
+    """Every shard holds a block; blocks are concatenated along ``axis``."""
 
     axis: int
 
@@ -88,7 +87,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class CutEitherWay:
-    """Every shard holds a block of rows or one of columns, as the run was configured; the shape shows which."""
+    """Every shard holds a block of rows or of columns, depending on the training run; the shape determines which."""
 
     axis: int = 0
 
@@ -102,7 +101,7 @@ class CutEitherWay:
 
 @dataclass(frozen=True)
 class Sum:
-    """Every shard holds a summand: it adds a bias of its own before the sum over shards is taken."""
+    """Every shard holds a summand: each adds its own bias before results are summed over shards."""
 
     axis: None = None
 
@@ -115,12 +114,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Copies:
-    """Every shard holds all of it.
+    """Every shard holds a full copy.
 
     Attributes:
-        what: what these tensors are, in the plural, for the note that copies differ; "": the first shard's is the
-            one that was trained, and the others are not looked at.
-        averaged: where they differ, their mean is taken, not the first shard's.
+        what: plural name of these tensors, used in the note about differing copies. If empty, only the first shard's
+            copy was trained, and the others are ignored.
+        averaged: whether differing copies are replaced by their mean instead of the first shard's.
     """
 
     what: str = ""
@@ -134,15 +133,14 @@ class Copies:
         return (tensor,) * count
 
     def differ(self, parts: Sequence[LazyTensor]) -> bool:
-        """Whether copies that should be alike hold different bytes. For vectors: they are read whole."""
+        """Whether copies that should be identical differ. They are read whole, so they must be vectors."""
         first = parts[0].read().tobytes() if self.what else b""
         return bool(self.what) and any(part.read().tobytes() != first for part in parts[1:])
 
     def note(self, names: Sequence[str], unit: str) -> str:
-        """What the user should know of copies that differ."""
-        how = "their mean was taken" if self.averaged else f"those of {unit} 0 were taken"
-        same = f"{len(names)} {self.what} that should be the same on every {unit} are not"
-        return f"{same} ({names[0]} first): {how}"
+        """A note about copies that differ."""
+        used = "their mean" if self.averaged else f"the copies of {unit} 0"
+        return f"{len(names)} {self.what} differ between {unit}s but should not (first: {names[0]}); used {used}"
 
 
 ROWS, COLUMNS, EITHER = Cut(0), Cut(1), CutEitherWay()
@@ -151,11 +149,11 @@ SUM, FIRST = Sum(), Copies()
 
 @dataclass(frozen=True)
 class Merge:
-    """How the parts of one tensor of a file become it.
+    """How to merge the parts of one tensor.
 
     Attributes:
         shards: the rule.
-        shape: the shape that the whole tensor should have.
+        shape: expected shape of the merged tensor.
         added: name of the tensor whose parts are added to every row, if any.
     """
 
@@ -167,11 +165,11 @@ class Merge:
 def merge_parts(
     tensors: Mapping[str, LazyTensor], merges: Mapping[str, Merge]
 ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """Every tensor whole, and what the user should know of how its parts became it.
+    """All tensors with their parts merged, and notes on copies that differ.
 
     Args:
-        tensors: by name, some of them :class:`Parts` that every shard has one of.
-        merges: by name. Of other tensors, which a table knows only to drop them, the first shard's part is taken.
+        tensors: by name; every shard must have a part of each :class:`Parts`.
+        merges: by name. Other tensors are listed only to be dropped, and reduce to the first shard's part.
     """
     whole: dict[str, LazyTensor] = {}
     differing: dict[Copies, list[str]] = {}
@@ -198,7 +196,7 @@ def _merged(parts: Parts, merge: Merge, tensors: Mapping[str, LazyTensor]) -> La
 
 
 def mean(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The element-wise mean of tensors of one shape, taken in float64 and rounded once."""
+    """The element-wise mean of tensors of the same shape, computed in float64 and rounded once."""
     dtype, shape = parts[0].dtype, parts[0].shape
 
     def read(box: Box) -> Array:
@@ -209,7 +207,7 @@ def mean(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def added_to_rows(table: LazyTensor, biases: Sequence[LazyTensor]) -> LazyTensor:
-    """``table`` [V, D] + the sum of ``biases`` [D], added in float32 at least and rounded once."""
+    """``table`` [V, D] + the sum of ``biases`` [D], added in at least float32 and rounded once."""
     wide = np.promote_types(table.dtype, np.float32)
 
     def read(box: Box) -> Array:

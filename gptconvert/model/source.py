@@ -1,4 +1,4 @@
-"""What every source hands on: tensors by their file names, the raw configuration, and where it all came from."""
+"""The result of opening any source: tensors under their original names, the raw configuration, and provenance."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gptconvert.model.tensors import LazyTensor, Segment, TensorSet
 
 @dataclass(frozen=True)
 class Run:
-    """The elements of a file that does not say where one tensor ends and the next begins.
+    """The elements of a file that does not record tensor boundaries.
 
     Attributes:
-        segment: their bytes.
+        segment: the byte range of the elements.
         dtype: of every element.
-        sizes: sizes that the header gives beyond those of the configuration, by their symbols in shapes.
+        sizes: sizes given by the header but not by the configuration, by their symbols in shapes.
     """
 
     segment: Segment
@@ -31,19 +31,19 @@ class Source:
 
     Attributes:
         scheme: naming scheme of the tensors (``openai-tf``, ``hf`` …), the key into the families' tables.
-        format: file format in words, for people (``TensorFlow checkpoint V2``).
-        path: what the user named, resolved to a file, prefix or directory.
-        tensors: lazy tensors by file name; :class:`~gptconvert.model.shards.Parts` where several shards hold them,
-            until the family's name table joins them.
-        unnamed: the arrays of files that do not name them, in their order, until the name table does.
-        run: the elements of a file that does not separate its tensors, until the name table does.
-        config: the parsed configuration file; empty if there is none.
-        config_path: that file; None if there is none.
-        tokenizer: file name as in its own world (``encoder.json``, ``merges.txt`` …) → path.
+        format: display name of the file format (``TensorFlow checkpoint V2``).
+        path: the path given by the user, resolved to a file, prefix or directory.
+        tensors: lazy tensors by their names in the file; :class:`~gptconvert.model.shards.Parts` for sharded tensors,
+            until the family's name table merges them.
+        unnamed: arrays of files without tensor names, in file order, until the name table names them.
+        run: elements of a file without tensor boundaries, until the name table cuts them.
+        config: the parsed configuration file, or empty.
+        config_path: path of that file, or None.
+        tokenizer: original file name (``encoder.json``, ``merges.txt`` …) → path.
         revision: hub commit, if the source came from a hub.
         repo: hub repository, if the source came from a hub.
-        notes: what the user should know (one sentence each).
-        directory: the directory that was named, if it was one; no output may lie in it.
+        notes: what the user should know, one sentence each.
+        directory: the directory given by the user, if any; the output must be outside it.
     """
 
     scheme: str
@@ -62,7 +62,7 @@ class Source:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that was, or will be, read."""
+        """Every file that has been or will be read, once each."""
         config = () if self.config_path is None else (self.config_path,)
-        # A training script's own format keeps the configuration in the file of the weights.
+        # Training scripts store the configuration in the weights file, which must be listed only once.
         return tuple(dict.fromkeys((*self.tensors.files, *config, *self.tokenizer.values())))

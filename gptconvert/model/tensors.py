@@ -1,8 +1,8 @@
-"""Lazy tensors: what a checkpoint holds, named, typed and shaped, with no byte read yet.
+"""Lazy tensors: the names, types and shapes of a checkpoint's tensors, whose bytes are read on demand.
 
-A tensor is either *stored* (its bytes lie in row-major order in one or more file segments, so that a writer can
-hand them to the kernel with ``copy_file_range``) or *computed* block by block from other tensors. Nothing here
-knows what a GPT is. Memory is bounded by the block size, never by the tensor.
+A tensor is either *stored* (its row-major bytes are one or more file segments, which a writer can copy inside the
+kernel with ``copy_file_range``) or *computed* block by block from other tensors. Memory is bounded by the block size,
+not by the tensor size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gptconvert.errors import InputError
 
-#: Upper bound, in bytes, of one block handed out by :meth:`LazyTensor.chunks`.
+#: Maximum size in bytes of one block yielded by :meth:`LazyTensor.chunks`.
 CHUNK_BYTES = 8 << 20
 
 Shape = tuple[int, ...]
@@ -40,7 +40,7 @@ class Segment:
 
 
 def merge_segments(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """The same bytes in the same order, neighbours joined."""
+    """The same bytes in the same order, with adjacent segments merged."""
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None
@@ -77,7 +77,7 @@ def map_segment(segment: Segment) -> NDArray[np.uint8]:
 
 
 class LazyTensor:
-    """A tensor not read yet: ``dtype``, ``shape``, and ways to get at its elements."""
+    """A tensor read on demand: ``dtype``, ``shape``, and access to its elements."""
 
     dtype: np.dtype[np.generic]
     shape: Shape
@@ -89,11 +89,11 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, packed."""
+        """Size of the packed elements in bytes."""
         return self.size * self.dtype.itemsize
 
     def segments(self) -> tuple[Segment, ...] | None:
-        """Where the row-major little-endian bytes lie in files, in order; None if they must be computed."""
+        """The file segments that store the row-major little-endian bytes, in order; None if they must be computed."""
         return None
 
     def read(self, box: Box | None = None) -> Array:
@@ -114,10 +114,10 @@ class LazyTensor:
 
 @dataclass(frozen=True, slots=True)
 class Stored(LazyTensor):
-    """A tensor whose row-major bytes are ``parts``, one after the other.
+    """A tensor whose row-major bytes are the concatenation of ``parts``.
 
     ``dtype`` may be big-endian (old npy files); such bytes are swapped on reading and never copied raw.
-    ``crc32c`` is the checksum the container records for the bytes, if it does.
+    ``crc32c`` is the checksum that the container records for the bytes, if any.
     """
 
     parts: tuple[Segment, ...]
@@ -155,7 +155,7 @@ class Stored(LazyTensor):
         size = self.dtype.itemsize
         pieces = [map_segment(s) for s in self.slice_bytes(start * size, stop * size)]
         raw = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint8), *pieces])
-        # Bundles pack tensors without padding, so a float may lie at an odd address.
+        # Bundles pack tensors without padding, so floats may be unaligned.
         values = np.require(raw.view(self.dtype), requirements="A")
         return values if self.dtype.isnative else values.astype(self.dtype.newbyteorder("="))
 
@@ -178,7 +178,7 @@ class Transposed(LazyTensor):
 
 @dataclass(frozen=True, slots=True)
 class LeadingAxis(LazyTensor):
-    """``base`` with a first axis of length 1 put in front."""
+    """``base`` [...] seen as [1, ...]."""
 
     base: LazyTensor
     dtype: np.dtype[np.generic] = field(init=False)
@@ -220,7 +220,7 @@ class WithoutLeadingAxis(LazyTensor):
 
 @dataclass(frozen=True, slots=True)
 class Rows(LazyTensor):
-    """Rows ``runs`` (start, stop) of ``base``, in that order; the rest of its axes whole."""
+    """The rows of ``base`` in each (start, stop) of ``runs``, in that order; the other axes are whole."""
 
     base: LazyTensor
     runs: tuple[tuple[int, int], ...]
@@ -246,7 +246,7 @@ class Rows(LazyTensor):
 
 @dataclass(frozen=True, slots=True)
 class Joined(LazyTensor):
-    """``parts`` laid one after the other along ``axis``."""
+    """``parts`` concatenated along ``axis``."""
 
     parts: tuple[LazyTensor, ...]
     axis: int
@@ -289,7 +289,7 @@ class Cast(LazyTensor):
 
 @dataclass(frozen=True, slots=True)
 class Computed(LazyTensor):
-    """``function(box)`` gives the elements: for containers that compress, and for sums of tensors."""
+    """Elements computed by ``function(box)``: for compressed containers, and for sums of tensors."""
 
     function: Callable[[Box], Array]
     dtype: np.dtype[np.generic]
@@ -300,7 +300,7 @@ class Computed(LazyTensor):
 
 
 def filled(value: float, dtype: np.dtype[np.generic], shape: Shape) -> LazyTensor:
-    """A tensor of one repeated value that lies in no file."""
+    """A tensor of one repeated value, not stored in any file."""
 
     def read(box: Box) -> Array:
         return np.full(tuple(s.stop - s.start for s in box), value, dtype)
@@ -309,7 +309,7 @@ def filled(value: float, dtype: np.dtype[np.generic], shape: Shape) -> LazyTenso
 
 
 def total(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The element-wise sum of tensors of one shape, added in float32 at least and rounded once."""
+    """The element-wise sum of tensors of the same shape, added in at least float32 and rounded once."""
     wide = np.promote_types(parts[0].dtype, np.float32)
 
     def read(box: Box) -> Array:
@@ -323,13 +323,13 @@ def total(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 @dataclass(frozen=True, slots=True)
 class FileChecksum:
-    """A checksum that a container records for a run of its bytes, which need not be one tensor.
+    """A checksum that a container records for a byte range, which need not be one tensor.
 
     Attributes:
-        segment: the bytes.
+        segment: the byte range.
         algorithm: ``crc32`` (zip) or ``crc32c`` (TensorFlow).
-        value: what the container says.
-        what: the bytes' name inside the container (``archive/data/3``), for messages.
+        value: the recorded checksum.
+        what: name of the byte range inside the container (``archive/data/3``), used in error messages.
     """
 
     segment: Segment
@@ -340,13 +340,13 @@ class FileChecksum:
 
 @dataclass(frozen=True)
 class TensorSet(Mapping[str, LazyTensor]):
-    """What one reader found: tensors by the name they have in the file.
+    """The tensors found by one reader, by their names in the file.
 
     Attributes:
         tensors: name → tensor, in the container's order.
-        files: every file the tensors lie in (for digests and for noticing a change while reading).
-        notes: things the reader did that the user should know (one sentence each).
-        checksums: recorded checksums of bytes under the tensors, not compared yet.
+        files: every file that stores tensors (for digests, and to detect changes during the run).
+        notes: what the user should know, one sentence each.
+        checksums: recorded checksums of the tensors' bytes, not yet verified.
     """
 
     tensors: Mapping[str, LazyTensor]

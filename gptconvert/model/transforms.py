@@ -1,8 +1,8 @@
 """Invertible operations on lazy tensors: recorded, not executed.
 
-The functions keep a tensor *stored* (copyable without entering Python) whenever its bytes allow it; two
-transposes cancel. The classes are what the families' name tables are written with: ``forward`` takes a tensor
-from a file's layout to the canonical one, ``inverse`` back, ``shape`` says what ``forward`` makes of a shape.
+The functions keep a tensor *stored* (copyable without passing through Python) whenever its layout allows it; two
+transposes cancel. The families' name tables use the classes: ``forward`` converts a tensor from a file's layout to
+the canonical one, ``inverse`` converts it back, and ``shape`` gives the shape that ``forward`` returns.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def transpose(tensor: LazyTensor) -> LazyTensor:
 
 
 def drop_leading_axis(tensor: LazyTensor) -> LazyTensor:
-    """[1, ...] → [...]. Only axis 0: a blind squeeze breaks models whose other sizes are 1."""
+    """[1, ...] → [...]. Axis 0 only: squeezing every axis would break models with other sizes of 1."""
     if isinstance(tensor, LeadingAxis):
         return tensor.base
     if isinstance(tensor, Cast):
         return Cast(drop_leading_axis(tensor.base), tensor.dtype)
     if isinstance(tensor, Stored):
         return Stored(tensor.parts, tensor.dtype, tensor.shape[1:], tensor.crc32c)
-    return WithoutLeadingAxis(tensor)  # pieces of a partitioned variable, and values computed
+    return WithoutLeadingAxis(tensor)  # partitioned variables and computed tensors
 
 
 def take_rows(tensor: LazyTensor, runs: Sequence[tuple[int, int]]) -> LazyTensor:
@@ -62,7 +62,7 @@ def take_rows(tensor: LazyTensor, runs: Sequence[tuple[int, int]]) -> LazyTensor
 
 
 def concatenate(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
-    """Tensors one after the other along ``axis``; stays stored along axis 0."""
+    """Tensors concatenated along ``axis``; stored tensors stay stored along axis 0."""
     if len(tensors) == 1:
         return tensors[0]
     stored = [t for t in tensors if isinstance(t, Stored)]
@@ -75,7 +75,7 @@ def concatenate(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
 
 
 def run_of(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
-    """Elements ``start`` to ``stop`` of the row-major order, as a tensor of one axis."""
+    """Elements ``start`` to ``stop`` in row-major order, as a tensor of one axis."""
     if isinstance(tensor, LeadingAxis):
         return run_of(tensor.base, start, stop)
     if isinstance(tensor, Stored):
@@ -108,7 +108,7 @@ def cast(tensor: LazyTensor, dtype: np.dtype[np.generic]) -> LazyTensor:
 
 
 class Transform(Protocol):
-    """One step between a file's layout and the canonical one. ``sizes`` are the symbols of shapes (V, D, H …)."""
+    """One step between a file's layout and the canonical one. ``sizes`` maps symbols of shapes (V, D …) to sizes."""
 
     def forward(self, tensor: LazyTensor, sizes: Sizes) -> LazyTensor: ...
     def inverse(self, tensor: LazyTensor, sizes: Sizes) -> LazyTensor: ...

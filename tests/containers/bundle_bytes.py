@@ -1,4 +1,4 @@
-"""Checkpoint V2 files byte by byte, right or wrong on request. Independent of the package under test."""
+"""Builds version 2 checkpoint files byte by byte, valid or malformed. Independent of the package under test."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def entry(
 
 
 def slice_proto(extents: Sequence[tuple[int, int | None]]) -> bytes:
-    """A TensorSliceProto; length None: the whole axis."""
+    """A TensorSliceProto; a length of None covers the whole axis."""
     return b"".join(text(1, number(1, a) + (b"" if n is None else varint(2 << 3) + varint(n))) for a, n in extents)
 
 
@@ -75,7 +75,7 @@ def header(shards: int = 1, endianness: int = 0, minimum: int = 0) -> bytes:
 
 
 def block(rows: Rows, restart: int = 16) -> bytes:
-    """An uncompressed block, keys sharing prefixes within ``restart`` entries."""
+    """An uncompressed block, with a full key every ``restart`` entries."""
     out, restarts, last = bytearray(), [0], b""
     for i, (key, value) in enumerate(rows):
         shared = 0
@@ -90,7 +90,7 @@ def block(rows: Rows, restart: int = 16) -> bytes:
 
 
 def trailed(raw: bytes, kind: int = 0) -> bytes:
-    """A block with its type and checksum."""
+    """A block followed by its type and checksum."""
     body = raw + bytes([kind])
     return body + struct.pack("<I", masked(body))
 
@@ -98,7 +98,7 @@ def trailed(raw: bytes, kind: int = 0) -> bytes:
 def table(
     rows: Rows, *, per_block: int = 1000, kind: int = 0, encode: Callable[[bytes], bytes] = lambda raw: raw
 ) -> bytes:
-    """A whole table file; ``kind`` and ``encode`` apply to the data blocks."""
+    """A complete table file; ``kind`` and ``encode`` apply to the data blocks."""
     out, index = b"", []
     for start in range(0, len(rows), per_block):
         part = rows[start : start + per_block]
@@ -109,7 +109,7 @@ def table(
 
 
 def closed(blocks: bytes, index: Rows) -> bytes:
-    """Data blocks, then metaindex, index and footer."""
+    """Data blocks followed by metaindex, index and footer."""
     meta, root = block([]), block(index, 1)
     handles = varint(len(blocks)) + varint(len(meta))
     out = blocks + trailed(meta)
@@ -118,7 +118,7 @@ def closed(blocks: bytes, index: Rows) -> bytes:
 
 
 def write_bundle(prefix: Path, arrays: Mapping[str, NDArray[Any]], **how: Any) -> Path:
-    """A bundle of one shard, as TensorFlow would write it; ``how`` goes to :func:`table`."""
+    """Write a bundle of one shard as TensorFlow would; ``how`` goes to :func:`table`."""
     rows, data = [(b"", header())], b""
     for name in sorted(arrays):
         raw = np.ascontiguousarray(arrays[name]).tobytes()
@@ -133,14 +133,14 @@ def write_bundle(prefix: Path, arrays: Mapping[str, NDArray[Any]], **how: Any) -
 
 
 def write_rows(prefix: Path, rows: Rows, data: bytes = b"", **how: Any) -> Path:
-    """A bundle from raw index rows."""
+    """Write a bundle from raw index rows."""
     Path(f"{prefix}.index").write_bytes(table(rows, **how))
     Path(f"{prefix}.data-00000-of-00001").write_bytes(data)
     return prefix
 
 
 def write_entries(folder: Path, *rows: tuple[bytes, bytes], data: bytes = bytes(64), **head: int) -> str:
-    """A bundle from rows of the index, its header made of ``head``; its prefix."""
+    """Write a bundle from index rows and the header fields ``head``; returns its prefix."""
     return str(write_rows(folder / "m", [(b"", header(**head)), *rows], data))
 
 
@@ -151,7 +151,7 @@ def raw_table(block_bytes: bytes, kind: int = 0, times: int = 1) -> bytes:
 
 
 def snappy(raw: bytes) -> bytes:
-    """A simple Snappy compressor: literals, and copies of what stands 1 to 2047 bytes before."""
+    """A simple Snappy compressor: literals, and copies of earlier bytes."""
     out, at, pending = varint(len(raw)), 0, b""
     while at < len(raw):
         back, count = _match(raw, at)

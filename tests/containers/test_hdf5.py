@@ -1,4 +1,4 @@
-"""HDF5 files: every layout is read, and refused is what would look elsewhere, expand or load code."""
+"""HDF5 files: every layout is read; links to other data, expansion and code are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "m/layer/w/kernel:0"
 
 
 def file_with(path: Path, make: Any) -> str:
-    """A file whose group ``layer`` gets what ``make(group)`` puts there, at :data:`NAME`."""
+    """A file whose group ``layer`` is filled by ``make(group)``, at :data:`NAME`."""
     with h5py.File(path, "w") as file:
         make(file.create_group("layer"))
     return str(path)
@@ -145,8 +145,8 @@ def test_38_39_bad_datasets(tmp_path: Path, make: Any, error: type[GptConvertErr
         read(file_with(tmp_path / "w.h5", make))
 
 
-def test_38_a_linked_file_is_not_even_opened(tmp_path: Path) -> None:
-    """A named pipe behind an external link would hang whoever opens it."""
+def test_38_the_target_of_an_external_link_is_not_opened(tmp_path: Path) -> None:
+    """Opening the named pipe behind the link would hang."""
     os.mkfifo(tmp_path / "pipe.h5")
 
     def link(group: Any) -> None:
@@ -156,7 +156,7 @@ def test_38_a_linked_file_is_not_even_opened(tmp_path: Path) -> None:
         read(file_with(tmp_path / "w.h5", link))
 
 
-def test_damaged_chunk_is_found_when_it_is_read(tmp_path: Path) -> None:
+def test_damaged_chunk_is_detected_when_read(tmp_path: Path) -> None:
     def packed(group: Any) -> None:
         values = np.random.default_rng(0).standard_normal((64, 64)).astype("f4")
         group.create_dataset(NAME, data=values, chunks=(64, 64), fletcher32=True)
@@ -196,7 +196,7 @@ def test_a_dataset_where_a_group_should_be(tmp_path: Path) -> None:
         find_group(file, "layer/x", path)
 
 
-def test_bytes_in_one_piece_are_located(tmp_path: Path) -> None:
+def test_contiguous_data_becomes_a_byte_range(tmp_path: Path) -> None:
     values = np.arange(6, dtype="<f4").reshape(2, 3)
     path = file_with(tmp_path / "w.h5", lambda group: group.create_dataset(NAME, data=values))
     tensor = read(path)
@@ -207,7 +207,7 @@ def test_bytes_in_one_piece_are_located(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x89HDF" + bytes(99)])
-def test_what_it_is_not(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_identified(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "w.h5").write_bytes(content)
     with pytest.raises(InputError, match=r"empty|git lfs pull|damaged"):
         read(str(tmp_path / "w.h5"))

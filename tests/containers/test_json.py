@@ -1,4 +1,4 @@
-"""JSON that two parsers could read differently is refused, and what is written is read."""
+"""JSON that two parsers could read differently is refused, and reading inverts writing."""
 
 from __future__ import annotations
 
@@ -83,5 +83,5 @@ def test_depth(opening: str) -> None:
             parse_json(nested(depth), "x", "file")
 
 
-def test_minus_zero_is_no_whole_number() -> None:
+def test_minus_zero_becomes_a_float() -> None:
     assert type(parse_json(b"-0", "x", "file")) is float

@@ -1,4 +1,4 @@
-"""LevelDB tables: what is written is read, and no table costs more than its size."""
+"""LevelDB tables: reading inverts writing, and no table costs more than its size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.containers import bundle_bytes as made
 from tests.containers.damage import damaged
 
 ENTRY = made.entry(1, (2, 2), size=16, crc=5)
-#: Keys that share prefixes, and some that nothing sorts after.
+#: Keys that share prefixes, and keys without a successor.
 KEYS = st.one_of(st.binary(max_size=6), st.sampled_from([b"model/h%d" % i for i in range(40)]), st.just(b"\xff\xff"))
 
 
@@ -51,14 +51,14 @@ def one_entry(body: bytes) -> bytes:
 HEAD = (b"", made.header())
 GROWING = b"".join(made.varint(1000 + i) + b"\1\0b" for i in range(5000))
 MALFORMED: dict[str, tuple[bytes, str]] = {
-    "shared prefix of nothing": (one_entry(b"\x05\x01\x00a"), "leaves its block"),
-    "key longer than the block": (one_entry(b"\0\x7f\0a"), "leaves its block"),
-    "value longer than the block": (one_entry(b"\0\x01\x7fa"), "leaves its block"),
+    "shared prefix of nothing": (one_entry(b"\x05\x01\x00a"), "past its block"),
+    "key longer than the block": (one_entry(b"\0\x7f\0a"), "past its block"),
+    "value longer than the block": (one_entry(b"\0\x01\x7fa"), "past its block"),
     "length of 2^35": (one_entry(b"\0\xff\xff\xff\xff\x7f\0"), "32 bits"),
     "more restarts than bytes": (made.raw_table(b"\xff\xff\xff\x7f"), "restart points"),
     "no restart count": (made.raw_table(b"abc"), "restart count"),
     "unknown compression": (made.raw_table(made.block([HEAD]), kind=7), "compression type 7"),
-    "snappy bomb": (made.raw_table(b"\xff\xff\xff\xff\x0f\0a", kind=1), "promises 4294967295 bytes"),
+    "snappy bomb": (made.raw_table(b"\xff\xff\xff\xff\x0f\0a", kind=1), "declares 4294967295 bytes"),
     "snappy copy from nowhere": (made.raw_table(b"\x08\x0d\x05", kind=1), "before its start"),
     "keys out of order": (made.raw_table(made.block([HEAD, (b"b", b""), (b"a", b"")])), "out of order"),
     "one key twice": (made.raw_table(made.block([HEAD, (b"a", b""), (b"a", b"")])), "out of order"),
@@ -69,13 +69,13 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_table(name: str) -> None:
-    content, said = MALFORMED[name]
-    with pytest.raises(MalformedError, match=said):
+    content, message = MALFORMED[name]
+    with pytest.raises(MalformedError, match=message):
         list(read_table(content))
 
 
 @given(damaged(made.block([HEAD, (b"model/wte", ENTRY), (b"model/wtf", ENTRY)])))
 @settings(max_examples=200, deadline=None)
-def test_damaged_blocks_under_right_checksums(block: bytes) -> None:
+def test_damaged_blocks_with_valid_checksums(block: bytes) -> None:
     with suppress(MalformedError):
         list(read_table(made.raw_table(block)))

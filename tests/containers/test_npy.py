@@ -1,4 +1,4 @@
-"""NumPy's files against NumPy, and what no file may do."""
+"""The reader of NumPy's files compared with NumPy, and files that must be refused."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def test_37_objects_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("descr", ["|V2", "<c8", "<U3", "|S4", "<M8[s]", "<V2"])
-def test_elements_that_are_no_plain_numbers(tmp_path: Path, descr: str) -> None:
+def test_elements_that_are_not_plain_numbers(tmp_path: Path, descr: str) -> None:
     path = written(tmp_path, header(fields(descr, shape="(1,)")) + bytes(64))
-    with pytest.raises(UnsupportedError, match="no plain numbers"):
+    with pytest.raises(UnsupportedError, match="not plain numbers"):
         read_npy(path)
 
 
@@ -111,7 +111,7 @@ def test_elements_that_are_no_plain_numbers(tmp_path: Path, descr: str) -> None:
         (header(fields(shape="(True,)")), "header is damaged"),
         (header(fields(shape="(" + "1," * 70 + ")")), "header is damaged"),
         (header(fields()) + bytes(7), "file is truncated"),
-        (header(fields()) + bytes(9), "bytes are left over"),
+        (header(fields()) + bytes(9), "extra bytes follow the array"),
         (header(fields(shape="(4611686018427387904, 8)")) + bytes(8), "file is truncated"),
         (b"\x80\x04}.", "pickle"),
         (b"PK\x03\x04", "zip"),
@@ -124,7 +124,7 @@ def test_37_damaged_files(tmp_path: Path, data: bytes, words: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=80), st.integers(0, 90))
-def test_noise_is_an_error_of_ours(noise: bytes, at: int) -> None:
+def test_noise_raises_a_gptconvert_error(noise: bytes, at: int) -> None:
     data = bytearray(header(fields()))
     data[at : at + len(noise)] = noise
     try:
@@ -142,7 +142,7 @@ def test_archives(tmp_path: Path) -> None:
     assert all(np.array_equal(tensor.read(), array) for tensor, array in zip(found.values(), arrays, strict=True))
 
 
-def test_two_bytes_without_a_type(tmp_path: Path) -> None:
+def test_untyped_two_byte_elements(tmp_path: Path) -> None:
     array = np.arange(5, dtype=np.float32).astype(ml_dtypes.bfloat16)
     np.savez(tmp_path / "x.npz", array)
     with pytest.raises(UnsupportedError):
@@ -151,7 +151,7 @@ def test_two_bytes_without_a_type(tmp_path: Path) -> None:
     assert np.array_equal(tensor.read(), array)
 
 
-def test_archives_that_are_refused(tmp_path: Path) -> None:
+def test_refused_archives(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "packed.npz", np.zeros(999))
     with pytest.raises(UnsafeInputError, match="compressed members"):
         read_npz(tmp_path / "packed.npz")

@@ -1,4 +1,4 @@
-"""Pickles meant to harm: no code runs, no process dies, and each refusal says what was refused."""
+"""Malicious pickles: no code runs, the process survives, and each error names the opcode or global refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptconvert.errors import InputError, UnsafeInputError
 from tests.containers.torch_files import zip_of
 from tests.helpers import ROOT
 
-# Files meant to harm. Nothing of them may run: each would create the file ``ran``.
+# Malicious files. No code in them may run: each would create the file ``ran``.
 
 
 class Attack:
@@ -61,7 +61,7 @@ def attacks(ran: str) -> dict[str, bytes]:
 
 
 NAMES = tuple(attacks("x"))
-#: These stay inside the allow-list, so that they are damage rather than danger.
+#: These stay within the allow-list, so they are damaged rather than unsafe.
 HARMLESS = ("attributes of an allowed class", "call of a storage class")
 
 
@@ -82,7 +82,7 @@ def test_23_no_code_runs(tmp_path: Path, name: str, container: str) -> None:
         read_torch(path)
     assert not ran.exists()
     if container == "bare" and not data.startswith(b"\x80"):
-        assert "written by torch.save" in str(caught.value)  # protocols 0 and 1: not even opened as a pickle
+        assert "written by torch.save" in str(caught.value)  # protocols 0 and 1: never parsed as a pickle
         return
     assert type(caught.value) is (InputError if name in HARMLESS else UnsafeInputError)
     if name.startswith("os.system"):
@@ -91,14 +91,14 @@ def test_23_no_code_runs(tmp_path: Path, name: str, container: str) -> None:
 
 @pytest.mark.parametrize("module", ["torch", "torch._utils", "numpy", "collections", "builtins", "torch.storage"])
 def test_23_only_listed_names_of_a_module(tmp_path: Path, module: str) -> None:
-    """A name that is merely mentioned, never called, is refused as well."""
+    """A global that is only mentioned, never called, is refused as well."""
     data = f"\x80\x02c{module}\nload\n.".encode("latin-1")
     with pytest.raises(UnsafeInputError, match=rf"refused global {module}\.load, nothing executed"):
         read_torch(zip_of(tmp_path / "x.bin", data))
 
 
 def test_23_the_attack_is_real(tmp_path: Path) -> None:
-    """Python's own unpickler does run it: the test above can fail."""
+    """Python's unpickler runs it, so the test above can fail."""
     pickle.loads(attacks(str(tmp_path / "ran"))["os.system, protocol 2"])
     assert (tmp_path / "ran").exists()
 
@@ -106,8 +106,8 @@ def test_23_the_attack_is_real(tmp_path: Path) -> None:
 TOO_LONG = "UnsafeInputError", "pickle refused: too long"
 NO_KEY = "InputError", "a dictionary key of type tuple"
 NO_VALUE = "InputError", "a value is missing"
-NO_TENSORS = "InputError", "no tensors by name"
-#: name → (pickle, error class, words of the message).
+NO_TENSORS = "InputError", "no named tensors"
+#: name → (pickle, (error class, part of the message)).
 BOMBS: dict[str, tuple[bytes, tuple[str, str]]] = {
     "memo index 2^32": (b"\x80\x02]r\xff\xff\xff\xff.", NO_TENSORS),
     "bytes of 2^62": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.", TOO_LONG),
@@ -137,7 +137,7 @@ BOMBS: dict[str, tuple[bytes, tuple[str, str]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_cost_little(tmp_path: Path, name: str) -> None:
-    """Each in a process of its own with 1 GiB of address space and a minute: a crash must not take pytest along."""
+    """Each runs in its own process, limited to 1 GiB of address space and a minute: a crash must not kill pytest."""
     path = zip_of(tmp_path / "x.bin", BOMBS[name][0])
     code = (
         "import resource, sys\n"

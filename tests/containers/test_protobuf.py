@@ -1,4 +1,4 @@
-"""Protobuf's wire format: what is written is read, and no bytes break the reader."""
+"""Protobuf's wire format: reading inverts writing, and no bytes break the reader."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_fields(integers: dict[int, int], fixed: dict[int, int], texts: dict[int
     assert {number: message.raw(number) for number in texts} == texts
 
 
-def test_zero_is_left_out_unless_it_is_to_be_kept() -> None:
+def test_zero_is_omitted_unless_kept() -> None:
     assert integer_field(3, 0) == b""
     assert integer_field(3, 0, keep_zero=True) == b"\x18\x00"
     assert 3 in Message(integer_field(3, 0, keep_zero=True))

@@ -1,4 +1,4 @@
-"""Our safetensors reader and writer against the official library: same tensors, same verdicts, same bytes."""
+"""The safetensors reader and writer compared with the official library: same tensors, same verdicts, same bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ZEROS = bytes(8)
 
 
 def file_bytes(header: Any, data: bytes = ZEROS) -> bytes:
-    """A safetensors file; ``header`` is an object, or its text or bytes where no encoder would write them."""
+    """A safetensors file; ``header`` is an object, or raw text or bytes that no encoder would write."""
     if not isinstance(header, (str, bytes)):
         header = json.dumps(header)
     text = header.encode() if isinstance(header, str) else header
@@ -37,7 +37,7 @@ def write(path: Path, content: bytes) -> str:
 
 
 def official_verdict(content: bytes) -> str | None:
-    """None, or what the official library says is wrong."""
+    """The official library's error message, or None if it accepts the file."""
     import safetensors
 
     try:
@@ -62,10 +62,10 @@ def test_every_dtype_reads_as_the_library_reads_it(tmp_path: Path, name: str) ->
     assert segments is not None
     assert [s.offset + s.nbytes for s in segments] == [len(Path(path).read_bytes())]
     if name == "BF16":
-        theirs = load_file(path)["x"].view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        expected = load_file(path)["x"].view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     else:
-        theirs = load_file(path)["x"].numpy()
-    np.testing.assert_array_equal(tensor.read(), theirs)
+        expected = load_file(path)["x"].numpy()
+    np.testing.assert_array_equal(tensor.read(), expected)
 
 
 @pytest.mark.parametrize("name", ["hf-safetensors", "hf-bare", "hf-bf16"])
@@ -73,15 +73,15 @@ def test_fixture_equals_library(name: str) -> None:
     from safetensors.torch import load_file
 
     path = FIXTURES / "tiny-gpt2" / name / "model.safetensors"
-    ours, theirs = read_safetensors(path), load_file(path)
-    assert set(ours) == set(theirs)
-    assert ours.files == (str(path),)
-    for key, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[key].read().astype(np.float64), tensor.double().numpy())
+    tensors, expected = read_safetensors(path), load_file(path)
+    assert set(tensors) == set(expected)
+    assert tensors.files == (str(path),)
+    for key, tensor in expected.items():
+        np.testing.assert_array_equal(tensors[key].read().astype(np.float64), tensor.double().numpy())
 
 
 def test_only_the_header_is_read(tmp_path: Path) -> None:
-    """64 MiB of weights behind a header of 100 bytes must cost neither memory nor a read."""
+    """64 MiB of weights after a 100-byte header are neither read nor held in memory."""
     size = 64 << 20
     path = tmp_path / "big.safetensors"
     path.write_bytes(file_bytes({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}, b""))
@@ -111,7 +111,7 @@ def with_entry(**changes: object) -> bytes:
     return file_bytes({"a": {**ENTRY, **changes}})
 
 
-#: name → (file, error class, words the message must contain). The library rejects each of them too.
+#: name → (file, error class, part of the message). The library rejects each of them too.
 BAD: dict[str, tuple[bytes, type[GptConvertError], str]] = {
     "1 git lfs pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:248dfc39\nsize 548105171\n",
@@ -163,7 +163,7 @@ BAD: dict[str, tuple[bytes, type[GptConvertError], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_file(tmp_path: Path, case: str) -> None:
     content, kind, words = BAD[case]
-    assert official_verdict(content) is not None, "the library accepts this file: why should we not?"
+    assert official_verdict(content) is not None, "the library accepts this file: move it to STRICTER"
     with pytest.raises(kind) as caught:
         read_safetensors(write(tmp_path / "x.safetensors", content))
     assert type(caught.value) is kind
@@ -191,9 +191,9 @@ STRICTER = {
 
 
 @pytest.mark.parametrize("case", STRICTER)
-def test_where_we_are_stricter_than_the_library(tmp_path: Path, case: str) -> None:
+def test_stricter_than_the_library(tmp_path: Path, case: str) -> None:
     content = file_bytes(STRICTER[case])
-    assert official_verdict(content) is None, "the library rejects this now: move it to BAD"
+    assert official_verdict(content) is None, "the library now rejects this file: move it to BAD"
     with pytest.raises(InputError):
         read_safetensors(write(tmp_path / "x", content))
 
@@ -218,7 +218,7 @@ def test_54_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     assert "\x1b" not in str(caught.value)
 
 
-# Differential fuzzing: headers near validity, compared with the library's verdict.
+# Differential fuzzing: nearly valid headers, compared with the library's verdict.
 
 SMALL = st.one_of(st.integers(-1, 12), st.sampled_from([2**31, 2**40, 2**62, 2**64 - 1, 2**64, 2.0, -0.0, None, "1"]))
 INFO = st.fixed_dictionaries(
@@ -233,7 +233,7 @@ INFO = st.fixed_dictionaries(
 
 @st.composite
 def sound_headers(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
-    """A valid header in any order of keys, and its data."""
+    """A valid header with its keys in any order, and its data."""
     names = draw(st.lists(st.text(max_size=4), unique=True, max_size=4).filter(lambda n: "__metadata__" not in n))
     header, position = {}, 0
     for name in names:
@@ -250,7 +250,7 @@ def sound_headers(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """A file that is valid, or was, before something in it changed."""
+    """A valid file, or one with a single change."""
     header, data = draw(sound_headers())
     change = draw(st.sampled_from(["none", "entry", "field", "data", "text", "length"]))
     if change == "entry":
@@ -272,16 +272,16 @@ def files(draw: st.DrawFn) -> bytes:
 
 
 def reason_to_be_stricter(content: bytes) -> bool:
-    """Whether a file the library accepts is one of those :func:`read_safetensors` says it refuses."""
+    """Whether a file that the library accepts breaks one of the stricter rules of :func:`read_safetensors`."""
     text = content[8 : 8 + struct.unpack("<Q", content[:8])[0]]
-    twice: list[int] = []
+    duplicates: list[int] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice.append(len(items) - len(dict(items)))
+        duplicates.append(len(items) - len(dict(items)))
         return dict(items)
 
     header = json.loads(text, object_pairs_hook=pairs)
-    return not text.startswith(b"{") or any(twice) or any(isinstance(v, list) for v in header.values())
+    return not text.startswith(b"{") or any(duplicates) or any(isinstance(v, list) for v in header.values())
 
 
 @settings(max_examples=400, deadline=None)
@@ -292,18 +292,18 @@ def reason_to_be_stricter(content: bytes) -> bool:
 @example(content=file_bytes({"a": {"dtype": "F4", "shape": [15], "data_offsets": [0, 8]}}))
 def test_same_verdict_as_the_library(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = write(tmp_path_factory.getbasetemp() / "fuzz.safetensors", content)
-    theirs = official_verdict(content)
+    expected = official_verdict(content)
     try:
         read_safetensors(path)
-        ours: GptConvertError | None = None
+        verdict: GptConvertError | None = None
     except UnsupportedError:
-        ours = None  # sound, of a type that is not converted
+        verdict = None  # sound, but of an unsupported type
     except GptConvertError as error:
-        ours = error
-    if theirs is not None:
-        assert ours is not None, f"the library says: {theirs}"
+        verdict = error
+    if expected is not None:
+        assert verdict is not None, f"accepted, but the library reports: {expected}"
     else:
-        assert ours is None or reason_to_be_stricter(content), f"we say: {ours}"
+        assert verdict is None or reason_to_be_stricter(content), f"the library accepts, but: {verdict}"
 
 
 @settings(max_examples=150, deadline=None)
@@ -318,15 +318,15 @@ def test_a_sound_file_reads_bit_for_bit(
         return
     data = np.random.default_rng(len(data)).bytes(len(data))
     content = file_bytes(json.dumps(header).encode(), data)
-    ours = read_safetensors(write(tmp_path_factory.getbasetemp() / "sound.safetensors", content))
-    theirs = dict(safetensors.deserialize(content))
-    assert set(ours) == set(theirs)
-    for name, info in theirs.items():
-        assert list(ours[name].shape) == info["shape"]
-        assert ours[name].read().tobytes() == bytes(info["data"])
+    tensors = read_safetensors(write(tmp_path_factory.getbasetemp() / "sound.safetensors", content))
+    expected = dict(safetensors.deserialize(content))
+    assert set(tensors) == set(expected)
+    for name, info in expected.items():
+        assert list(tensors[name].shape) == info["shape"]
+        assert tensors[name].read().tobytes() == bytes(info["data"])
 
 
-# --- written ------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------------
 
 ARRAYS = st.builds(
     lambda dtype, shape: np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(DTYPES[dtype]),
@@ -336,7 +336,7 @@ ARRAYS = st.builds(
 
 
 def written(arrays: dict[str, Any], metadata: dict[str, str] | None = None) -> bytes:
-    """A whole file."""
+    """A complete file."""
     head, order = header_bytes(computed_tensors(arrays).tensors, metadata)
     return head + b"".join(arrays[name].tobytes() for name in order)
 
@@ -358,21 +358,21 @@ def test_read_is_the_inverse_of_write(
         assert found[name].read().tobytes() == array.tobytes()
 
 
-def test_every_dtype_is_laid_out_as_the_library_does() -> None:
+def test_every_dtype_is_laid_out_as_by_the_library() -> None:
     import torch
     from safetensors.torch import save
 
     arrays = {f"{dtype} {n}": np.zeros(n, DTYPES[dtype]) for dtype in DTYPES for n in (2, 1)}
-    theirs = {
+    tensors = {
         name: torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         if name.startswith("BF16")
         else torch.from_numpy(array)
         for name, array in arrays.items()
     }
-    assert written(arrays, {"format": "pt"}) == save(theirs, metadata={"format": "pt"})
+    assert written(arrays, {"format": "pt"}) == save(tensors, metadata={"format": "pt"})
 
 
-def test_types_without_a_name_are_refused() -> None:
+def test_types_that_the_format_lacks_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="no such element type") as caught:
         header_bytes(computed_tensors({"x": np.zeros(2, np.complex128)}).tensors)
     assert (caught.value.item, caught.value.found) == ("x", "complex128")

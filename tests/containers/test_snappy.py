@@ -1,4 +1,4 @@
-"""Snappy blocks, decompressed within bounds."""
+"""Snappy blocks are decompressed within bounds."""
 
 from __future__ import annotations
 

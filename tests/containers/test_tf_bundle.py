@@ -1,4 +1,4 @@
-"""The bundle reader against TensorFlow's own, and against files that no writer would write."""
+"""The bundle reader compared with TensorFlow's, and tested on malformed files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def by_tensorflow(tf: Any, prefix: str) -> Arrays:
 
 
 def save(tf: Any, prefix: Path, arrays: Arrays, slices: Mapping[str, str] | None = None) -> Path:
-    """TensorFlow's SaveV2; ``slices``: shape-and-slice specification by name of the form ``name`` or ``name#i``."""
+    """Save with TensorFlow's SaveV2; ``slices`` maps a name (``name`` or ``name#i``) to its shape and slice."""
     names = list(arrays)
     tf.raw_ops.SaveV2(
         prefix=str(prefix),
@@ -67,7 +67,7 @@ def segment_bytes(tensor: Stored) -> bytes:
     return b"".join(Path(p.path).read_bytes()[p.offset : p.end] for p in tensor.parts)
 
 
-# --- against TensorFlow -------------------------------------------------------------------------------------------
+# --- compared with TensorFlow -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", PREFIXES, ids=lambda p: "/".join(Path(p).parts[-2:]))
@@ -89,7 +89,7 @@ def test_reads_real_data_as_tensorflow_does(tf: Any) -> None:
 def test_every_number_type_scalars_and_empty_tensors(tf: Any, tmp_path: Path) -> None:
     types = "float32 float64 int32 uint8 int16 int8 int64 bool uint16 float16 uint32 uint64 complex64 complex128"
     arrays: dict[str, Any] = {t: np.arange(6).reshape(2, 3).astype(t) for t in types.split()}
-    arrays["bfloat16"] = np.arange(3).astype(ml_dtypes.bfloat16)  # odd size: what follows is not aligned
+    arrays["bfloat16"] = np.arange(3).astype(ml_dtypes.bfloat16)  # odd size: the next tensor is unaligned
     arrays["fp8a"] = np.arange(3).astype(ml_dtypes.float8_e5m2)
     arrays["fp8b"] = np.arange(3).astype(ml_dtypes.float8_e4m3fn)
     arrays |= {"scalar": np.float32(2.5).reshape(()), "empty": np.zeros((0, 7), np.float32)}
@@ -108,7 +108,7 @@ def test_many_tensors_fill_several_blocks(tf: Any, tmp_path: Path) -> None:
     assert [int(tensors[name].read()[0]) for name in list(tensors)[::977]] == list(range(9000))[::977]
 
 
-# Lengths on both sides of 64 and 8192, where the code of a piece's key grows by a byte.
+# Lengths on both sides of 64 and 8192, where the encoding of a piece's key grows by a byte.
 PIECES = {
     "rows": ((20_000, 2), [(0, 63), (63, 1), (64, 8128), (8192, 11_808)], 0),
     "columns": ((2, 300), [(0, 64), (64, 200), (264, 36)], 1),
@@ -152,7 +152,7 @@ def test_pieces_carry_checksums(tf: Any) -> None:
 
 
 @pytest.mark.parametrize("folder", ["openai-tf", "openai-tf-sharded", "openai-tf-adam", "openai-tf-bf16"])
-def test_recorded_checksum_is_that_of_the_bytes(folder: str) -> None:
+def test_recorded_checksum_matches_the_bytes(folder: str) -> None:
     prefix = sorted(str(p)[:-6] for p in (FIXTURES / "tiny-gpt2" / folder).glob("*.index"))[-1]
     for name, tensor in read_bundle(prefix).items():
         assert isinstance(tensor, Stored)
@@ -188,7 +188,7 @@ def test_every_flipped_index_byte_that_tensorflow_refuses_is_refused(tf: Any, tm
             assert at > len(good) - 48 - 45
 
 
-def test_the_block_that_nobody_reads_is_checked_too(tmp_path: Path) -> None:
+def test_the_unused_metaindex_block_is_verified_too(tmp_path: Path) -> None:
     prefix = str(made.write_bundle(tmp_path / "m", ARRAYS))
     index = bytearray(Path(prefix + ".index").read_bytes())
     meta = bytes(4) + b"\1\0\0\0"  # no entry, one restart point
@@ -216,7 +216,7 @@ def test_big_endian_bundles_are_swapped(tf: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(by_tensorflow(tf, prefix)["x"], values)
 
 
-def test_strings_are_skipped_and_said(tf: Any, tmp_path: Path) -> None:
+def test_strings_are_skipped_and_noted(tf: Any, tmp_path: Path) -> None:
     arrays = {"s": np.array([b"text", b"more"]), "x": np.float32([1, 2])}
     tensors = read_bundle(str(save(tf, tmp_path / "m", arrays)))
     assert_same(tensors, {"x": arrays["x"]})
@@ -230,10 +230,10 @@ def test_a_string_as_tensorflow_stores_it() -> None:
     assert checksum == 1026572104
 
 
-# --- nothing is read that need not be -----------------------------------------------------------------------------
+# --- only necessary reads -----------------------------------------------------------------------------------------
 
 
-def test_opening_opens_the_index_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_only_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     for module, name in ((os, "open"), (builtins, "open")):
         real = getattr(module, name)
@@ -247,7 +247,7 @@ def test_opening_opens_the_index_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = read_bundle(prefix)
     assert opened == [prefix + ".index"]
     tensors["model/wte"].read()
-    assert len(opened) == 2  # the spy sees it when a tensor is read
+    assert len(opened) == 2  # reading a tensor is recorded, so the spy works
     assert tensors.files == (prefix + ".index", *(f"{prefix}.data-0000{i}-of-00002" for i in (0, 1)))
 
 
@@ -260,7 +260,7 @@ def test_index_of_the_largest_gpt2_opens_in_20_ms(tmp_path: Path) -> None:
         offset += 10_240_000
     prefix = made.write_rows(tmp_path / "m", rows)
     os.truncate(f"{prefix}.data-00000-of-00001", offset)
-    times = []  # of the processor: a busy machine is no failure
+    times = []  # processor time: a busy machine must not fail the test
     for _ in range(10):
         start = time.process_time()
         assert len(read_bundle(str(prefix))) == 580
@@ -275,13 +275,13 @@ FLOATS = {"size": 16, "crc": 0}
 BAD_ENTRIES: dict[str, tuple[bytes, str]] = {
     "size other than the shape's": (made.entry(1, (3,), size=16), "expected 12 bytes, found 16 bytes"),
     "size missing": (made.entry(1, (4,)), "expected 16 bytes, found 0 bytes"),
-    "shape overflowing": (made.entry(1, (1 << 40, 1 << 40), size=16), "no shape"),
-    "shape overflowing beside a zero": (made.entry(1, (0, 1 << 60)), "no shape"),
-    "negative size in the shape": (made.entry(1, (-4, -1), size=16), "no shape"),
-    "unknown rank": (made.number(1, 1) + made.text(2, made.number(3, 1)), "no shape"),
-    "rank 100": (made.entry(1, (1,) * 100, size=4), "no shape"),
+    "shape overflowing": (made.entry(1, (1 << 40, 1 << 40), size=16), "impossible shape"),
+    "shape overflowing beside a zero": (made.entry(1, (0, 1 << 60)), "impossible shape"),
+    "negative size in the shape": (made.entry(1, (-4, -1), size=16), "impossible shape"),
+    "unknown rank": (made.number(1, 1) + made.text(2, made.number(3, 1)), "impossible shape"),
+    "rank 100": (made.entry(1, (1,) * 100, size=4), "impossible shape"),
     "negative offset": (made.entry(1, (4,), size=16, offset=-1), "offset -1"),
-    "shard that is not there": (made.entry(1, (4,), size=16, shard=1), "data file 1 of 1"),
+    "shard that does not exist": (made.entry(1, (4,), size=16, shard=1), "data file 1 of 1"),
     "negative shard": (made.entry(1, (4,), size=16, shard=-1), "data file -1 of 1"),
     "beyond the data file": (made.entry(1, (4,), size=16, offset=49), "expected 65 bytes, found 64 bytes"),
     "offset of 2^62": (made.entry(1, (4,), size=16, offset=1 << 62), "truncated"),
@@ -289,8 +289,8 @@ BAD_ENTRIES: dict[str, tuple[bytes, str]] = {
     "group": (b"\x0b\x0c", "wire type 3"),
     "field 0": (b"\x00\x01", "numbered 0"),
     "field twice": (made.number(1, 1) + made.number(1, 1), "2 times"),
-    "number for shape": (made.number(2, 5), "field 2 is a message"),
-    "bytes for offset": (made.text(4, b"x"), "field 4 is a number"),
+    "number for shape": (made.number(2, 5), "field 2 should be a message"),
+    "bytes for offset": (made.text(4, b"x"), "field 4 should be a number"),
     "a message of 2^40 bytes": (b"\x12" + made.varint(1 << 40), "ends inside"),
     "piece of another rank": (made.entry(1, (4,), slices=[made.slice_proto([(0, 2), (0, 2)])]), "rank 2"),
     "piece that is missing": (made.entry(1, (4,), slices=[made.slice_proto([(0, 4)])]), "is missing"),
@@ -302,8 +302,8 @@ BAD_ENTRIES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", BAD_ENTRIES)
 def test_bad_entry(tmp_path: Path, name: str) -> None:
-    value, said = BAD_ENTRIES[name]
-    with pytest.raises(InputError, match=said):
+    value, message = BAD_ENTRIES[name]
+    with pytest.raises(InputError, match=message):
         read_bundle(made.write_entries(tmp_path, (b"x", value)))
 
 
@@ -317,7 +317,7 @@ def test_unsupported_data_type_is_named(tmp_path: Path, dtype: int, head: dict[s
 
 
 def pieces(*ranges: tuple[int, int], rows: int = 4, axis_two: int = 2) -> list[tuple[bytes, bytes]]:
-    """Rows of the index for a variable x [rows, 2] stored as the given row ranges."""
+    """Index rows of a variable x [rows, 2] stored as the given row ranges."""
     protos = [made.slice_proto([(start, length), (0, axis_two)]) for start, length in ranges]
     rows_ = [(b"x", made.entry(1, (rows, 2), slices=protos))]
     for start, length in {*ranges}:
@@ -327,7 +327,7 @@ def pieces(*ranges: tuple[int, int], rows: int = 4, axis_two: int = 2) -> list[t
 
 
 @pytest.mark.parametrize(
-    ("ranges", "options", "error", "said"),
+    ("ranges", "options", "error", "message"),
     [
         ([(0, 2), (3, 1)], {}, InputError, "gap or overlap at 2"),
         ([(0, 3), (2, 2)], {}, InputError, "gap or overlap at 3"),
@@ -340,16 +340,16 @@ def pieces(*ranges: tuple[int, int], rows: int = 4, axis_two: int = 2) -> list[t
     ids=str,
 )
 def test_pieces_that_do_not_tile(
-    tmp_path: Path, ranges: list[tuple[int, int]], options: dict[str, int], error: type[GptConvertError], said: str
+    tmp_path: Path, ranges: list[tuple[int, int]], options: dict[str, int], error: type[GptConvertError], message: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         read_bundle(made.write_entries(tmp_path, *pieces(*ranges, **options)))
 
 
 def test_pieces_that_tile_are_joined_in_order(tmp_path: Path) -> None:
     data = np.arange(16, dtype=np.float32)
     rows = dict(pieces((2, 2), (0, 2)))
-    for offset, start in ((0, 2), (16, 0)):  # the later rows lie first in the file
+    for offset, start in ((0, 2), (16, 0)):  # the later rows are stored first
         key = piece_key("x", ((start, 2), (0, 2)))
         rows[key] = made.entry(1, (2, 2), size=16, offset=offset)
     tensors = read_bundle(made.write_entries(tmp_path, *sorted(rows.items()), data=data.tobytes()))
@@ -361,7 +361,7 @@ def test_piece_that_contradicts_its_variable(tmp_path: Path, shape: tuple[int, i
     rows = dict(pieces((0, 4)))
     (key,) = [key for key in rows if key.startswith(b"\0")]
     rows[key] = made.entry(1, shape, size=4 * shape[0] * shape[1])
-    with pytest.raises(InputError, match="another shape or type"):
+    with pytest.raises(InputError, match="shape or type does not match"):
         read_bundle(made.write_entries(tmp_path, *sorted(rows.items())))
 
 
@@ -403,20 +403,20 @@ def test_truncated_data_file(sharded: str) -> None:
     assert (caught.value.path, caught.value.expected, caught.value.found) == (path, "20064 bytes", "20063 bytes")
 
 
-def test_the_tensor_that_ends_last_decides(tmp_path: Path) -> None:
+def test_the_tensor_that_ends_last_is_named(tmp_path: Path) -> None:
     rows = [(b"a", made.entry(1, (4,), size=16, offset=49)), (b"b", made.entry(1, (4,), size=16))]
-    with pytest.raises(InputError, match="a ends beyond it; expected 65 bytes, found 64 bytes"):
+    with pytest.raises(InputError, match="a extends past its end; expected 65 bytes, found 64 bytes"):
         read_bundle(made.write_entries(tmp_path, *rows))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"), (b"<html>", "HTML")],
     ids=["empty", "lfs", "html"],
 )
-def test_something_else_in_place_of_a_data_file(sharded: str, content: bytes, said: str) -> None:
+def test_something_else_in_place_of_a_data_file(sharded: str, content: bytes, message: str) -> None:
     Path(f"{sharded}.data-00000-of-00002").write_bytes(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_bundle(sharded)
 
 
@@ -455,7 +455,7 @@ ROWS = st.lists(
 
 @given(ROWS, st.one_of(st.just(made.header()), damaged(made.header())))
 @settings(max_examples=300, deadline=None)
-def test_damaged_entries_under_right_checksums(
+def test_damaged_entries_with_valid_checksums(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[bytes, bytes]], head: bytes
 ) -> None:
     prefix = tmp_path_factory.getbasetemp() / "fuzz"

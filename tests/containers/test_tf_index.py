@@ -1,4 +1,4 @@
-"""The index of a TensorFlow checkpoint: TensorFlow's own byte for byte, and files that no writer would write."""
+"""The index of a TensorFlow checkpoint: byte-identical to TensorFlow's, and malformed files are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.containers import bundle_bytes as made
 from tests.helpers import FIXTURES
 
 TENSORS = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b/c": np.arange(5, dtype=np.int64)}
-#: Written by TensorFlow's own Saver.
+#: Written by TensorFlow's Saver.
 BUNDLES = sorted(
     path
     for name in ("", "-bf16", "-f16", "-sharded", "-adam", "-partitioned")
@@ -26,7 +26,7 @@ BUNDLES = sorted(
 )
 
 
-# --- written ------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", BUNDLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -36,7 +36,7 @@ def test_the_index_is_tensorflows_byte_for_byte(path: Path) -> None:
     assert index_bytes(tensors, index.shards, index.pieces) == path.read_bytes()
 
 
-def test_there_are_bundles() -> None:
+def test_fixtures_are_present() -> None:
     assert len(BUNDLES) >= 7
 
 
@@ -51,7 +51,7 @@ WHOLES = st.builds(
     shard=st.integers(0, 2),
 )
 EXTENTS = st.lists(st.tuples(SIZES, st.one_of(SIZES, st.just(WHOLE))), max_size=3).map(tuple)
-#: A variable in pieces has no checksum.
+#: A partitioned variable has no checksum.
 PARTITIONED = st.builds(
     Entry,
     data_type=st.integers(1, 25),
@@ -109,9 +109,9 @@ BAD_INDEX: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 @pytest.mark.parametrize("name", BAD_INDEX)
 def test_damaged_index(tmp_path: Path, name: str) -> None:
     prefix = str(made.write_bundle(tmp_path / "m", TENSORS))
-    damage, said = BAD_INDEX[name]
+    damage, message = BAD_INDEX[name]
     Path(prefix + ".index").write_bytes(damage(Path(prefix + ".index").read_bytes()))
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read_index(prefix)
     assert caught.value.path == prefix + ".index"
     assert caught.value.exit_code == 3
@@ -124,7 +124,7 @@ def test_no_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "error", "said"),
+    ("head", "error", "message"),
     [
         ({"shards": 0}, InputError, "0 data files"),
         ({"shards": 1 << 40}, InputError, "1099511627776 data files"),
@@ -133,8 +133,8 @@ def test_no_header(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_bad_header(tmp_path: Path, head: dict[str, int], error: type[GptConvertError], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_bad_header(tmp_path: Path, head: dict[str, int], error: type[GptConvertError], message: str) -> None:
+    with pytest.raises(error, match=message):
         read_index(made.write_entries(tmp_path, **head))
 
 
@@ -149,7 +149,7 @@ def test_missing_index(tmp_path: Path) -> None:
     assert caught.value.path == str(tmp_path / "m.index")
 
 
-def test_enormous_index_is_refused_unread(tmp_path: Path) -> None:
+def test_oversized_index_is_refused_unread(tmp_path: Path) -> None:
     (tmp_path / "m.index").touch()
     os.truncate(tmp_path / "m.index", 1 << 40)
     with pytest.raises(InputError, match="too large"):

@@ -1,4 +1,4 @@
-"""Our reader of torch.save's files against ``torch.load(weights_only=True)``, and against files meant to harm."""
+"""The reader of torch.save's files compared with ``torch.load(weights_only=True)``, and tested on hostile files."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
     return tensor.detach().numpy()  # type: ignore[no-any-return]
 
 
-def assert_equal(ours: TensorSet, theirs: Mapping[str, Any]) -> None:
-    """Same names in the same order, and per tensor dtype, shape and every bit."""
-    assert list(ours) == list(theirs)
-    for name, tensor in theirs.items():
-        expected = to_numpy(tensor)
-        assert (ours[name].dtype.newbyteorder("="), ours[name].shape) == (expected.dtype, expected.shape), name
-        assert ours[name].read().tobytes() == np.ascontiguousarray(expected).tobytes(), name
-        joined = b"".join(chunk.tobytes() for chunk in ours[name].chunks(max_bytes=64))
-        assert joined == np.ascontiguousarray(expected).tobytes(), name
+def assert_equal(tensors: TensorSet, expected: Mapping[str, Any]) -> None:
+    """Compare names, their order, and each tensor's dtype, shape and bits."""
+    assert list(tensors) == list(expected)
+    for name, torch_tensor in expected.items():
+        tensor, array = tensors[name], to_numpy(torch_tensor)
+        assert (tensor.dtype.newbyteorder("="), tensor.shape) == (array.dtype, array.shape), name
+        assert tensor.read().tobytes() == np.ascontiguousarray(array).tobytes(), name
+        joined = b"".join(chunk.tobytes() for chunk in tensor.chunks(max_bytes=64))
+        assert joined == np.ascontiguousarray(array).tobytes(), name
 
 
 def varied() -> dict[str, Any]:
-    """Tensors of every dtype and every kind of layout."""
+    """Tensors of every dtype and layout."""
     import torch
 
     torch.manual_seed(0)
@@ -78,15 +78,15 @@ def varied() -> dict[str, Any]:
 def test_equals_torch(tmp_path: Path, layout: str, protocol: int) -> None:
     import torch
 
-    # torch cannot read back its own legacy files with unsigned types wider than a byte, and its restricted reader
-    # knows protocol 2 alone: the witness reads the same tensors saved that way.
+    # torch cannot read its own legacy files with unsigned types wider than a byte, and its restricted reader supports
+    # protocol 2 only: the reference is loaded from the same tensors saved that way.
     values = {k: v for k, v in varied().items() if layout == "zip" or k not in ("uint16", "uint32", "uint64")}
-    theirs = torch.load(save(tmp_path / "witness.bin", values, layout), weights_only=True)
+    expected = torch.load(save(tmp_path / "reference.bin", values, layout), weights_only=True)
     path = save(tmp_path / "x.bin", values, layout, protocol)
-    ours = read_torch(path)
-    assert_equal(ours, theirs)
-    assert ours.files == (path,)
-    assert bool(ours.checksums) == (layout == "zip")
+    tensors = read_torch(path)
+    assert_equal(tensors, expected)
+    assert tensors.files == (path,)
+    assert bool(tensors.checksums) == (layout == "zip")
 
 
 @pytest.mark.parametrize("name", ["hf-bin", "hf-bin-legacy"])
@@ -99,12 +99,12 @@ def test_fixture_equals_torch(name: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_contiguous_is_stored_and_transposed_is_a_view(tmp_path: Path, layout: str) -> None:
-    ours = read_torch(save(tmp_path / "x.bin", varied(), layout))
-    stored = [name for name, tensor in ours.items() if isinstance(tensor, Stored)]
+    tensors = read_torch(save(tmp_path / "x.bin", varied(), layout))
+    stored = [name for name, tensor in tensors.items() if isinstance(tensor, Stored)]
     assert {"float32", "bfloat16", "base", "rows", "one row", "scalar", "unit axes", "uint16"} <= set(stored)
-    assert isinstance(ours["transposed"], Transposed)
-    assert ours["transposed"].segments() is None
-    assert ours["transposed"].base.segments() == ours["base"].segments() == ours["tied"].segments()
+    assert isinstance(tensors["transposed"], Transposed)
+    assert tensors["transposed"].segments() is None
+    assert tensors["transposed"].base.segments() == tensors["base"].segments() == tensors["tied"].segments()
 
 
 def test_big_endian_equals_torch(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_big_endian_equals_torch(tmp_path: Path) -> None:
         return np.frombuffer(data, f"V{size}").view(np.uint8).reshape(-1, size)[:, ::-1].tobytes()
 
     path = rewrite(plain, tmp_path / "big.bin", swapped)
-    theirs = torch.load(path, weights_only=True)
-    np.testing.assert_array_equal(theirs["int64"].numpy(), values["int64"].numpy())
-    assert_equal(read_torch(path), theirs)
+    expected = torch.load(path, weights_only=True)
+    np.testing.assert_array_equal(expected["int64"].numpy(), values["int64"].numpy())
+    assert_equal(read_torch(path), expected)
     assert read_torch(path)["float32"].segments() is None, "swapped bytes must not be copied raw"
 
 
@@ -144,7 +144,7 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
 
 
 def test_tree_keeps_everything_else_as_plain_data(tmp_path: Path) -> None:
-    """What nanoGPT and DeepSpeed save beside the weights."""
+    """Data that nanoGPT and DeepSpeed save beside the weights."""
     import torch
 
     linear = torch.nn.Linear(3, 2)
@@ -176,23 +176,23 @@ def test_29_wrapped_state_dicts_are_unwrapped(tmp_path: Path, layout: str, key: 
     import torch
 
     state = torch.nn.Linear(3, 2).state_dict()
-    ours = read_torch(save(tmp_path / "x.bin", {"epoch": 3, "best": torch.tensor(2.0), key: state}, layout))
-    assert_equal(ours, state)
-    assert any(f"'{key}'" in note and "epoch" in note for note in ours.notes)
+    tensors = read_torch(save(tmp_path / "x.bin", {"epoch": 3, "best": torch.tensor(2.0), key: state}, layout))
+    assert_equal(tensors, state)
+    assert any(f"'{key}'" in note and "epoch" in note for note in tensors.notes)
 
 
 def test_29_nested_wrapping_and_extras(tmp_path: Path) -> None:
     import torch
 
     state = {"module.w": torch.ones(2), "module.step": 7}
-    ours = read_torch(save(tmp_path / "x.bin", {"model": {"state_dict": state}}))
-    assert list(ours) == ["module.w"]
-    assert any("module.step (int)" in note for note in ours.notes)
-    assert any("DataParallel" in note for note in ours.notes)
+    tensors = read_torch(save(tmp_path / "x.bin", {"model": {"state_dict": state}}))
+    assert list(tensors) == ["module.w"]
+    assert any("module.step (int)" in note for note in tensors.notes)
+    assert any("DataParallel" in note for note in tensors.notes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_29_whole_module_is_refused_with_a_recipe(tmp_path: Path, layout: str) -> None:
+def test_29_whole_module_is_refused_with_a_hint(tmp_path: Path, layout: str) -> None:
     import torch
 
     with pytest.raises(UnsafeInputError) as caught:
@@ -202,8 +202,8 @@ def test_29_whole_module_is_refused_with_a_recipe(tmp_path: Path, layout: str) -
 
 
 @pytest.mark.parametrize("value", [{}, {"a": 1}, [1, 2], "text", {"a": {"b": 1}}])
-def test_nothing_by_name(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(InputError, match="no tensors by name"):
+def test_no_named_tensors(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(InputError, match="no named tensors"):
         read_torch(save(tmp_path / "x.bin", value))
 
 
@@ -266,7 +266,7 @@ def test_28_truncated_legacy(tmp_path: Path) -> None:
 
 
 def test_24_checksums_cover_every_tensor_and_show_a_flipped_bit(small: str) -> None:
-    """The flipped bit is found by whoever compares the checksums: torch.load misses it."""
+    """Comparing the checksums finds the flipped bit; torch.load misses it."""
     content = bytearray(Path(small).read_bytes())
     content[content.index(np.float32(5.0).tobytes())] ^= 1
     Path(small).write_bytes(content)
@@ -278,7 +278,7 @@ def test_24_checksums_cover_every_tensor_and_show_a_flipped_bit(small: str) -> N
     assert covered == {s.offset for t in tensors.values() for s in t.segments() or ()}
 
 
-def test_24_flipped_bit_in_the_pickle_is_found_at_once(small: str) -> None:
+def test_24_flipped_bit_in_the_pickle_is_found_on_opening(small: str) -> None:
     content = Path(small).read_bytes()
     Path(small).write_bytes(content.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v3", 1))
     with pytest.raises(InputError, match=r"checksum mismatch in small/data\.pkl"):
@@ -312,7 +312,7 @@ def test_torchscript(tmp_path: Path) -> None:
         (b"K\x02K\x03\x86", b"J\xfe\xff\xff\xffJ\xfd\xff\xff\xff\x86", "negative"),
         (b"K\x02K\x03\x86", b"\x8a\x08\0\0\0\0\0\0\0\x40\x8a\x08\0\0\0\0\0\0\0\x40\x86", "too large"),
         (b"K\x03K\x01\x86", b"K\x01\x85", "size and stride"),
-        (b"cpuq\x06K\x06", b"cpuq\x06K\x07", "storage 0 is cut off; expected 28 bytes, found 24 bytes"),
+        (b"cpuq\x06K\x06", b"cpuq\x06K\x07", "storage 0 is truncated; expected 28 bytes, found 24 bytes"),
         (b"cpuq\x06K\x06", b"cpuq\x06J\xff\xff\xff\xff", "elements"),
         (b"X\x01\x00\x00\x000q", b"X\x01\x00\x00\x007q", "storage 7 is missing"),
     ],
@@ -333,7 +333,7 @@ def test_element_types_numpy_lacks(small: str, tmp_path: Path, kind: str) -> Non
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Sound files to damage."""
+    """Valid files to damage."""
     directory = tmp_path_factory.mktemp("material")
     values = {
         name: tensor for name, tensor in varied().items() if name in ("float32", "uint16", "transposed", "column")
@@ -346,7 +346,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_damage_gives_an_error_or_tensors_inside_the_file(
     material: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, layout: str, pickle_only: bool, data: Any
 ) -> None:
-    """Whatever the damage: one of our errors, or tensors that can be read without leaving the file."""
+    """Any damage gives a GptConvertError, or tensors that can be read without leaving the file."""
     content = material[layout]
     if layout == "zip" and pickle_only:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -372,7 +372,7 @@ def test_damage_gives_an_error_or_tensors_inside_the_file(
 
 
 def damaged(content: bytes, data: Any) -> bytes:
-    """``content`` with a few bytes changed, added or taken away, most often near the start or the end."""
+    """``content`` with a few bytes changed, added or removed, mostly near the start or the end."""
     for _ in range(data.draw(st.integers(1, 4))):
         near = min(len(content), 1200)
         at = (

@@ -1,4 +1,4 @@
-"""What a file is when it is not what it claims, and that nothing but regular files is opened."""
+"""Files of the wrong kind are identified, and only regular files are opened."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ KNOWN: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_known_kinds_are_named(tmp_path: Path, kind: str) -> None:
-    content, said = KNOWN[kind]
+    content, words = KNOWN[kind]
     (tmp_path / "file").write_bytes(content)
-    assert said in (explain_file(tmp_path / "file") or "")
-    assert said not in (explain_bytes(content, allow={kind}) or "")
+    assert words in (explain_file(tmp_path / "file") or "")
+    assert words not in (explain_bytes(content, allow={kind}) or "")
 
 
 @pytest.mark.parametrize("content", [b"\x00\x01\x02\xff" * 40, np.float32([1, 2]).tobytes(), bytes(8)])
-def test_nothing_is_claimed_of_plain_data(content: bytes) -> None:
+def test_plain_data_has_no_explanation(content: bytes) -> None:
     assert explain_bytes(content) is None
 
 
-def test_explaining_never_opens_what_could_block(tmp_path: Path) -> None:
+def test_explain_file_never_opens_files_that_could_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert explain_file(tmp_path / "fifo") is None
     assert explain_file("/dev/zero") is None
@@ -145,7 +145,7 @@ def test_size_limit(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unprivileged() -> object:
-    """Run as nobody: root may read everything."""
+    """Run as the user nobody: root can read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -157,7 +157,7 @@ def unprivileged() -> object:
 def test_unreadable_file(unprivileged: None) -> None:
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:  # nobody's own; pytest's directories are closed to nobody
+    with tempfile.TemporaryDirectory() as folder:  # pytest's directories are not accessible to the user nobody
         path = os.path.join(folder, "f")
         Path(path).write_bytes(b"secret")
         os.chmod(path, 0)
@@ -184,7 +184,7 @@ def test_entries(tmp_path: Path) -> None:
             entries(path)
 
 
-def test_names_near_a_missing_path(tmp_path: Path) -> None:
+def test_similar_names_are_suggested_for_a_missing_path(tmp_path: Path) -> None:
     (tmp_path / "gpt2-small").mkdir()
     for path in (tmp_path / "gpt2-smal", tmp_path / "gpt2-smal" / "deeper"):
         assert f"{tmp_path}/gpt2-small?" in str(no_such_path(str(path)).hint)
@@ -198,7 +198,7 @@ def test_paths_are_not_plain_names(name: str) -> None:
     assert is_plain_name("a.b-c")
 
 
-def test_regular_files_alone_are_regular(tmp_path: Path) -> None:
+def test_only_files_and_links_to_files_are_regular(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "dangling").symlink_to("nothing")
@@ -246,7 +246,7 @@ def test_a_blobs_directory_that_is_itself_a_link_leads_out(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("location", "error", "said"),
+    ("location", "error", "message"),
     [
         ("data", None, ""),
         ("sub/data", None, ""),
@@ -264,7 +264,7 @@ def test_a_blobs_directory_that_is_itself_a_link_leads_out(tmp_path: Path) -> No
     ],
 )
 def test_files_that_another_file_names(
-    tmp_path: Path, location: str, error: type[GptConvertError] | None, said: str
+    tmp_path: Path, location: str, error: type[GptConvertError] | None, message: str
 ) -> None:
     home = tmp_path / "home"
     (home / "sub").mkdir(parents=True)
@@ -276,7 +276,7 @@ def test_files_that_another_file_names(
     if error is None:
         assert file_beside(str(home / "model"), location, "data file") == os.path.realpath(home / location)
     else:
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             file_beside(str(home / "model"), location, "data file")
 
 

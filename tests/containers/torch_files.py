@@ -1,4 +1,4 @@
-"""PyTorch files for tests: written by torch, rewritten member by member, or wrapped around any pickle."""
+"""PyTorch files for tests: written by torch, rewritten member by member, or built around any pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def save(path: Path, value: Any, layout: str = "zip", protocol: int = 2) -> str:
 
 
 def rewrite(source: str, target: Path, change: Callable[[str, bytes], bytes | None], **options: Any) -> str:
-    """``source`` again, each member's bytes put through ``change`` (None: left out), with fresh checksums."""
+    """Copy ``source`` with ``change`` applied to each member (None drops it) and new checksums."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
         for info in old.infolist():
             data = change(info.filename, old.read(info))
@@ -28,7 +28,7 @@ def rewrite(source: str, target: Path, change: Callable[[str, bytes], bytes | No
 
 
 def zip_of(path: Path, data: bytes, **members: bytes) -> str:
-    """What torch.save would have written around the pickle ``data``."""
+    """The archive that torch.save would write around the pickle ``data``."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in {"data.pkl": data, "version": b"3\n", **members}.items():
             archive.writestr(f"archive/{name}", content)

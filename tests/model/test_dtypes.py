@@ -1,4 +1,4 @@
-"""The table of element types against the libraries whose names it holds."""
+"""The table of element types, compared with the libraries whose names it lists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_names_are_unambiguous(column: str) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ELEMENT_TYPES if row.torch], ids=lambda row: row.torch)
-def test_pytorch_has_them(row: ElementType) -> None:
+def test_names_match_pytorch(row: ElementType) -> None:
     import torch
 
     assert row.torch == row.dtype.name
@@ -28,7 +28,7 @@ def test_pytorch_has_them(row: ElementType) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ELEMENT_TYPES if row.tensorflow], ids=lambda row: row.dtype.name)
-def test_tensorflow_has_them(row: ElementType, tf: Any) -> None:
+def test_numbers_match_tensorflow(row: ElementType, tf: Any) -> None:
     assert tf.dtypes.as_dtype(row.tensorflow).as_numpy_dtype == row.dtype.type
 
 

@@ -1,4 +1,4 @@
-"""Names with their layer numbers folded, as messages, the manifest and ``inspect`` show them."""
+"""Names with folded layer numbers, as shown in messages, the manifest and ``inspect``."""
 
 from __future__ import annotations
 

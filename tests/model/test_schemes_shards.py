@@ -1,4 +1,4 @@
-"""How parts become tensors, and how tensors that files do not name get their names: small tables, plain arrays."""
+"""Merging parts, and naming and cutting the tensors of files without names or boundaries: small tables and arrays."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read(tensors: Sequence[LazyTensor]) -> list[Any]:
 @pytest.mark.parametrize("dtype", [F4, np.dtype(np.float16), BFLOAT16], ids=str)
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("name", RULES)
-def test_merging_what_was_split_gives_the_tensor(name: str, count: int, dtype: Any) -> None:
+def test_merge_inverts_split(name: str, count: int, dtype: Any) -> None:
     rule, whole = RULES[name], numbers(count * 3, count * 7, seed=count, dtype=dtype)
     parts = rule.split(lazy(whole)[0], count)
     merged = rule.merge(parts, whole.shape)
@@ -75,7 +75,7 @@ def test_merging_what_was_split_gives_the_tensor(name: str, count: int, dtype: A
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("rule", [ROWS, COLUMNS], ids=["rows", "columns"])
-def test_splitting_what_was_merged_gives_the_parts(rule: Shards, seed: int) -> None:
+def test_split_inverts_merge(rule: Shards, seed: int) -> None:
     random = np.random.default_rng(seed)
     count, height, width = (int(n) for n in random.integers(1, 7, 3))
     arrays = [numbers(height, width, seed=100 * seed + k) for k in range(count)]
@@ -87,7 +87,7 @@ def test_splitting_what_was_merged_gives_the_parts(rule: Shards, seed: int) -> N
     assert all(np.array_equal(before, after) for before, after in zip(arrays, again, strict=True))
 
 
-def test_rows_lie_below_each_other_and_columns_beside() -> None:
+def test_rows_are_joined_along_axis_0_and_columns_along_axis_1() -> None:
     a, b = numbers(2, 3), numbers(2, 3, seed=1)
     assert np.array_equal(ROWS.merge(lazy(a, b), (4, 3)).read(), np.concatenate([a, b]))
     assert np.array_equal(COLUMNS.merge(lazy(a, b), (2, 6)).read(), np.concatenate([a, b], 1))
@@ -95,7 +95,7 @@ def test_rows_lie_below_each_other_and_columns_beside() -> None:
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3), 0), ((2, 6), 1), ((9, 9), 1), ((), 0)])
-def test_a_block_cut_either_way_is_told_by_the_shape(shape: tuple[int, ...], axis: int) -> None:
+def test_the_shape_determines_how_a_block_was_cut(shape: tuple[int, ...], axis: int) -> None:
     a, b = numbers(2, 3), numbers(2, 3, seed=1)
     assert np.array_equal(EITHER.merge(lazy(a, b), shape).read(), np.concatenate([a, b], axis))
 
@@ -113,7 +113,7 @@ def test_sums_are_added_to_rows_and_rounded_once() -> None:
     assert np.array_equal(found.read((slice(1, 2), slice(0, 2))), np.array([[258, 256]], BFLOAT16))
 
 
-def test_copies_that_agree_are_one_of_them() -> None:
+def test_identical_copies_merge_to_the_first() -> None:
     parts = lazy(*[numbers(5)] * 3)
     assert all(rule.merge(parts, (5,)) is parts[0] for rule in (FIRST, NORMS, BIASES))
 
@@ -127,14 +127,14 @@ def test_copies_that_differ() -> None:
     assert np.array_equal(NORMS.merge(parts, (5,)).read(), mean)
 
 
-# Parts of a whole file
+# Parts of a file
 
 
 def parts(*arrays: Any, **fields: Any) -> Parts:
     return Parts(lazy(*arrays), **fields)
 
 
-def test_what_differs_is_noted_by_kind() -> None:
+def test_differing_copies_are_noted_by_kind() -> None:
     a, b = numbers(4), numbers(4, seed=1)
     tensors = {
         "g0": parts(a, b, unit="rank"),
@@ -147,8 +147,8 @@ def test_what_differs_is_noted_by_kind() -> None:
     rules = {"g0": NORMS, "g1": NORMS, "g2": NORMS, "b0": BIASES, "f0": FIRST}
     whole, notes = merge_parts(tensors, {name: Merge(rule, (4,)) for name, rule in rules.items()})
     assert notes == (
-        "2 norms that should be the same on every rank are not (g0 first): their mean was taken",
-        "1 biases that should be the same on every rank are not (b0 first): those of rank 0 were taken",
+        "2 norms differ between ranks but should not (first: g0); used their mean",
+        "1 biases differ between ranks but should not (first: b0); used the copies of rank 0",
     )
     assert [*whole] == [*tensors]
     assert all(np.array_equal(whole[name].read(), a) for name in ("g2", "b0", "f0", "mask"))
@@ -162,12 +162,12 @@ def test_one_shard_is_the_whole(name: str) -> None:
     assert not notes
 
 
-def test_whole_tensors_are_left_alone() -> None:
+def test_whole_tensors_are_unchanged() -> None:
     (tensor,) = lazy(numbers(3))
     assert merge_parts({"x": tensor}, {"x": Merge(SUM, (3,))}) == ({"x": tensor}, ())
 
 
-def test_what_is_added_to_rows_is_no_tensor_of_its_own() -> None:
+def test_an_added_bias_is_not_a_separate_tensor() -> None:
     tables, biases = (numbers(2, 3), numbers(2, 3, seed=1)), (numbers(3, seed=2), numbers(3, seed=3))
     tensors = {"b": parts(*biases), "w": parts(*tables)}
     whole, _ = merge_parts(tensors, {"w": Merge(ROWS, (4, 3), "b")})
@@ -175,7 +175,7 @@ def test_what_is_added_to_rows_is_no_tensor_of_its_own() -> None:
     assert np.array_equal(whole["w"].read(), np.concatenate(tables) + (biases[0] + biases[1]))
 
 
-def test_rows_stay_copyable_and_transposed_columns_do_too(tmp_path: Path) -> None:
+def test_merged_rows_stay_copyable(tmp_path: Path) -> None:
     stored = tuple(stored_tensors(tmp_path / "f", {name: numbers(2, 3) for name in "abc"}).values())
     rows, columns = ROWS.merge(stored, (6, 3)), COLUMNS.merge(stored, (2, 9))
     assert isinstance(rows, Stored)
@@ -184,7 +184,7 @@ def test_rows_stay_copyable_and_transposed_columns_do_too(tmp_path: Path) -> Non
     assert np.array_equal(columns.read((slice(0, 2), slice(2, 4))), np.concatenate(read(stored), 1)[:, 2:4])
 
 
-def test_the_shape_of_the_whole_is_known_before_the_parts_are_joined() -> None:
+def test_the_merged_shape_is_known_before_merging() -> None:
     some = parts(numbers(2, 3), numbers(2, 3))
     shapes = [replace(some, axis=axis).shape for axis in (None, 0, 1)]
     assert shapes == [(2, 3), (4, 3), (2, 6)]
@@ -234,7 +234,7 @@ def whole_arrays(layers: int = 2) -> dict[str, Any]:
 
 
 def sharded(layers: int = 2) -> dict[str, Parts]:
-    """The arrays in two parts each; the sum's halves, the bias of the embedding 1 and 2."""
+    """The arrays in two parts each: halves for sums, and 1 and 2 for the bias of the embedding."""
     found = {"m/emb/b": parts(np.full(4, 1, F4), np.full(4, 2, F4)), "step": parts(np.int32(7), np.int32(7))}
     for name, array in whole_arrays(layers).items():
         last = name.rsplit("/", 1)[1]
@@ -254,7 +254,7 @@ def check_weights(weights: Any, arrays: dict[str, Any], share: float = 1) -> Non
     assert np.array_equal(weights["h.1.out.bias"].read(), arrays["m/l1/out"] * np.float32(share))
 
 
-def test_a_table_joins_parts() -> None:
+def test_a_table_merges_parts() -> None:
     named = assemble(TABLE, source(sharded()))
     assert named["m/emb/w"].shape == (6, 4)
     assert named["m/l0/proj"].shape == (4, 4)
@@ -265,7 +265,7 @@ def test_a_table_joins_parts() -> None:
     assert np.array_equal(found.tensors["m/head/w"].read(), whole_arrays()["m/head/w"])
 
 
-def test_which_rule_a_tensor_has_may_depend_on_the_configuration() -> None:
+def test_the_rule_may_depend_on_the_configuration() -> None:
     found = resolve(TABLE, config_of(3), assemble(TABLE, source(sharded(3))))
     check_weights(found.weights, whole_arrays(3), share=0.5)
 
@@ -275,28 +275,26 @@ def test_norms_that_differ_are_noted_and_averaged() -> None:
     tensors["m/l1/g"] = parts(np.zeros(4, F4), np.ones(4, F4))
     found = resolve(TABLE, config_of(), assemble(TABLE, source(tensors)))
     assert np.array_equal(found.weights["h.1.ln.weight"].read(), np.full(4, 0.5))
-    assert found.notes == (
-        "1 norms that should be the same on every shard are not (m/l1/g first): their mean was taken",
-    )
+    assert found.notes == ("1 norms differ between shards but should not (first: m/l1/g); used their mean",)
 
 
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("m/l0/g", Parts((*lazy(numbers(4)), None), "rank"), "some ranks do not hold this tensor; found 1"),
-        ("m/l0/g", Parts((None, None), "rank"), "some ranks do not hold this tensor; found 0, 1"),
+        ("m/l0/g", Parts((*lazy(numbers(4)), None), "rank"), "tensor is missing on some ranks; found 1"),
+        ("m/l0/g", Parts((None, None), "rank"), "tensor is missing on some ranks; found 0, 1"),
         ("m/l0/g", parts(numbers(4), numbers(3)), "the shards' parts differ in shape or type"),
         ("m/l0/g", parts(numbers(4), numbers(4, dtype=BFLOAT16)), "the shards' parts differ in shape or type"),
-        ("m/l1/proj", parts(numbers(4, 1), numbers(4, 1)), "not all shards are here.* from 2 shards, found parts of"),
+        ("m/l1/proj", parts(numbers(4, 1), numbers(4, 1)), "some shards are missing.* from 2 shards, found parts of"),
     ],
 )
-def test_parts_that_do_not_belong_together(name: str, wrong: Parts, message: str) -> None:
+def test_inconsistent_parts(name: str, wrong: Parts, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         assemble(TABLE, source({**sharded(), name: wrong}))
     assert (caught.value.item, caught.value.path) == (name, "model")
 
 
-def test_wrong_shapes_are_listed_with_the_shape_of_the_whole() -> None:
+def test_wrong_shapes_are_listed_with_the_merged_shape() -> None:
     tensors = {**sharded(), "m/emb/w": parts(numbers(2, 4), numbers(2, 4)), "m/l0/out": parts(numbers(3), numbers(3))}
     with pytest.raises(InputError) as caught:
         resolve(TABLE, config_of(), assemble(TABLE, source(tensors)))
@@ -304,7 +302,7 @@ def test_wrong_shapes_are_listed_with_the_shape_of_the_whole() -> None:
     assert "wrong shape m/l0/out: expected [4], found [3]" in str(caught.value)
 
 
-def test_tied_parts_are_joined_by_the_row_of_their_name() -> None:
+def test_tied_parts_are_merged_by_the_row_of_their_name() -> None:
     table = replace(TABLE, drops=(Drop("step", "counter"),), tied=(Tied("head/w", "wte.weight", "V D", head=False),))
     tensors = sharded()
     tensors["m/head/w"] = parts(*np.split(whole_arrays()["m/head/w"], 2, 1))
@@ -331,7 +329,7 @@ def test_variants_are_refused_by_name(extra: list[str], message: str, hint: bool
     assert (caught.value.hint is not None) == hint
 
 
-def test_names_of_a_file_may_be_the_tables_in_other_words() -> None:
+def test_names_may_be_translated_before_lookup() -> None:
     table = replace(TABLE, renamed=lambda names, path: {name: name.replace("x/", "m/") for name in names})
     tensors: dict[str, Any] = {name.replace("m/", "x/"): tensor for name, tensor in sharded().items()}
     check_weights(resolve(table, config_of(), assemble(table, source(tensors))).weights, whole_arrays())
@@ -366,7 +364,7 @@ def in_file(layers: int) -> list[LazyTensor]:
 
 
 @pytest.mark.parametrize("layers", [2, 11])
-def test_unnamed_arrays_are_named_by_their_place(layers: int) -> None:
+def test_unnamed_arrays_are_named_by_position(layers: int) -> None:
     named = assemble(TABLE, source({}, unnamed=tuple(in_file(layers))))
     assert [*named] == [*(name for _, name in in_order(TABLE, layers)), "step"]
     check_weights(resolve(TABLE, config_of(layers), named).weights, whole_arrays(layers), 1 if layers == 2 else 0.5)
@@ -376,27 +374,27 @@ def summed(name: str) -> FileChecksum:
     return FileChecksum(Segment("file", 0, 1), "crc32", 0, name)
 
 
-def test_the_optimizers_arrays_are_left_out_with_their_checksums() -> None:
+def test_optimizer_arrays_are_left_out_with_their_checksums() -> None:
     arrays = [replace(part, checksums=(summed("own"),)) for part in in_file(2) if isinstance(part, Parts)]
     other = Parts(lazy(np.int32(1), np.int32(1)), checksums=(summed("optimizer's"),))
     count = 2 * (len(arrays) - 1) + 2
     named = assemble(TABLE, source({}, unnamed=(*[other] * count, *arrays)))
-    assert named.notes == (f"{count} arrays of the optimizer are left out",)
+    assert named.notes == (f"{count} optimizer arrays are left out",)
     assert {checksum.what for checksum in named.checksums} == {"own"}
     assert len(named.checksums) == len(arrays)
     check_weights(resolve(TABLE, config_of(), named).weights, whole_arrays())
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 9, 11])
-def test_a_number_of_arrays_that_no_model_has(count: int) -> None:
-    """TABLE has three tensors outside the layers (the head is there whether a model has it or not), 3 in each."""
+def test_an_impossible_number_of_arrays(count: int) -> None:
+    """TABLE has three tensors outside the layers (the head counts even if the model lacks it) and 3 in each."""
     with pytest.raises(InputError, match="fits no number of layers") as caught:
         assemble(TABLE, source({}, unnamed=lazy(*[numbers(2)] * count)))
-    assert caught.value.expected == "3 L + 4 for L layers, with the optimizer's state 9 L + 12"
+    assert caught.value.expected == "3 L + 4 for L layers, with optimizer state 9 L + 12"
     assert caught.value.found == f"{count} arrays"
 
 
-def test_tables_whose_files_name_everything_have_no_order() -> None:
+def test_tables_of_files_with_names_have_no_order() -> None:
     with pytest.raises(ValueError, match="has no order"):
         in_order(replace(TABLE, order=None), 2)
 
@@ -412,7 +410,7 @@ RUN = Scheme(
 
 
 def run(tmp_path: Path, extra: int = 0, start: int = 12) -> tuple[Run, Any]:
-    """A header, 8 rows of which the last two are padding, two matrices, a vector."""
+    """A header, 8 rows (the last two are padding), two matrices and a vector."""
     values = numbers(8 * 4 + 2 * 8 * 4 + 4)
     data = bytes(start) + values.tobytes()
     data = data[:extra] if extra < 0 else data + bytes(extra)
@@ -420,7 +418,7 @@ def run(tmp_path: Path, extra: int = 0, start: int = 12) -> tuple[Run, Any]:
     return Run(Segment(str(tmp_path / "f"), start, len(data) - start), F4, {"P": 8}), values
 
 
-def test_a_run_is_cut_at_the_shapes_and_padding_is_left_out(tmp_path: Path) -> None:
+def test_a_run_is_cut_by_shapes_without_padding(tmp_path: Path) -> None:
     found, values = run(tmp_path)
     tensors = cut(RUN, config_of(), found)
     assert [(name, tensor.shape) for name, tensor in tensors.items()] == [
@@ -439,9 +437,14 @@ def test_a_run_is_cut_at_the_shapes_and_padding_is_left_out(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [(-1, "truncated"), (-4, "truncated"), (1, "longer than its header says"), (4, "longer than its header says")],
+    [
+        (-1, "truncated"),
+        (-4, "truncated"),
+        (1, "longer than its header implies"),
+        (4, "longer than its header implies"),
+    ],
 )
-def test_a_run_of_another_length_is_refused(tmp_path: Path, extra: int, message: str) -> None:
+def test_a_run_of_the_wrong_length_is_refused(tmp_path: Path, extra: int, message: str) -> None:
     found, _ = run(tmp_path, extra)
     with pytest.raises(InputError, match=f"{message}; expected 412 bytes, found {412 + extra} bytes") as caught:
         cut(RUN, config_of(), found)

@@ -171,7 +171,7 @@ def test_gpt2s_encoding_is_pointed_out_and_used(tmp_path: Path) -> None:
     [
         ({"model": {}, "optimizer": {}}, "not a nanoGPT checkpoint"),
         ([1, 2], "found a list"),
-        ({"model": {}, "model_args": {}}, "no tensors by name"),
+        ({"model": {}, "model_args": {}}, "no named tensors"),
     ],
 )
 def test_other_files_of_that_name(tmp_path: Path, content: object, words: str) -> None:

@@ -179,7 +179,11 @@ DAMAGES: list[tuple[Any, type[GptConvertError], str]] = [
     (lambda f: [layer(f, 6, r).unlink() for r in range(3)], InputError, r"missing +final_linear"),
     (lambda f: [p.unlink() for p in f.glob("*/layer_*-model_02-*")], InputError, "expected 3, found 2 ranks"),
     (lambda f: [p.unlink() for p in f.glob("*/layer_*")], InputError, "no weights by name"),
-    (lambda f: resave(layer(f, 2, 1), lambda s: s.pop("mlp.dense_h_to_4h.bias")), InputError, "some ranks do not"),
+    (
+        lambda f: resave(layer(f, 2, 1), lambda s: s.pop("mlp.dense_h_to_4h.bias")),
+        InputError,
+        "missing on some ranks",
+    ),
     (
         lambda f: resave(layer(f, 2, 1), lambda s: s.update({"mlp.dense_h_to_4h.bias": s["attention.dense.bias"]})),
         InputError,
@@ -277,7 +281,7 @@ def test_norms_that_differ_are_averaged_and_said(tmp_path: Path) -> None:
     name = "h.0.ln_1.weight"
     gain = checkpoint.weights[name].read().astype(np.float32) - before.weights[name].read().astype(np.float32)
     assert np.allclose(gain, 1, atol=2e-3)
-    assert any("1 norms that should be the same" in note and "mean" in note for note in checkpoint.notes)
+    assert any("1 norms differ between ranks" in note and "mean" in note for note in checkpoint.notes)
 
 
 def test_biases_that_differ_where_each_rank_has_the_whole(tmp_path: Path) -> None:
@@ -288,7 +292,7 @@ def test_biases_that_differ_where_each_rank_has_the_whole(tmp_path: Path) -> Non
     torch.save(state, path)
     checkpoint = understood(folder)
     assert difference(checkpoint, SEQUENTIAL) < NOISE
-    assert any("rank 0 were taken" in note for note in checkpoint.notes)
+    assert any("used the copies of rank 0" in note for note in checkpoint.notes)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -340,7 +344,7 @@ def test_planted_bugs_in_the_parallel_model_show(monkeypatch: pytest.MonkeyPatch
         rule = {"bias of one rank": (SUM, FIRST), "bias summed twice": (SUM, SummedTwice())}
         plant_rule(monkeypatch, *rule.get(bug, (COLUMNS, ROWS)))
     if bug == "rows for columns":
-        with pytest.raises(InputError, match=r"layers\.0\.attention\.dense\.weight: not all ranks are here"):
+        with pytest.raises(InputError, match=r"layers\.0\.attention\.dense\.weight: some ranks are missing"):
             understood(PIPELINE)
         return
     assert difference(understood(PIPELINE), PIPELINE) > BUG
