@@ -189,7 +189,7 @@ def verify_export(
     *,
     progress: Progress | None = None,
 ) -> Report:
-    """Verify an existing export, by any tool, against its checkpoint.
+    """Verify an existing export, made by any tool, against its checkpoint.
 
     Args:
         source: the checkpoint: a local path or a hub repository.

@@ -91,7 +91,7 @@ class _Tensors:
         expected = math.prod(entry.shape) * dtype.itemsize
         if entry.nbytes != expected:
             raise InputError(
-                f"the index contradicts itself: {dtype} of shape {list(entry.shape)}",
+                f"the index is inconsistent: {dtype} of shape {list(entry.shape)}",
                 path=self.index.path,
                 item=name,
                 expected=f"{expected} bytes",
@@ -162,7 +162,7 @@ class _Tensors:
         return stored
 
     def _wrong(self, name: str, what: str) -> InputError:
-        return InputError(f"the index contradicts itself: {what}", path=self.index.path, item=name)
+        return InputError(f"the index is inconsistent: {what}", path=self.index.path, item=name)
 
 
 def _as_text(ranges: Iterable[Extent]) -> str:

@@ -53,7 +53,7 @@ def read_torch(path: str | os.PathLike[str]) -> TensorSet:
 
     Raises:
         InputError: the file is damaged, not PyTorch's, or contains no named tensors.
-        UnsafeInputError: it refers to anything but tensors and plain data, or its archive is not plain.
+        UnsafeInputError: it refers to anything but tensors and plain data, or its zip archive is unsafe.
         UnsupportedError: an element type that numpy lacks.
     """
     path = os.fspath(path)

@@ -45,7 +45,7 @@ _MAGIC: tuple[tuple[str, bytes, str], ...] = (
     ("zstd", b"\x28\xb5\x2f\xfd", "is zstd-compressed; decompress it first"),
     ("7z", b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive; unpack it first"),
     ("zip", b"PK\x03\x04", "is a zip archive (PyTorch's .bin and .pt files are such archives)"),
-    ("hdf5", b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras weights, perhaps)"),
+    ("hdf5", b"\x89HDF\r\n\x1a\n", "is an HDF5 file (possibly Keras weights)"),
     ("npy", b"\x93NUMPY", "is a NumPy array file"),
     ("pickle", b"\x80\x02", "is a Python pickle"),
     ("pickle", b"\x80\x03", "is a Python pickle"),

@@ -162,7 +162,7 @@ def _laid(scheme: Scheme, name: str, prefix: str, parts: Parts, path: str) -> Pa
     unit, held = parts.unit, parts.held
     missing = [str(number) for number, part in enumerate(parts.parts) if part is None]
     if missing:
-        raise InputError(f"tensor is missing on some {unit}s", path=path, item=name, found=", ".join(missing))
+        raise InputError(f"tensor is missing on {unit} {', '.join(missing)}", path=path, item=name)
     if len({(part.shape, part.dtype) for part in held}) > 1:
         listed = ", ".join(f"{list(part.shape)} {part.dtype}" for part in held)
         raise InputError(f"the {unit}s' parts differ in shape or type", path=path, item=name, found=listed)

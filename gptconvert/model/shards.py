@@ -169,7 +169,7 @@ def merge_parts(
 
     Args:
         tensors: by name; every shard must have a part of each :class:`Parts`.
-        merges: by name. Other tensors are listed only to be dropped, and reduce to the first shard's part.
+        merges: by name. Tensors without an entry will be dropped later, so only their first part is kept.
     """
     whole: dict[str, LazyTensor] = {}
     differing: dict[Copies, list[str]] = {}
