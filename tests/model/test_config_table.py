@@ -1,4 +1,4 @@
-"""Configuration tables: how a key is read, refused, passed on and written."""
+"""Configuration tables: keys are read, refused, copied and written."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_several_names_of_one_key_agree() -> None:
     assert "width = 6, d_model = 7" in refused(InputError, d_model=7).message
 
 
-def test_a_wrong_value_is_named_as_in_the_file() -> None:
+def test_errors_use_the_key_name_from_the_file() -> None:
     assert refused(InputError, width=..., hidden="6").item == "hidden"
     assert refused(InputError, width=...).item == "width"
     assert refused(InputError, width=None).message == "required key is missing"
@@ -102,11 +102,11 @@ def test_all_unknown_keys_are_refused_at_once() -> None:
     assert config(moe=False, lora=None) == config(moe=0, lora={}) == config()
 
 
-def test_only_harmless_keys_are_passed_on() -> None:
+def test_only_harmless_keys_are_carried() -> None:
     assert TABLE.read({**SIZES, "seed": 3, "moe": False}, None).carried == {"seed": 3}
 
 
-def test_what_is_written() -> None:
+def test_write() -> None:
     made = config(inner=10, norm={"eps": 0.5}, untied=True, act="gelu_py")
     assert TABLE.write(made, {"seed": 3}) == {
         **SIZES,
@@ -149,7 +149,7 @@ def test_kinds(kind: Kind, accepted: dict[Any, object], wrong: tuple[object, ...
         assert error.value.item == "key"
 
 
-def test_of_several_end_tokens_the_first_counts() -> None:
+def test_the_first_of_several_end_tokens_is_used() -> None:
     assert TOKEN.read("key", [4, 5]) == 4
 
 

@@ -1,4 +1,4 @@
-"""Name tables: shapes in symbols, and tensors that survive the way to canonical names and back."""
+"""Name tables: symbolic shapes, and round trips of tensors between file names and canonical names."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_shapes_of_released_tables() -> None:
 
 
 @pytest.mark.parametrize("word", ["C-2", "C+", "+2", "2*D", "D3", "d", "X", "2X", "DD", "C++2", "C,", "1.5", "3 D!"])
-def test_words_that_are_no_size_are_refused(word: str) -> None:
-    """Dropped silently, they would be an axis fewer."""
+def test_invalid_sizes_are_refused(word: str) -> None:
+    """Ignoring one would drop an axis."""
     with pytest.raises(ValueError, match="is not a size") as error:
         concrete(f"{word} D", {"C": 40, "D": 24})
     assert repr(word.split()[-1]) in str(error.value)
@@ -75,7 +75,7 @@ def test_no_word_is_dropped(shape: str) -> None:
 
 
 def test_rows_with_sums(tmp_path: Any) -> None:
-    """A position table with two rows more than there are positions, as OPT has it."""
+    """A position table with two rows more than positions, as in OPT."""
     config = GPTConfig(
         family="gpt2",
         vocab_size=9,
@@ -102,7 +102,7 @@ SCHEMES = [
 
 
 def stored_arrays(bounds: list[Bound]) -> dict[str, Any]:
-    """Numbers that tell every element of every tensor."""
+    """Tensors whose elements are all different."""
     arrays, start = {}, 0
     for bound in bounds:
         for name in bound.stored:
@@ -115,8 +115,8 @@ def stored_arrays(bounds: list[Bound]) -> dict[str, Any]:
 @pytest.mark.parametrize(("family", "scheme"), SCHEMES)
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
-def test_tensors_come_back(family: Any, scheme: Any, data: Any) -> None:
-    """From the file's layout to the canonical one and back, and the other way round."""
+def test_round_trip(family: Any, scheme: Any, data: Any) -> None:
+    """From the file's layout to the canonical one and back, and in the other direction."""
     config = data.draw(configs(family.name, tasks=scheme is family.hf))
     sizes, bounds = sizes_of(config), expand(scheme.rows, config, scheme.write_prefix)
     arrays = stored_arrays(bounds)
@@ -138,7 +138,7 @@ def test_tensors_come_back(family: Any, scheme: Any, data: Any) -> None:
 @given(data=st.data())
 @settings(max_examples=8, deadline=None)
 def test_a_written_file_is_read(family: Any, scheme: Any, data: Any) -> None:
-    """Under the names it is written with, every tensor is found, and none is left over."""
+    """Every written tensor is found under its name, and no others are left."""
     config = data.draw(configs(family.name, tasks=scheme is family.hf))
     bounds = expand(scheme.rows, config, scheme.write_prefix)
     weights = {bound.canonical: np.ones(canonical_shapes([bound.row], config)[bound.canonical]) for bound in bounds}
@@ -149,7 +149,7 @@ def test_a_written_file_is_read(family: Any, scheme: Any, data: Any) -> None:
     assert found.prefix == scheme.write_prefix
 
 
-# --- names for people ----------------------------------------------------------------------------------------------
+# --- names for display ---------------------------------------------------------------------------------------------
 
 
 def test_layers_are_folded() -> None:

@@ -1,4 +1,4 @@
-"""Transforms: each is undone by its inverse, moves values as NumPy does, and knows the shape it makes."""
+"""Transforms: each is undone by its inverse, moves values as NumPy does, and predicts the resulting shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gptconvert.model.transforms import (
 )
 from tests.helpers import computed_tensors, stored_tensors
 
-#: Transform → a shape it takes, from three small numbers, and the same in NumPy.
+#: Transform → an input shape from three small numbers, and the same operation in NumPy.
 CASES: dict[Transform, tuple[Callable[[int, int, int], tuple[int, ...]], Callable[[Any, int], Any]]] = {
     Transpose(): (lambda a, b, c: (a, b), lambda x, heads: x.T),
     DropLeadingAxis(): (lambda a, b, c: (1, a, b)[: 1 + c % 3], lambda x, heads: x[0]),
@@ -48,7 +48,7 @@ SMALL = st.integers(1, 4)
 
 
 def lazy(array: Any, stored: bool, directory: Path) -> LazyTensor:
-    """``array`` as bytes of a file, or as values that are computed."""
+    """``array`` as a stored tensor, or as a computed one."""
     named = {"x": array}
     return (stored_tensors(directory / "x", named) if stored else computed_tensors(named))["x"]
 
@@ -81,8 +81,8 @@ def test_inverse_undoes_forward(
     assert same(transform.forward(transform.inverse(fresh, sizes), sizes), expected(array, heads))
 
 
-def test_bytes_that_need_no_change_stay_stored(tmp_path: Path) -> None:
-    """They can then be copied without entering Python."""
+def test_unchanged_bytes_stay_stored(tmp_path: Path) -> None:
+    """They can be copied without passing through Python."""
     array = np.arange(24, dtype=np.float32).reshape(12, 2)
     for transform in (DeinterleaveHeads(), DeinterleaveHeads(2), DeinterleaveFeatures()):
         forward = transform.forward(lazy(array, True, tmp_path), {"H": 2})
@@ -95,7 +95,7 @@ def test_bytes_that_need_no_change_stay_stored(tmp_path: Path) -> None:
 
 
 def test_leading_axis_of_computed_values() -> None:
-    """Pieces of a partitioned variable along another axis; what is left may be a scalar."""
+    """As for variables partitioned along another axis; the result may be a scalar."""
     for array in (np.arange(24.0).reshape(1, 4, 6), np.arange(5.0)[None], np.float32([7])):
         tensor = drop_leading_axis(computed_tensors({"x": array})["x"])
         assert (tensor.shape, tensor.nbytes) == (array.shape[1:], array.nbytes)
