@@ -141,7 +141,7 @@ def _unrecognised(path: str) -> GptConvertError:
     title = lookalike(path)
     if title is not None:
         return UnsupportedError(
-            f"this is {title}, which this version does not support", path=path, expected=f"one of {supported}"
+            f"recognised as {title}, which this version does not support", path=path, expected=f"one of {supported}"
         )
     if os.path.isdir(path):
         found = ", ".join(entries(path)[:8]) or "an empty directory"
