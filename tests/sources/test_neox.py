@@ -389,7 +389,7 @@ def test_the_source_provides_unmerged_parts(name: str) -> None:
         assert parts.axis is None
 
 
-def test_blocks_that_are_rows_stay_copyable() -> None:
+def test_tensors_split_by_rows_can_be_copied_raw() -> None:
     tensors = understood(PIPELINE).source.tensors
     merged = tensors["layers.0.attention.query_key_value.weight"]
     assert isinstance(merged, Stored)
