@@ -1,1 +1,1 @@
-"""Measurements side by side with ``cp`` and with PyTorch: ``python -m benchmarks``."""
+"""Benchmarks against ``cp`` and PyTorch: ``python -m benchmarks``."""

@@ -1,7 +1,7 @@
-"""``python -m benchmarks [124M 1558M]``: conversion beside ``cp``, latencies, decode and prefill beside PyTorch.
+"""``python -m benchmarks [124M 1558M]``: conversion against ``cp``, latencies, decode and prefill against PyTorch.
 
-Prints Markdown tables (docs/performance.md holds a run of them). Needs three times the largest checkpoint in free
-disk: the checkpoint, the copy, the export.
+Prints Markdown tables (docs/performance.md shows one run). Needs free disk space of three times the largest
+checkpoint: for the checkpoint, the copy and the export.
 
 ``python -m benchmarks scale`` measures how memory grows with the number of layers: see ``benchmarks/scale.py``.
 """
@@ -49,7 +49,7 @@ def conversions(size: str, data: Path, rounds: int, *, memory_at_hand: bool = Fa
 
 
 def latencies(size: str, data: Path) -> str:
-    """What one waits for before anything happens."""
+    """Startup latency: wall time of commands that read no weights."""
     source = openai_checkpoint(size, data)
     commands = {
         "python -c pass": [sys.executable, "-c", "pass"],
@@ -71,7 +71,7 @@ def _table(title: str, runs: dict[str, list[Run]], base: str) -> str:
 
 
 def speeds(size: str, data: Path, peers: dict[str, Path]) -> str:
-    """Decode and prefill of the exported graph."""
+    """Decode and prefill rates of the exported graph."""
     source, export = openai_checkpoint(size, data), data / f"{size}-export"
     shutil.rmtree(export, ignore_errors=True)
     both = ["--to", "onnx", "--to", "safetensors"]
@@ -83,18 +83,20 @@ def speeds(size: str, data: Path, peers: dict[str, Path]) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmarks and print their tables."""
     if sys.argv[1:2] == ["scale"]:
         scale.main(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["124M", "1558M"], choices=SIZES)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="where checkpoints go")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--memory-at-hand", action="store_true", help="do not start from rest, but where cp finds free memory at once"
+        "--data", type=Path, default=Path(__file__).parent / "data", help="directory for checkpoints and exports"
     )
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=GRAPH", help="another export to time")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each command")
+    parser.add_argument(
+        "--memory-at-hand", action="store_true", help="provide free memory before each run instead of resting"
+    )
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=GRAPH", help="time another export too")
     given = parser.parse_args()
     peers = {name: Path(path) for name, path in (peer.split("=", 1) for peer in given.peer)}
     print(latencies(given.sizes[-1], given.data), end="\n\n", flush=True)

@@ -1,6 +1,6 @@
-"""Random checkpoints at the real shapes, in the formats they are released in, written block by block.
+"""Random checkpoints with the real shapes in their release formats, written block by block.
 
-Real weights cannot be had offline; sizes can.
+They stand in for the real weights, which are not available offline.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from gptconvert.model.tensors import Shape, filled
 from gptconvert.sources.mesh_jax import PIECES
 from reference_model.config import GPTConfig
 
-#: size → hparams, as OpenAI's downloads state them.
+#: Size → hparams of OpenAI's releases.
 SIZES = {
     "124M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
     "355M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1024, "n_head": 16, "n_layer": 24},
     "774M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1280, "n_head": 20, "n_layer": 36},
     "1558M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48},
 }
-#: family → what its config.json says besides the defaults, which are those of the largest released model, and the
-#: key of the number of layers.
+#: Family → (config.json keys besides the defaults, which are those of the largest released model; key of the number
+#: of layers).
 LARGE = {
     "gptj": ({"model_type": "gptj", "architectures": ["GPTJForCausalLM"]}, "n_layer"),
     "gpt_neox": (
@@ -45,14 +45,14 @@ LARGE = {
     ),
 }
 BLOCK = 1 << 22
-#: Small enough that every checkpoint has several.
+#: Small enough that every checkpoint has several shards.
 SHARD_BYTES = 1 << 30
-#: Over how many cores the released GPT-J is cut.
+#: Number of cores that the released GPT-J is split over.
 CORES = 8
 
 
 def openai_checkpoint(size: str, root: Path) -> Path:
-    """A checkpoint directory of ``size``, made once, with weights spread as GPT-2's initialisation spreads them."""
+    """The checkpoint directory of ``size``, created on first use; weights are distributed as in a new GPT-2."""
     directory = root / size
     if (directory / "model.ckpt.index").exists():
         return directory
@@ -81,12 +81,12 @@ def openai_checkpoint(size: str, root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Large:
-    """A model of a 6B's or 20B's shapes with as many layers as the disk has room for, in bfloat16.
+    """A model with the shapes of a 6B or 20B model but fewer layers, so that it fits on the disk; bfloat16.
 
     Attributes:
-        family: of :data:`LARGE`.
-        source: ``hf`` (safetensors in shards) or ``mesh-jax`` (GPT-J's trainer's shards).
-        layers: how many.
+        family: a key of :data:`LARGE`.
+        source: ``hf`` (safetensors shards) or ``mesh-jax`` (the shards of GPT-J's trainer).
+        layers: number of layers.
     """
 
     family: str
@@ -95,7 +95,7 @@ class Large:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Name in Hugging Face's files → shape."""
+        """Tensor name in Hugging Face's files → shape."""
         config, scheme = self._config(), family_named(self.family).scheme("hf")
         bounds = expand(scheme.rows, config, scheme.write_prefix)
         return {name: bound.shape for bound in bounds for name in bound.stored}
@@ -106,7 +106,7 @@ class Large:
         return sum(2 * prod(shape) for shape in self.shapes.values())
 
     def write(self, folder: Path) -> None:
-        """Make the files; ``folder`` does not exist yet."""
+        """Write the files to ``folder``, which must not exist yet."""
         folder.mkdir(parents=True)
         (self._write_hf if self.source == "hf" else self._write_mesh_jax)(folder)
 
@@ -155,7 +155,7 @@ class Large:
 
 
 def _blocks(random: np.random.Generator, count: int, mean: float) -> Iterator[NDArray[np.float32]]:
-    """``count`` numbers as a fresh model's weights are spread."""
+    """``count`` values distributed like a new model's weights."""
     for start in range(0, count, BLOCK):
         values = random.standard_normal(min(BLOCK, count - start), dtype=np.float32)
         yield values * np.float32(0.02) + np.float32(mean)
@@ -178,7 +178,7 @@ def _write_safetensors(path: Path, shapes: dict[str, Shape], seed: int) -> None:
 
 
 def _leaf(random: np.random.Generator, leaf: tuple[Row, str], config: GPTConfig) -> NDArray[np.void]:
-    """One core's part of a parameter; bfloat16 without a name, as the trainer saved it."""
+    """One core's part of a parameter, as unnamed two-byte values (bfloat16), as the trainer saved it."""
     row, name = leaf
     whole = filled(0.0, BFLOAT16, concrete(row.shape, sizes_of(config)))
     vector = row.added is not None and name.endswith(row.added)

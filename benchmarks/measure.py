@@ -1,8 +1,8 @@
-"""Whole-process figures: wall time, and peaks of anonymous and file-mapped memory summed over the process tree.
+"""Whole-process measurements: wall time, and peak anonymous and file-mapped memory summed over the process tree.
 
-``VmHWM`` counts mapped file pages that the kernel may drop at any time, so it says little about a program that maps
-its input. The peak of ``RssAnon`` is what the machine must really have; /proc keeps no high-water mark of it, so it
-is sampled.
+``VmHWM`` counts mapped file pages that the kernel may drop at any time, so it overstates the needs of a program that
+memory-maps its input. The peak of ``RssAnon`` is the memory really needed; /proc keeps no high-water mark of it, so
+it is sampled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Run:
 
 
 def run(command: Sequence[str], *, env: dict[str, str] | None = None) -> Run:
-    """Run ``command`` and watch it."""
+    """Run ``command`` and sample its memory."""
     start = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
@@ -51,7 +51,7 @@ def run(command: Sequence[str], *, env: dict[str, str] | None = None) -> Run:
 def _tree(pid: int) -> list[int]:
     children = []
     try:
-        for thread in Path(f"/proc/{pid}/task").iterdir():  # a child belongs to the thread that made it
+        for thread in Path(f"/proc/{pid}/task").iterdir():  # children are listed per thread
             children += (thread / "children").read_text().split()
     except OSError:
         pass
@@ -71,19 +71,19 @@ def _rss(pid: int) -> tuple[int, int]:
 def interleaved(
     commands: dict[str, list[str]], rounds: int, output: Path | None = None, ballast: Path | None = None
 ) -> dict[str, list[Run]]:
-    """Run every command ``rounds`` times, in turn, so that drift of the machine hits all alike.
+    """Run every command ``rounds`` times in turn, so that drift of the machine affects all equally.
 
-    Before each, ``output`` is made an empty directory and what earlier runs wrote is forced to disk. Then all start
-    from the same state. What matters is free memory: a virtual machine gives back to its host what has lain free for
-    seconds, and getting it again takes longer than copying does.
+    Before each run, ``output`` is emptied and earlier writes are flushed to disk, so that all runs start from the
+    same state. Free memory matters most: a virtual machine returns memory to its host after a few idle seconds, and
+    getting it back takes longer than copying.
 
     Args:
-        commands: by name.
-        rounds: how many.
-        output: where they write.
-        ballast: None: each starts after :data:`REST_SECONDS` of rest, and has to get the memory it needs, as whoever
-            starts one command does. A file: it is copied to ``output`` and removed first, so that as much memory as
-            a copy needs is at hand.
+        commands: name → command line.
+        rounds: number of runs of each command.
+        output: directory that the commands write to.
+        ballast: if None, each run starts after :data:`REST_SECONDS` of rest and must first obtain its memory from the
+            host, like a single command in practice. If a file, it is copied to ``output`` and removed before each
+            run, so that as much memory as a copy needs is already free.
     """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(rounds):

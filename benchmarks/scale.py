@@ -1,7 +1,7 @@
-"""``python -m benchmarks scale``: memory and time of a conversion as a model of 6B or 20B shapes gets more layers.
+"""``python -m benchmarks scale``: memory and time of a conversion against the number of layers, at 6B or 20B shapes.
 
-What matters is the last column: memory that grows with every layer would mean that the model is held. Checkpoints
-are random and made one after the other; the disk holds one of them and one export of it at a time.
+The last column matters: growth by a layer's size per added layer would mean that the whole model is held in memory.
+Checkpoints are random and created in turn; the disk holds one of them and its export at a time.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from benchmarks.checkpoints import LARGE, Large
 from benchmarks.measure import Run, run
 
 MODES: dict[str, list[str]] = {"unverified": ["--no-verify"], "verified": []}
-#: Beside checkpoint and export.
+#: Free disk space required besides the checkpoint and its export.
 SPARE_BYTES = 512 << 20
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure and print, row by row."""
+    """Measure and print one row at a time."""
     parser = _parser()
     given = parser.parse_args(arguments)
     if (given.family, given.source) == ("gpt_neox", "mesh-jax"):
-        parser.error("mesh-jax is GPT-J's trainer")
+        parser.error("--source mesh-jax requires --family gptj")
     models = [Large(given.family, given.source, layers) for layers in sorted(given.layers)]
     _require_space(2 * models[-1].nbytes + SPARE_BYTES, given.data)
     title = f"layers of {given.family}, {given.source} → {given.to}, bfloat16"
@@ -45,13 +45,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _measure(model: Large, modes: Sequence[str], to: str, data: Path) -> Iterator[tuple[str, Run]]:
-    """One conversion in each mode; nothing is left behind."""
+    """Run one conversion in each mode, and remove all files afterwards."""
     source, output = data / f"{model.family}-{model.layers}-{model.source}", data / "out"
     try:
         model.write(source)
         for mode in modes:
             shutil.rmtree(output, ignore_errors=True)
-            os.sync()  # what was written before is not to be waited for in the time measured
+            os.sync()  # keep earlier writes out of the measured time
             command = [sys.executable, "-m", "gptconvert", model.source, str(source), "--to", to, "-o", str(output)]
             measured = run([*command, *MODES[mode], "-q"])
             if measured.code:
@@ -66,7 +66,10 @@ def _require_space(nbytes: int, data: Path) -> None:
     data.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(data).free
     if free < nbytes:
-        raise SystemExit(f"{data}: {nbytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free (--layers, --data)")
+        raise SystemExit(
+            f"{data}: not enough disk space; expected {nbytes / 1e9:.1f} GB, found {free / 1e9:.1f} GB\n"
+            "hint: pass fewer --layers, or another directory with --data"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4], help="GPT-J 6B has 28, NeoX-20B 44")
     parser.add_argument("--family", choices=LARGE, default="gptj")
-    parser.add_argument("--source", choices=["hf", "mesh-jax"], default="hf", help="mesh-jax: GPT-J alone")
+    parser.add_argument("--source", choices=["hf", "mesh-jax"], default="hf", help="mesh-jax: GPT-J only")
     parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
     parser.add_argument("--to", choices=["onnx", "safetensors", "tf"], default="onnx")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="where checkpoints go")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data", help="directory for files")
     return parser

@@ -1,7 +1,7 @@
-"""Tokens per second of an exported graph in onnxruntime beside PyTorch, batch 1, plain ``session.run``.
+"""Tokens per second of an exported graph in onnxruntime compared with PyTorch; batch 1, plain ``session.run``.
 
-A case is interleaved over the engines, and the graph under test runs twice under two names: the ratio between these
-two is what this machine calls noise.
+The engines take turns on each case. The graph under test runs twice under two names: their ratio is this machine's
+measurement noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-#: case → (past tokens, new tokens, repetitions)
+#: Case → (past tokens, new tokens, repetitions)
 CASES = {"decode at 128": (128, 1, 25), "decode at 900": (900, 1, 15), "prefill of 128": (0, 128, 7)}
 STEPS = 4
 PAUSE_SECONDS = 0.3
@@ -38,7 +38,7 @@ def onnx_step(path: Path, past: int, new: int, layers: int, heads: int, head_dim
 
 
 def torch_step(directory: Path, past: int, new: int) -> Callable[[], object]:
-    """The same in transformers on PyTorch, eager."""
+    """The same step in transformers with PyTorch, eager."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -50,7 +50,7 @@ def torch_step(directory: Path, past: int, new: int) -> Callable[[], object]:
     def step() -> object:
         with torch.no_grad():
             own = None
-            if cache is not None:  # the cache grows in place: every step starts from a copy of references
+            if cache is not None:  # the cache grows in place, so every step starts from a shallow copy
                 own = DynamicCache()
                 for i, layer in enumerate(cache.layers):
                     own.update(layer.keys, layer.values, i)
@@ -60,14 +60,14 @@ def torch_step(directory: Path, past: int, new: int) -> Callable[[], object]:
 
 
 def tokens_per_second(engines: dict[str, Callable[[], object]], new: int, repetitions: int) -> dict[str, list[float]]:
-    """Interleaved rates per engine."""
+    """Rates per engine, measured in turn."""
     steps = STEPS if new == 1 else 1
     rates: dict[str, list[float]] = {name: [] for name in engines}
     for step in engines.values():
         step()
     for _ in range(repetitions):
         for name, step in engines.items():
-            # Another engine's threads spin for a while after its last run and would take a core from this one.
+            # The previous engine's threads spin for a while after its last run and would occupy a core.
             time.sleep(PAUSE_SECONDS)
             step()
             start = time.perf_counter()
@@ -78,7 +78,13 @@ def tokens_per_second(engines: dict[str, Callable[[], object]], new: int, repeti
 
 
 def report(export: Path, config: dict[str, int], peers: dict[str, Path] | None = None) -> str:
-    """A Markdown table; ``export`` holds onnx/model.onnx and model.safetensors. ``peers``: name → other graphs."""
+    """Measure all cases and return a Markdown table.
+
+    Args:
+        export: directory with onnx/model.onnx and model.safetensors.
+        config: the model's hparams.
+        peers: name → another graph to time.
+    """
     sizes = (config["n_layer"], config["n_head"], config["n_embd"] // config["n_head"])
     lines = ["| case | " + " | ".join(["gptconvert", "again (A/A)", *(peers or {}), "PyTorch eager"]) + " |"]
     lines.append("|" + " --- |" * (lines[0].count("|") - 1))

@@ -1,7 +1,7 @@
-"""Small models, lazy tensors and checkpoints made from plain arrays, for every test in the tree.
+"""Small models, lazy tensors and checkpoints made from plain arrays, for all tests.
 
-Nothing here reads a checkpoint format: arrays go in, a :class:`Checkpoint` comes out, so a test of a target or of
-the verifier does not depend on any reader. The default sizes are odd on purpose: no two axes of any weight agree.
+Arrays become a :class:`Checkpoint` without going through a file format, so tests of targets and the verifier do not
+depend on any reader. The default sizes are chosen so that no two axes of a weight are equal.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Arrays = dict[str, NDArray[Any]]
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"
-#: Real-format data that lies beside the repository on some machines; tests skip where it is absent.
+#: Real data stored next to the repository on some machines; tests that need it are skipped if it is absent.
 REAL_GPT2 = ROOT.parent / "shared" / "data" / "openai-gpt2"
 NO_RELEASED_FILES = "OpenAI's released files are not beside the repository"
 
-#: GPT-2 in its smallest honest form: odd sizes, n_inner != 4 D.
+#: A very small GPT-2 with odd sizes and n_inner != 4 D.
 TINY: Mapping[str, object] = {
     "model_type": "gpt2",
     "architectures": ["GPT2LMHeadModel"],
@@ -48,10 +48,10 @@ TINY: Mapping[str, object] = {
 
 
 def tiny_gpt2(seed: int = 0, **config: object) -> tuple[dict[str, object], Arrays]:
-    """A raw Hugging Face configuration (:data:`TINY` with ``config`` on top) and float32 weights that fit it.
+    """A raw Hugging Face configuration (:data:`TINY` updated with ``config``) and matching float32 weights.
 
-    Names carry ``transformer.``; ``lm_head.weight`` is there iff ``tie_word_embeddings`` is False. Norm weights
-    are near 1, everything else is large enough that a swapped or transposed tensor shows in the logits.
+    Names start with ``transformer.``; ``lm_head.weight`` is included iff ``tie_word_embeddings`` is False. Norm
+    weights are near 1; the others are large enough that a swapped or transposed tensor changes the logits.
     """
     raw = {**TINY, **config}
     size = {key: int(raw[key]) for key in ("vocab_size", "n_positions", "n_embd", "n_layer")}  # type: ignore[call-overload]
@@ -103,10 +103,9 @@ def openai_hparams(raw: Mapping[str, object]) -> dict[str, object]:
 def stored_tensors(
     path: Path, arrays: Mapping[str, NDArray[Any]], order: Iterable[str] | None = None, *, start: int = 1
 ) -> TensorSet:
-    """``arrays`` packed one after the other into the file ``path``, as tensors whose bytes can be copied raw.
+    """Write ``arrays`` contiguously to the file ``path`` and return them as tensors whose bytes can be copied raw.
 
-    The first byte of the file is no tensor's, so offsets are odd as they may be in TensorFlow's files; unless they
-    ``start`` elsewhere.
+    Data starts at byte ``start``. By default that is 1, so that offsets are unaligned, as in TensorFlow's files.
     """
     offset, tensors, content = start, {}, [bytes(start)]
     for name in order or arrays:
@@ -120,7 +119,7 @@ def stored_tensors(
 
 
 def computed_tensors(arrays: Mapping[str, NDArray[Any]]) -> TensorSet:
-    """``arrays`` as tensors that lie in no file."""
+    """``arrays`` as tensors that are not stored in a file."""
 
     def lazy(array: NDArray[Any]) -> LazyTensor:
         def read(box: Box) -> NDArray[Any]:
@@ -162,16 +161,16 @@ def checkpoint_of(
     start: int = 1,
     **fields: Any,
 ) -> Checkpoint:
-    """An understood checkpoint from arrays.
+    """A checkpoint made from arrays.
 
     Args:
         raw: config.json (or hparams.json).
         arrays: weights under the names of ``scheme``.
-        directory: where to store them; None: they lie in no file (every copy is then computed).
+        directory: where to store them; None to keep them in memory (every copy is then computed).
         scheme: naming scheme of ``raw`` and ``arrays``.
-        request: task and heads asked for.
+        request: options, such as the task and the number of heads.
         tokenizer: file name → path.
-        start: where in their file weights begin.
+        start: offset of the weights in their file.
         fields: further fields of :class:`Source`.
     """
     stored = directory and stored_tensors(directory / "weights.raw", arrays, start=start)
@@ -183,7 +182,7 @@ def checkpoint_of(
 def openai_checkpoint(
     directory: Path, seed: int = 0, tokenizer: Mapping[str, str] | None = None, **config: object
 ) -> Checkpoint:
-    """A tiny GPT-2 under OpenAI's names (n_inner is 4 D there), its bytes in a file in ``directory``."""
+    """A tiny GPT-2 (n_inner = 4 D) under OpenAI's names, stored in a file in ``directory``."""
     raw, arrays = tiny_gpt2(seed, n_inner=None, **config)
     return checkpoint_of(
         openai_hparams(raw), openai_layout(arrays), directory, scheme="openai-tf", tokenizer=tokenizer
@@ -191,7 +190,7 @@ def openai_checkpoint(
 
 
 def torch_weights(checkpoint: Checkpoint, dtype: Any = None) -> dict[str, Any]:
-    """The canonical weights as torch tensors, for ``GPT.from_weights``; float64 unless ``dtype`` says otherwise."""
+    """The canonical weights as torch tensors for ``GPT.from_weights``, in ``dtype`` or float64."""
     import torch
 
     def tensor(weight: LazyTensor) -> Any:
@@ -201,7 +200,7 @@ def torch_weights(checkpoint: Checkpoint, dtype: Any = None) -> dict[str, Any]:
 
 
 def content(file: PlannedFile) -> bytes:
-    """The bytes a planned file stands for."""
+    """The bytes of a planned file."""
     data = bytearray(file.nbytes)
     data[: len(file.head)] = file.head
     for placed in file.tensors:
@@ -212,7 +211,7 @@ def content(file: PlannedFile) -> bytes:
 
 
 def write_planned(directory: Path, files: Iterable[PlannedFile]) -> Path:
-    """Write planned files the slow and obvious way."""
+    """Write planned files in the simplest way."""
     for file in files:
         path = directory / file.path
         path.parent.mkdir(parents=True, exist_ok=True)

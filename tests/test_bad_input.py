@@ -1,6 +1,6 @@
-"""Bad input through the command line: the right exit code, a message that names the place, nothing written.
+"""Bad input through the command line: the right exit code, a message that names the fault, nothing written.
 
-The numbers are those of the project's list of bad inputs. Readers test the same cases closer up.
+Test numbers refer to the project's list of bad inputs. The readers' own tests cover the same cases in more detail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Make = Callable[[Path], object]
 
 
 def copied(name: str, root: Path) -> Path:
-    """A fixture copied to where it can be damaged."""
+    """A writable copy of a fixture."""
     shutil.copytree(TINY / name, root / "in")
     return root / "in"
 
@@ -46,7 +46,7 @@ def weights(content: bytes) -> Make:
 
 
 def header(change: Callable[[dict[str, Any]], object], tail: bytes = b"", cut: int = 0) -> Make:
-    """hf-safetensors with its header changed, and bytes added to or cut from the end."""
+    """hf-safetensors with its header changed, ``tail`` appended to and ``cut`` bytes removed from the end."""
 
     def make(root: Path) -> Path:
         directory = copied("hf-safetensors", root)
@@ -115,7 +115,7 @@ def flip(offset: int, bit: int = 0x10) -> Callable[[bytes], bytes]:
 
 
 def pickled(payload: object) -> Make:
-    """A .bin whose data.pkl is ``payload``."""
+    """hf-bin with ``payload`` pickled as its data.pkl."""
 
     def make(root: Path) -> Path:
         directory = copied("hf-bin", root)
@@ -133,7 +133,7 @@ class Evil:
 
 
 def rezipped(compression: int = zipfile.ZIP_STORED, rename: Callable[[str], str] = str, twice: bool = False) -> Make:
-    """hf-bin with its archive written again."""
+    """hf-bin with its archive rewritten."""
 
     def make(root: Path) -> Path:
         directory = copied("hf-bin", root)
@@ -212,7 +212,7 @@ CASES: list[tuple[str, Make, int, str]] = [
     ("4 header over limit", weights(struct.pack("<Q", 1 << 40) + b"{}"), 3, "header"),
     ("5 not UTF-8", weights(safetensors_bytes(b"{\xff\xfe}  ")), 3, "header"),
     ("5 not JSON", weights(safetensors_bytes(b"{hello}")), 3, "header"),
-    ("5 no object", weights(safetensors_bytes(b"[1]     ")), 3, "header"),
+    ("5 not an object", weights(safetensors_bytes(b"[1]     ")), 3, "header"),
     (
         "6 duplicate key",
         weights(safetensors_bytes(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), bytes(8))),
@@ -312,7 +312,7 @@ def test_12_bfloat16_works(tmp_path: Path, capsys: Any) -> None:
     assert command(capsys, "hf", TINY / "hf-bf16", "--to", "safetensors", "-o", tmp_path / "out").code == 0
 
 
-def test_14_nonfinite_on_request(tmp_path: Path, capsys: Any) -> None:
+def test_14_nonfinite_allowed(tmp_path: Path, capsys: Any) -> None:
     source = float_bits("transformer.h.1.mlp.c_fc.weight", float("nan"))(tmp_path)
     args = ("convert", source, "-o", tmp_path / "out", "--no-verify", "--allow-nonfinite")
     outcome = command(capsys, *args)
@@ -352,7 +352,7 @@ def test_34_other_tensorflow_files(files: tuple[str, ...], fragment: str, tmp_pa
 
 
 @pytest.mark.parametrize("inside", ["", "sub", "../in"])
-def test_51_output_is_or_lies_in_the_input(inside: str, tmp_path: Path, capsys: Any) -> None:
+def test_51_output_in_the_input(inside: str, tmp_path: Path, capsys: Any) -> None:
     source = copied("hf-safetensors", tmp_path)
     before = tree(tmp_path)
     outcome = command(capsys, "hf", source, "-o", source / inside, "--force", "--no-verify")
@@ -369,7 +369,7 @@ def test_51_output_links_to_the_input(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("output", ["file", "/dev/null", "full"])
-def test_52_output_that_is_something_else(output: str, tmp_path: Path, capsys: Any) -> None:
+def test_52_output_that_is_not_an_empty_directory(output: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("x")
@@ -444,9 +444,9 @@ def test_58_damaged_tokenizer(tmp_path: Path, capsys: Any) -> None:
 
 
 class TestStrict:
-    """``--strict``: what would be a note is an error, before anything is published."""
+    """``--strict`` turns notes into errors before anything is published."""
 
-    def test_58_a_tokenizer_that_is_not_there(self, tmp_path: Path, capsys: Any) -> None:
+    def test_58_missing_tokenizer(self, tmp_path: Path, capsys: Any) -> None:
         source = tmp_path / "in"
         shutil.copytree(TRAINED, source)
         args = ("openai-tf", source, "--no-verify", "--strict", "-o")
@@ -467,7 +467,7 @@ class TestStrict:
         assert not (tmp_path / "out").exists()
         assert command(capsys, *args).code == 0
 
-    def test_what_shows_while_writing_counts_too(self, tmp_path: Path, capsys: Any) -> None:
+    def test_notes_made_while_writing_count_too(self, tmp_path: Path, capsys: Any) -> None:
         source = float_bits("transformer.h.1.mlp.c_fc.weight", float("nan"))(tmp_path)
         args = ("convert", source, "-o", tmp_path / "out", "--no-verify", "--allow-nonfinite", "--strict")
         outcome = command(capsys, *args)

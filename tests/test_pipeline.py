@@ -1,4 +1,4 @@
-"""The main job end to end, on checkpoints that the real writers wrote, against what independent code computes."""
+"""Conversion end to end: checkpoints written by the original tools, compared with independent implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptconvert.model.options import Options
 from tests.commands import SHARED, TINY, TRAINED, command, tree
 from tests.helpers import NO_RELEASED_FILES
 
-#: Distance of float32 logits of size ~10 from float64 truth; the gate itself is tighter.
+#: Allowed difference of float32 logits of size ~10 from the float64 truth; the verification gate is tighter.
 NOISE = 2e-5
 SAME_WEIGHTS = [
     ("openai-tf", "logits"),
@@ -63,7 +63,7 @@ def test_every_source_becomes_verified_onnx_and_safetensors(name: str, golden: s
     assert np.abs(found - witness[golden]).max() < NOISE
 
 
-def test_exports_of_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+def test_exports_of_the_same_weights_are_identical(tmp_path: Path) -> None:
     outputs = []
     for name in ("openai-tf", "openai-tf-sharded", "hf-safetensors", "hf-bin", "hf-bare"):
         checkpoint = pipeline.open_checkpoint(str(TINY / name))
@@ -73,7 +73,7 @@ def test_exports_of_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "fp16", "bf16"])
-def test_a_second_run_elsewhere_gives_the_same_bytes(dtype: str | None, tmp_path: Path) -> None:
+def test_a_second_run_in_another_directory_gives_the_same_bytes(dtype: str | None, tmp_path: Path) -> None:
     shutil.copytree(TRAINED, tmp_path / "elsewhere" / "source")
     options = pipeline.Options(targets=("onnx", "safetensors"), dtype=dtype)
     for number, source in enumerate((TRAINED, tmp_path / "elsewhere" / "source")):
@@ -92,7 +92,7 @@ def test_round_trip_through_our_own_safetensors_gives_the_same_graph(tmp_path: P
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=NO_RELEASED_FILES)
-def test_openais_own_checkpoint_computes_what_openais_code_computes(tmp_path: Path) -> None:
+def test_openais_checkpoint_matches_openais_code(tmp_path: Path) -> None:
     oracle = np.load(SHARED / "openai-gpt2/oracle.npz")
     checkpoint = pipeline.open_checkpoint(str(SHARED / "openai-gpt2/model.ckpt"), format="openai-tf")
     pipeline.convert(checkpoint, str(tmp_path / "out"))
@@ -119,7 +119,7 @@ def test_a_wrong_graph_is_not_published(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_run_leaves_the_output_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_keeps_the_existing_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = pipeline.open_checkpoint(str(TINY / "hf-safetensors"))
     pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(verify=None))
     before = tree(tmp_path)

@@ -1,1 +1,1 @@
-"""File formats: bytes on disk → named lazy tensors and the raw configuration. Nothing here knows what a GPT is."""
+"""Checkpoint formats: bytes on disk → named lazy tensors and the raw configuration. Independent of model families."""

@@ -1,7 +1,7 @@
-"""All formats in one place, and which of them a path is when the user names none.
+"""The list of formats, and detection of a path's format when the user names none.
 
-:data:`FORMATS` is what the command line, ``inspect`` and the documentation list. A checkpoint of a kind that is not
-read is refused under its own name.
+:data:`FORMATS` feeds the command line, ``inspect`` and the documentation. Known but unsupported kinds of checkpoint
+are refused by name.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gptconvert.sources.format import Format
 from gptconvert.sources.hf import format as hf
 from gptconvert.sources.hf.files import weights_named
 
-#: In the order they are tried: Hugging Face's file names are the least ambiguous, and GPT-Neo's checkpoints differ
-#: from OpenAI's in the names of their variables alone.
+#: In detection order: Hugging Face's file names are the least ambiguous, and GPT-Neo's checkpoints, which differ from
+#: OpenAI's only in their variable names, must come before them.
 FORMATS: tuple[Format[Any], ...] = (
     hf.FORMAT,
     mesh_tf.FORMAT,
@@ -38,17 +38,17 @@ FORMATS: tuple[Format[Any], ...] = (
 
 
 def open_source(path: str | os.PathLike[str], options: Options, format: str | None = None) -> Source:
-    """The checkpoint at ``path``, a local file or directory or a repository on the hub. Headers only.
+    """Open the checkpoint at ``path``, reading only headers.
 
     Args:
-        path: what the user named.
+        path: local file or directory, or a repository on the hub.
         options: how to open it.
-        format: name of a :class:`Format`; None: detected.
+        format: name of a :class:`Format`; None to detect it.
 
     Raises:
-        UsageError: no format of that name.
-        InputError: nothing there, not readable, or not a checkpoint.
-        UnsupportedError: a checkpoint of a kind that is not read.
+        UsageError: unknown format name.
+        InputError: missing, unreadable, or not a checkpoint.
+        UnsupportedError: a kind of checkpoint that is not supported.
         UnsafeInputError: not a regular file, or a file that tries to run code.
     """
     path = os.fspath(path)
@@ -67,10 +67,10 @@ def open_source(path: str | os.PathLike[str], options: Options, format: str | No
 
 
 def detect(path: str, options: Options) -> tuple[Format[Any], Any] | None:
-    """The format of a local path, and what its ``read`` needs; None: unknown.
+    """The format of a local path and the input of its ``read``; None if unknown.
 
     Raises:
-        GptConvertError: the path can only be of one format, or of a group of formats, and is unusable.
+        GptConvertError: the path can only be one format, or one of a group of formats, but is unusable.
     """
     located: dict[Callable[..., Any], Any] = {}
     for each in FORMATS:
@@ -97,12 +97,12 @@ def _in_local_directory(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Lookalike:
-    """A kind of checkpoint that no format reads.
+    """A recognisable kind of checkpoint that no format reads.
 
     Attributes:
         title: its name.
-        names: pattern for the whole name of such a file, or of an entry of such a directory.
-        magic: first bytes of such a file; empty: recognised by the name alone.
+        names: pattern that matches the whole name of such a file, or of an entry of such a directory.
+        magic: first bytes of such a file; empty if it is recognised by name alone.
     """
 
     title: str
@@ -112,7 +112,7 @@ class Lookalike:
 
 LOOKALIKES: tuple[Lookalike, ...] = (
     Lookalike("mesh-transformer-jax shards (GPT-J) without their arrays", r"step_\d+|shard_\d+"),
-    Lookalike("a DeepSpeed run (GPT-NeoX, perhaps) without weights", r"global_step\d+"),
+    Lookalike("a DeepSpeed run (possibly GPT-NeoX) without weights", r"global_step\d+"),
     Lookalike("llama.cpp weights (GGUF)", r".*\.gguf", b"GGUF"),
     Lookalike("Keras weights (HDF5)", r".*\.(?:hdf5|keras)", b"\x89HDF\r\n\x1a\n"),
     Lookalike("an ONNX model", r".*\.onnx"),
@@ -123,7 +123,7 @@ LOOKALIKES: tuple[Lookalike, ...] = (
 
 
 def lookalike(path: str) -> str | None:
-    """The name of the kind of checkpoint at ``path`` among those that are not read; None: unknown."""
+    """The title of the unsupported kind of checkpoint at ``path``; None if unknown."""
     if os.path.isdir(path):
         names = entries(path)
         return next((k.title for k in LOOKALIKES if any(re.fullmatch(k.names, name) for name in names)), None)
@@ -136,22 +136,25 @@ def lookalike(path: str) -> str | None:
 
 
 def _unrecognised(path: str) -> GptConvertError:
-    """What to say of a path that exists and that no format claims."""
+    """The error for an existing path that no format claims."""
     supported = "; ".join(f"{each.name}: {each.title}" for each in FORMATS)
     title = lookalike(path)
     if title is not None:
         return UnsupportedError(
-            f"recognised as {title}; not supported by this version", path=path, expected=f"one of {supported}"
+            f"recognised as {title}, which this version does not support", path=path, expected=f"one of {supported}"
         )
     if os.path.isdir(path):
         found = ", ".join(entries(path)[:8]) or "an empty directory"
         return InputError(
-            "no checkpoint of a known kind here", path=path, expected=f"one of {supported}", found=found
+            "no checkpoint of a known format in this directory",
+            path=path,
+            expected=f"one of {supported}",
+            found=found,
         )
     explained = explain_file(path) or f"begins with {read_head(path)[:16]!r}"
-    hint = "if these are Hugging Face weights, put the model's config.json beside them"
+    hint = "if these are Hugging Face weights, put the model's config.json next to them"
     return InputError(
-        f"no checkpoint of a known kind: this file {explained}",
+        f"not a checkpoint of a known format: this file {explained}",
         path=path,
         expected=f"one of {supported}",
         hint=hint if weights_named(path) is not None else None,

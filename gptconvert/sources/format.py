@@ -1,4 +1,4 @@
-"""A checkpoint format: how it is recognised and opened, and which options it reads."""
+"""A checkpoint format: how to recognise and open it, and which options it reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptconvert.model.source import Source
 #: Options that apply to every format.
 ALWAYS = frozenset({"cache_dir", "offline", "task", "trim_vocab"})
 
-#: What a format has found out about a path when it is about to read the checkpoint.
+#: What ``locate`` and ``find`` return and ``read`` takes.
 Located = TypeVar("Located")
 
 
@@ -21,18 +21,18 @@ Located = TypeVar("Located")
 class Format(Generic[Located]):
     """One checkpoint format.
 
-    A path is located once, by ``locate`` where the format is to be detected and by ``find`` where the user named it;
-    what that took (an index read, a pickle parsed) is handed to ``read``.
+    A path is located once: by ``locate`` during detection, or by ``find`` if the user named the format. The work done
+    for it (an index read, a pickle parsed) is passed to ``read``.
 
     Attributes:
-        name: the naming scheme and, where it has one, the command (``openai-tf``, ``hf``).
-        title: for people.
-        locate: what ``read`` needs, or None where the path does not look like this format; judged cheaply. Raises
-            where the path can only be of this format and is unusable. Formats whose files differ only in the names
+        name: the naming scheme, and the command if the format has one (``openai-tf``, ``hf``).
+        title: name shown to users.
+        locate: cheap check; returns the input of ``read``, or None if the path does not look like this format.
+            Raises if the path can only be this format but is unusable. Formats whose files differ only in the names
             inside them share one function, which is called once for all of them.
-        find: what ``read`` needs; raises where it is not there.
+        find: returns the input of ``read``; raises if the path is not such a checkpoint.
         read: reads headers and returns the :class:`Source`.
-        claims: whether what ``locate`` found is of this format and not of another that shares the function.
+        claims: whether the result of ``locate`` belongs to this format rather than to another that shares ``locate``.
         accepts: names of the options that it reads, besides those in :data:`ALWAYS`.
     """
 
@@ -45,10 +45,10 @@ class Format(Generic[Located]):
     accepts: frozenset[str] = frozenset()
 
     def open(self, path: str, options: Options) -> Source:
-        """The checkpoint at ``path``, headers read.
+        """Open the checkpoint at ``path``, reading only headers.
 
         Raises:
-            UsageError: options that this format does not read; all are named.
+            UsageError: options that this format does not read; the message lists them all.
             GptConvertError: as ``find`` and ``read``.
         """
         self.check_options(path, options)
@@ -58,12 +58,14 @@ class Format(Generic[Located]):
         """Refuse options that this format does not read.
 
         Raises:
-            UsageError: there are some; all are named.
+            UsageError: at least one was given; the message lists them all.
         """
         ignored = [i.flag for n, i in options.given("source", "checkpoint").items() if n not in self.accepts | ALWAYS]
         if ignored:
-            verb = "does" if len(ignored) == 1 else "do"
-            raise UsageError(f"{', '.join(ignored)} {verb} not apply to {self.title} files", path=path)
+            listed, verb = ", ".join(ignored), "does" if len(ignored) == 1 else "do"
+            raise UsageError(
+                f"{listed} {verb} not apply to {self.title} files", path=path, hint=f"run again without {listed}"
+            )
 
 
 def path_format(
@@ -73,7 +75,7 @@ def path_format(
     read: Callable[[str, Options], Source],
     accepts: frozenset[str] = frozenset(),
 ) -> Format[str]:
-    """A format that is recognised by file names and first bytes, and whose ``read`` takes the path itself."""
+    """A format recognised by file names and first bytes, whose ``read`` takes the path itself."""
 
     def locate(path: str, options: Options) -> str | None:
         return path if recognises(path) else None

@@ -1,8 +1,8 @@
-"""Checkpoints on the Hugging Face hub: resolved to one commit, only the needed files fetched, their digests checked.
+"""Checkpoints on the Hugging Face hub: resolve to one commit, fetch only the files needed, check their digests.
 
-All requests, the cache, proxies and authentication are huggingface_hub's; the token comes from the environment or
-``hf auth login``, never from an option, and the server from ``HF_ENDPOINT``. What is added here is the choice of
-files and the check of what arrived: huggingface_hub itself compares only lengths.
+huggingface_hub handles requests, caching, proxies and authentication. The token comes from the environment or
+``hf auth login``, never from an option; the server from ``HF_ENDPOINT``. This module chooses the files and verifies
+the downloads: huggingface_hub compares only lengths.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Fetched:
     Attributes:
         directory: the snapshot of one commit.
         revision: that commit.
-        weights_file: the weights (or their index) inside ``directory``.
-        notes: what the user should know.
+        weights_file: name of the weights file, or of its index, in ``directory``.
+        notes: notes for the user.
     """
 
     directory: str
@@ -46,7 +46,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class _Digest:
-    """What the hub says a file's digest is: SHA-256 of large files, git's blob id of small ones."""
+    """A file's digest as the hub lists it: SHA-256 for large files, the git blob id for small ones."""
 
     value: str
     git: bool
@@ -58,11 +58,11 @@ def is_repo_id(text: str) -> bool:
 
 
 def fetch(repo: str, options: Options) -> Fetched:
-    """The repository's configuration, weights and tokenizer in the local cache, downloaded where not there yet.
+    """Download a repository's configuration, weights and tokenizer unless they are already cached.
 
     Raises:
         InputError: repository, revision or file not found, no access, no network, or a digest does not match.
-        UnsupportedError: the repository has only weights that are not read.
+        UnsupportedError: the repository has only unsupported weights.
         OutputError: the cache cannot be written.
     """
     from huggingface_hub import constants
@@ -81,13 +81,16 @@ def _from_hub(repo: str, options: Options) -> Fetched:
     digests = {file.rfilename: _digest(file) for file in info.siblings or () if "/" not in file.rfilename}
     if CONFIG not in digests:
         raise InputError(
-            "config.json is missing from the repository", path=repo, found=", ".join(sorted(digests)[:8])
+            "config.json is missing from the repository",
+            path=repo,
+            found=", ".join(sorted(digests)[:8]) or "no files",
+            hint="check the name; if the files are right, download them, add config.json and convert the directory",
         )
     weights, notes = choose_weights(digests, options.weights_file, repo)
-    # By the revision's own name, so that the cache can resolve it again without the network.
+    # Request the revision by the name given, so that the cache can resolve that name offline.
     directory = os.path.dirname(_download(repo, CONFIG, options.revision, digests[CONFIG], options))
     if os.path.basename(directory) != commit:
-        raise InputError("the repository changed while it was read", path=repo, hint="run the same command again")
+        raise InputError("the repository changed during the download", path=repo, hint="run the same command again")
     for name in HUGGING_FACE:
         if name in digests:
             _download(repo, name, commit, digests[name], options)
@@ -99,7 +102,7 @@ def _from_hub(repo: str, options: Options) -> Fetched:
 def _weights_files(
     repo: str, weights: Weights, commit: str, digests: Mapping[str, _Digest | None], options: Options
 ) -> list[str]:
-    """The weights file, or all shards its index names."""
+    """The weights file, or all shards that its index names."""
     if not weights.sharded:
         return [weights.name]
     index = _download(repo, weights.name, commit, digests[weights.name], options)
@@ -108,7 +111,9 @@ def _weights_files(
     if missing:
         listed = ", ".join(missing[:8])
         raise InputError(
-            f"{len(missing)} of {len(shards)} shards are missing from the repository: {listed}", path=repo
+            f"{len(missing)} of {len(shards)} shards are missing from the repository: {listed}",
+            path=repo,
+            hint="the upload is incomplete; try another --revision or report it to the repository's owner",
         )
     return shards
 
@@ -123,13 +128,13 @@ def _from_cache(repo: str, options: Options) -> Fetched:
     try:
         weights, notes = choose_weights(entries(directory), options.weights_file, directory)
     except InputError as error:
-        error.hint = "only a part of the repository is in the cache: run once without --offline"
+        error.hint = "the repository is only partly cached; run once without --offline"
         raise
     return Fetched(directory, os.path.basename(directory), weights.name, tuple(notes))
 
 
 def _download(repo: str, name: str, revision: str | None, digest: _Digest | None, options: Options) -> str:
-    """The file's path in the cache. What was fetched just now is checked, and does not stay if it is wrong."""
+    """Fetch one file and return its path in the cache. A new download that fails its digest check is deleted."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cache = options.cache_dir
@@ -138,7 +143,7 @@ def _download(repo: str, name: str, revision: str | None, digest: _Digest | None
     if digest is not None and not known:
         try:
             _check(path, digest, f"{repo}/{name}")
-        except BaseException:  # an interrupted check must not leave a file that the next run trusts
+        except BaseException:  # an interrupted check must not leave a file that the next run would trust
             for leftover in (os.path.realpath(path), path):
                 if os.path.lexists(leftover):
                     os.unlink(leftover)
@@ -147,7 +152,7 @@ def _download(repo: str, name: str, revision: str | None, digest: _Digest | None
 
 
 def _digest(file: Any) -> _Digest | None:
-    """The digest of one entry of the hub's listing."""
+    """The digest of one entry in the hub's listing."""
     if file.lfs is not None:
         return _Digest(file.lfs.sha256, git=False)
     return None if file.blob_id is None else _Digest(file.blob_id, git=True)
@@ -162,17 +167,17 @@ def _check(path: str, expected: _Digest, where: str) -> None:
             digest.update(block)
     if digest.hexdigest() != expected.value:
         raise InputError(
-            "downloaded file is damaged, and was removed from the cache",
+            "the downloaded file is damaged and was removed from the cache",
             path=where,
             expected=f"{'git blob' if expected.git else 'SHA-256'} {expected.value}",
             found=digest.hexdigest(),
-            hint="run the same command again; if it happens again, a proxy or mirror alters the file",
+            hint="run the same command again; if it fails again, a proxy or mirror is altering the file",
         )
 
 
 @contextmanager
 def _translated(repo: str, options: Options) -> Iterator[None]:
-    """The hub library's errors in this program's words."""
+    """Translate huggingface_hub's errors into this program's."""
     from huggingface_hub import errors
 
     try:
@@ -181,19 +186,19 @@ def _translated(repo: str, options: Options) -> Iterator[None]:
         raise
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise InputError(
-            f"not in the local cache at revision {options.revision or 'main'}, and working offline",
+            f"offline, and revision {options.revision or 'main'} is not in the local cache",
             path=repo,
-            hint="run once without --offline (and without HF_HUB_OFFLINE)",
+            hint="run once without --offline and with HF_HUB_OFFLINE unset",
         ) from error
     except errors.HfHubHTTPError as error:
         raise _http_error(repo, options, error) from error
     except errors.HFValidationError as error:
-        raise InputError("this is no name of a hub repository", path=repo, expected="org/name") from error
+        raise InputError("not a valid repository name", path=repo, expected="org/name") from error
     except OSError as error:
         if error.errno is None:
             raise _unreachable(repo, error) from error
         raise OutputError(f"the hub cache cannot be written ({error.strerror})", path=error.filename) from error
-    except Exception as error:  # the transport's own errors; which library raises them depends on the version
+    except Exception as error:  # transport errors: the library that raises them depends on huggingface_hub's version
         if not isinstance(error, getattr(errors, "HTTPError", ())):
             raise
         raise _unreachable(repo, error) from error
@@ -203,19 +208,20 @@ def _http_error(repo: str, options: Options, error: Any) -> InputError:
     from huggingface_hub import constants, errors
 
     status = getattr(error.response, "status_code", None)
-    login = "set HF_TOKEN, or log in with `hf auth login`"
+    login = "set HF_TOKEN or run `hf auth login`"
     if isinstance(error, errors.GatedRepoError):
-        hint = f"accept its terms at {constants.ENDPOINT}/{repo}, then {login}"
-        return InputError("access to this repository must be granted by its owner", path=repo, hint=hint)
+        hint = f"request access at {constants.ENDPOINT}/{repo}, then {login}"
+        return InputError("this repository is gated: its owner must grant you access", path=repo, hint=hint)
     if isinstance(error, errors.RevisionNotFoundError):
-        return InputError(f"the repository has no revision {options.revision!r}", path=repo, hint="check --revision")
+        hint = "pass --revision with an existing branch, tag or full commit hash"
+        return InputError(f"the repository has no revision {options.revision!r}", path=repo, hint=hint)
     if status in (401, 403):
-        what = "the hub refuses access" if status == 403 else "no such repository, or it is private"
+        what = "the hub denied access" if status == 403 else "no such repository, or it is private"
         return InputError(what, path=repo, found=f"HTTP {status}", hint=f"check the name; if it is private, {login}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        hint = "check the name (there is no such local file or directory either)"
+        hint = "check the name; no local file or directory has it either"
         return InputError("no such repository on the hub", path=repo, found=f"HTTP {status}", hint=hint)
-    return InputError("the hub answers with an error", path=repo, found=f"HTTP {status}", hint="try again later")
+    return InputError("the hub returned an error", path=repo, found=f"HTTP {status}", hint="try again later")
 
 
 def _unreachable(repo: str, error: Exception) -> InputError:
@@ -223,5 +229,5 @@ def _unreachable(repo: str, error: Exception) -> InputError:
         "the hub cannot be reached",
         path=repo,
         found=str(error)[:120] or type(error).__name__,
-        hint="check the network, HF_ENDPOINT and proxies; --offline uses what was downloaded before",
+        hint="check the network, HF_ENDPOINT and proxies; to use a cached copy, pass --offline",
     )

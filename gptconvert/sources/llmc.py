@@ -1,9 +1,9 @@
-"""llm.c's model files: a header of 256 whole numbers, then GPT-2's tensors, each stacked over the layers.
+"""llm.c's model files: a header of 256 int32 values, then GPT-2's tensors, each stacked over the layers.
 
 Source: karpathy/llm.c ``train_gpt2.py`` (``write_model``) and ``train_gpt2.c``. Version 3 holds float32, version 5
 bfloat16, both with the vocabulary padded to a multiple of 128 rows; version 1 is version 3 without the padding.
-Nothing in the file says what the tensors are or where they end: the family's name table does. Nothing is checksummed
-either, so the size of the file must be exactly what the header promises.
+The file stores neither tensor names nor offsets; the family's name table supplies them. It has no checksums either,
+so its size must match the header exactly.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TITLE = "llm.c (.bin)"
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 MAGIC = 20240326
-#: Other files of llm.c, by their magic numbers.
+#: Other llm.c files by magic number.
 OTHERS: Mapping[int, str] = {
     20240327: "llm.c's debug state (activations and gradients)",
     20240328: "llm.c's tokenizer",
-    20240520: "tokenised training data of llm.c",
-    20240803: "llm.c's Llama 3 checkpoint",
+    20240520: "llm.c's tokenised training data",
+    20240803: "an llm.c Llama 3 checkpoint",
 }
 #: Version → element type.
 VERSIONS: Mapping[int, np.dtype[np.generic]] = {1: np.dtype("<f4"), 3: np.dtype("<f4"), 5: BFLOAT16}
@@ -57,9 +57,9 @@ def open_llmc(path: str, options: Options) -> Source:
     """Open a model file, or the one in a directory.
 
     Raises:
-        InputError: no such file, or one that is not a model file; none or several in the directory.
-        UnsupportedError: a version whose layout is not known here.
-        UsageError: an option that has no meaning here.
+        InputError: the file is missing or not a model file, or the directory holds none or several.
+        UnsupportedError: an unsupported version.
+        UsageError: ``weights_file`` given for a path that is not a directory.
     """
     path = _model_file(path, options)
     size = file_size(path)
@@ -67,7 +67,7 @@ def open_llmc(path: str, options: Options) -> Source:
     folder, notes = os.path.dirname(path), []
     if header.padded_vocab_size > header.vocab_size:
         rows = f"{header.vocab_size}–{header.padded_vocab_size - 1}"
-        notes.append(f"the file pads the vocabulary to {header.padded_vocab_size} rows: rows {rows} are left out")
+        notes.append(f"the vocabulary is padded to {header.padded_vocab_size} rows: rows {rows} are left out")
     return Source(
         scheme=FORMAT.name,
         format=f"{TITLE}, version {header.version}",
@@ -86,41 +86,48 @@ def open_llmc(path: str, options: Options) -> Source:
 
 
 def _model_file(path: str, options: Options) -> str:
-    """The file meant by a path; in a directory the one of its name, or the only one."""
+    """The file at ``path``; in a directory, the file the options name or the only model file."""
     if not os.path.lexists(path):
         raise no_such_path(path)
     if not os.path.isdir(path):
         if options.weights_file is not None:
-            raise UsageError("--weights-file needs a directory", path=path)
+            hint = "pass the directory, or omit --weights-file"
+            raise UsageError("--weights-file needs a directory, and this is a file", path=path, hint=hint)
         return path
     if options.weights_file is not None:
         return _model_file(os.path.join(path, options.weights_file), replace(options, weights_file=None))
     found = _model_files(path)
     if not found:
         raise InputError(
-            "no model file of llm.c here",
+            "no llm.c model file in this directory",
             path=path,
             expected=f"a .bin file that begins with the number {MAGIC}",
             found=", ".join(entries(path)[:8]) or "an empty directory",
         )
     if len(found) > 1:
         raise InputError(
-            "several model files of llm.c here, and nothing says which is meant",
+            "several llm.c model files in this directory",
             path=path,
+            expected="one",
             found=", ".join(found),
-            hint="name one: its path, or --weights-file NAME",
+            hint="pass the path of one, or --weights-file NAME",
         )
     return os.path.join(path, found[0])
 
 
 def _model_files(folder: str) -> list[str]:
-    """Names of the model files in a directory; it also holds the tokenizer, and states for debugging."""
+    """Names of the model files in a directory; other .bin files may be a tokenizer or debug states."""
     names = entries(folder, quiet=True)
     return [name for name in names if name.endswith(".bin") and _begins_with_magic(os.path.join(folder, name))]
 
 
 def read_header(path: str, size: int) -> Header:
-    """The header of a file of ``size`` bytes, its numbers plausible."""
+    """Read and check the header of a file of ``size`` bytes.
+
+    Raises:
+        InputError: unreadable, truncated, not a model file, or sizes out of range.
+        UnsupportedError: another kind of llm.c file, or an unsupported version.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(HEADER_BYTES)
@@ -132,7 +139,7 @@ def read_header(path: str, size: int) -> Header:
     if magic != MAGIC:
         explained = explain_file(path)
         raise InputError(
-            "not a model file of llm.c" + (f": this file {explained}" if explained else ""),
+            "not an llm.c model file" + (f": this file {explained}" if explained else ""),
             path=path,
             expected=f"the number {MAGIC} at the start",
             found=magic,
@@ -143,7 +150,7 @@ def read_header(path: str, size: int) -> Header:
     if version not in VERSIONS:
         raise _unknown_version(version, path)
     if version == 1:
-        padded = vocabulary  # older than the padding: the word was not used
+        padded = vocabulary  # version 1 predates the padding and leaves this word unused
     header = Header(version, context, vocabulary, layers, heads, channels, padded)
     _check(header, path)
     return header
@@ -155,24 +162,26 @@ def _check(header: Header, path: str) -> None:
         wrong["padded_vocab_size"] = header.padded_vocab_size
     if wrong:
         listed = ", ".join(f"{key} = {value}" for key, value in wrong.items())
-        raise InputError(f"the header holds impossible sizes: {listed}", path=path)
+        raise InputError(
+            f"impossible sizes in the header: {listed}", path=path, hint="the file is damaged: fetch or save it again"
+        )
 
 
 def _unknown_version(version: int, path: str) -> UnsupportedError:
     old = version == 2
     return UnsupportedError(
-        "the layout of this old version (bfloat16, layer norms apart) is not established"
+        "unsupported old version of llm.c's model file (bfloat16, layer norms stored separately)"
         if old
         else "unknown version of llm.c's model file",
         path=path,
         expected=f"version {', '.join(map(str, VERSIONS))}",
         found=f"version {version}",
-        hint="write it again with a current train_gpt2.py, which saves version 5" if old else None,
+        hint="save the model again with a current train_gpt2.py, which writes version 5" if old else None,
     )
 
 
 def recognises(path: str) -> bool:
-    """Whether a file begins with llm.c's magic number, or a directory holds such files."""
+    """Whether a file begins with llm.c's magic number, or a directory holds such a file."""
     return bool(_model_files(path)) if os.path.isdir(path) else _begins_with_magic(path)
 
 

@@ -1,9 +1,9 @@
-"""Megatron-LM's GPT-2: ``model_optim_rng.pt`` of a run that split the model over no more than one device.
+"""Megatron-LM's GPT-2: ``model_optim_rng.pt`` of a model that was not split over devices.
 
 Sources: NVIDIA/Megatron-LM ``checkpointing.py`` (file names, the entries ``args``, ``checkpoint_version``, ``model``)
-and Hugging Face's ``megatron_gpt2`` conversion. The version says in which order the rows of q, k and v lie:
+and Hugging Face's ``megatron_gpt2`` conversion. The version determines the order of the q, k and v rows:
 0: [3, H, hd] (the released 345M model, which records no version), 1: [H, hd, 3], 2 and 3: [H, 3, hd].
-The run's arguments are a pickled ``argparse.Namespace``: read as plain data, nothing is executed.
+The run's arguments, a pickled ``argparse.Namespace``, are read as plain data; nothing is executed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,30 @@ NAME, TITLE = "megatron", "Megatron-LM GPT-2 (model_optim_rng.pt)"
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 TRACKER = "latest_checkpointed_iteration.txt"
 FIRST_RANK = "mp_rank_00"
-#: Checkpoint version → naming scheme, which is named after the first version of its kind.
+#: Checkpoint version → naming scheme, named after the first version with that layout.
 SCHEMES: Mapping[int, str] = {0: "megatron:0", 1: "megatron:1", 2: "megatron:2", 3: "megatron:2"}
-#: Arguments that say over how many devices one copy of the model was split.
+#: Arguments that record how many devices one copy of the model was split over.
 SPLITS = ("model_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
-#: A directory of one iteration, or of one part of the model.
+#: Directory names: one iteration, or one part of the model.
 _FOLDER = re.compile(r"iter_\d{7,}|mp_rank_\d\d(_\d{3})*")
-#: Most dictionaries inside each other, and most entries of one level.
+#: Limits on the nesting of dictionaries and on the entries of one level.
 MAX_DEPTH, MAX_ENTRIES = 8, 100_000
+#: Writes a checkpoint that this reader accepts. The tool turns off bias_gelu_fusion, which selects the tanh form of
+#: GELU, in ``args``.
+_MERGE = (
+    "run Megatron-LM's tools/checkpoint/convert.py --model-type GPT --loader {loader} --saver megatron "
+    "--target-tensor-parallel-size 1 --target-pipeline-parallel-size 1, then set bias_gelu_fusion in the new "
+    "file's args back to its original value, which the tool changes"
+)
 
 
 def read_megatron(file: TorchFile, options: Options) -> Source:
-    """The checkpoint in this file.
+    """Read the checkpoint in this file.
 
     Raises:
         InputError: Megatron-LM did not write it.
         UnsupportedError: a model split over several devices, or written by Megatron-Core.
-        UnsafeInputError: dictionaries nested without end.
+        UnsafeInputError: dictionaries nested beyond the limits.
     """
     path = file.path
     tree = _top(file, path)
@@ -48,7 +55,7 @@ def read_megatron(file: TorchFile, options: Options) -> Source:
     version = _version(tree, path)
     tensors = tensors_of(file, _flat(tree["model"], path), path)
     _refuse_core(tensors, path)
-    note = f"checkpoint version {version}" + ("" if "checkpoint_version" in tree else " (the file records none)")
+    note = f"checkpoint version {version}" + ("" if "checkpoint_version" in tree else " (not recorded in the file)")
     return Source(
         scheme=SCHEMES[version],
         format=f"{TITLE}, version {version}",
@@ -57,18 +64,18 @@ def read_megatron(file: TorchFile, options: Options) -> Source:
         config=arguments,
         config_path=path,
         tokenizer=find_tokenizer([os.path.dirname(path)]),
-        notes=(note,) if arguments else (note, "the file holds no arguments of the training run"),
+        notes=(note,) if arguments else (note, "the training run's arguments are not recorded in the file"),
     )
 
 
 def find_megatron(path: str, options: Options) -> TorchFile:
-    """The checkpoint file, its ``mp_rank_00``, its iteration's directory or the directory of a run.
+    """Open a checkpoint by its file, ``mp_rank_00``, iteration's directory or run's directory.
 
     Raises:
-        InputError: no such file, or a damaged one.
-        UnsupportedError: there are several files, one for each device.
+        InputError: the file is missing or damaged.
+        UnsupportedError: several files, one per device.
         UnsafeInputError: the pickle names anything but tensors and plain data.
-        UsageError: a step is asked for where there is only one.
+        UsageError: a step was given for a path that is not a run's directory.
     """
     if not os.path.lexists(path):
         raise no_such_path(path)
@@ -76,25 +83,25 @@ def find_megatron(path: str, options: Options) -> TorchFile:
 
 
 def locate_megatron(path: str, options: Options) -> TorchFile | None:
-    """Files and directories of Megatron-LM's names, or any PyTorch file whose model has a ``language_model``."""
+    """As :func:`find_megatron` for Megatron-LM's names and PyTorch files with a ``language_model``; else None."""
     if os.path.isdir(path):
-        ours = any(name in (TRACKER, *FILES) or _FOLDER.fullmatch(name) for name in entries(path, quiet=True))
-        return find_megatron(path, options) if ours else None
+        named = any(name in (TRACKER, *FILES) or _FOLDER.fullmatch(name) for name in entries(path, quiet=True))
+        return find_megatron(path, options) if named else None
     if os.path.basename(path) in FILES and os.path.lexists(path):
         return find_megatron(path, options)
     file = read_if_torch(path)
     model = file.tree.get("model") if file is not None and isinstance(file.tree, dict) else None
-    ours = isinstance(model, dict) and any(str(key).split(".")[0] == "language_model" for key in model)
-    return file if ours else None
+    matches = isinstance(model, dict) and any(str(key).split(".")[0] == "language_model" for key in model)
+    return file if matches else None
 
 
 def locate(path: str, step: int | None) -> str:
-    """The one file that ``path`` means.
+    """Resolve ``path`` to one file.
 
     Raises:
-        InputError: there is none.
-        UnsupportedError: there are several, one for each device.
-        UsageError: a step is asked for where there is only one.
+        InputError: no checkpoint, or not that iteration.
+        UnsupportedError: several files, one per device.
+        UsageError: a step was given for a path that is not a run's directory.
     """
     if not os.path.isdir(path):
         return path
@@ -102,7 +109,12 @@ def locate(path: str, step: int | None) -> str:
     if TRACKER in names or any(re.fullmatch(r"iter_\d{7,}|release", name) for name in names):
         return locate(_iteration(path, names, step), None)
     if step is not None:
-        raise UsageError("--step needs the directory of a run", path=path, expected=TRACKER)
+        raise UsageError(
+            "--step needs the directory of a run",
+            path=path,
+            expected=f"{TRACKER} or iter_… inside",
+            hint="pass the run's directory, or omit --step",
+        )
     ranks = [name for name in names if re.fullmatch(r"mp_rank_\d\d(_\d{3})*", name)]
     if len(ranks) > 1 or any(rank != FIRST_RANK for rank in ranks):
         raise _split(f"{len(ranks)} parts: {', '.join(ranks[:4])}", path)
@@ -112,29 +124,43 @@ def locate(path: str, step: int | None) -> str:
         if name in names:
             return os.path.join(path, name)
     found = ", ".join(names[:8]) or "an empty directory"
-    raise InputError("no Megatron-LM checkpoint here", path=path, expected=" or ".join(FILES), found=found)
+    raise InputError(
+        "no Megatron-LM checkpoint in this directory", path=path, expected=" or ".join(FILES), found=found
+    )
 
 
 def _iteration(path: str, names: list[str], step: int | None) -> str:
-    """The directory of one iteration: the one asked for, else the one the tracker file names."""
+    """The directory of one iteration: that of ``step``, or the one the tracker file names, or the last."""
     if step is not None:
         name = f"iter_{step:07d}"
     elif TRACKER in names:
         tracker = os.path.join(path, TRACKER)
         text = read_small(tracker, 256, TRACKER).decode("ascii", "replace").strip()
         if not re.fullmatch(r"\d{1,12}|release", text):
-            raise InputError("wrong iteration", path=tracker, expected="a number, or release", found=repr(text)[:60])
+            raise InputError(
+                "invalid iteration",
+                path=tracker,
+                expected="a number, or release",
+                found=repr(text)[:60],
+                hint="correct the file, or pass the iteration's directory",
+            )
         name = text if text == "release" else f"iter_{int(text):07d}"
     else:
         name = max(name for name in names if name.startswith(("iter_", "release")))
     if name not in names:
-        there = ", ".join(n for n in names if n.startswith(("iter_", "release"))) or "none"
-        raise InputError("the iteration is not there", path=path, expected=name, found=there)
+        present = ", ".join(n for n in names if n.startswith(("iter_", "release")))
+        raise InputError(
+            "the iteration is missing",
+            path=path,
+            expected=name,
+            found=present or "no iteration",
+            hint="pass one of these directories" if present else f"copy {name} into this directory",
+        )
     return os.path.join(path, name)
 
 
 def _top(file: TorchFile, path: str) -> dict[str, object]:
-    """The top of the file: a dictionary with ``model`` in it."""
+    """The file's top-level dictionary, which has an entry ``model``."""
     tree = file.tree if isinstance(file.tree, dict) else {}
     if not isinstance(tree.get("model"), dict) and any(str(key).startswith("model0") for key in tree):
         raise _split("a virtual pipeline (model0, model1 …)", path)
@@ -145,10 +171,10 @@ def _top(file: TorchFile, path: str) -> dict[str, object]:
 
 
 def _arguments(given: object, path: str) -> dict[str, object]:
-    """The run's arguments that are numbers, truth values, text or None; its number of devices is checked.
+    """The run's arguments that are numbers, booleans, strings or None.
 
     Raises:
-        UnsupportedError: the model was split.
+        UnsupportedError: they record that the model was split.
     """
     if not isinstance(given, dict):
         return {}
@@ -165,7 +191,7 @@ def _version(tree: Mapping[str, object], path: str) -> int:
     version = tree.get("checkpoint_version", 0)
     if not isinstance(version, (int, float)) or version not in SCHEMES:
         raise UnsupportedError(
-            "unknown checkpoint version of Megatron-LM: the order of q, k and v is not established",
+            "unknown Megatron-LM checkpoint version; it determines the order of q, k and v",
             path=path,
             item="checkpoint_version",
             expected=f"one of {', '.join(map(str, SCHEMES))}",
@@ -175,10 +201,10 @@ def _version(tree: Mapping[str, object], path: str) -> int:
 
 
 def _flat(model: object, path: str) -> dict[object, object]:
-    """Nested dictionaries as one, names joined by dots.
+    """Nested dictionaries flattened into one, with names joined by dots.
 
     Raises:
-        UnsafeInputError: they hold each other, or more than any model.
+        UnsafeInputError: cycles, or deeper or larger than any model.
     """
     found: dict[object, object] = {}
     level: list[tuple[str, object]] = [("", model)]
@@ -192,27 +218,32 @@ def _flat(model: object, path: str) -> dict[object, object]:
             return found
         if sum(len(value) for _, value in level if isinstance(value, dict)) > MAX_ENTRIES:
             break
-    raise UnsafeInputError("dictionaries nested without end", path=path, expected=f"at most {MAX_DEPTH} levels")
+    raise UnsafeInputError(
+        "dictionaries nested too deeply, or with too many entries",
+        path=path,
+        expected=f"at most {MAX_DEPTH} levels and {MAX_ENTRIES} entries",
+    )
 
 
 def _refuse_core(names: Mapping[str, object], path: str) -> None:
     core = [name for name in names if re.search(r"(^|\.)decoder\.layers\.", name)]
     if core:
         raise UnsupportedError(
-            "this is a Megatron-Core checkpoint (decoder.layers), whose layout is not read",
+            "this is a Megatron-Core checkpoint, whose layout is not supported",
             path=path,
+            expected="tensors under language_model",
             found=", ".join(core[:2]),
-            hint="export it to Hugging Face's layout with Megatron-LM's own tools/checkpoint/convert.py",
+            hint=_MERGE.format(loader="mcore"),
         )
 
 
 def _split(found: str, path: str) -> UnsupportedError:
     return UnsupportedError(
-        "this Megatron-LM model was split over several devices: only whole ones are read",
+        "this Megatron-LM model was split over several devices, which is not supported",
         path=path,
         expected=f"one part, {FIRST_RANK}",
         found=found,
-        hint="merge the parts first, with Megatron-LM's own tools (tensor and pipeline parallel size 1)",
+        hint=_MERGE.format(loader="megatron (mcore for a Megatron-Core model)"),
     )
 
 

@@ -1,7 +1,7 @@
-"""GPT-J as its trainer saved it (mesh-transformer-jax): every tensor cut across shards, and no names anywhere.
+"""GPT-J as its trainer saved it (mesh-transformer-jax): every parameter split across shards, without names.
 
-``step_N/shard_K/0.npz`` … ``15.npz`` hold one shard's part of every parameter, in one order, and nothing tells what
-they are but their place in it: the family's name table, which also says how the parts become tensors.
+``step_N/shard_K/0.npz`` … ``15.npz`` hold one shard's part of every parameter in a fixed order. The family's name
+table assigns names by that order and defines how the parts are merged.
 Sources: kingoflolz/mesh-transformer-jax ``checkpoint.py``, ``layers.py``, ``slim_model.py``.
 """
 
@@ -25,7 +25,7 @@ from gptconvert.sources.format import path_format
 from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "GPT-J original (mesh-transformer-jax shards)"
-#: Files that the program splits each shard into.
+#: Files per shard.
 PIECES = 16
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -33,12 +33,12 @@ _SHARD, _STEP = re.compile(r"shard_(\d{1,4})"), re.compile(r"step_(\d{1,18})")
 
 
 def open_mesh_jax(path: str, options: Options) -> Source:
-    """Open the checkpoint in the directory ``path``: one step's, or the one that holds the steps.
+    """Open the checkpoint in the directory ``path``: that of one step, or the one that holds the steps.
 
     Raises:
         InputError: shards or files are missing, damaged or do not belong together.
         UnsupportedError: the trainer's second layout (``meta.json`` and ``params/``).
-        UnsafeInputError: arrays of Python objects, compressed archives, files that are no regular files.
+        UnsafeInputError: arrays of Python objects, compressed archives, or files that are not regular files.
         UsageError: the path names one step and ``options.step`` another.
     """
     folder, notes = _locate(path, options.step)
@@ -58,7 +58,7 @@ def open_mesh_jax(path: str, options: Options) -> Source:
 
 
 def recognises(path: str) -> bool:
-    """Whether ``path`` is a directory of such shards, of steps with such shards, or of the second layout."""
+    """Whether ``path`` is a directory with shards, with steps that hold shards, or in the second layout."""
     if not os.path.isdir(path):
         return False
     inside = [path, *(os.path.join(path, name) for name in entries(path, quiet=True) if _STEP.fullmatch(name))]
@@ -67,7 +67,7 @@ def recognises(path: str) -> bool:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One shard's part of everything, in order."""
+    """One shard's part of every parameter, in the trainer's order."""
 
     files: tuple[str, ...]
     leaves: tuple[LazyTensor, ...]
@@ -75,25 +75,26 @@ class _Shard:
 
 
 def _locate(path: str, step: int | None) -> tuple[str, list[str]]:
-    """The directory with the shards, and what had to be decided to find it."""
+    """The directory with the shards, and notes on the choices made to find it."""
     if not os.path.isdir(path):
         file_size(path)
         explained = explain_file(path)
         what = f"this file {explained}" if explained else "this is a file"
-        raise InputError(what, path=path, expected="the directory with shard_0 … inside")
+        raise InputError(what, path=path, expected="the directory that holds shard_0 …")
     if _is_second_layout(path):
         raise UnsupportedError(
-            "this is mesh-transformer-jax's second layout (meta.json and params/shard_K.npz), of another model: "
-            "its projections are fused",
+            "this is mesh-transformer-jax's second layout (meta.json and params/shard_K.npz), whose model has fused "
+            "projections and is not supported",
             path=path,
             expected="step_N/shard_K/0.npz … 15.npz, as slim_model.py writes them",
         )
     if _is_shard(path):
-        raise InputError("this is one shard of several", path=path, hint="name the directory that holds all of them")
+        raise InputError("this is one shard of several", path=path, hint="pass the directory that holds all shards")
     if _has_shards(path):
         name = os.path.basename(os.path.abspath(path))
         if step is not None and name != f"step_{step}":
-            raise UsageError(f"the path names one checkpoint and --step {step} another", path=path)
+            hint = "pass the directory that holds the steps, or omit --step"
+            raise UsageError(f"the path and --step {step} name different checkpoints", path=path, hint=hint)
         return path, []
     return _in_steps(path, step)
 
@@ -103,13 +104,13 @@ def _in_steps(path: str, step: int | None) -> tuple[str, list[str]]:
     steps = {int(name.removeprefix("step_")): name for name in names}
     if not steps or (step is not None and step not in steps):
         raise InputError(
-            "no checkpoint here" if step is None else f"no checkpoint of step {step}",
+            "no checkpoint in this directory" if step is None else f"no checkpoint of step {step}",
             path=path,
             expected="step_N/shard_0 …",
             found=", ".join(names) or ", ".join(entries(path)[:8]) or "an empty directory",
         )
     chosen = steps[max(steps) if step is None else step]
-    how = "the highest step" if step is None else "as asked"
+    how = "the highest step" if step is None else "as requested"
     note = f"{len(steps)} checkpoints in the directory: {chosen} was read, {how}"
     return os.path.join(path, chosen), [note] if len(steps) > 1 else []
 
@@ -129,7 +130,13 @@ def _read_shards(folder: str) -> list[_Shard]:
     shards = [_read_shard(folder, number) for number in numbers]
     counts = [len(shard.leaves) for shard in shards]
     if len({*counts}) > 1:
-        raise InputError("the shards hold different numbers of arrays", path=folder, found=f"{counts}")
+        raise InputError(
+            "the shards hold different numbers of arrays",
+            path=folder,
+            expected="equal numbers",
+            found=f"{counts}",
+            hint="shards of different checkpoints are mixed, or one is damaged: copy all shards again",
+        )
     return shards
 
 
@@ -139,23 +146,24 @@ def _read_shard(folder: str, number: int) -> _Shard:
     for path, archive in zip(files, archives, strict=True):
         if list(archive.arrays) != [f"arr_{i}" for i in range(len(archive.arrays))]:
             found = ", ".join(list(archive.arrays)[:5])
-            raise InputError("these arrays have names", path=path, expected="arr_0, arr_1, …", found=found)
+            raise InputError("unexpected array names", path=path, expected="arr_0, arr_1, …", found=found)
     counts = [len(archive.arrays) for archive in archives]
     whole, longer = divmod(sum(counts), PIECES)
     wanted = [whole + (i < longer) for i in range(PIECES)]
     if counts != wanted:
         raise InputError(
-            "the arrays are not spread over the files as the trainer does it: files are missing or were exchanged",
+            "the arrays are not distributed over the files as the trainer does it",
             path=os.path.dirname(files[0]),
             expected=f"{wanted} arrays",
             found=f"{counts} arrays",
+            hint="files are missing arrays or were swapped: copy the shard again",
         )
     leaves = tuple(array for archive in archives for array in archive.arrays.values())
     return _Shard(files, leaves, tuple(c for archive in archives for c in archive.checksums.values()))
 
 
 def _parts(shards: Sequence[_Shard]) -> tuple[Parts, ...]:
-    """What all shards hold at each place of the order."""
+    """The parts of each parameter, one per shard, in the trainer's order."""
     leaves, checksums = (
         zip(*(s.leaves for s in shards), strict=True),
         zip(*(s.checksums for s in shards), strict=True),
@@ -164,16 +172,17 @@ def _parts(shards: Sequence[_Shard]) -> tuple[Parts, ...]:
 
 
 def _find_config(folder: str) -> str | None:
-    """The training configuration beside the shards or the steps, told by its keys; None: there is none."""
+    """The training configuration next to the shards or the steps, recognised by its keys; None if absent."""
     parent = os.path.dirname(os.path.abspath(folder))
     places = [os.path.join(place, n) for place in (folder, parent) for n in entries(place, quiet=True)]
     found = [path for path in places if path.endswith(".json") and _is_config(path)]
     if len(found) > 1:
         raise InputError(
-            "several configurations, and nothing says which is meant",
+            "several configuration files",
             path=folder,
+            expected="one",
             found=", ".join(os.path.basename(path) for path in found),
-            hint="name it with --hparams FILE",
+            hint="choose one with --hparams FILE",
         )
     return found[0] if found else None
 

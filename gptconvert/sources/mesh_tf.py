@@ -1,7 +1,7 @@
 """EleutherAI's own GPT-Neo checkpoints: a TensorFlow bundle of Mesh-TensorFlow's variables and a ``config.json``.
 
-The bundle is read as OpenAI's are; its variables have other names (``gpt2/h0/attn/q``), and the configuration is
-that of the training program, not transformers'. Source: EleutherAI/gpt-neo ``models/gpt2/gpt2.py``.
+The bundle is read like OpenAI's, but its variables have other names (``gpt2/h0/attn/q``), and ``config.json`` is the
+training program's, not transformers'. Source: EleutherAI/gpt-neo ``models/gpt2/gpt2.py``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from gptconvert.sources.tokenizer_files import find_tokenizer
 TITLE = "GPT-Neo original (Mesh-TensorFlow checkpoint and config.json)"
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
-#: Variables that this program alone has, whatever options it was run with.
-_OURS = re.compile(r"(?:.*/)?(?:h\d+/)?(?:norm_[12]/[gb]|attn/compute_output_bias/o_b|mlp/conv1d_main/c_fc/kernel)")
-#: Parts of variable names that belong to options that no other program implements → the option.
+#: Variables that only this program writes, with any options.
+_NEO_ONLY = re.compile(
+    r"(?:.*/)?(?:h\d+/)?(?:norm_[12]/[gb]|attn/compute_output_bias/o_b|mlp/conv1d_main/c_fc/kernel)"
+)
+#: Pattern of variable names → the unsupported option that creates them.
 _VARIANTS = (
     (r"(?:.*/)?moe(?:_\w+)?/.*|.*/expert_?\w*/.*", "mixture of experts (moe_layers)"),
     (r"(?:.*/)?axial_wpe_\d+", "axial positions (axial_pos_emb)"),
@@ -37,12 +39,12 @@ _VARIANTS = (
 
 
 def read_mesh_tf(checkpoint: TfCheckpoint, options: Options) -> Source:
-    """The GPT-Neo checkpoint with this index.
+    """Read the GPT-Neo checkpoint with this index.
 
     Raises:
         InputError: data files or the configuration are missing or damaged.
-        UnsupportedError: a variant of the architecture that transformers never had, named by its variables.
-        UnsafeInputError: a file of it is not a regular file.
+        UnsupportedError: a variant of the architecture that transformers never supported.
+        UnsafeInputError: one of its files is not a regular file.
     """
     prefix, folder = checkpoint.index.prefix, checkpoint.folder
     tensors = bundle_tensors(checkpoint.index)
@@ -50,9 +52,9 @@ def read_mesh_tf(checkpoint: TfCheckpoint, options: Options) -> Source:
     config_path = options.hparams or os.path.join(folder, CONFIG)
     if not os.path.lexists(config_path):
         raise InputError(
-            "config.json is missing: the number of heads and the kinds of attention are in no other file",
+            "config.json is missing; only it holds the number of heads and the attention types",
             path=config_path,
-            hint="copy it from where the checkpoint came from, or pass --hparams FILE",
+            hint="fetch it from the checkpoint's origin, or pass --hparams FILE",
         )
     return Source(
         scheme=FORMAT.name,
@@ -66,9 +68,9 @@ def read_mesh_tf(checkpoint: TfCheckpoint, options: Options) -> Source:
     )
 
 
-def are_ours(names: Iterable[str]) -> bool:
-    """Whether some of these variables are GPT-Neo's."""
-    return any(_OURS.fullmatch(name) for name in names)
+def is_gpt_neo(names: Iterable[str]) -> bool:
+    """Whether any of these variables is GPT-Neo's."""
+    return any(_NEO_ONLY.fullmatch(name) for name in names)
 
 
 def _refuse_variants(prefix: str, names: Iterable[str]) -> None:
@@ -79,7 +81,7 @@ def _refuse_variants(prefix: str, names: Iterable[str]) -> None:
             f"this variant of GPT-Neo is not implemented: {', '.join(reversed(found))}",
             path=prefix,
             found=", ".join(list(reversed(found.values()))[:5]),
-            hint="transformers never had it either; only the released architecture is read",
+            hint="only the released architecture is supported, as in transformers",
         )
 
 
@@ -89,6 +91,6 @@ FORMAT = Format(
     locate=locate_checkpoint,
     find=find_checkpoint,
     read=read_mesh_tf,
-    claims=lambda checkpoint: are_ours(checkpoint.index.tensors),
+    claims=lambda checkpoint: is_gpt_neo(checkpoint.index.tensors),
     accepts=frozenset({"step", "hparams"}),
 )

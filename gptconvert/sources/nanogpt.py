@@ -1,8 +1,8 @@
 """nanoGPT's ``ckpt.pt``: a ``torch.save`` of the state dict, ``model_args`` and the state of the training run.
 
-Source: karpathy/nanoGPT ``train.py``. The optimizer's state, twice the size of the weights, is in the same file
-and is never read. The tokenizer is elsewhere: GPT-2's, or for characters a ``meta.pkl`` in the data directory,
-which is a pickle and is therefore never opened.
+Source: karpathy/nanoGPT ``train.py``. The file also holds the optimizer state, twice the size of the weights; it is
+never read. The tokenizer is stored elsewhere: GPT-2's, or a character vocabulary in ``meta.pkl`` in the data
+directory, a pickle that is never opened.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "nanoGPT (ckpt.pt)"
 CHECKPOINT = "ckpt.pt"
-#: The training script's entries that make such a file.
+#: Entries that identify such a file.
 MODEL, ARGUMENTS = "model", "model_args"
-#: Sizes of vocabulary that say "GPT-2's encoding": as it is, and padded to a multiple of 64.
+#: Vocabulary sizes that imply GPT-2's tokenizer: exact, and padded to a multiple of 64.
 GPT2_SIZES = (50257, 50304)
 
 
 def read_nanogpt(file: TorchFile, options: Options) -> Source:
-    """The checkpoint in this file.
+    """Read the checkpoint in this file.
 
     Raises:
         InputError: nanoGPT did not write it.
@@ -50,10 +50,10 @@ def read_nanogpt(file: TorchFile, options: Options) -> Source:
 
 
 def find_nanogpt(path: str, options: Options) -> TorchFile:
-    """The checkpoint file, or the one in the output directory of a run.
+    """Open the checkpoint file, or the one in a run's output directory.
 
     Raises:
-        InputError: no such file, or a damaged one.
+        InputError: the file is missing or damaged.
         UnsafeInputError: its pickle names anything but tensors and plain data.
         UsageError: both the path and ``options.weights_file`` name a file.
     """
@@ -66,20 +66,21 @@ def _checkpoint_file(path: str, options: Options) -> str:
     if os.path.isdir(path):
         return os.path.join(path, options.weights_file or CHECKPOINT)
     if options.weights_file is not None:
-        raise UsageError("--weights-file needs a directory", path=path)
+        hint = "pass the directory, or omit --weights-file"
+        raise UsageError("--weights-file needs a directory, and this is a file", path=path, hint=hint)
     return path
 
 
 def locate_nanogpt(path: str, options: Options) -> TorchFile | None:
-    """A file or directory of nanoGPT's name, or any PyTorch file that holds what nanoGPT puts into one."""
+    """As :func:`find_nanogpt` for a ``ckpt.pt`` or any PyTorch file with nanoGPT's entries; None for other paths."""
     named = os.path.join(path, CHECKPOINT) if os.path.isdir(path) else path
     if os.path.basename(named) == CHECKPOINT and os.path.lexists(named):
         return find_nanogpt(path, options)
     file = None if os.path.isdir(path) else read_if_torch(path)
-    ours = file is not None and isinstance(file.tree, dict) and {MODEL, ARGUMENTS} <= file.tree.keys()
-    if ours:
+    matches = file is not None and isinstance(file.tree, dict) and {MODEL, ARGUMENTS} <= file.tree.keys()
+    if matches:
         _checkpoint_file(path, options)
-    return file if ours else None
+    return file if matches else None
 
 
 def _parts(file: TorchFile) -> tuple[Mapping[object, object], dict[str, object]]:
@@ -93,7 +94,8 @@ def _parts(file: TorchFile) -> tuple[Mapping[object, object], dict[str, object]]
             path=file.path,
             expected="a dictionary with 'model' and 'model_args'",
             found=found,
-            hint="a state dict alone is read as Hugging Face's pytorch_model.bin, with a config.json beside it",
+            hint="save a bare nanoGPT state dict as {'model': STATE_DICT, 'model_args': {…}}, as train.py does; "
+            "for a Hugging Face state dict with its config.json, use `gptconvert hf`",
         )
     return state, {str(key): value for key, value in arguments.items()}
 
@@ -102,10 +104,10 @@ def _tokenizer_notes(vocabulary: object, tokenizer: Mapping[str, str], folder: s
     if tokenizer:
         return ()
     if os.path.lexists(os.path.join(folder, "meta.pkl")):
-        return ("meta.pkl, the character vocabulary, is a pickle and is not opened: no tokenizer is written",)
+        return ("no tokenizer is written: the character vocabulary, meta.pkl, is a pickle and is not opened",)
     text = (
-        "nanoGPT encodes text with GPT-2's tokenizer and keeps no copy of it: put GPT-2's encoder.json and vocab.bpe "
-        "beside the checkpoint to have tokenizer files written"
+        "no tokenizer is written: nanoGPT uses GPT-2's tokenizer but saves no copy; to include it, put GPT-2's "
+        "encoder.json and vocab.bpe next to the checkpoint"
     )
     return (text,) if vocabulary in GPT2_SIZES else ()
 

@@ -1,9 +1,9 @@
 """GPT-NeoX as its trainer saved it (DeepSpeed): one file per layer and rank, or one file per rank.
 
-Pipeline: ``global_stepN/layer_XX-model_YY-model_states.pt``, XX counted through the layers of the program (00 the
-embedding, 02 the first block), YY the tensor-parallel rank. Sequential: ``mp_rank_YY_model_states.pt``, whose
-``module`` names its tensors ``sequential.XX.…``, as tensors of the first kind are named here too. A rank holds its
-part of every split tensor and a copy of the rest: which of them is split, and how, is the name table's to say.
+Pipeline: ``global_stepN/layer_XX-model_YY-model_states.pt``, where XX numbers the program's layers (00 the embedding,
+02 the first block) and YY is the tensor-parallel rank. Sequential: ``mp_rank_YY_model_states.pt``, whose ``module``
+names its tensors ``sequential.XX.…``; pipeline tensors get the same names here. Each rank holds its part of every
+split tensor and a copy of the rest; the name table defines which tensors are split, and how.
 Sources: EleutherAI/gpt-neox ``megatron/model/transformer.py``, ``tools/ckpts/convert_neox_to_hf.py``.
 """
 
@@ -32,8 +32,8 @@ def open_neox(path: str, options: Options) -> Source:
 
     Raises:
         InputError: files or the configuration are missing, damaged or do not belong together.
-        UnsupportedError: another program's checkpoint, or weights scattered by ZeRO stage 3.
-        UnsafeInputError: a pickle that names what no such checkpoint holds, or a file that is no regular file.
+        UnsupportedError: another program's checkpoint, or weights partitioned by ZeRO stage 3.
+        UnsafeInputError: a pickle that names anything but tensors and plain data, or a file that is not regular.
         UsageError: the path and ``options.step`` name different steps.
     """
     located = locate(path, options.step)
@@ -56,20 +56,20 @@ def open_neox(path: str, options: Options) -> Source:
 
 @dataclass
 class _Held:
-    """What the ranks hold, by name and then by rank; a name may stand for something else than a tensor."""
+    """Tensors by name, then by rank. A name whose values are not tensors maps to an empty dictionary."""
 
     tensors: dict[str, dict[int, LazyTensor]] = field(default_factory=dict)
     checksums: list[FileChecksum] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, layer: int, key: str, rank: int, value: object) -> None:
-        """What ``rank`` holds as ``key`` of the program's layer number ``layer``."""
+        """Add the value that ``rank`` stores as ``key`` of the program's layer ``layer``."""
         by_rank = self.tensors.setdefault(f"sequential.{layer}.{key}", {})
         if isinstance(value, LazyTensor):
             by_rank[rank] = value
 
     def parts(self, ranks: int) -> dict[str, Parts]:
-        """Each tensor as the ranks hold it."""
+        """Each tensor as its parts on the ranks."""
         numbers = range(ranks)
         return {n: Parts(tuple(by_rank.get(r) for r in numbers), "rank") for n, by_rank in self.tensors.items()}
 
@@ -85,14 +85,14 @@ def _read_layers(located: Located, held: _Held) -> None:
 
 
 def _read_ranks(located: Located, held: _Held) -> None:
-    """One file per rank: its whole training state, the weights under ``module``."""
+    """One file per rank: its training state, with the weights under ``module``."""
     for rank, path in located.ranks.items():
         file = read_torch_pickle(path)
         state = _state(_state(file.tree, path).get("module"), path)
         strange = [name for name in state if not _SEQUENTIAL.fullmatch(name)]
         if strange:
             raise UnsupportedError(
-                "this DeepSpeed checkpoint is not GPT-NeoX's: another program wrote it",
+                "not a GPT-NeoX checkpoint: another program wrote it with DeepSpeed",
                 path=path,
                 expected="tensors named sequential.0.word_embeddings.weight …",
                 found=", ".join(strange[:3]),
@@ -106,11 +106,11 @@ def _read_ranks(located: Located, held: _Held) -> None:
 def _state(value: object, path: str) -> dict[str, object]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise InputError(
-            "no weights by name in this file",
+            "no named weights in this file",
             path=path,
             expected="a dictionary of tensors",
             found=type(value).__name__,
-            hint="of a pipeline-parallel run, the layer_XX-model_YY files hold the weights"
+            hint="a pipeline-parallel run stores its weights in layer_XX-model_YY-model_states.pt: copy those too"
             if value is None
             else None,
         )
@@ -118,22 +118,26 @@ def _state(value: object, path: str) -> dict[str, object]:
 
 
 def _note(held: _Held, file: TorchFile, state: Mapping[str, object], path: str) -> None:
-    """The checksums of the bytes under a state dict's tensors, and what its reader noted."""
+    """Collect the checksums of a state dict's tensors and the reader's notes."""
     if any(isinstance(value, LazyTensor) for value in state.values()):
         held.checksums += tensors_of(file, dict(state.items()), path).checksums
     held.notes += file.notes
 
 
 def _count_ranks(located: Located, config: Mapping[str, object]) -> int:
-    """Over how many ranks tensors are split: as many as there are files of, which is what the configuration says."""
+    """The number of tensor-parallel ranks that have files; the configuration must agree.
+
+    Raises:
+        InputError: it does not.
+    """
     found = 1 + max((rank for _, rank in located.layers), default=max(located.ranks, default=0))
-    told = config.get("model_parallel_size", found)
-    if told != found:
+    declared = config.get("model_parallel_size", found)
+    if declared != found:
         raise InputError(
-            "the configuration names another number of tensor-parallel ranks than there are files of",
+            "the number of tensor-parallel ranks with files differs from the configuration",
             path=located.folder,
             item="model_parallel_size",
-            expected=told,
+            expected=declared,
             found=f"{found} ranks",
             hint="copy the files of all ranks; if the checkpoint was resharded, correct the configuration",
         )

@@ -1,4 +1,4 @@
-"""Where the files of a GPT-NeoX checkpoint lie: weights of one step, YAML configuration, tokenizer."""
+"""Locate the files of a GPT-NeoX checkpoint: weights of one step, YAML configuration, tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYER_FILE = re.compile(r"layer_(\d{1,5})-model_(\d{1,4})-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d{1,4})_model_states\.pt")
 _SPLIT_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _STEP = re.compile(r"global_step(\d{1,18})")
-#: Per tokenizer of the trainer: our name for each of its files → configuration key, and names it is known by.
+#: The trainer's tokenizer type → canonical file name → (configuration key, usual file names).
 TOKENIZERS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "HFTokenizer": {"tokenizer.json": ("vocab_file", ("20B_tokenizer.json", "tokenizer.json"))},
     "GPT2BPETokenizer": {
@@ -35,9 +35,9 @@ class Located:
     Attributes:
         folder: the step's directory.
         root: the directory of the whole run.
-        layers: (layer, rank) → file, where there is one per layer.
-        ranks: rank → file, otherwise.
-        notes: what had to be decided to find them.
+        layers: (layer, rank) → file, if there is one per layer.
+        ranks: rank → file; weights are read from these only if ``layers`` is empty.
+        notes: choices made to find them.
     """
 
     folder: str
@@ -52,10 +52,10 @@ class Located:
         return tuple(self.layers.values()) or tuple(self.ranks.values())
 
     def configs(self, hparams: str | None) -> tuple[str, ...]:
-        """The YAML files that make up the configuration: the one asked for, or all of the first place with any.
+        """The YAML files that make up the configuration: ``hparams``, or all files of the first place that has any.
 
         Raises:
-            InputError: there is none.
+            InputError: none found.
         """
         if hparams is not None:
             return (hparams,)
@@ -65,31 +65,32 @@ class Located:
             if found:
                 return tuple(os.path.join(place, name) for name in found)
         raise InputError(
-            "no configuration: heads, rotary positions and the form of the residual are in no other file",
+            "the configuration is missing; only it holds the heads, rotary positions and residual form",
             path=self.root,
             expected="configs/*.yml",
-            hint="copy the YAML files of the training run into configs/, or pass --hparams FILE",
+            hint="copy the training run's YAML files into configs/, or pass --hparams FILE",
         )
 
     def tokenizer(self, config: Mapping[str, object]) -> dict[str, str]:
-        """The tokenizer's files, by the names that the configuration has for them or that they usually have."""
+        """The tokenizer's files, found by their names in the configuration or by their usual names."""
         found = {}
         places = (self.folder, self.root, os.path.join(self.root, "configs"))
-        for ours, (key, usual) in TOKENIZERS.get(str(config.get("tokenizer_type", "GPT2BPETokenizer")), {}).items():
-            told = config.get(key)
-            names = ([re.split(r"[/\\]", told)[-1]] if isinstance(told, str) and told else []) + list(usual)
-            paths = (os.path.join(place, name) for name in names for place in places)
+        tokenizer_type = str(config.get("tokenizer_type", "GPT2BPETokenizer"))
+        for canonical, (key, usual) in TOKENIZERS.get(tokenizer_type, {}).items():
+            declared = config.get(key)
+            names = [re.split(r"[/\\]", declared)[-1]] if isinstance(declared, str) and declared else []
+            paths = (os.path.join(place, name) for name in [*names, *usual] for place in places)
             if (path := first_file(paths)) is not None:
-                found[ours] = path
+                found[canonical] = path
         return found
 
 
 def locate(path: str, step: int | None) -> Located:
-    """The checkpoint that ``path`` means: the run's directory, a step's, or a file of it.
+    """Find the checkpoint at ``path``: the run's directory, a step's directory, or a file in it.
 
     Raises:
-        InputError: there is none, or none of that step, or files are missing.
-        UnsupportedError: weights scattered by ZeRO stage 3.
+        InputError: no checkpoint, none of that step, or missing files.
+        UnsupportedError: weights partitioned by ZeRO stage 3.
         UnsafeInputError: a file that is not a regular file.
         UsageError: the path names one step and ``step`` another.
     """
@@ -100,14 +101,15 @@ def locate(path: str, step: int | None) -> Located:
     if _holds_weights(names):
         name = os.path.basename(os.path.abspath(path))
         if step is not None and _STEP.fullmatch(name) and name != f"global_step{step}":
-            raise UsageError(f"the path names one checkpoint and --step {step} another", path=path)
+            hint = "pass the run's directory, or omit --step"
+            raise UsageError(f"the path and --step {step} name different checkpoints", path=path, hint=hint)
         return _in_step(path, os.path.dirname(os.path.abspath(path)), ())
     chosen, notes = _choose(path, names, step)
     return _in_step(os.path.join(path, chosen), path, notes)
 
 
 def looks_like_neox(path: str) -> bool:
-    """Whether ``path`` is such a checkpoint, by the names of its files."""
+    """Whether ``path`` looks like such a checkpoint, judged by file names."""
     if not os.path.isdir(path):
         name = os.path.basename(path)
         return bool(LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name)) and os.path.lexists(path)
@@ -126,16 +128,19 @@ def _in_step(folder: str, root: str, notes: Sequence[str]) -> Located:
             ranks[int(match[1])] = os.path.join(folder, name)
     if not layers and not ranks:
         raise UnsupportedError(
-            "the weights are scattered over data-parallel ranks (ZeRO stage 3)",
+            "the weights are partitioned over data-parallel ranks (ZeRO stage 3)",
             path=folder,
-            hint="put them together with DeepSpeed's zero_to_fp32.py",
+            expected="layer_XX-model_YY-model_states.pt or mp_rank_YY_model_states.pt",
+            hint="if you trust the files: weights = deepspeed.utils.zero_to_fp32."
+            "get_fp32_state_dict_from_zero_checkpoint(RUN, STEP_FOLDER_NAME); "
+            "torch.save({'module': weights}, 'mp_rank_00_model_states.pt') in the step's folder",
         )
     _check_complete(folder, layers, ranks)
     return Located(folder, root, dict(sorted(layers.items())), dict(sorted(ranks.items())), tuple(notes))
 
 
 def _check_complete(folder: str, layers: Mapping[tuple[int, int], str], ranks: Mapping[int, str]) -> None:
-    """Every rank has a file, for every layer that there is a file of."""
+    """Require a file of every rank, for every layer that has any."""
     if layers:
         numbers, width = {layer for layer, _ in layers}, max(rank for _, rank in layers) + 1
         wanted = [(layer, rank) for layer in sorted(numbers) for rank in range(width)]
@@ -150,11 +155,11 @@ def _check_complete(folder: str, layers: Mapping[tuple[int, int], str], ranks: M
 
 
 def _choose(folder: str, names: Sequence[str], step: int | None) -> tuple[str, list[str]]:
-    """The step's directory: the one asked for, the one ``latest`` names, or the highest."""
+    """The step's directory: that of ``step``, or the one ``latest`` names, or the highest."""
     steps = {int(m[1]): n for n in names if (m := _STEP.fullmatch(n)) and _holds_weights(_entries_of(folder, n))}
     if not steps or (step is not None and step not in steps):
         raise InputError(
-            "no checkpoint here" if step is None else f"no checkpoint of step {step}",
+            "no checkpoint in this directory" if step is None else f"no checkpoint of step {step}",
             path=folder,
             expected="global_stepN with layer_XX-model_YY-model_states.pt or mp_rank_YY_model_states.pt",
             found=", ".join(steps.values()) or ", ".join(names[:8]) or "an empty directory",
@@ -168,7 +173,7 @@ def _choose(folder: str, names: Sequence[str], step: int | None) -> tuple[str, l
         if latest in steps.values():
             return latest, []
     chosen = steps[max(steps)]
-    notes = [f"latest names {latest}, which is not here: {chosen} was read"] if latest is not None else []
+    notes = [f"latest names {latest}, which is missing: {chosen} was read"] if latest is not None else []
     if len(steps) > 1 and not notes:
         notes = [f"{len(steps)} checkpoints in the directory: {chosen} was read, the highest step"]
     return chosen, notes

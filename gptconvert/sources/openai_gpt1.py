@@ -1,8 +1,8 @@
-"""OpenAI's release of GPT-1: ten array files that, one behind the other, are all weights as one run of numbers.
+"""OpenAI's release of GPT-1: ten array files whose concatenation holds all weights.
 
-``params_0.npy`` … ``params_9.npy`` are cut without regard to tensors, ``params_shapes.json`` says how to cut them
-again, and nothing says what the tensors are called: the family's name table does, by their order. Tensors that
-straddle two files become two segments.
+``params_0.npy`` … ``params_9.npy`` are cut regardless of tensor boundaries; ``params_shapes.json`` lists the shapes
+in order. Tensors have no names: the family's name table assigns them by order. A tensor that straddles two files
+becomes two segments.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ FILES = tuple(f"params_{i}.npy" for i in range(10))
 MAX_SHAPES_BYTES = 1 << 20
 MAX_HPARAMS_BYTES = 1 << 20
 _MAX_SIDE = 1 << 31
-#: What the fine-tuning script saves: a joblib pickle of a list of arrays.
+#: Saved by the fine-tuning script: a joblib pickle of a list of arrays.
 _FINE_TUNED = re.compile(r".*_params\.jl")
 _PARAMS = re.compile(r"params_\d+\.npy")
 
 
 def open_gpt1(path: str, options: Options) -> Source:
-    """Open the GPT-1 release that ``path`` means: its directory or any file of it.
+    """Open the GPT-1 release at ``path``: its directory or any file in it.
 
     Raises:
-        InputError: array files are missing, too many, damaged, or together not as long as the shapes say.
-        UnsupportedError: a fine-tuned checkpoint (joblib), or arrays of another type.
-        UnsafeInputError: arrays of Python objects, or files that are no regular files.
+        InputError: array files are missing, unknown or damaged, or their total length does not match the shapes.
+        UnsupportedError: a fine-tuned checkpoint (joblib), or arrays that are not floating point.
+        UnsafeInputError: arrays of Python objects, or files that are not regular files.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     names = entries(folder)
@@ -63,15 +63,15 @@ def open_gpt1(path: str, options: Options) -> Source:
 
 
 def recognises(path: str) -> bool:
-    """Whether a path looks like a GPT-1 release, or like what its fine-tuning script saves."""
+    """Whether a path looks like a GPT-1 release, or like the output of its fine-tuning script."""
     if os.path.isdir(path):
         return any(
-            _is_ours(name) and not os.path.isdir(os.path.join(path, name)) for name in entries(path, quiet=True)
+            _is_gpt1_file(name) and not os.path.isdir(os.path.join(path, name)) for name in entries(path, quiet=True)
         )
-    return _is_ours(os.path.basename(path)) and os.path.lexists(path)
+    return _is_gpt1_file(os.path.basename(path)) and os.path.lexists(path)
 
 
-def _is_ours(name: str) -> bool:
+def _is_gpt1_file(name: str) -> bool:
     return name == SHAPES or bool(_PARAMS.fullmatch(name) or _FINE_TUNED.fullmatch(name))
 
 
@@ -82,28 +82,28 @@ def _refuse_fine_tuned(path: str, folder: str, names: Collection[str]) -> None:
     if found is None or (SHAPES in names and found != os.path.basename(path)):
         return
     raise UnsupportedError(
-        "this is a fine-tuned OpenAI GPT-1, saved by joblib as a pickle: to read a pickle is to run it",
+        "this is a fine-tuned OpenAI GPT-1, saved by joblib as a pickle, and loading a pickle can run code",
         path=os.path.join(folder, found),
         expected="params_0.npy … params_9.npy and params_shapes.json",
-        hint="where you trust the file: we, *rest = joblib.load(FILE); "
+        hint="if you trust the file: we, *rest = joblib.load(FILE); "
         "arrays = [we[-n_ctx:], we[:-n_ctx], *rest[:-2]]; save the shapes as params_shapes.json and the ten parts of "
         "numpy.array_split(numpy.concatenate([a.ravel() for a in arrays]), 10) as params_0.npy … params_9.npy",
     )
 
 
 def _check_files(folder: str, names: Collection[str]) -> None:
-    """All ten files and the shapes, and no eleventh."""
+    """Require the ten array files and the shapes, and refuse further array files."""
     missing = [name for name in (*FILES, SHAPES) if name not in names]
     extra = sorted(name for name in names if _PARAMS.fullmatch(name) and name not in FILES)
     if not missing and not extra:
         return
     problems = [f"{what}: {', '.join(some)}" for what, some in (("missing", missing), ("unknown", extra)) if some]
     raise InputError(
-        f"the set of GPT-1 files is not complete; {'; '.join(problems)}",
+        f"wrong set of GPT-1 files; {'; '.join(problems)}",
         path=folder,
         expected=f"the {len(FILES)} files {FILES[0]} … {FILES[-1]} and {SHAPES}",
         found=", ".join(sorted(n for n in names if _PARAMS.fullmatch(n) or n == SHAPES)) or "none of them",
-        hint="copy all files of the release into one directory",
+        hint="copy all files of the release, and no other params files, into one directory",
     )
 
 
@@ -111,11 +111,15 @@ def _read_shapes(path: str) -> list[Shape]:
     """The shapes of all tensors, in order."""
     value = parse_json(read_small(path, MAX_SHAPES_BYTES, SHAPES), path, SHAPES)
     if not isinstance(value, list):
-        raise InputError("wrong kind of value", path=path, expected="a list of shapes", found=kind(value))
+        raise InputError("wrong type of value", path=path, expected="a list of shapes", found=kind(value))
     for number, shape in enumerate(value):
         if not isinstance(shape, list) or any(type(n) is not int or not 0 < n < _MAX_SIDE for n in shape):
             raise InputError(
-                "wrong shape", path=path, item=f"entry {number}", expected="whole numbers", found=repr(shape)[:80]
+                "invalid shape",
+                path=path,
+                item=f"entry {number}",
+                expected="a list of positive integers",
+                found=repr(shape)[:80],
             )
     return [tuple(shape) for shape in value]
 
@@ -123,16 +127,14 @@ def _read_shapes(path: str) -> list[Shape]:
 def _read_array(path: str) -> Stored:
     tensor: LazyTensor = read_npy(path)
     if not isinstance(tensor, Stored) or len(tensor.shape) != 1:
-        raise InputError(
-            "this array is no part of a run of numbers", path=path, expected="one axis", found=list(tensor.shape)
-        )
+        raise InputError("wrong number of axes", path=path, expected="one axis", found=f"shape {list(tensor.shape)}")
     if tensor.dtype.kind != "f":
-        raise UnsupportedError("elements are no floats", path=path, expected="float32", found=tensor.dtype)
+        raise UnsupportedError("elements are not floating point", path=path, expected="float32", found=tensor.dtype)
     return tensor
 
 
 def _check_arrays(folder: str, arrays: Collection[Stored], total: int) -> None:
-    """One element type, and together as many elements as the shapes have."""
+    """Require one element type, and as many elements in total as the shapes add up to."""
     if len({array.dtype for array in arrays}) > 1:
         listed = ", ".join(f"{name} {array.dtype.str}" for name, array in zip(FILES, arrays, strict=True))
         raise InputError("the files hold different element types", path=folder, expected="one type", found=listed)
@@ -140,16 +142,16 @@ def _check_arrays(folder: str, arrays: Collection[Stored], total: int) -> None:
     if found != total:
         lengths = ", ".join(str(array.size) for array in arrays)
         raise InputError(
-            f"the {len(FILES)} array files do not have the total length that {SHAPES} says",
+            f"the total length of the {len(FILES)} array files does not match {SHAPES}",
             path=folder,
             expected=f"{total} values",
             found=f"{found} values ({lengths})",
-            hint="files of different models were mixed, or one is damaged: fetch them again",
+            hint="files of different models are mixed, or one is damaged: fetch them again",
         )
 
 
 def _cut(arrays: list[Stored], shapes: list[Shape]) -> tuple[Stored, ...]:
-    """The run of numbers, cut at the shapes."""
+    """Cut the concatenated arrays into tensors of the given shapes."""
     dtype, parts = arrays[0].dtype, tuple(part for array in arrays for part in array.parts)
     run = Stored(parts, dtype, (sum(array.size for array in arrays),))
     tensors, position = [], 0

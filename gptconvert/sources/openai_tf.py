@@ -1,7 +1,7 @@
 """OpenAI's own releases: GPT-2 as a TensorFlow checkpoint with ``hparams.json``, ``encoder.json``, ``vocab.bpe``.
 
-The same layout is what fine-tuning tools write: gpt-2-simple copies the three small files into each run,
-nshepperd's gpt-2 leaves them with the base model, so any of them may be missing here.
+Fine-tuning tools write the same layout: gpt-2-simple copies the three small files into each run, nshepperd's gpt-2
+leaves them with the base model, so any of them may be missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OBJECT_GRAPH, _OBJECT_SUFFIX = "_CHECKPOINTABLE_OBJECT_GRAPH", "/.ATTRIBUTES/VA
 
 
 def find_openai(path: str, options: Options) -> TfCheckpoint | str:
-    """GPT-2's checkpoint, or the path itself where it means GPT-1's release: one command reads both.
+    """Find a GPT-2 checkpoint, or return the path if it is GPT-1's release: one command reads both.
 
     Raises:
         GptConvertError: as :func:`find_checkpoint`.
@@ -38,23 +38,23 @@ def find_openai(path: str, options: Options) -> TfCheckpoint | str:
 
 
 def read_openai_tf(located: TfCheckpoint | str, options: Options) -> Source:
-    """The GPT-2 checkpoint with this index, or the GPT-1 release at this path.
+    """Read the GPT-2 checkpoint with this index, or the GPT-1 release at this path.
 
-    Every numeric tensor is handed on; which of them are weights is the family's business.
+    The source includes every numeric tensor; the family decides which of them are weights.
 
     Raises:
-        InputError: an incomplete or damaged checkpoint, or a bad ``hparams.json``.
-        UnsupportedError: a checkpoint of another program.
-        UnsafeInputError: a file of it is not a regular file.
-        UsageError: it is GPT-Neo's.
+        InputError: an incomplete or damaged checkpoint, or an invalid ``hparams.json``.
+        UnsupportedError: a checkpoint written by another program.
+        UnsafeInputError: one of its files is not a regular file.
+        UsageError: a GPT-Neo checkpoint.
     """
     if isinstance(located, str):
         return openai_gpt1.FORMAT.open(located, options)
     index, folder = located.index, located.folder
     _refuse_object_checkpoint(index)
-    if mesh_tf.are_ours(index.tensors):
+    if mesh_tf.is_gpt_neo(index.tensors):
         raise UsageError(
-            "these are the variables of EleutherAI's GPT-Neo, not of OpenAI's GPT-2",
+            "the variables are those of EleutherAI's GPT-Neo, not of OpenAI's GPT-2",
             path=index.path,
             hint="use `gptconvert mesh-tf` or `gptconvert convert`",
         )
@@ -73,15 +73,15 @@ def read_openai_tf(located: TfCheckpoint | str, options: Options) -> Source:
 
 
 def _hparams(path: str) -> dict[str, object]:
-    """The file's keys. An empty object would read like a missing file, whose sizes are then guessed."""
+    """The file's keys. An empty object is refused: it would count as a missing file, whose sizes are inferred."""
     config = read_json_object(path, MAX_HPARAMS_BYTES, HPARAMS)
     if not config:
-        raise InputError("hparams.json is empty", path=path, hint="remove it to have the sizes taken from the shapes")
+        raise InputError("hparams.json is empty", path=path, hint="remove it to infer the sizes from the tensors")
     return config
 
 
 def _refuse_object_checkpoint(index: Index) -> None:
-    """TensorFlow 2's checkpoints name tensors by the Python attributes that held them, which differ per program."""
+    """TensorFlow 2's checkpoints name tensors after Python attributes, which differ between programs."""
     found = [name for name in index.tensors if name == _OBJECT_GRAPH or name.endswith(_OBJECT_SUFFIX)]
     if found:
         raise UnsupportedError(
@@ -89,8 +89,8 @@ def _refuse_object_checkpoint(index: Index) -> None:
             path=index.path,
             expected="variables named model/wte, model/h0/attn/c_attn/w …",
             found=", ".join(found[:3]),
-            hint="restore it in the program that wrote it and save the variables under OpenAI's names with "
-            "tf.compat.v1.train.Saver, or export a Hugging Face checkpoint",
+            hint="restore it in the program that wrote it, then save the variables under OpenAI's names with "
+            "tf.compat.v1.train.Saver or export a Hugging Face checkpoint",
         )
 
 

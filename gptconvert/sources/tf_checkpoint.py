@@ -1,4 +1,4 @@
-"""A TensorFlow checkpoint found and its index read: what OpenAI's and EleutherAI's formats have in common."""
+"""Find a TensorFlow checkpoint and read its index; shared by OpenAI's and EleutherAI's formats."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class TfCheckpoint:
     """A checkpoint's index.
 
     Attributes:
-        index: what the checkpoint holds.
-        notes: what had to be decided to find it.
+        index: the checkpoint's tensors and where they are stored.
+        notes: choices made to find it.
     """
 
     index: Index
@@ -24,16 +24,16 @@ class TfCheckpoint:
 
     @property
     def folder(self) -> str:
-        """The directory of its files."""
+        """The checkpoint's directory."""
         return os.path.dirname(self.index.prefix)
 
 
 def find_checkpoint(path: str, options: Options) -> TfCheckpoint:
-    """The checkpoint that ``path`` means: a prefix, a directory, a ``checkpoint`` file, an index or a data file.
+    """Find the checkpoint for ``path``: a prefix, a directory, a ``checkpoint`` file, an index or a data file.
 
     Raises:
-        InputError: there is none, or it is not clear which, or its index is damaged.
-        UnsupportedError: it is something else that TensorFlow writes.
+        InputError: no checkpoint, an ambiguous one, or a damaged index.
+        UnsupportedError: another kind of TensorFlow file.
         UnsafeInputError: a named pipe, device or socket.
         UsageError: the path and ``options.step`` name different steps.
     """
@@ -42,5 +42,5 @@ def find_checkpoint(path: str, options: Options) -> TfCheckpoint:
 
 
 def locate_checkpoint(path: str, options: Options) -> TfCheckpoint | None:
-    """The same for a path that is probably meant so; None for others. Raises as :func:`find_checkpoint`."""
+    """As :func:`find_checkpoint` if the path looks like a TensorFlow checkpoint; None otherwise."""
     return find_checkpoint(path, options) if looks_like_checkpoint(path) else None

@@ -1,8 +1,8 @@
-"""Which TensorFlow checkpoint a path means: prefix, directory, ``checkpoint`` file, index or data file.
+"""Resolve a path to a TensorFlow checkpoint: a prefix, directory, ``checkpoint`` file, index or data file.
 
-A checkpoint is named by its *prefix*: ``model.ckpt`` stands for ``model.ckpt.index`` and ``model.ckpt.data-…``.
-A directory may hold several, numbered by training step; the text file ``checkpoint`` says which is the latest, often
-by a path on the machine where it was trained. What is no such checkpoint is refused by its own name.
+A checkpoint is identified by its *prefix*: ``model.ckpt`` stands for ``model.ckpt.index`` and ``model.ckpt.data-…``.
+A directory may hold several, numbered by training step; the text file ``checkpoint`` names the latest, often by its
+path on the training machine. Other TensorFlow files are refused by name.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _RESAVE = "load it in TensorFlow and save the weights with tf.compat.v1.train.Sa
 
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint's prefix, and what had to be decided to find it."""
+    """A checkpoint's prefix, and notes on the choices made to find it."""
 
     prefix: str
     notes: tuple[str, ...] = ()
 
 
 def locate(path: str, step: int | None = None) -> Located:
-    """The checkpoint that ``path`` means.
+    """Resolve ``path`` to a checkpoint.
 
     Args:
         path: a prefix, a directory, a ``checkpoint`` text file, an index or a data file.
-        step: the training step wanted; None: the latest.
+        step: the training step to use; None for the latest.
 
     Raises:
-        InputError: there is none, or not of that step, or it is not clear which of several.
-        UnsupportedError: it is something else that TensorFlow writes.
+        InputError: no checkpoint, none of that step, or several with no way to choose.
+        UnsupportedError: another kind of TensorFlow file.
         UnsafeInputError: a named pipe, device or socket.
         UsageError: the path names one step and ``step`` another.
     """
@@ -54,7 +54,7 @@ def locate(path: str, step: int | None = None) -> Located:
     data = _DATA.fullmatch(path)
     prefix = data[1] if data else path.removesuffix(".index")
     if os.path.lexists(prefix + ".index"):
-        note = (f"{os.path.basename(path)} is one data file of {os.path.basename(prefix)}: the whole was read",)
+        note = (f"{os.path.basename(path)} is one data file of {os.path.basename(prefix)}: all of it was read",)
         return Located(_of_step(prefix, step), note if data else ())
     if os.path.lexists(path) and not data:
         return _from_file(path, step)
@@ -62,7 +62,7 @@ def locate(path: str, step: int | None = None) -> Located:
 
 
 def looks_like_checkpoint(path: str) -> bool:
-    """Whether a path is probably meant for :func:`locate`, be it to be refused there. Reads next to nothing."""
+    """Whether to pass a path to :func:`locate`, which may still refuse it. A cheap check."""
     if os.path.isdir(path):
         names = entries(path, quiet=True)
         state = os.path.join(path, STATE_FILE)
@@ -76,7 +76,7 @@ def looks_like_checkpoint(path: str) -> bool:
 
 
 def _in_directory(folder: str, step: int | None, state: str | None = None) -> Located:
-    """The checkpoint of that step in a directory; else the one its state file names; else the highest step's."""
+    """The checkpoint of ``step`` in a directory, or the one its state file names, or that of the highest step."""
     names = entries(folder)
     prefixes = _prefixes(names)
     state_path = state or (os.path.join(folder, STATE_FILE) if STATE_FILE in names else None)
@@ -84,7 +84,14 @@ def _in_directory(folder: str, step: int | None, state: str | None = None) -> Lo
     if state_path is not None and not os.path.isdir(state_path):
         latest, why = _latest(state_path)
         if latest is None and state is not None:
-            raise InputError(why, path=state_path, found=_listed(prefixes) or "no index beside it")
+            raise InputError(
+                why,
+                path=state_path,
+                found=_listed(prefixes) or "no index next to it",
+                hint="pass the prefix of one of these checkpoints"
+                if prefixes
+                else "copy the .index and .data files next to it",
+            )
         notes += [f"{os.path.basename(state_path)}: {why}"] if latest is None else []
     if latest is not None and os.path.dirname(latest) and step is None:
         return Located(os.path.join(folder, latest))
@@ -97,52 +104,60 @@ def _in_directory(folder: str, step: int | None, state: str | None = None) -> Lo
 
 
 def _choose(folder: str, prefixes: list[str], step: int | None, latest: str | None) -> tuple[str, str]:
-    """One of several prefixes, and why it."""
+    """The prefix to read, and the reason for the choice."""
     steps = {name: int(match[2]) for name in prefixes if (match := _STEP.fullmatch(name))}
     if step is not None:
         fitting = [name for name in steps if steps[name] == step]
         same_stem = [name for name in fitting if latest is not None and _stem(name) == _stem(latest)]
         if len(fitting) == 1 or len(same_stem) == 1:
-            return (same_stem or fitting)[0], "as asked"
-        there = ", ".join(map(str, sorted({*steps.values()}))) or "no numbered checkpoint"
+            return (same_stem or fitting)[0], "as requested"
+        present = ", ".join(map(str, sorted({*steps.values()})))
         what = (
             f"several checkpoints of step {step}: {_listed(fitting)}" if fitting else f"no checkpoint of step {step}"
         )
-        raise InputError(what, path=folder, found=f"steps {there}" if steps else there)
+        raise InputError(
+            what,
+            path=folder,
+            found=f"steps {present}" if steps else "no numbered checkpoint",
+            hint="pass the prefix of one of them"
+            if fitting
+            else ("pass one of these steps, or omit --step" if steps else "omit --step"),
+        )
     if latest in prefixes:
-        return latest, "as the checkpoint file says"
+        return latest, "the one named in the checkpoint file"
     if len(prefixes) == 1:
         return prefixes[0], "the only one"
     if len(steps) < len(prefixes) or len({_stem(name) for name in prefixes}) > 1:
         raise InputError(
-            "several checkpoints, and nothing says which is meant",
+            "several checkpoints in this directory",
             path=folder,
+            expected="one",
             found=_listed(prefixes),
-            hint="name one by its prefix, or pass --step N",
+            hint="pass the prefix of one of them" + (", or --step N" if steps else ""),
         )
     return max(steps, key=lambda name: steps[name]), "the highest step"
 
 
 def _in_only_run(folder: str, names: Collection[str], step: int | None) -> Located:
-    """The only subdirectory with checkpoints: ``checkpoint/run1`` of a fine-tuning tool."""
+    """The checkpoint in the only subdirectory that has any: ``checkpoint/run1`` of a fine-tuning tool."""
     _refuse_saved_model(folder, names)
     runs = _runs(folder, names)
     if len(runs) > 1:
         raise InputError(
-            "no checkpoint here, but several directories with some",
+            "several directories with checkpoints, and none directly in this one",
             path=folder,
             found=_listed(runs),
-            hint="name one of them",
+            hint="pass one of these directories",
         )
     if not runs:
         raise _nothing(folder, names)
     inner = _in_directory(os.path.join(folder, runs[0]), step)
-    return Located(inner.prefix, (f"the only run in the directory was read: {runs[0]}", *inner.notes))
+    return Located(inner.prefix, (f"{runs[0]} was read, the only run in the directory", *inner.notes))
 
 
 def _from_file(path: str, step: int | None) -> Located:
     """A single file that is neither an index nor a data file."""
-    file_size(path)  # before anything is opened
+    file_size(path)  # refuses pipes and devices before anything is opened
     folder, name = os.path.split(path)
     _refuse_saved_model(folder, [name])
     if path.endswith(".meta"):
@@ -153,27 +168,25 @@ def _from_file(path: str, step: int | None) -> Located:
         return _in_directory(folder or ".", step, state=path)
     explained = explain_file(path)
     raise InputError(
-        f"this file {explained}" if explained else "this file is no TensorFlow checkpoint",
+        f"this file {explained}" if explained else "not a TensorFlow checkpoint",
         path=path,
         expected="a prefix (model.ckpt), a directory, a checkpoint file, an .index or a .data file",
     )
 
 
 def _absent(prefix: str, step: int | None) -> Located:
-    """No index of that name: perhaps there are numbered ones, or another file says what went missing."""
+    """Resolve a prefix without an index: use a numbered checkpoint, or raise an error that says what is missing."""
     folder, stem = os.path.split(prefix)
     names = entries(folder or ".", quiet=True)
     numbered = [name for name in _prefixes(names) if name != stem and _stem(name) == stem]
     if numbered:
         latest = _latest(os.path.join(folder, STATE_FILE))[0] if STATE_FILE in names else None
         chosen, how = _choose(folder or ".", numbered, step, latest)
-        return Located(os.path.join(folder, chosen), (f"{stem} stands for {_listed(numbered)}: {chosen}, {how}",))
-    if any(name.startswith(stem + ".data-") and _DATA.fullmatch(name) for name in names):
-        raise InputError(
-            "the index is missing; without it nobody knows what the data files hold",
-            path=prefix + ".index",
-            hint="copy it beside the data files",
-        )
+        note = f"{stem} matches {_listed(numbered)}: {chosen} was read, {how}"
+        return Located(os.path.join(folder, chosen), (note,))
+    data = next((name for name in names if name.startswith(stem + ".data-") and _DATA.fullmatch(name)), None)
+    if data is not None:
+        raise _index_missing(prefix, data)
     if stem + ".meta" in names:
         raise _meta_alone(prefix + ".meta")
     for name in names:
@@ -183,20 +196,16 @@ def _absent(prefix: str, step: int | None) -> Located:
         "no such file, directory or checkpoint",
         path=prefix,
         found=f"checkpoints {_listed(_prefixes(names))}" if _prefixes(names) else None,
+        hint="check the spelling",
     )
 
 
 def _nothing(folder: str, names: Collection[str]) -> InputError | UnsupportedError:
-    """What to say of a directory without an index."""
+    """The error for a directory without an index."""
     meta = next((name for name in names if name.endswith(".meta")), None)
     data = next((name for name in names if _DATA.fullmatch(name)), None)
     if data is not None:
-        return InputError(
-            "the index is missing; without it nobody knows what the data files hold",
-            path=os.path.join(folder, data.partition(".data-")[0] + ".index"),
-            found=data,
-            hint="copy it beside the data files",
-        )
+        return _index_missing(os.path.join(folder, data.partition(".data-")[0]), data)
     tables = (os.path.join(folder, name) for name in sorted(names)[:200])
     table = next((path for path in tables if _is_table(path)), None)
     if table is not None:
@@ -211,11 +220,20 @@ def _nothing(folder: str, names: Collection[str]) -> InputError | UnsupportedErr
     )
 
 
+def _index_missing(prefix: str, data: str) -> InputError:
+    return InputError(
+        "the index is missing; the data files cannot be read without it",
+        path=prefix + ".index",
+        found=data,
+        hint="copy it next to the data files",
+    )
+
+
 def _refuse_saved_model(folder: str, names: Collection[str]) -> None:
     found = next((name for name in SAVED_MODELS if name in names), None)
     if found is not None:
         raise UnsupportedError(
-            "this is a TensorFlow SavedModel, a program with weights, not a checkpoint of OpenAI's variables",
+            "this is a TensorFlow SavedModel (a program with weights), not a checkpoint of OpenAI's variables",
             path=os.path.join(folder, found),
             hint=_RESAVE,
         )
@@ -223,11 +241,11 @@ def _refuse_saved_model(folder: str, names: Collection[str]) -> None:
 
 def _meta_alone(path: str) -> UnsupportedError:
     prefix = path.removesuffix(".meta")
-    beside = os.path.lexists(prefix + ".index")
+    has_index = os.path.lexists(prefix + ".index")
     return UnsupportedError(
-        "a .meta file is TensorFlow's graph; it holds no weights",
+        "a .meta file holds TensorFlow's graph, not weights",
         path=path,
-        hint=f"pass {prefix}" if beside else "pass the prefix of the .index and .data files that belong to it",
+        hint=f"pass {prefix}" if has_index else "pass the prefix of the .index and .data files saved with it",
     )
 
 
@@ -236,31 +254,31 @@ def _version_1(path: str) -> UnsupportedError:
         "this is a TensorFlow checkpoint of version 1 (a single table file, before TensorFlow 1.0)",
         path=path,
         expected="version 2: .index and .data files",
-        hint=f"{_RESAVE}; if it is an index that was renamed, give it back its .index beside its data files",
+        hint=f"{_RESAVE}; if this is a renamed index, add .index to its name and put it next to its data files",
     )
 
 
 def _latest(path: str) -> tuple[str | None, str]:
-    """The prefix that a ``checkpoint`` text file names, relative to the file's directory; or None and why.
+    """The prefix that a ``checkpoint`` text file names, relative to the file's directory; or None and the reason.
 
-    Only what lies beside the file, or below, counts: its paths are mostly of another machine.
+    Only checkpoints in the file's own directory or below it count: paths in the file are mostly from another machine.
     """
     content = read_small(path, MAX_STATE_BYTES, "a checkpoint state file")
     match = _LATEST.search(content)
     if match is None:
         explained = explain_bytes(content[:512], allow={"text"})
-        return None, f"this file {explained}" if explained else "names no model_checkpoint_path"
+        return None, f"this file {explained}" if explained else "model_checkpoint_path is missing"
     named = _ESCAPE.sub(_unescaped, match[2]).decode("utf-8", "surrogateescape")
     folder, parts = os.path.dirname(path), re.split(r"[/\\]", named)
     relative = not os.path.isabs(named) and ".." not in parts and ":" not in parts[0] and "\0" not in named
     for candidate in ([named] if relative else []) + [parts[-1].replace("\0", "")]:
         if candidate and os.path.lexists(os.path.join(folder, candidate + ".index")):
             return candidate, ""
-    return None, f"the latest checkpoint it names, {named[:200]}, is not here"
+    return None, f"the latest checkpoint according to this file, {named[:200]}, is missing"
 
 
 def _unescaped(match: re.Match[bytes]) -> bytes:
-    """One escape of protobuf's text format."""
+    """The bytes of one escape sequence of protobuf's text format."""
     hexadecimal, octal, other = match.groups()
     if hexadecimal is not None:
         return bytes([int(hexadecimal, 16)])
@@ -273,9 +291,9 @@ def _of_step(prefix: str, step: int | None) -> str:
     match = _STEP.fullmatch(os.path.basename(prefix))
     if step is not None and (match is None or int(match[2]) != step):
         raise UsageError(
-            f"the path names one checkpoint and --step {step} another",
+            f"the path and --step {step} name different checkpoints",
             path=prefix,
-            hint="pass the directory and --step, or the prefix alone",
+            hint="pass the directory with --step, or the prefix without it",
         )
     return prefix
 
@@ -296,7 +314,7 @@ def _runs(folder: str, names: Collection[str]) -> list[str]:
 
 
 def _is_table(path: str) -> bool:
-    """Whether a regular file ends in the magic number of LevelDB's tables."""
+    """Whether a regular file ends with LevelDB's table magic number."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return False
@@ -308,7 +326,7 @@ def _is_table(path: str) -> bool:
 
 
 def _is_state(path: str) -> bool:
-    """Whether a file reads like TensorFlow's ``checkpoint``; other programs use that name too."""
+    """Whether the content looks like TensorFlow's ``checkpoint`` file; other programs use that name too."""
     try:
         file_size(path)
         with open(path, "rb") as file:

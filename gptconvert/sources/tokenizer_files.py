@@ -1,4 +1,4 @@
-"""The tokenizer files beside a checkpoint: their names, and how they are found."""
+"""The tokenizer files next to a checkpoint: their names and the search for them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from gptconvert.containers.untrusted import file_size
 
-#: GPT-2's files: OpenAI's names first, then those that Hugging Face gave the same files.
+#: GPT-2's files: OpenAI's names first, then Hugging Face's names for the same files.
 GPT2 = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 #: OpenAI's names for GPT-1's files.
 GPT1 = ("encoder_bpe_40000.json", "vocab_40000.bpe")
-#: What transformers saves; the generation settings are carried along with the tokenizer.
+#: What transformers saves, including the generation settings.
 HUGGING_FACE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,8 +27,8 @@ def find_tokenizer(folders: Sequence[str], names: Iterable[str] = GPT2) -> dict[
     """Name → path of those of ``names`` that exist, each in the first folder that has it.
 
     Raises:
-        UnsafeInputError: one is a named pipe or a device, and must not reach the code that reads it later.
-        InputError: one is a link to nothing, or cannot be read.
+        UnsafeInputError: one is a named pipe or a device, which a later read must not block on.
+        InputError: one is a dangling link or cannot be read.
     """
     found = {name: first_file(os.path.join(folder, name) for folder in folders) for name in names}
     return {name: path for name, path in found.items() if path is not None}

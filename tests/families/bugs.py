@@ -1,7 +1,7 @@
-"""One planted bug per rule in which the families differ: each must show, wherever the rule is written down.
+"""One planted bug per rule in which the families differ. Every implementation of the rule must expose its bug.
 
-A bug takes a checkpoint that was understood correctly to one that was not. The tests run it through the reference
-model and through every graph, and compare with transformers, which never hears of it.
+A bug turns a correctly understood checkpoint into a wrong one. The tests run the result through the reference model
+and through every graph, and compare with transformers running the correct model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.families.witness import Case
 
 @dataclass(frozen=True)
 class Bug:
-    """A case, and a wrong understanding of it."""
+    """A case and the change that misinterprets it."""
 
     name: str
     case: Case
@@ -48,7 +48,7 @@ def _rotary(**changes: Any) -> Callable[[Checkpoint], Checkpoint]:
 
 
 def _weight(name: str, change: Callable[[Any], Any]) -> Callable[[Checkpoint], Checkpoint]:
-    """The weight ``name`` changed in every layer that has it."""
+    """Change the weight ``name`` in every layer that has it."""
 
     def plant(checkpoint: Checkpoint) -> Checkpoint:
         wrong = {n: _lazy(change(w.read())) if n.endswith(name) else w for n, w in checkpoint.weights.items()}
@@ -68,12 +68,12 @@ def _lazy(array: Any) -> LazyTensor:
 
 
 def blocks(order: Sequence[int]) -> Callable[[Any], Any]:
-    """q, k, v in another order."""
+    """Reorder q, k and v."""
     return lambda fused: np.concatenate([np.split(fused, 3)[i] for i in order])
 
 
 def by_head(fused: Any) -> Any:
-    """Three blocks q|k|v taken for one triple per head."""
+    """Interpret three blocks q|k|v as one triple per head."""
     return fused.reshape(3, 3, -1, *fused.shape[1:]).swapaxes(0, 1).reshape(fused.shape)
 
 

@@ -1,7 +1,7 @@
-"""Tiny models of every family as transformers makes, saves and computes them: an independent witness.
+"""Tiny models of every family, built, saved and run by transformers: an independent witness.
 
-transformers computes parts of three families in float32 whatever the weights are; :func:`in_float64` makes it use
-float64 throughout, so that the reference model can be held against it to the last digits.
+transformers computes parts of three families in float32 regardless of the weights' type; :func:`in_float64` makes it
+use float64 throughout, so that the reference model can be compared with it to the last digits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from tests.helpers import Arrays, checkpoint_of, torch_weights
 
-#: Sizes in config.json's words: no two axes of any weight agree, heads are odd in number, n_inner is not 4 D.
+#: Sizes under config.json's keys: no two axes of a weight are equal, the number of heads is odd, n_inner is not 4 D.
 _GPT = {"vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}
 _NEO = {
     "vocab_size": 97,
@@ -52,13 +52,13 @@ TINY: Mapping[str, Mapping[str, object]] = {
     "gpt_neox": _NEOX,
     "codegen": {**_GPT, "n_head": 4, "n_inner": 56, "rotary_dim": 4},
 }
-#: Token ids that mean something to these models.
+#: The padding token's id, and the number of labels.
 PAD, LABELS = 95, 5
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family, one of its tasks, and configuration keys that differ from :data:`TINY`."""
+    """A family, one of its tasks, and configuration keys that override :data:`TINY`."""
 
     family: str
     task: str = "text-generation"
@@ -73,9 +73,9 @@ def _rope(theta: float, factor: float) -> dict[str, object]:
     return {"rope_parameters": {"rope_theta": theta, "partial_rotary_factor": factor, "rope_type": "default"}}
 
 
-#: Every family with every head it has.
+#: Every family with each of its heads.
 BY_TASK = tuple(Case(family.name, task) for family in FAMILIES for task in family.heads)
-#: What a configuration may vary, per family.
+#: Configuration variants per family.
 VARIANTS = tuple(
     Case(family, keys=keys, name=name)
     for family, name, keys in (
@@ -115,7 +115,7 @@ def module(family: Family) -> Any:
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Inside, transformers' modules find float64 wherever they ask torch for float32. Does not nest."""
+    """Make transformers' modules use float64 instead of float32. Does not nest."""
     import torch
 
     class Wide:
@@ -156,7 +156,7 @@ def hf_model(case: Case, seed: int = 0) -> Any:
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # for models as small as these, threads only wait for each other
+    torch.set_num_threads(1)  # for models this small, threads only wait for each other
     transformers.utils.logging.disable_progress_bar()
 
     model = getattr(transformers, family_named(case.family).heads[case.task])(hf_config(case)).eval()
@@ -170,7 +170,7 @@ def hf_model(case: Case, seed: int = 0) -> Any:
 
 @cache
 def witness(case: Case, seed: int = 0) -> Any:
-    """The model of a case, in float64 throughout."""
+    """The transformers model of a case, in float64 throughout."""
     with in_float64():
         return hf_model(case, seed)
 
@@ -187,7 +187,7 @@ def saved(case: Case, directory: Path) -> tuple[dict[str, object], Arrays]:
 
 
 def checkpoint(case: Case, directory: Path, request: Options | None = None) -> Checkpoint:
-    """A case as this project understands it, from what transformers saved."""
+    """The checkpoint that this project reads from a case's saved model."""
     raw, arrays = saved(case, directory)
     where = directory / f"{case}.read"
     where.mkdir(exist_ok=True)
@@ -195,7 +195,7 @@ def checkpoint(case: Case, directory: Path, request: Options | None = None) -> C
 
 
 def reference(understood: Checkpoint, dtype: Any = None) -> Any:
-    """The reference model of a checkpoint; float64 unless ``dtype`` says otherwise."""
+    """The reference model of a checkpoint, in ``dtype`` or float64."""
     from reference_model.model import GPT
 
     return GPT.from_weights(understood.config, torch_weights(understood, dtype))
@@ -214,14 +214,14 @@ MASK = np.array(
 
 
 def batch(seed: int = 0, mask: Any = MASK) -> dict[str, Any]:
-    """Token ids (padding where the mask has 0), the mask, and positions that count real tokens; [4, 17] each."""
+    """Token ids (padding where the mask is 0), the mask, and positions that count real tokens; [4, 17] each."""
     random = np.random.default_rng(seed)
     ids = np.where(mask == 1, random.integers(0, PAD, mask.shape), PAD)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clip(0)}
 
 
 def choices(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as two questions of two choices each, with the last real token of each choice."""
+    """A batch reshaped to two questions of two choices each, with the index of each choice's last real token."""
     mask = inputs["attention_mask"]
     shaped = {name: value.reshape(2, 2, -1) for name, value in inputs.items()}
     last = (np.arange(mask.shape[1]) * mask).argmax(1).reshape(2, 2)
@@ -229,7 +229,7 @@ def choices(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inputs_of(task: str, seed: int = 0) -> dict[str, Any]:
-    """Inputs for a task, by name; ``position_ids`` among them whether or not the task takes them."""
+    """Inputs for a task, by name; always includes ``position_ids``, even if the task does not take them."""
     inputs = batch(seed)
     return choices(inputs) if task == "multiple-choice" else inputs
 
@@ -242,13 +242,13 @@ def tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hf_outputs(case: Case, inputs: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
-    """What transformers computes, by output name, as float64 arrays; and ``present.{i}.key`` where it keeps them."""
+    """transformers' outputs by name, as float64 arrays, with ``present.{i}.key`` and ``.value`` if it caches them."""
     import torch
 
     named = tensors(inputs)
     for name in ("attention_mask", "position_ids"):
         named[name] = named[name].flatten(0, -2)
-    model = model or witness(case)  # made before the types are changed for the run: the two do not nest
+    model = model or witness(case)  # build the model before entering in_float64, which does not nest
     caches = case.family != "gpt1" and case.task in ("text-generation", "feature-extraction")
     with in_float64():
         found = model(**named, **({"use_cache": True} if caches else {}))
@@ -260,7 +260,7 @@ def hf_outputs(case: Case, inputs: Mapping[str, Any], model: Any = None) -> dict
 
 
 def our_outputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the reference model computes, under the same names."""
+    """The reference model's outputs under the same names."""
     import torch
 
     with torch.no_grad():
@@ -272,9 +272,9 @@ def our_outputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gap(found: Mapping[str, Any], expected: Mapping[str, Any], mask: Any) -> float:
-    """The largest difference over all of ``expected``, in units of the largest value, at real tokens.
+    """The largest difference at real tokens over all ``expected`` outputs, relative to the output's largest value.
 
-    What a padded query computes is nobody's business, and the two worlds differ there.
+    Outputs of padded queries are undefined, and implementations differ there.
     """
     worst = 0.0
     for name, value in expected.items():
@@ -286,7 +286,7 @@ def gap(found: Mapping[str, Any], expected: Mapping[str, Any], mask: Any) -> flo
 
 
 def real_tokens(name: str, value: Any, mask: Any) -> Any:
-    """Index of what a real token computed in an output."""
+    """Index of the elements of an output that belong to real tokens."""
     if name.startswith("present."):
         return np.broadcast_to(mask.reshape(len(value), 1, -1, 1) == 1, value.shape)
     if value.shape[: mask.ndim] == mask.shape:

@@ -11,7 +11,7 @@ from gptconvert.sources.format import Format
 
 
 def claims(form: Format[Any], path: object) -> bool:
-    """Whether a format claims a path, be it to say what is wrong with the files there."""
+    """Whether a format claims a path, even if only to report what is wrong with its files."""
     try:
         located = form.locate(str(path), Options())
     except GptConvertError:

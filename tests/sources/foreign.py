@@ -1,4 +1,4 @@
-"""Fixtures in the formats of other programs, and whether a checkpoint computes what it should."""
+"""Fixtures in other programs' formats, and comparison of a checkpoint with its golden logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN = Options()
 
 
 def opened(path: Path | str, options: Options = Options(), **more: Any) -> Checkpoint:  # noqa: B008
-    """The checkpoint at a path, its format detected."""
+    """The checkpoint at a path, with its format detected."""
     options = dataclasses.replace(options, **more)
     return understand(open_source(path, options), options)
 
@@ -32,7 +32,7 @@ def golden(name: str) -> Any:
 
 
 def logits(checkpoint: Checkpoint, ids: Any = None) -> Any:
-    """Logits of the reference model in float64 for the golden ids."""
+    """The reference model's float64 logits for ``ids``, or for the golden ids."""
     import torch
 
     from reference_model.model import GPT
@@ -45,20 +45,20 @@ def logits(checkpoint: Checkpoint, ids: Any = None) -> Any:
 
 
 def gap(checkpoint: Checkpoint, name: str) -> float:
-    """Largest difference to the golden logits ``name``, relative to the largest of them."""
+    """Largest difference from the golden logits ``name``, relative to the largest of them."""
     expected = golden(name)
     return float(np.abs(logits(checkpoint) - expected).max() / np.abs(expected).max())
 
 
 def gpt2_arrays(seed: int = 0, **config: object) -> tuple[Mapping[str, object], Arrays]:
-    """A tiny GPT-2 (n_inner 4 D) as config.json and transformers' names → arrays."""
+    """A tiny GPT-2 (n_inner = 4 D): config.json, and arrays by transformers' names."""
     return tiny_gpt2(seed, n_inner=None, **config)
 
 
-def same_weights(ours: Checkpoint, theirs: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same values, type and bits."""
-    return ours.weights.keys() == theirs.weights.keys() and all(
-        np.ascontiguousarray(ours.weights[n].read()).tobytes() == np.ascontiguousarray(w.read()).tobytes()
-        and ours.weights[n].dtype == w.dtype
-        for n, w in theirs.weights.items()
+def same_weights(found: Checkpoint, expected: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same weights, bit for bit and in the same types."""
+    return found.weights.keys() == expected.weights.keys() and all(
+        np.ascontiguousarray(found.weights[n].read()).tobytes() == np.ascontiguousarray(w.read()).tobytes()
+        and found.weights[n].dtype == w.dtype
+        for n, w in expected.weights.items()
     )

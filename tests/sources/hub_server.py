@@ -1,4 +1,4 @@
-"""A hub on the loopback: the requests of the Hugging Face protocol that resolving and downloading a model take."""
+"""A hub on the loopback: the part of the Hugging Face protocol needed to resolve and download a model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 
 @dataclass
 class Hub:
-    """What the server holds, and what it was asked.
+    """The server's content, and the requests it received.
 
     Attributes:
         repos: repository → revision (branch, tag or commit) → commit.
         files: commit → name → content.
         private: repositories that need the token ``good``.
         gated: repositories whose owner has not granted access.
-        lies: file name → content sent in place of the announced one (same length).
+        lies: file name → content sent instead of the listed one (same length).
         requests: method and path of every request.
         authorization: the token of every request.
+        status: HTTP status returned for every request; None for normal operation.
+        endpoint: the server's address.
     """
 
     repos: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -61,7 +63,7 @@ def sibling(name: str, content: bytes) -> dict[str, object]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """ProbeResults from ``self.server.hub``."""
+    """Answers requests from ``hub``."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -131,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    """``hub`` on a free port of the loopback; its address is ``hub.endpoint``."""
+    """Serve ``hub`` on a free port of the loopback and set ``hub.endpoint``."""
     handler = type("Handler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""What the tests of the original trainers' formats share: fixtures, and the reference model's answer to them."""
+"""Shared by the tests of the original trainers' formats: fixtures and the reference model's logits for them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.families import witness
 from tests.helpers import FIXTURES
 
 ORIGINALS = FIXTURES / "originals"
-#: transformers answered in float32, whose rounding this is, in units of the largest logit.
+#: Rounding noise of the golden float32 logits, relative to the largest logit.
 NOISE = 2e-6
-#: What the mildest planted bug must at least change.
+#: Smallest difference that a planted bug must cause.
 BUG = 1e-3
 
 
@@ -34,7 +34,7 @@ def copied(tmp_path: Path, name: str) -> Path:
 
 
 def opened(path: str | Path, **options: Any) -> Source:
-    """The source at ``path``, its format found out."""
+    """The source at ``path``, with its format detected."""
     return open_source(path, Options(**options))
 
 
@@ -54,9 +54,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Scheme],
 
 
 def difference(checkpoint: Checkpoint, golden: Path) -> float:
-    """How far the reference model's logits are from those kept in ``golden``, in units of the largest of them."""
-    kept = np.load(golden / "golden.npz", allow_pickle=False)
-    logits = witness.our_outputs(witness.reference(checkpoint), {"input_ids": kept["ids"]})["logits"]
-    expected = kept["logits"]
+    """Largest difference of the reference model's logits from the golden ones, relative to the largest of them."""
+    stored = np.load(golden / "golden.npz", allow_pickle=False)
+    logits = witness.our_outputs(witness.reference(checkpoint), {"input_ids": stored["ids"]})["logits"]
+    expected = stored["logits"]
     assert logits.shape[-1] == expected.shape[-1]
     return float(np.abs(logits[:, -expected.shape[1] :] - expected).max() / np.abs(expected).max())

@@ -1,4 +1,4 @@
-"""What a path is when nobody says so, and what is said of paths that are nothing we read."""
+"""Detection of a path's format, and the errors for paths that are not readable checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_directories_are_told_apart(name: str) -> None:
+def test_directories_are_distinguished(name: str) -> None:
     source = open_source(TINY / name, PLAIN)
     assert source.scheme == CHECKPOINTS[name]
     assert len(source.tensors) >= 28
@@ -43,7 +43,7 @@ def test_exactly_one_format_claims_a_checkpoint(name: str) -> None:
 
 @pytest.fixture
 def opens(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file is opened, by its name."""
+    """File name → how often it was opened."""
     counted: Counter[str] = Counter()
     for module, name in ((os, "open"), (builtins, "open")):
         real = getattr(module, name)
@@ -82,7 +82,7 @@ def test_a_detected_tensorflow_checkpoint_has_its_index_read_once(
     assert stats.total() <= 15
 
 
-def test_a_step_is_located_with_the_others_left_alone(opens: Counter[str]) -> None:
+def test_only_the_requested_step_is_opened(opens: Counter[str]) -> None:
     source = open_source(TINY / "openai-tf-adam", Options(step=10))
     assert source.path.endswith("model-10")
     assert opens["model-10.index"] == 1
@@ -129,30 +129,30 @@ def test_format_given(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names that would be asked for on the hub."""
+def requested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Repositories that would be requested from the hub."""
     names: list[str] = []
 
     def fetch(repo: str, options: Options) -> Source:
         names.append(repo)
-        raise InputError("asked", path=repo)
+        raise InputError("requested", path=repo)
 
     monkeypatch.setattr(hf.hub, "fetch", fetch)
     return names
 
 
-def test_what_is_not_there_is_a_repository_if_it_could_be(
-    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_missing_path_is_tried_as_a_repository(
+    tmp_path: Path, requested: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "openai-community/gpt2"):
-        with pytest.raises(InputError, match="asked"):
+        with pytest.raises(InputError, match="requested"):
             open_source(name, PLAIN)
-    assert asked == ["gpt2", "openai-community/gpt2"]
+    assert requested == ["gpt2", "openai-community/gpt2"]
 
 
-def test_mistyped_paths_are_no_repositories(
-    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+def test_mistyped_paths_are_not_tried_as_repositories(
+    tmp_path: Path, requested: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "gpt2-small").mkdir(parents=True)
@@ -168,10 +168,10 @@ def test_mistyped_paths_are_no_repositories(
     for name in ("model.safetensors", "a/b/c", "", "no such thing"):
         with pytest.raises(InputError, match="no such file or directory"):
             open_source(name, PLAIN)
-    assert asked == []
+    assert requested == []
 
 
-#: Entry or file name → its content → what it must be called.
+#: File name → (content, title in the error).
 STRANGERS = {
     "weights.npy": (b"\x93NUMPY", "NumPy"),
     "model.gguf": (b"x", "GGUF"),
@@ -184,10 +184,10 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("name", STRANGERS)
-def test_strangers_are_called_by_name(tmp_path: Path, name: str) -> None:
+def test_unsupported_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
     content, title = STRANGERS[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UnsupportedError, match="not supported by this version") as caught:
+    with pytest.raises(UnsupportedError, match="this version does not support") as caught:
         open_source(tmp_path / name, PLAIN)
     assert title in str(caught.value)
     assert all(each.name in str(caught.value.expected) for each in FORMATS)
@@ -201,7 +201,7 @@ def test_strangers_are_called_by_name(tmp_path: Path, name: str) -> None:
         ("model.onnx", "ONNX"),
     ],
 )
-def test_strange_directories_are_called_by_name(tmp_path: Path, entry: str, title: str) -> None:
+def test_unsupported_directories_are_refused_by_name(tmp_path: Path, entry: str, title: str) -> None:
     (tmp_path / entry).mkdir()
     (tmp_path / "README.md").write_text("")
     with pytest.raises(UnsupportedError) as caught:
@@ -209,7 +209,7 @@ def test_strange_directories_are_called_by_name(tmp_path: Path, entry: str, titl
     assert title in str(caught.value)
 
 
-#: Entry of a directory, or file, that only one format's files have → that format, even where it then refuses them.
+#: Name of a file or directory entry → (the only format with that name, content; None for a directory).
 CLAIMED = {
     "ckpt.pt": ("nanogpt", b"\x80\x02x"),
     "model_optim_rng.pt": ("megatron", b"x"),
@@ -222,8 +222,8 @@ CLAIMED = {
 
 
 @pytest.mark.parametrize("name", CLAIMED)
-def test_damaged_files_of_a_format_are_its_own_business(tmp_path: Path, name: str) -> None:
-    """So that the error says what is wrong with them, not that they are unknown."""
+def test_damaged_files_are_refused_by_their_format(tmp_path: Path, name: str) -> None:
+    """The error must report the damage, not an unknown format."""
     form, content = CLAIMED[name]
     if content is None:
         (tmp_path / name).mkdir()
@@ -232,10 +232,10 @@ def test_damaged_files_of_a_format_are_its_own_business(tmp_path: Path, name: st
     assert claimants(tmp_path) == [form]
     with pytest.raises(InputError) as caught:
         open_source(tmp_path, PLAIN)
-    assert "no checkpoint of a known kind" not in str(caught.value)
+    assert "known format" not in str(caught.value)
 
 
-def test_told_by_their_content(tmp_path: Path) -> None:
+def test_files_recognised_by_their_content(tmp_path: Path) -> None:
     import torch
 
     saved = {
@@ -267,15 +267,15 @@ def test_every_lookalike_is_tested() -> None:
         ("noise", b"\x01\x02\x03\xff" * 9, "begins with b'"),
     ],
 )
-def test_nothing_known(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_unknown_files(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match="no checkpoint of a known kind") as caught:
+    with pytest.raises(InputError, match="not a checkpoint of a known format") as caught:
         open_source(tmp_path / name, PLAIN)
     assert words in str(caught.value)
     assert "safetensors" in str(caught.value.expected)
 
 
-def test_directory_of_nothing_known(tmp_path: Path) -> None:
+def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="an empty directory"):
         open_source(tmp_path, PLAIN)
     (tmp_path / "holiday.jpg").write_bytes(b"x")

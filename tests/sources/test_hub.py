@@ -1,6 +1,6 @@
-"""The hub, against a server on the loopback that speaks its protocol. Nothing leaves this machine.
+"""The hub, tested with a server on the loopback that speaks its protocol.
 
-huggingface_hub reads ``HF_ENDPOINT`` when it is imported, so each client is a process of its own.
+huggingface_hub reads ``HF_ENDPOINT`` when it is imported, so each client runs in its own process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def directory_files(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    """One repository of two commits, beside files that nobody needs."""
+    """One repository with two commits, including files that a conversion does not need."""
     files = directory_files(SINGLE) | {
         "merges.txt": b"#version: 0.2\n",
         "pytorch_model.bin": b"not needed" * 99,
@@ -63,7 +63,7 @@ def hub() -> Iterator[Hub]:
 
 @dataclass
 class Client:
-    """A user's machine: one cache, and an environment without the real user's settings."""
+    """A simulated user: one cache, and an environment without the real user's settings."""
 
     home: Path
     endpoint: str
@@ -71,10 +71,10 @@ class Client:
     offline: bool = False
 
     def open(self, repo: str = REPO, format: str = "", **options: object) -> dict[str, Any]:
-        kept = {
+        inherited = {
             k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
         }
-        env = {**kept, "HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        env = {**inherited, "HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
         env |= {"HF_TOKEN": self.token} if self.token else {}
         env |= {"HF_HUB_OFFLINE": "1"} if self.offline else {}
         command = [sys.executable, "-c", CLIENT, repo, json.dumps(options), format]
@@ -83,7 +83,7 @@ class Client:
             command, env=env, cwd=self.home, capture_output=True, text=True, check=False, timeout=100
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "%|" not in done.stderr, "progress bars belong on a terminal"
+        assert "%|" not in done.stderr, "a progress bar was written to a pipe"
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
@@ -96,8 +96,7 @@ def test_first_run_downloads_what_is_needed_and_pins_the_commit(hub: Hub, client
     from safetensors.numpy import load_file
 
     found = client.open()
-    theirs = load_file(SINGLE / "model.safetensors")
-    assert found["names"] == sorted(theirs)
+    assert found["names"] == sorted(load_file(SINGLE / "model.safetensors"))
     assert (found["revision"], found["repo"]) == (COMMIT, REPO)
     assert found["config"] == json.loads((SINGLE / "config.json").read_text())
     assert found["tokenizer"] == ["merges.txt"]
@@ -107,7 +106,7 @@ def test_first_run_downloads_what_is_needed_and_pins_the_commit(hub: Hub, client
     assert any("pytorch_model.bin" in note for note in found["notes"])
 
 
-def test_second_run_downloads_nothing_and_offline_asks_nothing(hub: Hub, client: Client) -> None:
+def test_second_run_downloads_nothing_and_offline_sends_no_request(hub: Hub, client: Client) -> None:
     first = client.open()
     hub.requests.clear()
     second = client.open()
@@ -120,7 +119,7 @@ def test_second_run_downloads_nothing_and_offline_asks_nothing(hub: Hub, client:
     assert hub.requests == []
 
 
-def test_moved_branch_is_followed_and_the_old_commit_stays(hub: Hub, client: Client) -> None:
+def test_a_moved_branch_is_followed_and_the_old_commit_stays_cached(hub: Hub, client: Client) -> None:
     client.open()
     hub.repos[REPO]["main"] = OLDER
     assert client.open()["revision"] == OLDER
@@ -174,7 +173,7 @@ def test_no_config(hub: Hub, client: Client) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_59_content_that_does_not_match_its_digest(hub: Hub, client: Client, name: str) -> None:
-    """The length is right, so the hub's own library is content. The file must not stay in the cache."""
+    """The length is right, so huggingface_hub accepts the file. It must not stay in the cache."""
     good = hub.files[COMMIT][name]
     hub.lies[name] = good[:-2] + bytes([good[-2] ^ 1]) + good[-1:]
     for _ in range(2):
@@ -195,7 +194,7 @@ def test_59_no_such_repository(client: Client) -> None:
     assert "no such repository on the hub; found HTTP 404" in found["text"]
 
 
-def test_59_private_repository_needs_the_token_of_the_environment(hub: Hub, client: Client) -> None:
+def test_59_private_repository_needs_a_token_from_the_environment(hub: Hub, client: Client) -> None:
     hub.private.add(REPO)
     found = client.open()
     assert found["error"] == "InputError"
@@ -217,7 +216,7 @@ def test_59_no_such_revision(client: Client) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 500, 503])
-def test_59_server_trouble(hub: Hub, client: Client, status: int) -> None:
+def test_59_server_errors(hub: Hub, client: Client, status: int) -> None:
     hub.status = status
     found = client.open()
     assert found["error"] == "InputError"
@@ -232,7 +231,7 @@ def test_59_offline_without_a_copy(hub: Hub, client: Client) -> None:
     assert hub.requests == []
 
 
-def test_59_offline_with_a_part(hub: Hub, client: Client) -> None:
+def test_59_offline_with_a_partial_copy(hub: Hub, client: Client) -> None:
     client.open()
     for path in client.home.rglob("model.safetensors"):
         path.unlink()
@@ -241,7 +240,7 @@ def test_59_offline_with_a_part(hub: Hub, client: Client) -> None:
     assert "without --offline" in found["hint"]
 
 
-def test_59_nobody_answers(tmp_path: Path) -> None:
+def test_59_no_server(tmp_path: Path) -> None:
     found = Client(tmp_path, "http://127.0.0.1:9").open()
     assert found["error"] == "InputError"
     assert "cannot be reached" in found["text"]

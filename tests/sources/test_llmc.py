@@ -1,4 +1,4 @@
-"""llm.c's model files: every version, and everything that can be wrong with a file that has no checksums."""
+"""llm.c's model files: every version, and every defect that can be detected without checksums."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FP32, BF16 = (ORIGINALS / "llmc" / name for name in ("gpt2_fp32.bin", "gpt2_bf16
 
 
 @pytest.mark.parametrize(("path", "name"), [(FP32, "llmc"), (BF16, "llmc_bf16")])
-def test_logits_are_the_witness(path: Path, name: str) -> None:
+def test_logits_match_the_golden_ones(path: Path, name: str) -> None:
     checkpoint = opened(path)
     assert checkpoint.source.scheme == "llmc"
     assert gap(checkpoint, name) < 1e-12
@@ -31,7 +31,7 @@ def test_logits_are_the_witness(path: Path, name: str) -> None:
     assert any("97–127 are left out" in note for note in checkpoint.notes)
 
 
-def test_padding_rows_are_gone_and_nothing_is_copied() -> None:
+def test_padding_rows_are_dropped_without_a_copy() -> None:
     checkpoint = opened(BF16)
     wte = checkpoint.weights["wte.weight"]
     assert (wte.shape, wte.dtype) == ((97, 24), BFLOAT16)
@@ -40,7 +40,7 @@ def test_padding_rows_are_gone_and_nothing_is_copied() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 3])
-def test_weights_are_those_of_hugging_faces_layout(tmp_path: Path, version: int) -> None:
+def test_weights_equal_those_of_hugging_face(tmp_path: Path, version: int) -> None:
     raw, arrays = gpt2_arrays(n_layer=3)
     data = foreign.llmc_file(arrays, 3, version, 97 if version == 1 else 256, 3)
     (tmp_path / "model.bin").write_bytes(data)
@@ -49,7 +49,7 @@ def test_weights_are_those_of_hugging_faces_layout(tmp_path: Path, version: int)
 
 
 def header(path: Path, **words: int) -> bytes:
-    """The file's bytes with some words of the header changed: ``w3=5`` sets word 3."""
+    """The file's bytes with words of the header changed: ``w3=5`` sets word 3 to 5."""
     data = bytearray(path.read_bytes())
     for name, value in words.items():
         struct.pack_into("<i", data, 4 * int(name[1:]), value)
@@ -59,7 +59,7 @@ def header(path: Path, **words: int) -> bytes:
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        ({"w1": 2}, UnsupportedError, "layer norms apart"),
+        ({"w1": 2}, UnsupportedError, "layer norms stored separately"),
         ({"w1": 7}, UnsupportedError, "unknown version"),
         ({"w3": 0}, InputError, "vocab_size = 0"),
         ({"w4": -1}, InputError, "num_layers = -1"),
@@ -71,7 +71,7 @@ def header(path: Path, **words: int) -> bytes:
         ({"w0": 20240327}, UnsupportedError, "debug state"),
         ({"w0": 20240328}, UnsupportedError, "tokenizer"),
         ({"w0": 20240520}, UnsupportedError, "training data"),
-        ({"w0": 1}, InputError, "not a model file of llm.c"),
+        ({"w0": 1}, InputError, "not an llm.c model file"),
     ],
 )
 def test_headers(tmp_path: Path, words: dict[str, int], error: type[Exception], message: str) -> None:
@@ -91,14 +91,14 @@ def test_truncated(tmp_path: Path, length: int) -> None:
 
 
 @pytest.mark.parametrize(("length", "word"), [(-1, "truncated"), (None, "longer than its header implies")])
-def test_a_size_that_is_off_by_a_byte(tmp_path: Path, length: int | None, word: str) -> None:
+def test_a_size_off_by_one_byte(tmp_path: Path, length: int | None, word: str) -> None:
     (tmp_path / "m.bin").write_bytes((FP32.read_bytes() + b"\0" * (length is None))[:length])
     size = FP32.stat().st_size
     with pytest.raises(InputError, match=f"{word}; expected {size} bytes, found {size + (length or 1)} bytes"):
         opened(tmp_path / "m.bin")
 
 
-def test_the_source_hands_on_one_run() -> None:
+def test_the_source_provides_one_run() -> None:
     source = llmc.FORMAT.open(str(BF16), PLAIN)
     assert not source.tensors
     assert source.run is not None
@@ -106,7 +106,7 @@ def test_the_source_hands_on_one_run() -> None:
     assert (source.run.segment.offset, source.run.segment.end) == (1024, BF16.stat().st_size)
 
 
-def test_what_it_is_not(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"<!doctype html><html></html>")
     with pytest.raises(InputError, match="HTML"):
         llmc.FORMAT.open(str(tmp_path / "m.bin"), PLAIN)
@@ -120,7 +120,7 @@ def test_what_it_is_not(tmp_path: Path) -> None:
 
 
 def test_a_directory_with_one_model(tmp_path: Path) -> None:
-    """Beside it lie what llm.c writes there too, and things that only look like a model from outside."""
+    """llm.c's other files, and entries that only have a model file's name, are ignored."""
     shutil.copy(FP32, tmp_path / "gpt2_124M.bin")
     (tmp_path / "gpt2_tokenizer.bin").write_bytes(header(FP32, w0=20240328))
     (tmp_path / "gpt2_124M_debug_state.bin").write_bytes(header(FP32, w0=20240327))
@@ -135,7 +135,7 @@ def test_a_directory_with_one_model(tmp_path: Path) -> None:
 
 def test_a_directory_with_several_models_or_none(tmp_path: Path) -> None:
     for open_it in (open_source, llmc.FORMAT.open):
-        with pytest.raises(InputError, match="several model files") as caught:
+        with pytest.raises(InputError, match=r"several llm\.c model files") as caught:
             open_it(str(FP32.parent), PLAIN)
         assert "gpt2_bf16.bin, gpt2_fp32.bin" in str(caught.value)
     for source in (FP32.parent, FP32.parent / "."):
@@ -145,12 +145,12 @@ def test_a_directory_with_several_models_or_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--weights-file"):
         llmc.FORMAT.open(str(FP32), Options(weights_file="x.bin"))
     assert not llmc.recognises(str(tmp_path))
-    with pytest.raises(InputError, match="no model file"):
+    with pytest.raises(InputError, match=r"no llm\.c model file"):
         llmc.FORMAT.open(str(tmp_path), PLAIN)
 
 
 def test_order_of_the_tensors_matters(tmp_path: Path) -> None:
-    """Two stacked tensors of one size in the wrong order change the logits: the witness would notice."""
+    """Swapping two stacked tensors of equal size changes the logits."""
     data = np.frombuffer(FP32.read_bytes()[1024:], "<f4").copy()
     start, n = (128 + 40) * 24, 2 * 24
     data[start : start + 2 * n] = np.concatenate([data[start + n : start + 2 * n], data[start : start + n]])

@@ -1,4 +1,4 @@
-"""Megatron-LM's GPT-2: where the file lies, what its arguments mean, and the three orders of q, k and v."""
+"""Megatron-LM's GPT-2: locating the file, interpreting its arguments, and the three orders of q, k and v."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save(path: Path, version: int = 3, given: bool = True, change: Any = None, *
 @pytest.mark.parametrize(
     "where", ["", "iter_0500000", "iter_0500000/mp_rank_00", "iter_0500000/mp_rank_00/model_optim_rng.pt"]
 )
-def test_fixture_is_the_witness(where: str) -> None:
+def test_fixture_matches_the_golden_logits(where: str) -> None:
     checkpoint = opened(RUN / where)
     assert checkpoint.source.scheme == "megatron:2"
     assert gap(checkpoint, "megatron") < 1e-12
@@ -62,14 +62,14 @@ def test_every_order_of_q_k_and_v(tmp_path: Path, version: int) -> None:
 
 @pytest.mark.parametrize(("written", "read"), [(0, 1), (1, 2), (2, 0), (1, 0), (2, 1), (0, 2)])
 def test_a_wrong_order_would_be_noticed(tmp_path: Path, written: int, read: int) -> None:
-    """The orders have equal shapes: only the recorded version tells them apart."""
+    """The orders have equal shapes: only the recorded version distinguishes them."""
 
-    def lie(saved: dict[str, Any]) -> None:
+    def relabel(saved: dict[str, Any]) -> None:
         saved["checkpoint_version"] = float(read)
 
     raw, arrays = gpt2_arrays()
     assert not same_weights(
-        opened(save(tmp_path / "model_optim_rng.pt", written, change=lie)), checkpoint_of(raw, arrays)
+        opened(save(tmp_path / "model_optim_rng.pt", written, change=relabel)), checkpoint_of(raw, arrays)
     )
 
 
@@ -172,7 +172,7 @@ def test_steps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--step"):
         opened(tmp_path / "iter_0000010", step=10)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("../../etc")
-    with pytest.raises(InputError, match="wrong iteration"):
+    with pytest.raises(InputError, match="invalid iteration"):
         opened(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").unlink()
     assert "iter_0000020" in opened(tmp_path).source.path
@@ -180,7 +180,7 @@ def test_steps(tmp_path: Path) -> None:
         megatron.FORMAT.open(str(tmp_path), Options(hparams="x"))
 
 
-def test_directories_of_something_else(tmp_path: Path) -> None:
+def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "mp_rank_00").mkdir()
     with pytest.raises(InputError, match=r"model_optim_rng\.pt"):
         opened(tmp_path)
@@ -188,8 +188,8 @@ def test_directories_of_something_else(tmp_path: Path) -> None:
         megatron.FORMAT.open(str(tmp_path / "x"), PLAIN)
 
 
-def test_arguments_are_data_and_nothing_else(tmp_path: Path) -> None:
-    """A namespace is read; whatever runs code, or never ends, is refused."""
+def test_arguments_are_read_as_plain_data(tmp_path: Path) -> None:
+    """A namespace is read; code and cyclic dictionaries are refused."""
     import torch
 
     class Evil:
@@ -203,7 +203,7 @@ def test_arguments_are_data_and_nothing_else(tmp_path: Path) -> None:
     loop: dict[str, Any] = {}
     loop["language_model"] = loop
     torch.save({"model": loop}, tmp_path / "model_optim_rng.pt")
-    with pytest.raises(UnsafeInputError, match="nested without end"):
+    with pytest.raises(UnsafeInputError, match="nested too deeply"):
         opened(tmp_path)
     torch.save({"optimizer": 1}, tmp_path / "model_optim_rng.pt")
     with pytest.raises(InputError, match="not a Megatron-LM checkpoint"):

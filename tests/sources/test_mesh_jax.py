@@ -1,4 +1,4 @@
-"""GPT-J's shards: NumPy wrote them from a tree of modules, transformers says what they compute."""
+"""GPT-J's shards, written with NumPy from a tree of modules and compared with transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EMBEDDING = f"{SCOPE}embedding_shard/~/linear/w"
 pytestmark = pytest.mark.usefixtures("no_hang")
 
 
-def test_the_logits_are_transformers() -> None:
+def test_the_logits_match_transformers() -> None:
     checkpoint = understood(FOLDER)
     assert difference(checkpoint, FOLDER) < NOISE
     assert {weight.dtype for weight in checkpoint.weights.values()} == {BFLOAT16}
@@ -50,7 +50,7 @@ def test_the_logits_are_transformers() -> None:
     ids=["11 layers", "float16", "optimizer"],
 )
 def test_other_models(tmp_path: Path, layers: int, dtype: Any, optimizer: bool) -> None:
-    """Layer 10 lies before layer 2; one layer's arrays leave files empty; full checkpoints begin with Adam's."""
+    """Layer 10 sorts before layer 2; a single layer leaves files empty; full checkpoints begin with Adam's state."""
     trees, whole = jax_model(layers, np.dtype(dtype))
     writers.write_mesh_jax(tmp_path, trees, 7, optimizer=optimizer)
     (tmp_path / "config.json").write_text(json.dumps({**JAX_CONFIG, "layers": layers}))
@@ -61,7 +61,7 @@ def test_other_models(tmp_path: Path, layers: int, dtype: Any, optimizer: bool) 
     assert len(left_out) == optimizer
 
 
-def test_the_order_is_that_in_which_jax_flattens_the_tree() -> None:
+def test_the_order_is_that_of_jaxs_tree_flatten() -> None:
     trees, _ = jax_model(11, np.dtype(np.float32))
     assert [name for _, name in in_order(MESH_JAX, 11)] == [
         f"{module}/{leaf}" for module, leaves in sorted(trees[0].items()) for leaf in sorted(leaves)
@@ -76,7 +76,7 @@ def test_layers_are_sorted_as_strings() -> None:
     assert len(names) == 286
 
 
-def test_boxes_are_parts_of_the_whole() -> None:
+def test_a_box_equals_a_slice_of_the_whole() -> None:
     for name, tensor in understood(FOLDER).source.tensors.items():
         if not tensor.shape:
             continue
@@ -86,8 +86,8 @@ def test_boxes_are_parts_of_the_whole() -> None:
         assert b"".join(chunk.tobytes() for chunk in tensor.chunks(200)) == whole.tobytes(), name
 
 
-def test_memory_is_a_block_not_the_shards(tmp_path: Path) -> None:
-    """Four layers of 1 MiB matrices, read in pieces: never one matrix, let alone a shard, is held."""
+def test_memory_is_bounded_by_a_block(tmp_path: Path) -> None:
+    """Reading four layers of 1 MiB matrices in blocks never holds a whole matrix, let alone a shard."""
     shards, width, layers, dtype = 2, 512, 4, np.dtype(np.float32)
     sizes = {"V": width, "D": width, "F": 4 * width}
 
@@ -170,15 +170,15 @@ def damaged(folder: Path) -> None:
         (lambda f: (shard(f, 1) / "3.npz").unlink(), InputError, r"files are missing: shard_1/3\.npz"),
         (lambda f: shutil.rmtree(shard(f, 1)), InputError, "16 in all"),
         (lambda f: shutil.rmtree(shard(f, 2)), InputError, "some shards are missing"),
-        (short_shard, InputError, "not spread over the files"),
-        (lambda f: rewrite(shard(f, 1) / "15.npz", np.ones(1), np.ones(1)), InputError, "not spread over the files"),
+        (short_shard, InputError, "not distributed over the files"),
+        (lambda f: rewrite(shard(f, 1) / "15.npz", np.ones(1), np.ones(1)), InputError, "not distributed over"),
         (lambda f: rewrite(shard(f, 1) / "15.npz", np.ones(7)), InputError, "differ in shape or type"),
         (lambda f: rewrite(shard(f, 1) / "15.npz", np.array([None], object)), UnsafeInputError, "nothing executed"),
-        (lambda f: np.savez(shard(f, 1) / "15.npz", step=np.int32(1)), InputError, "these arrays have names"),
+        (lambda f: np.savez(shard(f, 1) / "15.npz", step=np.int32(1)), InputError, "unexpected array names"),
         (packed, UnsafeInputError, "compressed"),
         (damaged, InputError, "truncated"),
         (second_layout, UnsupportedError, "second layout"),
-        (lambda f: shutil.copy(f / "6B_roto_tiny.json", f / "other.json"), InputError, "several configurations"),
+        (lambda f: shutil.copy(f / "6B_roto_tiny.json", f / "other.json"), InputError, "several configuration files"),
         (lambda f: (f / "6B_roto_tiny.json").unlink(), UsageError, "not the sizes of GPT-J 6B"),
         (lambda f: os.mkfifo(f / "x.json"), type(None), ""),
     ],
@@ -193,7 +193,7 @@ def test_bad_shards(tmp_path: Path, damage: Any, kind: type[GptConvertError], wo
         understood(folder)
 
 
-def test_one_shard_or_a_file_is_not_the_checkpoint(tmp_path: Path) -> None:
+def test_one_shard_or_one_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one shard of several"):
         opened(FOLDER / STEP / "shard_0")
     with pytest.raises(InputError, match="zip archive"):
@@ -231,7 +231,7 @@ def test_configurations_that_are_refused(
         understood(folder)
 
 
-def test_without_a_configuration_the_released_sizes_are_told_by_the_shapes() -> None:
+def test_without_a_configuration_the_released_model_is_recognised_by_its_shapes() -> None:
     from gptconvert.families.registry import family_named
     from gptconvert.model.options import Options
     from gptconvert.model.tensors import filled
@@ -245,7 +245,7 @@ def test_without_a_configuration_the_released_sizes_are_told_by_the_shapes() -> 
 
 
 def test_checksums_are_compared(tmp_path: Path) -> None:
-    """A flipped byte anywhere in a shard's arrays is found when the weights are read."""
+    """A flipped bit in a shard's arrays is found when the weights are read."""
     folder = copied(tmp_path, "mesh-jax")
     examine(understood(folder))
     path = shard(folder, 2) / "4.npz"
@@ -259,7 +259,7 @@ def test_checksums_are_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "bug", ["k before v", "bias summed twice", "bias of one shard", "norm averaged", "no embedding bias"]
 )
-def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+def test_planted_bugs_are_caught(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     class SummedTwice(Sum):
         def merge(self, parts: Any, shape: Any) -> Any:
             return total([*parts, *parts])
@@ -281,8 +281,8 @@ def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     assert difference(understood(FOLDER), FOLDER) > BUG
 
 
-def test_the_source_hands_on_what_the_shards_hold() -> None:
-    """No names, one part of each shard, and nothing merged."""
+def test_the_source_provides_unmerged_parts() -> None:
+    """No names, one part per shard, nothing merged."""
     source = opened(FOLDER)
     assert not source.tensors
     assert len(source.unnamed) == len(in_order(MESH_JAX, 2)) + 1
@@ -291,7 +291,7 @@ def test_the_source_hands_on_what_the_shards_hold() -> None:
         assert len(parts.parts) == len(parts.checksums) == 3
 
 
-def test_blocks_that_are_rows_stay_copyable() -> None:
+def test_tensors_split_by_rows_can_be_copied_raw() -> None:
     tensors = understood(FOLDER).source.tensors
     merged = tensors[f"{SCOPE}layer_0/~/linear_5/w"]
     assert isinstance(merged, Stored)

@@ -1,4 +1,4 @@
-"""GPT-Neo's own checkpoints: TensorFlow wrote them, transformers says what they compute."""
+"""GPT-Neo's own checkpoints, written with TensorFlow and compared with transformers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.usefixtures("no_hang")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_logits_are_transformers(name: str) -> None:
+def test_the_logits_match_transformers(name: str) -> None:
     checkpoint = understood(ORIGINALS / name)
     assert difference(checkpoint, ORIGINALS / name) < NOISE
     assert {w.dtype for w in checkpoint.weights.values()} == {BFLOAT16 if "bf16" in name else np.dtype("<f4")}
 
 
-def test_slots_and_counters_are_dropped_and_nothing_else() -> None:
+def test_only_slots_and_counters_are_dropped() -> None:
     checkpoint = understood(FOLDER)
     assert len(checkpoint.dropped) == 7
     assert all("adam_" in name or name == "global_step" for name in checkpoint.dropped)
@@ -44,7 +44,7 @@ def test_slots_and_counters_are_dropped_and_nothing_else() -> None:
     assert not checkpoint.notes
 
 
-def test_names_written_back_are_the_trainers() -> None:
+def test_names_written_back_equal_the_trainers() -> None:
     checkpoint = understood(FOLDER)
     written = write_names(family_named("gpt_neo").scheme("mesh-tf"), checkpoint.config, checkpoint.weights)
     kept = [name for name in checkpoint.source.tensors if name not in checkpoint.dropped]
@@ -59,7 +59,7 @@ def test_paths(inside: str) -> None:
     assert opened(path).scheme == "mesh-tf"
 
 
-def test_what_is_not_ours() -> None:
+def test_other_tensorflow_checkpoints_are_not_claimed() -> None:
     assert not claims(mesh_tf.FORMAT, ORIGINALS.parent / "tiny-gpt2" / "openai-tf")
     assert not claims(mesh_tf.FORMAT, ORIGINALS / "gpt1")
     if REAL_GPT2.exists():
@@ -69,7 +69,7 @@ def test_what_is_not_ours() -> None:
 
 
 def with_config(tmp_path: Path, **changes: Any) -> Path:
-    """The fixture with keys of its config.json changed; None takes a key away."""
+    """A copy of the fixture with keys of its config.json changed, or removed by ``...``."""
     folder = copied(tmp_path, "mesh-tf")
     raw = {**json.loads((folder / "config.json").read_text()), **changes}
     (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
@@ -106,7 +106,7 @@ def test_configurations_that_are_refused(
         understood(with_config(tmp_path, **changes))
 
 
-def test_configurations_that_say_the_same(tmp_path: Path) -> None:
+def test_equivalent_configurations(tmp_path: Path) -> None:
     folder = with_config(tmp_path, n_ctx=..., n_positions=40, activation_fn="gelu", moe_layers=[], rotary_emb=None)
     assert difference(understood(folder), FOLDER) < NOISE
     (folder / "config.json").unlink()
@@ -138,7 +138,7 @@ def test_configurations_that_say_the_same(tmp_path: Path) -> None:
         ("gpt2/wte_final_linear/conv1d_main/linear_out/kernel", "head of its own"),
     ],
 )
-def test_variants_are_named_by_their_variables(tmp_path: Path, name: str, words: str) -> None:
+def test_variants_are_recognised_by_their_variables(tmp_path: Path, name: str, words: str) -> None:
     variables = {"gpt2/wte": np.ones((3, 2), np.float32), "gpt2/h0/norm_1/g": np.ones(2, np.float32)}
     made.write_bundle(tmp_path / "model.ckpt", {**variables, name: np.ones(2, np.float32)})
     with pytest.raises(UnsupportedError, match=words):
@@ -161,8 +161,8 @@ def test_several_steps(tmp_path: Path) -> None:
     assert opened(folder, step=7).path == str(folder / "model.ckpt-7")
 
 
-def test_planted_bugs_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exchanged tensors of one shape, and a window off by one, are other logits."""
+def test_planted_bugs_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swapped tensors of equal shape, and a window off by one, change the logits."""
 
     def planted(change: Any) -> float:
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""nanoGPT: ckpt.pt as train.py saves it, from every year."""
+"""nanoGPT: ckpt.pt as train.py saves it, in current and older versions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save(path: Path, state: dict[str, Any], **changes: Any) -> Path:
     return path
 
 
-def test_compiled_run_is_the_witness() -> None:
+def test_compiled_run_matches_the_golden_logits() -> None:
     checkpoint = opened(ORIGINALS / "nanogpt")
     assert checkpoint.source.scheme == "nanogpt"
     assert checkpoint.prefix == "_orig_mod.transformer."
@@ -47,7 +47,7 @@ def test_compiled_run_is_the_witness() -> None:
     assert any("--activation tanh" in note for note in checkpoint.notes)
 
 
-def test_activation_is_what_was_asked_for() -> None:
+def test_activation_follows_the_option() -> None:
     tanh = opened(ORIGINALS / "nanogpt" / "ckpt.pt", Options(activation="tanh"))
     assert gap(tanh, "nanogpt_tanh") < 1e-12
     assert gap(tanh, "nanogpt") > 1e-6
@@ -56,7 +56,7 @@ def test_activation_is_what_was_asked_for() -> None:
         open_checkpoint(ORIGINALS / "llmc" / "gpt2_fp32.bin", Options(activation="erf"))
 
 
-def test_old_run_without_biases_and_with_a_head_of_its_own() -> None:
+def test_old_run_without_biases_and_with_an_untied_head() -> None:
     checkpoint = opened(ORIGINALS / "nanogpt-old")
     assert gap(checkpoint, "nanogpt-old") < 1e-12
     assert not checkpoint.config.tied_head
@@ -66,13 +66,13 @@ def test_old_run_without_biases_and_with_a_head_of_its_own() -> None:
         assert any(words in note for note in checkpoint.notes)
 
 
-def test_weights_are_those_of_hugging_faces_layout(tmp_path: Path) -> None:
+def test_weights_equal_those_of_hugging_face(tmp_path: Path) -> None:
     raw, arrays = gpt2_arrays()
     path = save(tmp_path / "any.pt", foreign.nanogpt_state(arrays))
-    ours = opened(path, Options(activation="tanh"))
-    assert ours.source.scheme == "nanogpt"  # told by its content
-    assert same_weights(ours, checkpoint_of(raw, arrays))
-    assert all(weight.segments() is not None for weight in ours.weights.values())
+    checkpoint = opened(path, Options(activation="tanh"))
+    assert checkpoint.source.scheme == "nanogpt"  # recognised by its content
+    assert same_weights(checkpoint, checkpoint_of(raw, arrays))
+    assert all(weight.segments() is not None for weight in checkpoint.weights.values())
 
 
 @pytest.mark.parametrize("missing", ["bias", "vocab_size", "block_size", "n_layer", "n_embd", "dropout"])
@@ -82,7 +82,7 @@ def test_older_files_leave_arguments_out(tmp_path: Path, missing: str) -> None:
     assert (config.vocab_size, config.n_ctx, config.n_embd, config.n_layer) == (97, 40, 24, 2)
 
 
-def test_number_of_heads_must_be_known(tmp_path: Path) -> None:
+def test_number_of_heads_is_required(tmp_path: Path) -> None:
     path = save(tmp_path / "ckpt.pt", foreign.nanogpt_state(gpt2_arrays()[1]), n_head=...)
     with pytest.raises(UsageError, match="number of heads"):
         opened(path)
@@ -93,8 +93,8 @@ def test_number_of_heads_must_be_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("says", "has"), [(True, False), (False, True)])
-def test_biases_contradict_the_arguments(tmp_path: Path, says: bool, has: bool) -> None:
-    """A missing bias must never be filled with zeros where the model had one."""
+def test_biases_that_contradict_the_arguments(tmp_path: Path, says: bool, has: bool) -> None:
+    """A missing bias must not be replaced with zeros if the model had one."""
     state = foreign.nanogpt_state(gpt2_arrays()[1])
     if not has:
         del state["transformer.h.1.mlp.c_fc.bias"]
@@ -110,7 +110,7 @@ def test_unknown_arguments_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_optimizer_is_never_read(tmp_path: Path) -> None:
-    """Damage in Adam's moments harms nobody; the same in a weight is found."""
+    """Damage in Adam's moments goes unnoticed; the same damage in a weight is found."""
     state = foreign.nanogpt_state(gpt2_arrays()[1])
     import torch
 
@@ -130,7 +130,7 @@ def test_optimizer_is_never_read(tmp_path: Path) -> None:
             examine(checkpoint)
 
 
-def test_untied_by_a_copy_of_the_same_bytes_stays_right(tmp_path: Path) -> None:
+def test_a_head_that_copies_the_embedding_stays_untied(tmp_path: Path) -> None:
     state = foreign.nanogpt_state(gpt2_arrays()[1])
     state["lm_head.weight"] = state["lm_head.weight"].clone()
     checkpoint = opened(save(tmp_path / "ckpt.pt", state))
@@ -154,7 +154,7 @@ def test_pickles_are_not_executed(tmp_path: Path) -> None:
     assert not Path("/tmp/exploded-nanogpt").exists()
 
 
-def test_gpt2s_encoding_is_pointed_out_and_used(tmp_path: Path) -> None:
+def test_gpt2s_tokenizer_is_suggested_and_used(tmp_path: Path) -> None:
     _, arrays = gpt2_arrays(vocab_size=50304, n_embd=3, n_layer=1)
     changes = {"vocab_size": 50304, "n_embd": 3, "n_layer": 1}
     save(tmp_path / "ckpt.pt", foreign.nanogpt_state(arrays), **changes)

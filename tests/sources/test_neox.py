@@ -1,4 +1,4 @@
-"""GPT-NeoX's layers and ranks: torch wrote them, transformers says what they compute."""
+"""GPT-NeoX's layers and ranks, written with torch.save and compared with transformers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from fixtures import make_originals as make
+from fixtures import originals as writers
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.families.trainers.neox import BIASES
 from gptconvert.model.shards import COLUMNS, FIRST, ROWS, SUM, Parts, Shards, Sum
@@ -30,14 +32,14 @@ pytestmark = pytest.mark.usefixtures("no_hang")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_logits_are_transformers(name: str) -> None:
+def test_the_logits_match_transformers(name: str) -> None:
     checkpoint = understood(ORIGINALS / name)
     assert difference(checkpoint, ORIGINALS / name) < NOISE
     assert checkpoint.config.vocab_size == 99
     assert set(checkpoint.dropped.values()) == {"table of rotary angles"}
 
 
-def test_what_the_configurations_mean() -> None:
+def test_configurations_are_understood() -> None:
     pipeline, sequential = understood(PIPELINE).config, understood(SEQUENTIAL).config
     assert (pipeline.residual, pipeline.activation, pipeline.tied_head) == ("parallel", "gelu_tanh", False)
     assert (sequential.residual, sequential.activation, sequential.tied_head) == ("serial", "gelu_erf", True)
@@ -46,7 +48,7 @@ def test_what_the_configurations_mean() -> None:
     assert "tanh GELU" in understood(PIPELINE).notes[-1]
 
 
-def test_boxes_are_parts_of_the_whole() -> None:
+def test_a_box_equals_a_slice_of_the_whole() -> None:
     for name, tensor in [t for path in (PIPELINE, SEQUENTIAL) for t in understood(path).source.tensors.items()]:
         whole = tensor.read()
         box = tuple(slice(n // 3, n) for n in tensor.shape)
@@ -76,14 +78,14 @@ def test_which_step(tmp_path: Path) -> None:
         (folder / "latest").write_text(latest)
         source = opened(folder)
         assert source.path.endswith("global_step150")
-        assert "not here" in source.notes[0]
+        assert "missing" in source.notes[0]
     with pytest.raises(InputError, match="no checkpoint of step 900"):
         opened(folder, step=900)
     with pytest.raises(UsageError):
         opened(folder / "global_step9", step=150)
 
 
-def test_tokenizers_are_found(tmp_path: Path) -> None:
+def test_tokenizer_files_are_found(tmp_path: Path) -> None:
     folder = copied(tmp_path, "neox-pipeline")
     (folder / "20B_tokenizer.json").write_text("{}")
     assert opened(folder).tokenizer == {"tokenizer.json": str(folder / "20B_tokenizer.json")}
@@ -94,7 +96,7 @@ def test_tokenizers_are_found(tmp_path: Path) -> None:
 
 
 def reconfigured(tmp_path: Path, name: str, **changes: object) -> Path:
-    """The fixture with keys of its YAML file changed."""
+    """A copy of the fixture with keys of its YAML file changed."""
     folder = copied(tmp_path, name)
     path = folder / YML[name]
     text = path.read_text()
@@ -137,18 +139,18 @@ def test_configurations_that_are_refused(
         understood(reconfigured(tmp_path, "neox-sequential", **changes))
 
 
-def test_configurations_that_say_the_same(tmp_path: Path) -> None:
+def test_equivalent_configurations(tmp_path: Path) -> None:
     folder = reconfigured(tmp_path, "neox-sequential", num_kv_heads=3, attention_config='[[["flash"], 2]]')
     assert difference(understood(folder), SEQUENTIAL) < NOISE
     shutil.rmtree(folder / "global_step20" / "configs")
-    with pytest.raises(InputError, match="no configuration"):
+    with pytest.raises(InputError, match="the configuration is missing"):
         opened(folder)
     shutil.copy(SEQUENTIAL / YML["neox-sequential"], folder / "mine.yml")
     assert difference(understood(folder), SEQUENTIAL) < NOISE
 
 
-def test_every_key_of_the_trainer_is_known() -> None:
-    """No key is in two lists, and none of those that decide something is called harmless."""
+def test_harmless_keys_are_harmless() -> None:
+    """No key is in both lists, and no key that affects the model is called harmless."""
     from gptconvert.families.trainers.neox import HARMLESS, UNUSED
 
     assert not HARMLESS & set(UNUSED)
@@ -178,7 +180,7 @@ DAMAGES: list[tuple[Any, type[GptConvertError], str]] = [
     (lambda f: [layer(f, 0, r).unlink() for r in range(3)], InputError, "layers are missing: 00"),
     (lambda f: [layer(f, 6, r).unlink() for r in range(3)], InputError, r"missing +final_linear"),
     (lambda f: [p.unlink() for p in f.glob("*/layer_*-model_02-*")], InputError, "expected 3, found 2 ranks"),
-    (lambda f: [p.unlink() for p in f.glob("*/layer_*")], InputError, "no weights by name"),
+    (lambda f: [p.unlink() for p in f.glob("*/layer_*")], InputError, "no named weights"),
     (
         lambda f: resave(layer(f, 2, 1), lambda s: s.pop("mlp.dense_h_to_4h.bias")),
         InputError,
@@ -238,7 +240,28 @@ def test_another_programs_deepspeed_checkpoint(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_newer_names_of_the_mlp(tmp_path: Path) -> None:
+def test_the_hint_for_zero_stage_3_works(tmp_path: Path) -> None:
+    config = make.neox_config(hidden_act="gelu", use_parallel_residual=False, tie_word_embeddings=True)
+    state = make.random_state(config, 6)
+    (held,) = writers.neox_layers(state, 2, 1, {})
+    (tmp_path / "tiny.yml").write_text(
+        make.SEQUENTIAL_YML.replace("model_parallel_size: 3", "model_parallel_size: 1")
+    )
+    step = tmp_path / "global_step5"
+    step.mkdir()
+    (step / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"")
+    with pytest.raises(UnsupportedError, match="ZeRO stage 3") as caught:
+        opened(tmp_path)
+    assert "torch.save({'module': weights}, 'mp_rank_00_model_states.pt')" in str(caught.value.hint)
+    layers = ((f"sequential.{number}.{name}", value) for number, s in held.items() for name, value in s.items())
+    torch.save(
+        {"module": {name: torch.from_numpy(value) for name, value in layers}}, step / "mp_rank_00_model_states.pt"
+    )
+    make.write_golden(tmp_path, config, state)
+    assert difference(understood(tmp_path), tmp_path) < NOISE
+
+
+def test_newer_mlp_names(tmp_path: Path) -> None:
     folder = copied(tmp_path, "neox-pipeline")
 
     def renamed(state: dict[str, Any]) -> None:
@@ -253,7 +276,7 @@ def test_newer_names_of_the_mlp(tmp_path: Path) -> None:
 
 
 def test_a_head_split_over_its_columns(tmp_path: Path) -> None:
-    """``output-layer-parallelism: row`` of older versions of the trainer."""
+    """``output-layer-parallelism: row``, an option of older versions of the trainer."""
     folder = copied(tmp_path, "neox-pipeline")
     whole = torch.cat([torch.load(layer(folder, 6, rank))["final_linear.weight"] for rank in range(3)])
     for rank, part in enumerate(whole.chunk(3, 1)):
@@ -274,7 +297,7 @@ def test_a_tied_head_saved_twice_is_compared(tmp_path: Path) -> None:
         check_tied(understood(folder))
 
 
-def test_norms_that_differ_are_averaged_and_said(tmp_path: Path) -> None:
+def test_norms_that_differ_are_averaged_and_noted(tmp_path: Path) -> None:
     folder = copied(tmp_path, "neox-pipeline")
     resave(layer(folder, 2, 1), lambda state: state["input_layernorm.weight"].add_(3))
     checkpoint, before = understood(folder), understood(PIPELINE)
@@ -284,7 +307,7 @@ def test_norms_that_differ_are_averaged_and_said(tmp_path: Path) -> None:
     assert any("1 norms differ between ranks" in note and "mean" in note for note in checkpoint.notes)
 
 
-def test_biases_that_differ_where_each_rank_has_the_whole(tmp_path: Path) -> None:
+def test_replicated_biases_that_differ_are_taken_from_rank_0(tmp_path: Path) -> None:
     folder = copied(tmp_path, "neox-sequential")
     path = folder / "global_step20" / "mp_rank_01_model_states.pt"
     state = torch.load(path, weights_only=False)
@@ -316,7 +339,7 @@ def test_special_tokens_are_not_trimmed() -> None:
 
 
 def plant_rule(monkeypatch: pytest.MonkeyPatch, right: Shards, wrong: Shards) -> None:
-    """One rule taken for another, in every row that has it."""
+    """Replace one rule with another in every row that uses it."""
     plant(
         monkeypatch,
         "neox",
@@ -332,7 +355,7 @@ class SummedTwice(Sum):
 
 
 @pytest.mark.parametrize("bug", ["bias of one rank", "bias summed twice", "rows for columns", "ranks exchanged"])
-def test_planted_bugs_in_the_parallel_model_show(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+def test_planted_bugs_in_the_parallel_model_are_caught(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     if bug == "ranks exchanged":
         order = neox._Held.parts
         monkeypatch.setattr(
@@ -350,14 +373,14 @@ def test_planted_bugs_in_the_parallel_model_show(monkeypatch: pytest.MonkeyPatch
     assert difference(understood(PIPELINE), PIPELINE) > BUG
 
 
-def test_planted_bug_biases_summed_in_the_serial_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_bug_of_summed_biases_in_the_serial_model(monkeypatch: pytest.MonkeyPatch) -> None:
     plant_rule(monkeypatch, BIASES, SUM)
     assert difference(understood(SEQUENTIAL), SEQUENTIAL) > BUG
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_source_hands_on_what_the_ranks_hold(name: str) -> None:
-    """Names as in the files, one part of each rank, and nothing merged."""
+def test_the_source_provides_unmerged_parts(name: str) -> None:
+    """Names as in the files, one part per rank, nothing merged."""
     tensors = opened(ORIGINALS / name).tensors
     assert all(re.fullmatch(r"sequential\.\d+\.[a-z_0-9.]+", each) for each in tensors)
     for parts in tensors.values():
@@ -366,7 +389,7 @@ def test_the_source_hands_on_what_the_ranks_hold(name: str) -> None:
         assert parts.axis is None
 
 
-def test_blocks_that_are_rows_stay_copyable() -> None:
+def test_tensors_split_by_rows_can_be_copied_raw() -> None:
     tensors = understood(PIPELINE).source.tensors
     merged = tensors["layers.0.attention.query_key_value.weight"]
     assert isinstance(merged, Stored)

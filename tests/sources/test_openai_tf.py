@@ -1,4 +1,4 @@
-"""Which checkpoint a path means, what lies beside it, and what is refused by its own name."""
+"""Resolving a path to a checkpoint, finding the files next to it, and refusing other formats by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def checkpoints(folder: Path, *names: str, state: str | None = None) -> Path:
     return folder
 
 
-def says(path: str) -> str:
+def state_naming(path: str) -> str:
     return f'model_checkpoint_path: "{path}"\nall_model_checkpoint_paths: "{path}"\n'
 
 
@@ -53,7 +53,7 @@ def name_of(source: Source) -> str:
     return Path(source.path).name
 
 
-# --- the forms a path may take ------------------------------------------------------------------------------------
+# --- forms of paths -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_paths_relative_to_the_working_directory(monkeypatch: pytest.MonkeyPatch
         assert claims(FORMAT, path)
 
 
-def test_files_list_what_was_and_will_be_read(tmp_path: Path) -> None:
+def test_files_lists_every_file_read(tmp_path: Path) -> None:
     folder = copied(tmp_path, "openai-tf-sharded")
     (folder / "encoder.json").write_text("{}")
     names = [os.path.basename(path) for path in opened(folder).files]
@@ -91,16 +91,16 @@ def test_files_list_what_was_and_will_be_read(tmp_path: Path) -> None:
     assert names == ["model.ckpt.index", *shards, "hparams.json", "encoder.json"]
 
 
-def test_one_shard_of_several_means_the_whole() -> None:
+def test_one_shard_opens_the_whole_checkpoint() -> None:
     source = opened(TINY / "openai-tf-sharded/model.ckpt.data-00001-of-00002")
     assert len(source.tensors) == 28
 
 
-def test_adams_slots_are_handed_on() -> None:
+def test_adams_slots_are_part_of_the_source() -> None:
     assert {"global_step", "beta1_power"} < set(opened(TINY / "openai-tf-adam").tensors)
 
 
-def test_tokenizer_files_beside_it(tmp_path: Path) -> None:
+def test_tokenizer_files_next_to_it(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     assert opened(folder).tokenizer == {}
     for name in ("encoder.json", "vocab.bpe", "merges.txt", "tokenizer.json", "other.json"):
@@ -113,12 +113,12 @@ def test_tokenizer_files_beside_it(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_file_names_the_latest(tmp_path: Path) -> None:
-    folder = checkpoints(tmp_path, "model-9", "model-10", "model-100", state=says("model-10"))
+    folder = checkpoints(tmp_path, "model-9", "model-10", "model-100", state=state_naming("model-10"))
     for path in (folder, folder / "checkpoint", folder / "model"):
         source = opened(path)
         assert name_of(source) == "model-10"
         assert "model-9" in source.notes[0]
-        assert "as the checkpoint file says" in source.notes[0]
+        assert "named in the checkpoint file" in source.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_the_checkpoint_file_names_the_latest(tmp_path: Path) -> None:
         "\\x6dodel-10",
     ],
 )
-def test_foreign_paths_are_resolved_beside_the_file(tmp_path: Path, path: str) -> None:
-    folder = checkpoints(tmp_path / "run", "model-10", "model-20", state=says(path))
+def test_foreign_paths_are_resolved_next_to_the_file(tmp_path: Path, path: str) -> None:
+    folder = checkpoints(tmp_path / "run", "model-10", "model-20", state=state_naming(path))
     checkpoints(tmp_path / "elsewhere", "model-10")
     source = opened(folder)
     assert source.path == str(folder / "model-10")
@@ -141,12 +141,12 @@ def test_foreign_paths_are_resolved_beside_the_file(tmp_path: Path, path: str) -
 
 def test_relative_path_below_the_file(tmp_path: Path) -> None:
     checkpoints(tmp_path / "run1", "model-10", "model-20")
-    (tmp_path / "checkpoint").write_text(says("run1/model-10"))
+    (tmp_path / "checkpoint").write_text(state_naming("run1/model-10"))
     assert opened(tmp_path).path == str(tmp_path / "run1/model-10")
     assert opened(tmp_path / "checkpoint").path == str(tmp_path / "run1/model-10")
 
 
-def test_names_tensorflow_escapes(tf: Any, tmp_path: Path) -> None:
+def test_names_that_tensorflow_escapes(tf: Any, tmp_path: Path) -> None:
     folder = checkpoints(tmp_path, "modèle'\"-1", "other-2")
     tf.compat.v1.train.update_checkpoint_state(str(folder), "modèle'\"-1")
     assert b"\\" in (folder / "checkpoint").read_bytes()
@@ -161,21 +161,21 @@ def test_without_a_checkpoint_file_the_highest_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [says("/old/model-7"), "", "garbage", "version https://git-lfs.github.com/spec/v1\n"]
+    "state", [state_naming("/old/model-7"), "", "garbage", "version https://git-lfs.github.com/spec/v1\n"]
 )
-def test_a_checkpoint_file_that_says_nothing_useful(tmp_path: Path, state: str) -> None:
+def test_a_checkpoint_file_without_a_usable_name(tmp_path: Path, state: str) -> None:
     folder = checkpoints(tmp_path, "model-9", "model-10", state=state)
     source = opened(folder)
     assert name_of(source) == "model-10"
     assert source.notes[0].startswith("checkpoint: ")
-    with pytest.raises(InputError) as caught:  # named outright, it must say which
+    with pytest.raises(InputError) as caught:  # an explicit checkpoint file must name a checkpoint
         opened(folder / "checkpoint")
     assert caught.value.found == "model-10, model-9"
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoint", "model"], ids=["dir", "file", "stem"])
-def test_a_step_asked_for(tmp_path: Path, inside: str) -> None:
-    folder = checkpoints(tmp_path, "model-9", "model-10", state=says("model-10"))
+def test_the_requested_step(tmp_path: Path, inside: str) -> None:
+    folder = checkpoints(tmp_path, "model-9", "model-10", state=state_naming("model-10"))
     assert name_of(opened(folder / inside, step=9)) == "model-9"
     with pytest.raises(InputError, match="no checkpoint of step 11") as caught:
         opened(folder / inside, step=11)
@@ -194,9 +194,9 @@ def test_same_step_of_two_runs(tmp_path: Path) -> None:
     folder = checkpoints(tmp_path, "best-10", "model-10", "model-20")
     with pytest.raises(InputError, match="several checkpoints of step 10: best-10, model-10"):
         opened(folder, step=10)
-    with pytest.raises(InputError, match="nothing says which is meant"):
+    with pytest.raises(InputError, match="several checkpoints in this directory"):
         opened(folder)
-    (folder / "checkpoint").write_text(says("model-20"))
+    (folder / "checkpoint").write_text(state_naming("model-20"))
     assert name_of(opened(folder, step=10)) == "model-10"
     assert name_of(opened(folder)) == "model-20"
 
@@ -206,19 +206,19 @@ def test_several_without_step(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="several checkpoints") as caught:
         opened(folder)
     assert caught.value.found == "a.ckpt, b.ckpt"
-    assert "--step" in (caught.value.hint or "")
+    assert caught.value.hint == "pass the prefix of one of them"
     assert claims(FORMAT, folder)
 
 
 def test_parent_of_one_run(tmp_path: Path) -> None:
-    checkpoints(tmp_path / "checkpoint" / "run1", "model-9", "model-10", state=says("model-9"))
+    checkpoints(tmp_path / "checkpoint" / "run1", "model-9", "model-10", state=state_naming("model-9"))
     checkpoints(tmp_path / "checkpoint" / ".ipynb_checkpoints", "model-1")
     (tmp_path / "checkpoint" / "logs").mkdir()
     parent = tmp_path / "checkpoint"
     assert claims(FORMAT, parent)
     source = opened(parent)
     assert source.path == str(parent / "run1" / "model-9")
-    assert source.notes[0] == "the only run in the directory was read: run1"
+    assert source.notes[0] == "run1 was read, the only run in the directory"
     assert name_of(opened(parent, step=10)) == "model-10"
     checkpoints(parent / "run2", "model-1")
     with pytest.raises(InputError, match="several directories") as caught:
@@ -246,7 +246,7 @@ def test_hparams_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "words"),
     [
         (b"", "empty"),
         (b"{}", "empty"),
@@ -267,15 +267,15 @@ def test_hparams_given(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_bad_hparams(tmp_path: Path, content: bytes, said: str) -> None:
+def test_bad_hparams(tmp_path: Path, content: bytes, words: str) -> None:
     folder = copied(tmp_path)
     (folder / "hparams.json").write_bytes(content)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         opened(folder)
     assert caught.value.path == str(folder / "hparams.json")
 
 
-# --- refused by name ----------------------------------------------------------------------------------------------
+# --- other formats, refused by name -------------------------------------------------------------------------------
 
 
 def test_object_checkpoint_of_tensorflow_2(tf: Any, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_version_1_checkpoint(tf: Any, tmp_path: Path) -> None:
     assert not os.path.exists(f"{path}.index")
     shutil.copytree(tmp_path, tmp_path.parent / "sharded", dirs_exist_ok=True)
     (tmp_path / "model.ckpt-5.meta").write_bytes(b"\n\0")
-    (tmp_path / "checkpoint").write_text(says("model.ckpt-5"))
+    (tmp_path / "checkpoint").write_text(state_naming("model.ckpt-5"))
     shard = tmp_path.parent / "sharded" / "model.ckpt-5"
     os.rename(shard, f"{shard}-00000-of-00001")
     for given_path in (path, tmp_path, shard):
@@ -323,10 +323,10 @@ def test_saved_model(tf: Any, tmp_path: Path) -> None:
 def test_meta_alone(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt.meta").write_bytes(b"\n\0")
     for path in (tmp_path / "model.ckpt.meta", tmp_path / "model.ckpt", tmp_path):
-        with pytest.raises(UnsupportedError, match="holds no weights"):
+        with pytest.raises(UnsupportedError, match="graph, not weights"):
             opened(path)
     made.write_bundle(tmp_path / "model.ckpt", {"x": np.float32([1])})
-    with pytest.raises(UnsupportedError, match="holds no weights") as caught:
+    with pytest.raises(UnsupportedError, match="graph, not weights") as caught:
         opened(tmp_path / "model.ckpt.meta")
     assert caught.value.hint == f"pass {tmp_path / 'model.ckpt'}"
 
@@ -341,20 +341,20 @@ def test_index_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "words"),
     [(b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"), (b"<html>", "HTML page")],
     ids=["empty", "lfs", "html"],
 )
 @pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001"])
-def test_something_else_in_its_place(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_another_file_in_its_place(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     folder = copied(tmp_path)
     (folder / name).write_bytes(content)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         opened(folder)
     assert caught.value.path == str(folder / name)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_no_checkpoint(tmp_path: Path) -> None:
     checkpoints(tmp_path, "model-1")
     with pytest.raises(InputError, match="no such file") as caught:
         opened(tmp_path / "modle")
@@ -417,7 +417,7 @@ def test_unreadable_directory() -> None:
         os.seteuid(0)
 
 
-# --- recognising --------------------------------------------------------------------------------------------------
+# --- detection ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["hf-bin", "hf-safetensors", "hf-safetensors-sharded", "hf-bin-sharded"])
@@ -431,7 +431,7 @@ def test_a_checkpoint_file_of_another_program_is_not_claimed(tmp_path: Path) -> 
     (tmp_path / "checkpoint").write_bytes(b"\x82\xa4step\x01")  # Flax writes MessagePack under that name
     assert not claims(FORMAT, tmp_path)
     assert not claims(FORMAT, tmp_path / "checkpoint")
-    (tmp_path / "checkpoint").write_text(says("model-1"))
+    (tmp_path / "checkpoint").write_text(state_naming("model-1"))
     assert claims(FORMAT, tmp_path)
     (tmp_path / "checkpoint").rename(tmp_path / "renamed")
     assert claims(FORMAT, tmp_path / "renamed")
@@ -444,14 +444,14 @@ def test_gpt1_is_left_to_its_own_reader(tmp_path: Path) -> None:
     assert not claims(FORMAT, tmp_path / "params_0.npy")
 
 
-def test_a_file_named_index_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_file_named_index_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".index").write_bytes(b"")
     assert not claims(FORMAT, tmp_path)
     with pytest.raises(InputError, match="no TensorFlow checkpoint"):
         opened(tmp_path)
 
 
-def test_what_is_not_there_is_not_claimed(tmp_path: Path) -> None:
+def test_missing_paths_are_not_claimed(tmp_path: Path) -> None:
     for name in ("", "gpt2", "openai/gpt2", "model.ckpt.index", "model.meta", "checkpoint", "nul\0byte"):
         assert not claims(FORMAT, tmp_path / name if name else tmp_path)
         assert not claims(FORMAT, name)

@@ -1,4 +1,4 @@
-"""The trainers' own checkpoints from the command line to transformers: detected, converted, loaded, run."""
+"""The trainers' own checkpoints end to end: detected, converted, loaded and run in transformers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_formats_are_told_apart(name: str) -> None:
+def test_formats_are_distinguished(name: str) -> None:
     first = claimants(ORIGINALS / name)[0]
     assert first == {"gpt1": "openai-gpt1"}.get(name, COMMANDS[name][0])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_transformers_computes_the_same_from_the_export(
+def test_transformers_computes_the_golden_logits_from_the_export(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch

@@ -1,4 +1,4 @@
-"""Tokenizer files beside a checkpoint: which are found, and that none of them can block who reads it."""
+"""Tokenizer files next to a checkpoint: which are found, and that none of them can block a reader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("no_hang")
 
 
 @pytest.mark.parametrize("names", [GPT1, GPT2, HUGGING_FACE], ids=["gpt1", "gpt2", "hf"])
-def test_those_that_exist_are_found(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_existing_files_are_found(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert find_tokenizer([str(tmp_path)], names) == {}
     (tmp_path / "vocabulary.txt").touch()
     (tmp_path / names[-1]).touch()
@@ -35,7 +35,7 @@ def test_the_first_folder_that_has_a_file_wins(tmp_path: Path) -> None:
     }
 
 
-def test_a_directory_of_that_name_is_passed_over(tmp_path: Path) -> None:
+def test_a_directory_with_that_name_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a" / "merges.txt").mkdir(parents=True)
     (tmp_path / "merges.txt").touch()
     paths = [str(tmp_path / "a" / "merges.txt"), str(tmp_path / "merges.txt")]
@@ -43,7 +43,7 @@ def test_a_directory_of_that_name_is_passed_over(tmp_path: Path) -> None:
     assert first_file(paths[:1]) is None
 
 
-def test_special_files_are_refused_and_links_to_nothing_named(tmp_path: Path) -> None:
+def test_special_files_and_dangling_links_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "vocab.json")
     with pytest.raises(UnsafeInputError, match="not a regular file") as unsafe:
         find_tokenizer([str(tmp_path)])

@@ -1,9 +1,10 @@
-"""Which files make up a Hugging Face checkpoint, in a directory as on the hub: by their names alone."""
+"""The files of a Hugging Face checkpoint, local or on the hub, chosen by name alone."""
 
 from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -22,11 +23,11 @@ class WeightsKind:
     """One container that transformers saves models in.
 
     Attributes:
-        title: for people.
+        title: name shown to users.
         default: file name of an unsharded checkpoint; the index of a sharded one is called ``DEFAULT.index.json``.
-        suffixes: of files that are read as this kind.
+        suffixes: suffixes of the files read as this kind.
         read: reads one file.
-        index_name: the name that ``read`` gives to what a shard index calls so.
+        index_name: a tensor's name in a shard index → its name from ``read``.
     """
 
     title: str
@@ -51,7 +52,7 @@ KINDS: tuple[WeightsKind, ...] = (
         "Flax (msgpack)", "flax_model.msgpack", (".msgpack",), flax_msgpack.read_flax, flax_msgpack.index_name
     ),
 )
-#: Containers without a reader: file name pattern → what it is.
+#: Unsupported containers: file name pattern → description.
 UNSUPPORTED: Mapping[str, str] = {
     "rust_model.ot": "rust-bert weights",
     "*.gguf": "llama.cpp weights",
@@ -70,23 +71,23 @@ class Weights:
 
 
 def weights_named(name: str) -> Weights | None:
-    """What a file of this name would be read as; None: nothing known."""
+    """How a file of this name would be read; None if its suffix is unknown."""
     stem = name.removesuffix(".index.json")
     kinds = (kind for kind in KINDS if stem.endswith(kind.suffixes))
     return next((Weights(kind, name, stem != name) for kind in kinds), None)
 
 
 def choose_weights(names: Collection[str], wanted: str | None, where: str) -> tuple[Weights, list[str]]:
-    """The weights to read among the files ``names``, and notes on those passed over.
+    """Choose the weights among the files ``names``; also returns notes on those passed over.
 
     Args:
         names: files present, relative to the checkpoint's directory.
-        wanted: the file the user asked for; None: by preference.
-        where: directory or repository, for messages.
+        wanted: the file the user named; None to choose by preference.
+        where: directory or repository, used in error messages.
 
     Raises:
-        InputError: no weights, or not the ones asked for.
-        UnsupportedError: only weights of a kind that is not read.
+        InputError: no weights, or not the file named.
+        UnsupportedError: only unsupported kinds of weights.
     """
     if wanted is not None:
         return _asked_for(names, wanted, where), []
@@ -101,25 +102,24 @@ def choose_weights(names: Collection[str], wanted: str | None, where: str) -> tu
     if len(present) == 1:
         return present[0], []
     others = ", ".join(other.name for other in present[1:])
-    return present[0], [f"{present[0].name} is read; also there, and not read: {others} (--weights-file chooses)"]
+    return present[0], [f"{present[0].name} was read; other weights were not: {others} (choose with --weights-file)"]
 
 
 def _asked_for(names: Collection[str], wanted: str, where: str) -> Weights:
     if wanted not in names:
         found = ", ".join(name for name in sorted(names) if weights_named(name)) or "no weights"
-        raise InputError("the weights file asked for is not there", path=where, expected=wanted, found=found)
+        hint = "pass one of these with --weights-file, or omit the option"
+        raise InputError("the weights file is missing", path=where, expected=wanted, found=found, hint=hint)
     weights = weights_named(wanted)
     if weights is None:
         known = ", ".join(suffix for kind in KINDS for suffix in kind.suffixes)
         what = unsupported_kind(wanted) or wanted
-        raise UnsupportedError(
-            "weights of this kind are not read", path=where, expected=f"one of {known}", found=what
-        )
+        raise UnsupportedError("unsupported kind of weights file", path=where, expected=f"one of {known}", found=what)
     return weights
 
 
 def unsupported_kind(name: str) -> str | None:
-    """What a weights file without a reader is, in words; None: no such file."""
+    """Description of an unsupported weights file; None for other files."""
     name = os.path.basename(name)
     return next((what for pattern, what in UNSUPPORTED.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
@@ -128,12 +128,12 @@ def _no_weights(names: Collection[str], where: str) -> Exception:
     expected = " or ".join(name for kind in KINDS for name in (kind.default, kind.index))
     shards = sorted(name for name in names if fnmatch.fnmatchcase(name, "*-?????-of-?????.*") and weights_named(name))
     if shards:
-        hint = f"fetch {shards[0].split('-')[0]}{os.path.splitext(shards[0])[1]}.index.json as well"
-        found = f"{len(shards)} shards"
-        return InputError("shards without their index", path=where, expected="an index file", found=found, hint=hint)
+        index = re.sub(r"-\d{5}-of-\d{5}", "", shards[0]) + ".index.json"
+        found, hint = f"{len(shards)} shards", f"fetch {index} as well"
+        return InputError("the shards' index is missing", path=where, expected=index, found=found, hint=hint)
     named = sorted(name for name in names if weights_named(name) and not unsupported_kind(name))
     if named:
-        hint = f"--weights-file {named[0]}, if that is the model"
+        hint = f"if {named[0]} is the model, pass --weights-file {named[0]}"
         return InputError(
             "no weights under a standard name", path=where, expected=expected, found=", ".join(named[:5]), hint=hint
         )
@@ -141,4 +141,4 @@ def _no_weights(names: Collection[str], where: str) -> Exception:
     if strange:
         listed = ", ".join(f"{name} ({what})" for name, what in strange.items())
         return UnsupportedError("no weights of a supported kind", path=where, expected=expected, found=listed)
-    return InputError("no weights", path=where, expected=expected, found=", ".join(sorted(names)[:8]) or "nothing")
+    return InputError("no weights", path=where, expected=expected, found=", ".join(sorted(names)[:8]) or "no files")

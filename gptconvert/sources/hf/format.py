@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: a directory, one weights file with its config.json beside it, or a repository's name."""
+"""Hugging Face checkpoints: a directory, a weights file next to its config.json, or a repository name."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from gptconvert.sources.hf.files import (
 from gptconvert.sources.hf.shards import read_sharded
 from gptconvert.sources.tokenizer_files import HUGGING_FACE, find_tokenizer
 
-#: Most bytes of a config.json.
+#: Largest config.json accepted, in bytes.
 MAX_CONFIG = 16 << 20
 
 
 def open_hf(path: str, options: Options) -> Source:
-    """A checkpoint in Hugging Face's layout, headers read.
+    """Open a checkpoint in Hugging Face's layout, reading only headers.
 
     Args:
-        path: directory, weights file, index file or config.json; else a repository on the hub (``org/name``).
+        path: directory, weights file, index file or config.json; otherwise a repository on the hub (``org/name``).
         options: ``hparams`` replaces config.json; ``weights_file`` chooses among several; ``revision``,
-            ``cache_dir`` and ``offline`` are for the hub.
+            ``cache_dir`` and ``offline`` apply to the hub.
 
     Raises:
-        InputError: files missing, damaged or inconsistent; the repository cannot be had.
-        UnsupportedError: weights of a kind that is not read.
+        InputError: files missing, damaged or inconsistent, or the repository cannot be fetched.
+        UnsupportedError: unsupported kind of weights.
         UnsafeInputError: files that run code, leave the directory or are not regular files.
     """
     if os.path.lexists(path):
         if options.revision is not None:
-            raise UsageError("--revision is for hub repositories, and this is a local path", path=path)
+            hint = "omit --revision; to read the repository instead, run in a directory without this path"
+            raise UsageError("--revision applies to hub repositories, and this is a local path", path=path, hint=hint)
         return _open_local(path, options)
     if not hub.is_repo_id(path):
         raise no_such_path(path)
@@ -84,7 +85,7 @@ def _open_local(path: str, options: Options) -> Source:
 
 
 def _split(path: str, weights_file: str | None) -> tuple[str, str | None]:
-    """Directory and weights file (inside it) that ``path`` and the option mean."""
+    """Directory and name of the weights file, from ``path`` and the option."""
     if os.path.isdir(path):
         return path, weights_file
     file_size(path)
@@ -93,10 +94,10 @@ def _split(path: str, weights_file: str | None) -> tuple[str, str | None]:
         return directory or ".", weights_file
     if weights_file is not None and weights_file != name:
         raise InputError(
-            "two weights files asked for",
+            "the path and --weights-file name different weights files",
             path=path,
             found=f"--weights-file {weights_file}",
-            hint="name the directory",
+            hint="pass the directory with --weights-file, or the file without it",
         )
     return directory or ".", name
 
@@ -107,10 +108,13 @@ def _read(path: str, weights: Weights) -> TensorSet:
 
 
 def _no_config(directory: str, names: list[str]) -> InputError:
-    hint = "copy it from where the weights came from, or pass --hparams FILE"
+    hint = "fetch it from the weights' origin, or pass --hparams FILE"
     if "adapter_config.json" in names:
-        hint = "this is a LoRA adapter: merge it into its base model first (peft: model.merge_and_unload())"
-    return InputError("config.json is missing", path=directory, found=", ".join(names[:8]) or "nothing", hint=hint)
+        hint = (
+            "this is a LoRA adapter: merge it into its base model with peft's model.merge_and_unload(), "
+            "save the result with save_pretrained() and convert that"
+        )
+    return InputError("config.json is missing", path=directory, found=", ".join(names[:8]) or "no files", hint=hint)
 
 
 def recognises(path: str) -> bool:
@@ -128,7 +132,7 @@ def recognises(path: str) -> bool:
 
 
 def _names_model_type(path: str) -> bool:
-    """Whether a config.json is one of transformers'; other programs' files have that name too."""
+    """Whether a config.json is transformers'; other programs use that name too."""
     try:
         return b'"model_type"' in read_small(path, MAX_CONFIG, CONFIG)
     except InputError:

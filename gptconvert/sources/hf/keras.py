@@ -1,11 +1,10 @@
-"""``tf_model.h5``: what transformers' TensorFlow models saved, by Keras, into an HDF5 file. Read with h5py alone.
+"""``tf_model.h5``, as Keras saved transformers' TensorFlow models in HDF5. Read with h5py alone.
 
-Sources: Keras 2 ``saving/hdf5_format.py`` (attributes ``layer_names`` and ``weight_names``, split when they are
-long) and the rule by which transformers 4 turned TensorFlow's names into PyTorch's. A Keras program in
-``model_config`` is never read.
+Sources: Keras 2 ``saving/hdf5_format.py`` (attributes ``layer_names`` and ``weight_names``, split if long) and
+transformers 4's rule for converting TensorFlow names to PyTorch's. A Keras program in ``model_config`` is never read.
 
-transformers' TFOpenAIGPT computed GELU by erf from weights trained with the tanh formula; what is exported
-is what the weights and config.json mean: tanh.
+transformers' TFOpenAIGPT computed GELU with erf although the weights were trained with the tanh formula. Exports
+follow the weights and config.json: tanh.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _WHOLE_MODEL = "model_weights"
 
 
 def read_keras_h5(path: str) -> TensorSet:
-    """The weights under the names and in the layout of transformers' PyTorch models.
+    """Read the weights under the names and in the layout of transformers' PyTorch models.
 
     Raises:
-        UnsupportedError: h5py is not installed, or data is packed in a way that needs a plug-in.
+        UnsupportedError: h5py is not installed, or the data needs a compression plug-in.
         InputError: the file is damaged or was not written by Keras.
         UnsafeInputError: the file refers to other files, or expands without bound.
     """
@@ -39,20 +38,20 @@ def read_keras_h5(path: str) -> TensorSet:
             dataset = find(root, place, path)
             name, orient = hf_name(given, keep_first=place == given)
             if name in tensors:
-                raise InputError("two weights have one name", path=path, item=name)
+                raise InputError("two weights have the same name", path=path, item=name)
             tensors[name] = orient(lazy_tensor(dataset, path))
     notes = (f"{os.path.basename(path)}: the Keras program in model_config is not read",) if has_program else ()
     return TensorSet(tensors, (path,), notes)
 
 
 def hf_name(given: str, keep_first: bool = False) -> tuple[str, Callable[[LazyTensor], LazyTensor]]:
-    """PyTorch's name for a weight of a TensorFlow model, and what turns its values over to PyTorch's layout.
+    """PyTorch's name for a TensorFlow weight, and the transform to PyTorch's layout.
 
     ``tfgp_t2lm_head_model/transformer/h_._0/attn/c_attn/weight:0`` → ``transformer.h.0.attn.c_attn.weight``.
 
     Args:
         given: as Keras wrote it.
-        keep_first: the model's own name, which the first part is, was left off already (in sharded files).
+        keep_first: the first part is not the model's name, which sharded files leave off.
     """
     plain = re.sub(r"/[^/]*___([^/]*)/", r"/\1/", given.removesuffix(":0").replace("_._", "/"))
     parts = [part for part in plain.split("/") if part]
@@ -60,13 +59,15 @@ def hf_name(given: str, keep_first: bool = False) -> tuple[str, Callable[[LazyTe
         parts = parts[1:]
     kind = parts[-1]
     parts[-1] = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "beta": "bias"}.get(kind, kind)
-    if kind == "kernel":  # Dense layers are [in, out]; "weight" is a Conv1D's or an embedding's, and stays
+    if (
+        kind == "kernel"
+    ):  # a Dense layer, [in, out]; "weight" is a Conv1D or an embedding, already in PyTorch's layout
         return ".".join(parts), _transpose_matrix
     return ".".join(parts), _squeeze_bias if parts[-1] == "bias" else lambda tensor: tensor
 
 
 def index_name(given: str) -> str:
-    """The name under which :func:`read_keras_h5` gives the weight that a shard index calls ``given``."""
+    """A weight's name in a shard index → its name from :func:`read_keras_h5`."""
     return hf_name(given)[0]
 
 
@@ -75,14 +76,14 @@ def _transpose_matrix(tensor: LazyTensor) -> LazyTensor:
 
 
 def _squeeze_bias(tensor: LazyTensor) -> LazyTensor:
-    """TensorFlow's Conv1D has a bias of shape [1, out]."""
+    """TensorFlow's Conv1D stores its bias as [1, out]."""
     return drop_leading_axis(tensor) if len(tensor.shape) == 2 and tensor.shape[0] == 1 else tensor
 
 
 def _weights(root: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(path of the dataset, the weight's own name) of every weight, in the file's order.
+    """(path of the dataset, the weight's name) of every weight, in file order.
 
-    A shard of a sharded model names its datasets where a whole model names its layers.
+    In a shard, ``layer_names`` lists datasets instead of layers.
     """
     count = 0
     for layer in _names(root, "layer_names", path):
@@ -96,7 +97,7 @@ def _weights(root: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _names(group: Any, attribute: str, path: str) -> list[str]:
-    """A list of names from one attribute, or, if it was too long for one, from several: ``weight_names0`` …"""
+    """A list of names from one attribute, or from several (``weight_names0`` …) if it was too long for one."""
     pieces = [attribute] if attribute in group.attrs else []
     while not pieces or pieces[-1] != attribute:
         piece = f"{attribute}{len(pieces)}"
@@ -105,7 +106,7 @@ def _names(group: Any, attribute: str, path: str) -> list[str]:
         pieces.append(piece)
     if not pieces:
         raise InputError(
-            f"no attribute {attribute}",
+            f"the attribute {attribute} is missing",
             path=path,
             item=group.name,
             expected="weights saved by Keras (model.save_weights)",

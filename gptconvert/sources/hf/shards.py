@@ -1,7 +1,7 @@
-"""Sharded checkpoints: ``model.safetensors.index.json`` says which file holds each tensor.
+"""Sharded checkpoints: ``model.safetensors.index.json`` maps each tensor to a file.
 
-The index comes from outside and names files, so each name must be that of a regular file in the index's own
-directory; what each file really holds must then match the index, tensor by tensor.
+The index is untrusted, so each name in it must be that of a regular file in the index's own directory; the files'
+contents must then match the index tensor by tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gptconvert.containers.untrusted import hub_homes, is_plain_name, is_regular
 from gptconvert.errors import InputError, UnsafeInputError
 from gptconvert.model.tensors import FileChecksum, LazyTensor, TensorSet
 
-#: Most bytes of an index; one of 100 000 tensors has 10 MB.
+#: Largest index accepted, in bytes; an index of 100 000 tensors takes 10 MB.
 MAX_INDEX = 64 << 20
 _LISTED = 10
 
@@ -22,15 +22,15 @@ _LISTED = 10
 def read_sharded(
     index: str | os.PathLike[str], read: Callable[[str], TensorSet], rename: Callable[[str], str] = str
 ) -> TensorSet:
-    """All tensors of a sharded checkpoint, by the order of the index.
+    """Read all tensors of a sharded checkpoint, in the index's order.
 
     Args:
         index: the index file.
         read: reads one shard.
-        rename: the index's name for a tensor → the one ``read`` gives it.
+        rename: a tensor's name in the index → its name from ``read``.
 
     Raises:
-        InputError: the index is malformed, shards are missing, or they do not hold what the index says.
+        InputError: the index is malformed, shards are missing, or their contents do not match the index.
         UnsafeInputError: a shard is outside the directory or is not a regular file.
     """
     index = os.fspath(index)
@@ -45,11 +45,11 @@ def read_sharded(
 
 
 def read_weight_map(index: str) -> dict[str, str]:
-    """Tensor name → shard file name, checked to be names of files, not paths.
+    """Tensor name → shard file name. Paths instead of plain file names are refused.
 
     Raises:
-        InputError: too large, not JSON, no usable ``weight_map``.
-        UnsafeInputError: a shard's name leads out of the directory.
+        InputError: too large, not JSON, or without a usable ``weight_map``.
+        UnsafeInputError: a shard's name is not a plain file name.
     """
     value = read_json_object(index, MAX_INDEX, "shard index").get("weight_map")
     if not isinstance(value, dict) or not value:
@@ -63,17 +63,17 @@ def read_weight_map(index: str) -> dict[str, str]:
     unsafe = [shard for shard in dict.fromkeys(value.values()) if not is_plain_name(shard)]
     if unsafe:
         raise UnsafeInputError(
-            f"refused shard paths: {_some(unsafe)}", path=index, expected="names of files beside the index"
+            f"refused shard paths: {_some(unsafe)}", path=index, expected="names of files next to the index"
         )
     return value
 
 
 def shard_paths(index: str, weight_map: Mapping[str, str]) -> dict[str, str]:
-    """Shard name → path of a regular file, in the order of the names.
+    """Shard name → path of a regular file, sorted by name.
 
     Raises:
-        InputError: shards are missing; all of them are listed.
-        UnsafeInputError: shards are not regular files, or links that leave the directory.
+        InputError: shards are missing; the message lists them all.
+        UnsafeInputError: shards are not regular files, or are links that leave the directory.
     """
     directory = os.path.dirname(index)
     paths = {name: os.path.join(directory, name) for name in sorted(set(weight_map.values()))}
@@ -82,29 +82,35 @@ def shard_paths(index: str, weight_map: Mapping[str, str]) -> dict[str, str]:
         raise InputError(
             f"{len(missing)} of {len(paths)} shards are missing: {_some(missing)}",
             path=index,
-            hint="copy or download them into the same directory",
+            hint="copy or download them into the index's directory",
         )
     homes = hub_homes(directory)
     links = [f"{name} → {os.readlink(path)}" for name, path in paths.items() if links_out(path, homes)]
     if links:
-        raise UnsafeInputError(f"refused shard links that leave the directory: {_some(links)}", path=index)
+        raise UnsafeInputError(
+            f"refused shard links that leave the directory: {_some(links)}",
+            path=index,
+            hint="if you trust the files, copy them into the directory",
+        )
     strange = [name for name, path in paths.items() if not is_regular(path)]
     if strange:
-        raise UnsafeInputError(f"shards that are not regular files: {_some(strange)}", path=index)
+        raise UnsafeInputError(
+            f"shards that are not regular files: {_some(strange)}", path=index, expected="regular files"
+        )
     return paths
 
 
 def _check_contents(index: str, weight_map: Mapping[str, str], shards: Mapping[str, TensorSet]) -> None:
-    """Index and shards must name the same tensors, each in the same file."""
-    announced = {(shard, name) for name, shard in weight_map.items()}
+    """Require that each shard holds exactly the tensors that the index assigns to it."""
+    indexed = {(shard, name) for name, shard in weight_map.items()}
     present = {(shard, name) for shard, tensors in shards.items() for name in tensors}
-    absent, extra = sorted(announced - present), sorted(present - announced)
+    absent, extra = sorted(indexed - present), sorted(present - indexed)
     if absent or extra:
-        parts = [_describe("missing from their shard", absent), _describe("not where the index says", extra)]
+        parts = [_describe("missing from their shard", absent), _describe("not listed there in the index", extra)]
         raise InputError(
-            f"shards do not hold what the index says: {'; '.join(part for part in parts if part)}",
+            f"the shards do not match the index: {'; '.join(part for part in parts if part)}",
             path=index,
-            hint="index and shards must come from the same save; fetch all of them again",
+            hint="the index and the shards must come from the same save: fetch all of them again",
         )
 
 

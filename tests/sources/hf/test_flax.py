@@ -1,4 +1,4 @@
-"""flax_model.msgpack: read without Flax, located without a copy, and nothing in it trusted."""
+"""flax_model.msgpack: read without Flax and without copying, and treated as untrusted."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.helpers import checkpoint_of
 from tests.sources.foreign import ORIGINALS, gap, golden, logits, opened, same_weights
 
 
-def test_gpt2_is_the_witness() -> None:
+def test_gpt2_matches_the_golden_logits() -> None:
     checkpoint = opened(ORIGINALS / "flax-gpt2")
     assert checkpoint.source.format == "Hugging Face, Flax (msgpack)"
     assert gap(checkpoint, "flax-gpt2") < 1e-12
 
 
-def test_gpt_neo_in_bfloat16_is_the_witness() -> None:
+def test_gpt_neo_in_bfloat16_matches_the_golden_logits() -> None:
     checkpoint = opened(ORIGINALS / "flax-gpt-neo")
     assert {weight.dtype for weight in checkpoint.weights.values()} == {BFLOAT16}
     expected = golden("flax-gpt-neo")  # transformers computed it in float32
@@ -38,7 +38,7 @@ def test_gpt_neo_in_bfloat16_is_the_witness() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "gptj"])
 @pytest.mark.parametrize("chunk", [1 << 30, 1000])
-def test_weights_are_those_of_hugging_faces_layout(tmp_path: Path, family: str, chunk: int) -> None:
+def test_weights_equal_those_of_pytorch(tmp_path: Path, family: str, chunk: int) -> None:
     raw, arrays = witness.saved(Case(family), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "flax_model.msgpack").write_bytes(foreign.flax_bytes(foreign.flax_tree(arrays), chunk))
@@ -47,8 +47,8 @@ def test_weights_are_those_of_hugging_faces_layout(tmp_path: Path, family: str, 
     assert checkpoint.weights["wte.weight"].segments() is not None
 
 
-def test_a_kernel_not_transposed_would_be_noticed(tmp_path: Path) -> None:
-    """GPT-2's square projection has the same shape either way: only the logits tell."""
+def test_a_kernel_left_untransposed_would_be_noticed(tmp_path: Path) -> None:
+    """GPT-2's square projection has the same shape either way: only the logits differ."""
     tensors = read_flax(str(ORIGINALS / "flax-gpt2" / "flax_model.msgpack"))
     kernel = tensors["transformer.h.0.attn.c_proj.weight"]
     assert isinstance(kernel, Transposed)
@@ -87,7 +87,7 @@ def write(path: Path, content: bytes) -> str:
     return str(path / "flax_model.msgpack")
 
 
-def test_training_state_and_entries_that_are_no_arrays(tmp_path: Path) -> None:
+def test_training_state_and_entries_that_are_not_arrays(tmp_path: Path) -> None:
     tree = {"params": {"a": {"bias": np.ones(2, np.float32)}, "n": None}, "step": 7, "opt_state": {"0": {}}}
     found = read_flax(write(tmp_path, foreign.flax_bytes(tree)))
     assert list(found) == ["a.bias"]
@@ -109,14 +109,14 @@ def chunked(**changes: Any) -> dict[str, Any]:
 
 GOOD = foreign.flax_bytes({"a": {"bias": np.ones(2, np.float32)}})
 BAD: dict[str, tuple[bytes, type[GptConvertError], str]] = {
-    "no arrays": (msgpack.packb({"a": 1}), InputError, "no arrays"),
-    "not a map": (msgpack.packb([1]), InputError, "not a map"),
+    "no arrays": (msgpack.packb({"a": 1}), InputError, "no named arrays"),
+    "not a map": (msgpack.packb([1]), InputError, "expected a map of parameters, found list"),
     "chunk missing": (msgpack.packb({"a": chunked(chunks={"0": array(), "2": array()})}), InputError, "misnumbered"),
-    "chunk too few": (msgpack.packb({"a": chunked(chunks={"0": array()})}), InputError, "do not make it up"),
+    "chunk too few": (msgpack.packb({"a": chunked(chunks={"0": array()})}), InputError, "do not match its shape"),
     "chunks of two types": (
         msgpack.packb({"a": chunked(chunks={"0": array(), "1": array((2,), "int32")})}),
         InputError,
-        "do not make it up",
+        "do not match its shape",
     ),
     "chunks of numbers": (msgpack.packb({"a": chunked(chunks={"0": 1, "1": 2})}), InputError, "misnumbered"),
     "chunks without shape": (msgpack.packb({"a": chunked(shape=None)}), InputError, "misnumbered"),
@@ -132,7 +132,7 @@ def test_41_bad_files(tmp_path: Path, name: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(at=st.integers(0, len(GOOD) - 1), byte=st.integers(0, 255), cut=st.integers(0, 4))
-def test_any_damage_is_an_error_of_ours(
+def test_any_damage_raises_our_errors_only(
     tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, cut: int
 ) -> None:
     path = tmp_path_factory.mktemp("damage")

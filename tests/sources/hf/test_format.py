@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints on disk: which files are read, and what is said of those that are not."""
+"""Hugging Face checkpoints on disk: which files are read, and the errors and notes for the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = Options()
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """config.json and model.safetensors, as transformers would lay them out."""
+    """A directory with config.json and model.safetensors, as transformers would save them."""
     from safetensors.numpy import save_file
 
     raw, arrays = tiny_gpt2()
@@ -42,14 +42,14 @@ def save_bin(directory: Path, name: str = "pytorch_model.bin", scale: float = 1.
 
 
 def first(path: str | Path, options: Options = PLAIN) -> float:
-    """One number that tells which weights were read."""
+    """One element, to identify which weights were read."""
     return float(open_hf(str(path), options).tensors["transformer.wpe.weight"].read()[0, 0])
 
 
 def test_directory(checkpoint: Path) -> None:
     for name in HUGGING_FACE:
         (checkpoint / name).write_text("{}")
-    (checkpoint / "README.md").write_text("# ours")
+    (checkpoint / "README.md").write_text("# model")
     source = open_hf(str(checkpoint), PLAIN)
     raw, arrays = tiny_gpt2()
     assert (source.scheme, source.format) == ("hf", "Hugging Face, safetensors")
@@ -69,10 +69,10 @@ def test_fixtures_are_the_same_model(name: str) -> None:
     root = FIXTURES / "tiny-gpt2"
     reference = open_hf(str(root / "hf-safetensors"), PLAIN).tensors
     tensors = open_hf(str(root / name), PLAIN).tensors
-    ours = {key.removeprefix("transformer."): tensor.read() for key, tensor in tensors.items()}
+    bare = {key.removeprefix("transformer."): tensor.read() for key, tensor in tensors.items()}
     for key, tensor in reference.items():
         expected = tensor.read()
-        found = ours[key.removeprefix("transformer.")]
+        found = bare[key.removeprefix("transformer.")]
         if name == "hf-bf16":
             np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-8)
         else:
@@ -97,7 +97,7 @@ def test_49_both_kinds_present(checkpoint: Path) -> None:
     save_bin(checkpoint, scale=2.0)
     source = open_hf(str(checkpoint), PLAIN)
     assert source.format == "Hugging Face, safetensors"
-    assert any("model.safetensors is read" in n and "pytorch_model.bin" in n for n in source.notes)
+    assert any("model.safetensors was read" in n and "pytorch_model.bin" in n for n in source.notes)
     expected = tiny_gpt2()[1]["transformer.wpe.weight"][0, 0]
     assert first(checkpoint) == expected
     for path, options in [
@@ -123,14 +123,14 @@ def test_preference(names: list[str], chosen: str) -> None:
     assert choose_weights(names, None, "dir")[0].name == chosen
 
 
-def test_weights_file_that_is_not_there(checkpoint: Path) -> None:
+def test_missing_weights_file(checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"expected pytorch_model\.bin, found model\.safetensors"):
         open_hf(str(checkpoint), Options(weights_file="pytorch_model.bin"))
-    with pytest.raises(InputError, match="two weights files"):
+    with pytest.raises(InputError, match="name different weights files"):
         open_hf(str(checkpoint / "model.safetensors"), Options(weights_file="pytorch_model.bin"))
 
 
-def test_other_name_for_the_weights(checkpoint: Path) -> None:
+def test_weights_under_another_name(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "model.fp16.safetensors")
     with pytest.raises(InputError) as caught:
         open_hf(str(checkpoint), PLAIN)
@@ -146,11 +146,12 @@ def test_only_weights_of_another_kind(checkpoint: Path, name: str) -> None:
         open_hf(str(checkpoint), PLAIN)
 
 
-def test_shards_without_index(checkpoint: Path) -> None:
-    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+@pytest.mark.parametrize("stem", ["model", "my-model"])
+def test_shards_without_index(checkpoint: Path, stem: str) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / f"{stem}-00001-of-00002.safetensors")
     with pytest.raises(InputError) as caught:
         open_hf(str(checkpoint), PLAIN)
-    assert "model.safetensors.index.json" in str(caught.value.hint)
+    assert caught.value.hint == f"fetch {stem}.safetensors.index.json as well"
 
 
 def test_no_weights_at_all(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""tf_model.h5: read by h5py alone, and refused where HDF5 would look elsewhere, expand or load code."""
+"""tf_model.h5: read with h5py alone, and refused if HDF5 would open other files, expand or load code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODELS = {"gpt1": "tfopen_aigpt_lm_head_model", "gpt2": "tfgp_t2lm_head_model", 
 NAME = "m/layer/w/kernel:0"
 
 
-def test_gpt2_is_the_witness() -> None:
+def test_gpt2_matches_the_golden_logits() -> None:
     checkpoint = opened(ORIGINALS / "h5-gpt2")
     assert checkpoint.source.format == "Hugging Face, TensorFlow (Keras HDF5)"
     assert gap(checkpoint, "h5-gpt2") < 1e-12
@@ -33,7 +33,7 @@ def test_gpt2_is_the_witness() -> None:
 
 
 def test_the_fixture_has_split_attributes_and_biases_of_two_axes() -> None:
-    """What the fixture is for."""
+    """The cases that the fixture exists to cover."""
     with h5py.File(FIXTURE) as file:
         assert {"weight_names0", "weight_names1"} <= file["transformer"].attrs.keys()
         assert "weight_names" not in file["transformer"].attrs
@@ -45,7 +45,7 @@ def test_the_fixture_has_split_attributes_and_biases_of_two_axes() -> None:
 @pytest.mark.parametrize(
     "how", [{}, {"chunks": True, "compression": "gzip", "shuffle": True, "fletcher32": True}], ids=["plain", "gzip"]
 )
-def test_weights_are_those_of_hugging_faces_layout(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
+def test_weights_equal_those_of_pytorch(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
     raw, arrays = witness.saved(Case(family), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     foreign.write_keras(tmp_path / "tf_model.h5", foreign.keras_weights(arrays, MODELS[family]), **how)
@@ -80,7 +80,7 @@ def test_names(given: str, expected: str) -> None:
     assert hf_name(given)[0] == expected
 
 
-def test_only_kernels_are_turned_over() -> None:
+def test_only_kernels_are_transposed() -> None:
     square = Stored((), np.dtype("f4"), (4, 4))
     assert isinstance(hf_name("m/a/kernel:0")[1](square), Transposed)
     assert hf_name("m/a/weight:0")[1](square) is square
@@ -90,7 +90,7 @@ def test_only_kernels_are_turned_over() -> None:
 
 
 def test_sharded(tmp_path: Path) -> None:
-    """In shards the datasets lie at the root, the model's name left off, and only the index has whole names."""
+    """Shards store datasets at the root without the model's name; only the index has full names."""
     raw, arrays = witness.saved(Case("gpt2"), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     weights = foreign.keras_weights(arrays, MODELS["gpt2"])
@@ -109,7 +109,7 @@ def test_sharded(tmp_path: Path) -> None:
 
 
 def file_with(path: Path, make: Any) -> str:
-    """A file of one layer whose one weight ``make(group)`` puts at :data:`NAME`."""
+    """A file with one layer whose weight :data:`NAME` is created or changed by ``make(group)``."""
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = [b"layer"]
         group = file.create_group("layer")
@@ -146,11 +146,11 @@ def no_names(group: Any) -> None:
 
 BAD: Sequence[tuple[Any, type[GptConvertError], str]] = [
     (climbs, InputError, "missing from the file"),
-    (twice, InputError, "two weights have one name"),
+    (twice, InputError, "two weights have the same name"),
     (numbers_for_names, InputError, "does not hold names"),
     (long_name, UnsafeInputError, "too large"),
     (deep, UnsafeInputError, "nested too deep"),
-    (no_names, InputError, "no attribute weight_names"),
+    (no_names, InputError, "attribute weight_names is missing"),
 ]
 
 
@@ -168,7 +168,7 @@ def test_39_truncated(tmp_path: Path, length: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_39_any_damage_is_an_error_of_ours(tmp_path: Path, seed: int) -> None:
+def test_39_any_damage_raises_our_errors_only(tmp_path: Path, seed: int) -> None:
     random, data = np.random.default_rng(seed), bytearray(FIXTURE.read_bytes())
     for at in random.integers(0, 12_000, 20):
         data[at] = random.integers(0, 256)
@@ -180,7 +180,7 @@ def test_39_any_damage_is_an_error_of_ours(tmp_path: Path, seed: int) -> None:
         pass
 
 
-def test_40_programs_are_not_looked_at(tmp_path: Path) -> None:
+def test_40_programs_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "w.h5"
     path.write_bytes(FIXTURE.read_bytes())
     with h5py.File(path, "a") as file:
@@ -190,7 +190,7 @@ def test_40_programs_are_not_looked_at(tmp_path: Path) -> None:
     assert any("model_config" in note for note in found.notes)
 
 
-def test_whole_models_keep_their_weights_in_a_group(tmp_path: Path) -> None:
+def test_whole_models_store_their_weights_in_a_group(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "w.h5", "w") as file, h5py.File(FIXTURE) as original:
         file.create_group("model_weights")
         for name in original:
@@ -200,7 +200,7 @@ def test_whole_models_keep_their_weights_in_a_group(tmp_path: Path) -> None:
     assert read_keras_h5(str(tmp_path / "w.h5")).keys() == read_keras_h5(str(FIXTURE)).keys()
 
 
-def test_what_it_is_not(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.h5").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(InputError, match="git lfs pull"):
         read_keras_h5(str(tmp_path / "w.h5"))
@@ -211,10 +211,10 @@ def test_what_it_is_not(tmp_path: Path) -> None:
 
 
 def test_preference_and_choice(tmp_path: Path) -> None:
-    """safetensors, then .bin, then .h5, then .msgpack; --weights-file has the last word."""
+    """safetensors, then .bin, then .h5, then .msgpack, unless --weights-file chooses."""
     for name in ("h5-gpt2/tf_model.h5", "h5-gpt2/config.json", "flax-gpt2/flax_model.msgpack"):
         (tmp_path / Path(name).name).write_bytes((ORIGINALS / name).read_bytes())
     checkpoint = opened(tmp_path)
     assert gap(checkpoint, "h5-gpt2") < 1e-12
-    assert any("not read: flax_model.msgpack" in note for note in checkpoint.notes)
+    assert any("other weights were not: flax_model.msgpack" in note for note in checkpoint.notes)
     assert gap(opened(tmp_path, weights_file="flax_model.msgpack"), "flax-gpt2") < 1e-12

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: what the index may name, and whether the shards hold what it says."""
+"""Sharded checkpoints: which files the index may name, and whether the shards match it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SNAPSHOT = "cache/models--x/snapshots/0123abcd/inside"
 
 
 def write_index(directory: Path, content: Any) -> str:
-    """An index file; ``content`` as JSON, or as it is where it is text already."""
+    """Write an index file with ``content`` as JSON, or verbatim if it is text."""
     path = directory / INDEX
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
 
 
 def write_shards(directory: Path, shards: Mapping[str, str] = MAP) -> str:
-    """Shards written by the official library, and an index that fits them."""
+    """Write shards with the official library, and a matching index."""
     from safetensors.numpy import save_file
 
     for shard in set(shards.values()):
@@ -49,23 +49,23 @@ def test_tensors_come_from_their_shards_in_the_order_of_the_index(tmp_path: Path
     assert tensors.files == tuple(str(tmp_path / f"m-{i}.safetensors") for i in (1, 2, 3))
 
 
-def test_fixtures_equal_transformers_own_loading() -> None:
+def test_fixtures_equal_the_official_loaders() -> None:
     import torch
     from safetensors.torch import load_file
 
     root = FIXTURES / "tiny-gpt2"
-    ours = read_sharded(root / "hf-safetensors-sharded" / INDEX, read_safetensors)
-    theirs = load_file(root / "hf-safetensors" / "model.safetensors")
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[name].read(), tensor.numpy())
-    ours = read_sharded(root / "hf-bin-sharded" / "pytorch_model.bin.index.json", read_torch)
-    theirs = torch.load(root / "hf-bin" / "pytorch_model.bin", weights_only=True)
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[name].read(), tensor.numpy())
-    assert len(ours.files) == 2
-    assert {c.segment.path for c in ours.checksums} == set(ours.files)
+    found = read_sharded(root / "hf-safetensors-sharded" / INDEX, read_safetensors)
+    expected = load_file(root / "hf-safetensors" / "model.safetensors")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name].read(), tensor.numpy())
+    found = read_sharded(root / "hf-bin-sharded" / "pytorch_model.bin.index.json", read_torch)
+    expected = torch.load(root / "hf-bin" / "pytorch_model.bin", weights_only=True)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name].read(), tensor.numpy())
+    assert len(found.files) == 2
+    assert {c.segment.path for c in found.checksums} == set(found.files)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_16_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
         read_sharded(index, read_safetensors)
 
 
-def test_16_links_inside_the_directory_are_fine(tmp_path: Path) -> None:
+def test_16_links_inside_the_directory_are_followed(tmp_path: Path) -> None:
     index = write_shards(tmp_path)
     (tmp_path / "m-2.safetensors").rename(tmp_path / "real")
     (tmp_path / "m-2.safetensors").symlink_to("real")
@@ -125,7 +125,7 @@ def test_16_links_of_a_hub_cache(tmp_path: Path, store: str) -> None:
 
 
 @pytest.mark.parametrize("missing", [("m-2.safetensors",), ("m-1.safetensors", "m-3.safetensors")])
-def test_17_all_missing_shards_at_once(tmp_path: Path, missing: tuple[str, ...]) -> None:
+def test_17_all_missing_shards_are_listed(tmp_path: Path, missing: tuple[str, ...]) -> None:
     index = write_shards(tmp_path)
     for name in missing:
         (tmp_path / name).unlink()
@@ -141,7 +141,7 @@ def test_18_index_and_shards_disagree(tmp_path: Path) -> None:
         read_sharded(index, read_safetensors)
     for words in (
         "missing from their shard: `a` in m-2.safetensors, `e` in m-3.safetensors",
-        "not where the index says: `a` in m-1.safetensors",
+        "not listed there in the index: `a` in m-1.safetensors",
     ):
         assert words in str(caught.value)
 
@@ -149,12 +149,12 @@ def test_18_index_and_shards_disagree(tmp_path: Path) -> None:
 def test_18_shard_has_an_extra_tensor(tmp_path: Path) -> None:
     write_shards(tmp_path)
     index = write_index(tmp_path, {"weight_map": {name: shard for name, shard in MAP.items() if name != "b"}})
-    with pytest.raises(InputError, match=r"not where the index says: `b` in m-1\.safetensors"):
+    with pytest.raises(InputError, match=r"not listed there in the index: `b` in m-1\.safetensors"):
         read_sharded(index, read_safetensors)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "device", "link to device", "dangling link"])
-def test_19_shard_is_no_regular_file(tmp_path: Path, kind: str) -> None:
+def test_19_shard_is_not_a_regular_file(tmp_path: Path, kind: str) -> None:
     index = write_shards(tmp_path)
     path = tmp_path / "m-2.safetensors"
     path.unlink()
@@ -227,7 +227,7 @@ def test_20_index_of_one_gigabyte(tmp_path: Path) -> None:
         st.none() | st.text(max_size=5), lambda c: st.dictionaries(st.text(max_size=5), c, max_size=3)
     )
 )
-def test_any_index_gives_an_error_of_ours(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
+def test_any_index_raises_our_errors_only(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
     directory = tmp_path_factory.getbasetemp()
     with pytest.raises(GptConvertError):
         read_sharded(write_index(directory, {"weight_map": content}), read_safetensors)
