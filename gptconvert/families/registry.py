@@ -11,7 +11,7 @@ from gptconvert.families.family import Family, trim_vocabulary
 from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import find_prefix, resolve
+from gptconvert.model.resolution import find_prefix, resolve
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor
 

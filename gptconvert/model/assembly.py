@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from gptconvert.errors import FETCH_AGAIN, InputError, UnsupportedError
-from gptconvert.model.schemes import Order, Row, Scheme, concrete, find_prefix, sizes_of
+from gptconvert.model.resolution import find_prefix
+from gptconvert.model.schemes import Order, Row, Scheme, concrete, sizes_of
 from gptconvert.model.shards import Parts
 from gptconvert.model.source import Run, Source
 from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet

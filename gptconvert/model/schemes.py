@@ -7,15 +7,13 @@ missing, unexpected or mis-shaped is plain set arithmetic on file headers, found
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from gptconvert.errors import InputError
-from gptconvert.model.shards import FIRST, Merge, Parts, Shards, merge_parts
-from gptconvert.model.tensors import LazyTensor, Shape, filled
+from gptconvert.model.shards import FIRST, Shards
+from gptconvert.model.tensors import LazyTensor, Shape
 from gptconvert.model.transforms import Sizes, Transform, concatenate, split
 from reference_model.config import GPTConfig
 
@@ -151,17 +149,6 @@ class Bound:
         return self if alias is None or self.stored[0] in tensors else replace(self, stored=(alias,))
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A file's tensors, whole, under their canonical and their own names; what was left out and why; notes."""
-
-    weights: Mapping[str, LazyTensor]
-    tensors: Mapping[str, LazyTensor]
-    prefix: str
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
 def sizes_of(config: GPTConfig) -> dict[str, int]:
     """The symbols shapes are written in."""
     return {
@@ -247,164 +234,3 @@ def write_names(
             raise KeyError(bound.canonical)
         written.update(from_canonical(bound, weight, sizes))
     return dict(sorted(written.items()))
-
-
-def find_prefix(scheme: Scheme, names: Iterable[str]) -> str | None:
-    """What stands before the body names of this file, from the anchor tensor; None: the anchor is not there."""
-    found = [name[: -len(scheme.anchor)] for name in names if name.endswith(scheme.anchor)]
-    if scheme.prefixes is None:
-        fitting = [p for p in found if p == "" or p.endswith("/")]
-    else:
-        fitting = [p for p in found if p in scheme.prefixes]
-    return min(fitting, key=len, default=None)
-
-
-def head_prefix(scheme: Scheme, prefix: str) -> str:
-    """The prefix of head tensors: the body's part taken off."""
-    return prefix.removesuffix(scheme.body) if scheme.body else prefix
-
-
-def resolve(
-    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], *, path: str | None = None
-) -> Resolved:
-    """Canonical weights from a file's tensors, by headers alone.
-
-    Raises:
-        InputError: tensors are missing, unexpected or mis-shaped; all of them are listed.
-    """
-    prefix = find_prefix(scheme, tensors)
-    if prefix is None:
-        raise InputError(
-            f"no tensor named {scheme.anchor!r} under a known prefix",
-            path=path,
-            expected=f"names as in {scheme.anchor!r}",
-            found=_some(sorted(tensors)),
-            hint="this is not the variable scheme of any supported model; `gptconvert inspect` lists the names",
-        )
-    outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
-    tensors, notes = merge_parts(tensors, _merges(scheme, config, tensors, prefix))
-    bound = [b.named_as_in(tensors) for b in expand(scheme.rows, config, prefix, outer)]
-    weights: dict[str, LazyTensor] = {}
-    missing: list[str] = []
-    misshaped: list[tuple[str, Shape, Shape]] = []
-    used: set[str] = set()
-    for b in bound:
-        used.update(b.stored)
-        absent = [name for name in b.stored if name not in tensors]
-        wrong = [name for name in b.stored if name in tensors and tensors[name].shape != b.shape]
-        if absent and b.row.absent is not None:
-            dtype = next(iter(tensors.values())).dtype
-            weights[b.canonical] = filled(b.row.absent, dtype, canonical_shapes([b.row], config)[b.canonical])
-            continue
-        missing += absent
-        misshaped += [(name, b.shape, tensors[name].shape) for name in wrong]
-        if not absent and not wrong:
-            weights[b.canonical] = to_canonical(b, tensors, sizes)
-    for tied in scheme.tied:
-        name = (outer if tied.head else prefix) + tied.stored
-        if name in tensors and tied.when(config):
-            used.add(name)
-            if tensors[name].shape != concrete(tied.shape, sizes):
-                misshaped.append((name, concrete(tied.shape, sizes), tensors[name].shape))
-    drops = [drop for drop in scheme.drops if drop.when(config)]
-    dropped, unexpected = _sort_out(drops, (prefix, outer), [n for n in tensors if n not in used])
-    if missing or unexpected or misshaped:
-        raise _mismatch(missing, unexpected, misshaped, path)
-    return Resolved(weights, tensors, prefix, dropped, notes)
-
-
-def _merges(scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, Merge]:
-    """File name → how the parts become the tensor, also for tensors that a model of ``config`` does without."""
-    if not any(isinstance(tensor, Parts) for tensor in tensors.values()):
-        return {}
-    found: dict[str, Merge] = {}
-    for row in sorted(scheme.rows, key=lambda row: row.when(config)):
-        for b in expand([replace(row, when=lambda config: True)], config, prefix, head_prefix(scheme, prefix)):
-            added = None if row.added is None else prefix + row.added
-            found |= dict.fromkeys((*b.stored, *b.aliases), Merge(row.shards, b.shape, added))
-    return found
-
-
-def tied_pairs(
-    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str
-) -> list[tuple[str, str]]:
-    """(file name, canonical name) of every stored tensor that must repeat another."""
-    outer = head_prefix(scheme, prefix)
-    names = [((outer if t.head else prefix) + t.stored, t) for t in scheme.tied if t.when(config)]
-    return [(name, t.to) for name, t in names if name in tensors]
-
-
-def _sort_out(
-    drops: Iterable[Drop], prefixes: Iterable[str], names: Iterable[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Leftover names → (dropped with the reason, unexpected)."""
-    dropped, unexpected = {}, []
-    for name in names:
-        bare = {name.removeprefix(prefix) for prefix in prefixes}
-        why = next((d.why for d in drops if any(re.fullmatch(d.pattern, b) for b in bare)), None)
-        if why is None:
-            unexpected.append(name)
-        else:
-            dropped[name] = why
-    return dropped, unexpected
-
-
-def collapse(names: Iterable[str]) -> list[str]:
-    """Names with layer numbers folded: ``h.{0-3}.ln_1.weight``."""
-    return list(grouped(names))
-
-
-def grouped(names: Iterable[str], to: str = "-") -> dict[str, list[str]]:
-    """Names with layer numbers folded → the names that each stands for, in the order of first appearance.
-
-    Args:
-        names: all different.
-        to: between the first and the last number of a run.
-    """
-    groups: dict[str, list[tuple[int, str]]] = {}
-    for name in names:
-        match = re.search(r"(?:(?<=[./h])|(?<=layer_))[0-9]{1,9}(?=[./])", name)
-        template = name if match is None else f"{name[: match.start()]}{{}}{name[match.end() :]}"
-        groups.setdefault(template, []).append((-1 if match is None else int(match[0]), name))
-    return {
-        template if "{}" not in template else template.replace("{}", _runs(sorted(i for i, _ in found), to)): [
-            name for _, name in found
-        ]
-        for template, found in groups.items()
-    }
-
-
-def _runs(numbers: list[int], to: str) -> str:
-    """[0, 1, 2, 5] → ``{0-2,5}``; a single number stays bare."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return "{" + ",".join(str(a) if a == b else f"{a}{to}{b}" for a, b in runs) + "}"
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    shown = ", ".join(collapse(names)[:most])
-    return f"{shown}, … ({len(names)} in all)" if len(collapse(names)) > most else shown or "no tensors"
-
-
-def _mismatch(
-    missing: list[str], unexpected: list[str], misshaped: list[tuple[str, Shape, Shape]], path: str | None
-) -> InputError:
-    lines = ["the tensors do not fit the configuration"]
-    for name in collapse(missing):
-        near = difflib.get_close_matches(name, collapse(unexpected), 1, 0.75)
-        lines.append(f"  missing     {name}" + (f"   (is it {near[0]}?)" if near else ""))
-    lines += [f"  unexpected  {name}" for name in collapse(unexpected)]
-    lines += [
-        f"  wrong shape {name}: expected {list(expected)}, found {list(found)}" for name, expected, found in misshaped
-    ]
-    return InputError(
-        "\n".join(lines),
-        path=path,
-        hint="the configuration and the weights belong to different models, or the file is incomplete",
-    )

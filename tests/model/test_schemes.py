@@ -14,14 +14,11 @@ from gptconvert.model.schemes import (
     Bound,
     Row,
     canonical_shapes,
-    collapse,
     concrete,
     expand,
     from_canonical,
-    resolve,
     sizes_of,
     to_canonical,
-    write_names,
 )
 from gptconvert.model.transforms import Transpose
 from reference_model.config import GPTConfig
@@ -132,26 +129,3 @@ def test_tensors_come_back(family: Any, scheme: Any, data: Any) -> None:
         written = from_canonical(bound, fresh, sizes)
         assert all(written[name].shape == bound.shape for name in written)
         assert np.array_equal(to_canonical(bound, written, sizes).read(), canonical.read())
-
-
-@pytest.mark.parametrize(("family", "scheme"), SCHEMES)
-@given(data=st.data())
-@settings(max_examples=8, deadline=None)
-def test_a_written_file_is_read(family: Any, scheme: Any, data: Any) -> None:
-    """Under the names it is written with, every tensor is found, and none is left over."""
-    config = data.draw(configs(family.name, tasks=scheme is family.hf))
-    bounds = expand(scheme.rows, config, scheme.write_prefix)
-    weights = {bound.canonical: np.ones(canonical_shapes([bound.row], config)[bound.canonical]) for bound in bounds}
-    written = write_names(scheme, config, computed_tensors(weights))
-    found = resolve(scheme, config, written)
-    assert found.weights.keys() == weights.keys()
-    assert not found.dropped
-    assert found.prefix == scheme.write_prefix
-
-
-# --- names for people ----------------------------------------------------------------------------------------------
-
-
-def test_layers_are_folded() -> None:
-    names = [f"h.{i}.ln.weight" for i in (0, 1, 2, 5)] + ["wte.weight", "model/h7/w"]
-    assert collapse(names) == ["h.{0-2,5}.ln.weight", "wte.weight", "model/h7/w"]

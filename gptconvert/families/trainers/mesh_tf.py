@@ -14,7 +14,8 @@ from gptconvert.families.keys import table
 from gptconvert.families.pattern import expanded, unscaled, windows
 from gptconvert.model.config_kinds import ANY, POSITIVE, TOKEN, WHOLE, choice
 from gptconvert.model.config_table import Key, Values
-from gptconvert.model.schemes import Drop, Row, Scheme, find_prefix
+from gptconvert.model.resolution import find_prefix
+from gptconvert.model.schemes import Drop, Row, Scheme
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import Transpose
 

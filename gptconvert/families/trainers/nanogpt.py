@@ -13,7 +13,8 @@ from gptconvert.families.trainers.linear import GELUS, SHAPES
 from gptconvert.families.trainers.sizes import gpt2_end, required_sizes, stated_heads
 from gptconvert.model.config_kinds import FLAG, WHOLE
 from gptconvert.model.config_table import Key
-from gptconvert.model.schemes import Drop, Row, Scheme, Tied, collapse, expand
+from gptconvert.model.names import collapse
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied, expand
 from reference_model.config import GPTConfig
 
 #: ``bias=False`` leaves out every bias; a bias of zeros is the same thing.

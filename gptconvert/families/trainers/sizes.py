@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from gptconvert.errors import InputError, UsageError
 from gptconvert.families.family import ConfigInput
 from gptconvert.model.config_table import Reading, Values
+from gptconvert.model.names import collapse
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import Scheme, collapse, find_prefix
+from gptconvert.model.resolution import find_prefix
+from gptconvert.model.schemes import Scheme
 from gptconvert.model.tensors import LazyTensor
 
 #: Sizes of the vocabulary that GPT-2's tokenizer has, as it is and padded to a multiple of 64.
