@@ -1,7 +1,7 @@
-"""Name, cut and lay out the tensors of files that do not hold them whole and by name.
+"""Name, cut and join the tensors of files that lack names, boundaries or whole tensors.
 
-Some files do not name their tensors, some do not say where one ends, and some hold parts of them. The name table
-(:class:`~gptconvert.model.schemes.Scheme`) supplies what is missing: its rows, their order, shapes and shard rules.
+Some files have no tensor names, some no tensor boundaries, and some hold only parts. The name table
+(:class:`~gptconvert.model.schemes.Scheme`) supplies the missing names, order, shapes and shard rules.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ UNKNOWN = "unknown tensors"
 
 
 def in_order(scheme: Scheme, layers: int) -> list[tuple[Row, str]]:
-    """The tensors of a model of ``layers`` layers, row and name each, in the order of files that do not name them."""
+    """Row and name of every tensor of a model with ``layers`` layers, in the order of files without names."""
     order = _order(scheme)
     found = [(row, i) for row in scheme.rows for i in (range(layers) if "{i}" in row.canonical else (-1,))]
     if order.by == "layer":
         found.sort(key=lambda pair: pair[1])
-    named = {  # rows that differ in their conditions alone are one tensor
+    named = {  # rows that differ only in their conditions are one tensor
         scheme.write_prefix + name.replace("{i}", str(i)): row
         for row, i in found
         for name in (*row.names, *((row.added,) if row.added is not None else ()))
@@ -37,13 +37,13 @@ def in_order(scheme: Scheme, layers: int) -> list[tuple[Row, str]]:
 
 
 def assemble(scheme: Scheme, source: Source) -> TensorSet:
-    """The source's tensors by the names of ``scheme``, as far as they are known without the configuration.
+    """The source's tensors by the names of ``scheme``, without using the configuration.
 
-    Parts are not joined yet, but their shape is that of the whole. A :class:`Run` is not cut yet.
+    Parts are not joined yet, but have the shape of the whole tensor. A :class:`Run` is not cut yet.
 
     Raises:
-        InputError: the number of unnamed arrays fits no model, or parts are missing or do not belong together.
-        UnsupportedError: tensors of an option that is not implemented.
+        InputError: no number of layers has this number of unnamed arrays, or parts are missing or inconsistent.
+        UnsupportedError: tensors belong to an option that is not implemented.
     """
     found = _named(scheme, source) if source.unnamed else source.tensors
     if scheme.renamed is not None:
@@ -55,17 +55,17 @@ def assemble(scheme: Scheme, source: Source) -> TensorSet:
     if not any(isinstance(tensor, Parts) for tensor in found.values()):
         return found
     tensors = {
-        name: _laid(scheme, name, prefix, tensor, source.path) if isinstance(tensor, Parts) else tensor
+        name: _checked_parts(scheme, name, prefix, tensor, source.path) if isinstance(tensor, Parts) else tensor
         for name, tensor in found.items()
     }
     return replace(found, tensors=tensors)
 
 
 def cut(scheme: Scheme, config: GPTConfig, run: Run) -> dict[str, LazyTensor]:
-    """The tensors of a run of elements, which must end where the last of them does.
+    """Cut a run of elements into tensors; the run must end with the last tensor.
 
     Raises:
-        InputError: it is longer or shorter.
+        InputError: the run is too long or too short.
     """
     sizes, padded = {**sizes_of(config), **run.sizes}, _order(scheme).padded
     tensors: dict[str, LazyTensor] = {}
@@ -77,7 +77,7 @@ def cut(scheme: Scheme, config: GPTConfig, run: Run) -> dict[str, LazyTensor]:
         start += nbytes // shape[0] * sizes[padded[name]] if name in padded else nbytes
     if start != end:
         raise InputError(
-            "file is truncated" if end < start else "file is longer than its header says",
+            "file is truncated" if end < start else "file is longer than its header declares",
             path=path,
             expected=f"{start} bytes",
             found=f"{end} bytes",
@@ -88,24 +88,24 @@ def cut(scheme: Scheme, config: GPTConfig, run: Run) -> dict[str, LazyTensor]:
 
 def _order(scheme: Scheme) -> Order:
     if scheme.order is None:
-        raise ValueError(f"the scheme {scheme.name} has no order: its files name their tensors")
+        raise ValueError(f"the scheme {scheme.name} has no order: its files have tensor names")
     return scheme.order
 
 
 def _named(scheme: Scheme, source: Source) -> TensorSet:
-    """The unnamed arrays, named. The optimizer's in front of them are left out, and so are their checksums."""
+    """Name the unnamed arrays; leave out the optimizer's arrays before them, and their checksums."""
     left_out, layers = _count(scheme, source.unnamed, source.path)
     names = [*(name for _, name in in_order(scheme, layers)), *_order(scheme).last]
     tensors = dict(zip(names, source.unnamed[left_out:], strict=True))
     checksums: list[FileChecksum] = list(source.tensors.checksums)
     for tensor in tensors.values():
         checksums += tensor.checksums if isinstance(tensor, Parts) else ()
-    notes = [f"{left_out} arrays of the optimizer are left out"] if left_out else []
+    notes = [f"{left_out} optimizer arrays are left out"] if left_out else []
     return TensorSet(tensors, source.tensors.files, (*source.tensors.notes, *notes), tuple(checksums))
 
 
 def _count(scheme: Scheme, unnamed: Sequence[LazyTensor], path: str) -> tuple[int, int]:
-    """How many of the arrays are the optimizer's, which come first, and of how many layers the others are."""
+    """The number of optimizer arrays, which come first, and the number of layers of the rest."""
     order, outside, count = _order(scheme), len(in_order(scheme, 0)), len(unnamed)
     in_layer, last = len(in_order(scheme, 1)) - outside, len(order.last)
     forms = [(1, last)]
@@ -118,18 +118,18 @@ def _count(scheme: Scheme, unnamed: Sequence[LazyTensor], path: str) -> tuple[in
     where = f" in every {unnamed[0].unit}" if isinstance(unnamed[0], Parts) else ""
     expected = [f"{copies * in_layer} L + {copies * outside + extra}" for copies, extra in forms]
     raise InputError(
-        "the number of arrays fits no number of layers",
+        "the number of arrays does not match any number of layers",
         path=path,
-        expected=", with the optimizer's state ".join([f"{expected[0]} for L layers", *expected[1:]]),
+        expected=", with optimizer state ".join([f"{expected[0]} for L layers", *expected[1:]]),
         found=f"{count} arrays{where}",
     )
 
 
 def _refuse_variants(scheme: Scheme, names: Iterable[str], prefix: str, path: str) -> None:
-    """Every tensor is one that the table knows."""
+    """Reject tensors that are not in the table."""
     found: dict[str, str] = {}
     for name in names:
-        if not _knows(scheme, bare := name.removeprefix(prefix)):
+        if not _in_table(scheme, bare := name.removeprefix(prefix)):
             option = next((v.option for v in scheme.variants if re.fullmatch(v.pattern, bare)), UNKNOWN)
             found.setdefault(option, name)
     if found:
@@ -141,33 +141,33 @@ def _refuse_variants(scheme: Scheme, names: Iterable[str], prefix: str, path: st
         )
 
 
-def _knows(scheme: Scheme, bare: str) -> bool:
+def _in_table(scheme: Scheme, bare: str) -> bool:
     others = (*(tied.stored for tied in scheme.tied), *(row.added for row in scheme.rows))
     dropped = any(re.fullmatch(drop.pattern, bare) for drop in scheme.drops)
     return dropped or bare in others or _row_of(scheme, bare) is not None
 
 
 def _row_of(scheme: Scheme, bare: str) -> Row | None:
-    """The row of a name without prefix, whatever the layer and the configuration."""
+    """The row of a name without prefix, for any layer and configuration."""
     templates = {bare, *(f"{bare[: n.start()]}{{i}}{bare[n.end() :]}" for n in re.finditer(r"\d+", bare))}
     return next((row for row in scheme.rows if not templates.isdisjoint((*row.names, *row.aliases))), None)
 
 
-def _laid(scheme: Scheme, name: str, prefix: str, parts: Parts, path: str) -> Parts:
-    """Parts in which nothing is missing, with the shape of the whole that their row says they make."""
+def _checked_parts(scheme: Scheme, name: str, prefix: str, parts: Parts, path: str) -> Parts:
+    """The parts, checked to be complete and consistent, with the shape that their row gives the whole tensor."""
     unit, held = parts.unit, parts.held
     missing = [str(number) for number, part in enumerate(parts.parts) if part is None]
     if missing:
-        raise InputError(f"some {unit}s do not hold this tensor", path=path, item=name, found=", ".join(missing))
+        raise InputError(f"some {unit}s lack this tensor", path=path, item=name, found=", ".join(missing))
     if len({(part.shape, part.dtype) for part in held}) > 1:
         listed = ", ".join(f"{list(part.shape)} {part.dtype}" for part in held)
         raise InputError(f"the {unit}s' parts differ in shape or type", path=path, item=name, found=listed)
     row = _row_of(scheme, name.removeprefix(prefix))
     whole = parts if row is None else replace(parts, axis=row.shards.axis)
-    # Without this, a missing shard would show as a model of another size; and a configuration may be missing too.
+    # Otherwise a missing shard would look like a smaller model, undetected if the configuration is missing too.
     if row is not None and row.shape == "D D" and len({*whole.shape}) > 1:
         raise InputError(
-            f"not all {unit}s are here, or {unit}s of different models were mixed",
+            f"{unit}s are missing, or {unit}s of different models are mixed",
             path=path,
             item=name,
             expected=f"a square matrix from {len(held)} {unit}s",

@@ -12,11 +12,11 @@ def collapse(names: Iterable[str]) -> list[str]:
 
 
 def grouped(names: Iterable[str], to: str = "-") -> dict[str, list[str]]:
-    """Names with layer numbers folded → the names that each stands for, in the order of first appearance.
+    """Folded name → the names that it covers, in order of first appearance.
 
     Args:
-        names: all different.
-        to: between the first and the last number of a run.
+        names: distinct names.
+        to: separator between the first and the last number of a run.
     """
     groups: dict[str, list[tuple[int, str]]] = {}
     for name in names:
@@ -32,7 +32,7 @@ def grouped(names: Iterable[str], to: str = "-") -> dict[str, list[str]]:
 
 
 def _runs(numbers: list[int], to: str) -> str:
-    """[0, 1, 2, 5] → ``{0-2,5}``; a single number stays bare."""
+    """[0, 1, 2, 5] → ``{0-2,5}``; a single number without braces."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs: list[list[int]] = []

@@ -17,7 +17,15 @@ from reference_model.config import GPTConfig
 
 @dataclass(frozen=True)
 class Resolved:
-    """A file's tensors, whole, under their canonical and their own names; what was left out and why; notes."""
+    """A file's tensors, with parts joined.
+
+    Attributes:
+        weights: by canonical name, in canonical layout.
+        tensors: by the file's names.
+        prefix: of the file's body names.
+        dropped: name of each tensor left out → the reason.
+        notes: for the user.
+    """
 
     weights: Mapping[str, LazyTensor]
     tensors: Mapping[str, LazyTensor]
@@ -27,7 +35,7 @@ class Resolved:
 
 
 def find_prefix(scheme: Scheme, names: Iterable[str]) -> str | None:
-    """What stands before the body names of this file, from the anchor tensor; None: the anchor is not there."""
+    """The prefix of the file's body names, from the anchor tensor; None if the anchor is missing."""
     found = [name[: -len(scheme.anchor)] for name in names if name.endswith(scheme.anchor)]
     if scheme.prefixes is None:
         fitting = [p for p in found if p == "" or p.endswith("/")]
@@ -37,26 +45,26 @@ def find_prefix(scheme: Scheme, names: Iterable[str]) -> str | None:
 
 
 def head_prefix(scheme: Scheme, prefix: str) -> str:
-    """The prefix of head tensors: the body's part taken off."""
+    """The prefix of head tensors: ``prefix`` without the body's part."""
     return prefix.removesuffix(scheme.body) if scheme.body else prefix
 
 
 def resolve(
     scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], *, path: str | None = None
 ) -> Resolved:
-    """Canonical weights from a file's tensors, by headers alone.
+    """Canonical weights from a file's tensors, using headers only.
 
     Raises:
-        InputError: tensors are missing, unexpected or mis-shaped; all of them are listed.
+        InputError: tensors are missing, unexpected or mis-shaped; the error lists all of them.
     """
     prefix = find_prefix(scheme, tensors)
     if prefix is None:
         raise InputError(
             f"no tensor named {scheme.anchor!r} under a known prefix",
             path=path,
-            expected=f"names as in {scheme.anchor!r}",
+            expected=f"a tensor {scheme.anchor!r}, with or without a prefix",
             found=_some(sorted(tensors)),
-            hint="this is not the variable scheme of any supported model; `gptconvert inspect` lists the names",
+            hint="the names do not match any supported model; list them with `gptconvert inspect`",
         )
     outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
     tensors, notes = merge_parts(tensors, _merges(scheme, config, tensors, prefix))
@@ -84,14 +92,14 @@ def resolve(
             if tensors[name].shape != concrete(tied.shape, sizes):
                 misshaped.append((name, concrete(tied.shape, sizes), tensors[name].shape))
     drops = [drop for drop in scheme.drops if drop.when(config)]
-    dropped, unexpected = _sort_out(drops, (prefix, outer), [n for n in tensors if n not in used])
+    dropped, unexpected = _split_leftovers(drops, (prefix, outer), [n for n in tensors if n not in used])
     if missing or unexpected or misshaped:
         raise _mismatch(missing, unexpected, misshaped, path)
     return Resolved(weights, tensors, prefix, dropped, notes)
 
 
 def _merges(scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, Merge]:
-    """File name → how the parts become the tensor, also for tensors that a model of ``config`` does without."""
+    """File name → how to join its parts, including tensors that a model with this configuration lacks."""
     if not any(isinstance(tensor, Parts) for tensor in tensors.values()):
         return {}
     found: dict[str, Merge] = {}
@@ -105,16 +113,16 @@ def _merges(scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor]
 def tied_pairs(
     scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str
 ) -> list[tuple[str, str]]:
-    """(file name, canonical name) of every stored tensor that must repeat another."""
+    """(file name, canonical name) of every stored tensor that must equal a canonical one."""
     outer = head_prefix(scheme, prefix)
     names = [((outer if t.head else prefix) + t.stored, t) for t in scheme.tied if t.when(config)]
     return [(name, t.to) for name, t in names if name in tensors]
 
 
-def _sort_out(
+def _split_leftovers(
     drops: Iterable[Drop], prefixes: Iterable[str], names: Iterable[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Leftover names → (dropped with the reason, unexpected)."""
+    """Leftover names, split into dropped ones with reasons and unexpected ones."""
     dropped, unexpected = {}, []
     for name in names:
         bare = {name.removeprefix(prefix) for prefix in prefixes}
@@ -134,10 +142,10 @@ def _some(names: list[str], most: int = 6) -> str:
 def _mismatch(
     missing: list[str], unexpected: list[str], misshaped: list[tuple[str, Shape, Shape]], path: str | None
 ) -> InputError:
-    lines = ["the tensors do not fit the configuration"]
+    lines = ["the tensors do not match the configuration"]
     for name in collapse(missing):
         near = difflib.get_close_matches(name, collapse(unexpected), 1, 0.75)
-        lines.append(f"  missing     {name}" + (f"   (is it {near[0]}?)" if near else ""))
+        lines.append(f"  missing     {name}" + (f"   (did you mean {near[0]}?)" if near else ""))
     lines += [f"  unexpected  {name}" for name in collapse(unexpected)]
     lines += [
         f"  wrong shape {name}: expected {list(expected)}, found {list(found)}" for name, expected, found in misshaped

@@ -1,8 +1,8 @@
-"""Name tables: one row per tensor, written once, used for reading, writing, inspecting and testing.
+"""Name tables: one row per tensor, used for reading, writing, inspecting and testing.
 
 A table (:class:`Scheme`) belongs to one naming scheme of one family. Rows are templates over the layer index
-``{i}``; :func:`expand` turns them into concrete names and shapes from the configuration, so that everything
-missing, unexpected or mis-shaped is plain set arithmetic on file headers, found before any weight is read.
+``{i}``; :func:`expand` turns them into names and shapes for a configuration. Missing, unexpected or mis-shaped
+tensors are therefore found from file headers, before any weight is read.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Condition = Callable[[GPTConfig], bool]
 
 @dataclass(frozen=True)
 class Row:
-    """One canonical tensor and the tensor, or tensors, that hold it in a file.
+    """One canonical tensor and the file's tensor or tensors that store it.
 
     Attributes:
         canonical: canonical name template (``h.{i}.attn.c_attn.weight``).
         stored: the file's name template, or several whose canonical forms are stacked along axis 0 (q, k, v).
-        shape: shape of each of ``stored``, in symbols and sums of them: ``"1 D 3D"``, ``"C+2 D"``.
+        shape: shape of each of ``stored``, in symbols, multiples and sums: ``"1 D 3D"``, ``"C+2 D"``.
         steps: transforms from the file's layout to the canonical one, in order.
-        when: whether a model of this configuration has the tensor at all.
-        absent: value that stands for the tensor where the file may leave it out (nanoGPT's ``bias=False``).
-        head: True for tensors outside the transformer body, which carry no body prefix.
-        aliases: other names a file may use for ``stored`` (one name), inside or outside the body; never written.
-        shards: in files of several shards, how the parts of each of ``stored`` become it.
-        added: in such files, name of a vector whose parts are added to every row of ``stored`` (one name).
+        when: whether a model with this configuration has the tensor.
+        absent: value to fill in if the file omits the tensor (nanoGPT's ``bias=False``); None: it is required.
+        head: True for tensors outside the transformer body, whose names lack the body prefix.
+        aliases: other names of ``stored`` (one name), with or without the body prefix; read but never written.
+        shards: how to join the parts of each of ``stored`` in sharded files.
+        added: in sharded files, name of a vector whose parts are added to every row of ``stored`` (one name).
     """
 
     canonical: str
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Drop:
-    """Tensors that are known and carry nothing: a regular expression for the whole name, and why."""
+    """Known tensors to leave out: a regular expression for the full name, and the reason."""
 
     pattern: str
     why: str
@@ -78,12 +78,12 @@ class Order:
     """The order of a scheme's tensors in files that do not name them.
 
     Attributes:
-        by: ``layer``: what belongs to no layer, then layer after layer, in the order of the rows; ``row``: row after
-            row, each with all its layers; ``name``: sorted by name, so that layer 10 follows layer 1.
-        last: names of the arrays behind all of them (a training counter).
-        optimizer: how many copies of all tensors, and how many single arrays, the optimizer's state holds where a
-            checkpoint has it; it comes first.
-        padded: stored name → symbol of its number of rows in the file, padding at the end included.
+        by: ``layer``: tensors outside the layers, then layer by layer, in row order; ``row``: row by row, each with
+            all its layers; ``name``: sorted by name, so that layer 10 follows layer 1.
+        last: names of the arrays after all tensors (a training counter).
+        optimizer: number of copies of all tensors, and of single arrays, in the optimizer state; if a checkpoint has
+            it, it comes first.
+        padded: stored name → symbol for its number of rows in the file, including padding at the end.
     """
 
     by: Literal["layer", "row", "name"]
@@ -94,7 +94,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Variant:
-    """Tensors of an option of the trainer that is not implemented: a regular expression for the name, the option."""
+    """Tensors of a trainer option that is not implemented: a regular expression for the name, and the option."""
 
     pattern: str
     option: str
@@ -102,22 +102,22 @@ class Variant:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one kind of file names and lays out one family's tensors.
+    """How one file format names and lays out one family's tensors.
 
     Attributes:
-        name: of the naming scheme (``hf``, ``openai-tf`` …), the same word a source announces.
+        name: of the naming scheme (``hf``, ``openai-tf`` …), as in :attr:`Source.scheme`.
         rows: one per canonical tensor.
-        anchor: the name of a tensor every such file has, from which the prefix is found.
-        prefixes: what may stand before body names; None: anything, or nothing, that ends in ``/``.
-        body: the part of a prefix that head tensors do not carry.
+        anchor: name of a tensor present in every such file, which determines the prefix.
+        prefixes: allowed prefixes of body names; None: empty, or any that ends in ``/``.
+        body: the part of the prefix that head tensors lack.
         write_prefix: prefix used when writing.
-        drops: known tensors that carry nothing. Patterns are matched without the prefix.
+        drops: known tensors to leave out. Patterns are matched without the prefix.
         tied: repeated tensors.
-        order: of the tensors in files that do not name them; None: all files do.
-        renamed: (a file's names, its path) → the table's name of each, where the trainer numbers modules in a way of
-            its own; raises InputError for names that do not belong together.
-        variants: options that tensors not in the table stand for. Where there are any, such tensors are refused by
-            the option's name, before the configuration is read.
+        order: of the tensors in files without names; None: all files have names.
+        renamed: (a file's names, its path) → the table's name for each, for trainers that number modules
+            differently; raises InputError for inconsistent names.
+        variants: trainer options recognized by tensors outside the table. If set, every tensor outside the table is
+            rejected, by the option's name, before the configuration is read.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Bound:
-    """A row made concrete: one canonical name, its file names, the shape of each of these, and other names."""
+    """A row for one layer: canonical name, file names, the shape of each, and aliases."""
 
     row: Row
     canonical: str
@@ -144,13 +144,13 @@ class Bound:
     aliases: tuple[str, ...] = ()
 
     def named_as_in(self, tensors: Container[str]) -> Bound:
-        """The same tensor under the name that this file has for it."""
+        """The same tensor under the name used in this file."""
         alias = next((name for name in self.aliases if name in tensors), None)
         return self if alias is None or self.stored[0] in tensors else replace(self, stored=(alias,))
 
 
 def sizes_of(config: GPTConfig) -> dict[str, int]:
-    """The symbols shapes are written in."""
+    """The values of the symbols used in shapes."""
     return {
         "V": config.vocab_size,
         "C": config.n_ctx,
@@ -165,7 +165,7 @@ def concrete(shape: str, sizes: Sizes) -> Shape:
     """``"1 D 3D C+2"`` with C = 40, D = 24 → (1, 24, 72, 42).
 
     Raises:
-        ValueError: a word is not a sum of numbers and of symbols with a factor.
+        ValueError: a word is not a sum of numbers and multiples of symbols.
     """
     return tuple(_axis(word, shape, sizes) for word in shape.split())
 
@@ -178,7 +178,7 @@ def _axis(word: str, shape: str, sizes: Sizes) -> int:
 
 
 def expand(rows: Iterable[Row], config: GPTConfig, prefix: str = "", head_prefix: str = "") -> list[Bound]:
-    """Rows for every layer of ``config``, in canonical-name order (bytewise, as TensorFlow's bundles sort)."""
+    """The rows for every layer of ``config``, sorted by canonical name (bytewise, as in TensorFlow's bundles)."""
     sizes, bound = sizes_of(config), []
     for row in rows:
         if not row.when(config):
@@ -192,7 +192,7 @@ def expand(rows: Iterable[Row], config: GPTConfig, prefix: str = "", head_prefix
 
 
 def canonical_shapes(rows: Iterable[Row], config: GPTConfig) -> dict[str, Shape]:
-    """Canonical name → shape of every tensor a model of ``config`` has."""
+    """Canonical name → shape of every tensor of a model with this configuration."""
     sizes, shapes = sizes_of(config), {}
     for bound in expand(rows, config):
         shape = bound.shape
@@ -230,7 +230,7 @@ def write_names(
     sizes, written = sizes_of(config), {}
     for bound in expand(scheme.rows, config, "" if bare else scheme.write_prefix):
         weight = weights.get(bound.canonical)
-        if weight is None:  # a tensor this layout must have and our model does without
+        if weight is None:  # the layout requires a tensor that the model lacks
             raise KeyError(bound.canonical)
         written.update(from_canonical(bound, weight, sizes))
     return dict(sorted(written.items()))

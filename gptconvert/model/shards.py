@@ -1,9 +1,9 @@
-"""How the parts of a tensor that several shards hold become the tensor, and back.
+"""Join the parts of a tensor stored in several shards, and split a tensor into parts.
 
-A trainer that spreads a model over devices saves what each of them holds: a block of a matrix, a share of a sum, a
-copy. Readers hand on the :class:`Parts`; the rule that joins them is stated in the name table, one per row. Rules
-are records, as transforms are: parts laid along axis 0 stay copyable, and nothing is read before it is needed,
-except vectors that should be alike.
+A trainer that distributes a model over devices saves each device's share: a block of a matrix, a summand, a copy.
+Readers return :class:`Parts`; each row of the name table has the rule that joins them. Rules are records, like
+transforms: parts concatenated along axis 0 can still be copied as bytes, and no values are read until needed, except
+vectors whose copies are compared.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from gptconvert.model.transforms import concatenate, split, transpose
 
 @dataclass(frozen=True, slots=True)
 class Parts(LazyTensor):
-    """What every shard holds of one tensor, not joined yet: ``dtype`` and ``shape`` are known, elements are not.
+    """The parts of one tensor, not joined yet: it has ``dtype`` and ``shape`` but cannot be read.
 
     Attributes:
-        parts: one per shard, in their order; None where a shard has none.
-        unit: what the trainer calls a shard (``rank``), for messages.
-        checksums: recorded checksums of the bytes under the parts, where they go by tensor.
-        axis: the axis along which the parts are laid; None: each has the whole shape.
+        parts: one per shard, in shard order; None if a shard has none.
+        unit: the trainer's word for a shard (``rank``), used in error messages.
+        checksums: recorded checksums of the parts' bytes, if the format has them per tensor.
+        axis: the axis along which the parts are concatenated; None: each part has the whole shape.
     """
 
     parts: tuple[LazyTensor | None, ...]
@@ -55,25 +55,25 @@ class Parts(LazyTensor):
 
     @property
     def held(self) -> tuple[LazyTensor, ...]:
-        """The parts that are there."""
+        """The parts that are present."""
         return tuple(part for part in self.parts if part is not None)
 
 
 class Shards(Protocol):
-    """How parts become the tensor. ``axis`` is the axis along which they are cut, as far as that is fixed."""
+    """A rule that joins parts. ``axis`` is the axis along which they are cut (0 if not fixed); None: they are not cut."""
 
     @property
     def axis(self) -> int | None: ...
     def merge(self, parts: Sequence[LazyTensor], shape: Shape) -> LazyTensor:
-        """The tensor, which should have this ``shape``, from two or more parts."""
+        """The tensor, of the expected ``shape``, from two or more parts."""
 
     def split(self, tensor: LazyTensor, count: int) -> tuple[LazyTensor, ...]:
-        """``count`` parts that :meth:`merge` makes ``tensor`` of."""
+        """``count`` parts from which :meth:`merge` restores ``tensor``."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Every shard holds a block: they are laid one after the other along ``axis``."""
+    """Every shard holds a block; the blocks are concatenated along ``axis``."""
 
     axis: int
 
@@ -88,7 +88,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class CutEitherWay:
-    """Every shard holds a block of rows or one of columns, as the run was configured; the shape shows which."""
+    """Every shard holds a block of rows or of columns, depending on the training run; the shape shows which."""
 
     axis: int = 0
 
@@ -102,7 +102,7 @@ class CutEitherWay:
 
 @dataclass(frozen=True)
 class Sum:
-    """Every shard holds a summand: it adds a bias of its own before the sum over shards is taken."""
+    """Every shard holds a summand: a bias that it adds before the sum over shards."""
 
     axis: None = None
 
@@ -115,12 +115,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Copies:
-    """Every shard holds all of it.
+    """Every shard holds a copy of the whole tensor.
 
     Attributes:
-        what: what these tensors are, in the plural, for the note that copies differ; "": the first shard's is the
-            one that was trained, and the others are not looked at.
-        averaged: where they differ, their mean is taken, not the first shard's.
+        what: plural name of these tensors, used in the note that copies differ; "": only the first shard's copy was
+            trained, and the others are not compared.
+        averaged: if the copies differ, take their mean instead of the first shard's copy.
     """
 
     what: str = ""
@@ -134,14 +134,14 @@ class Copies:
         return (tensor,) * count
 
     def differ(self, parts: Sequence[LazyTensor]) -> bool:
-        """Whether copies that should be alike hold different bytes. For vectors: they are read whole."""
+        """Whether copies that should be equal differ. Reads them whole, so only for vectors."""
         first = parts[0].read().tobytes() if self.what else b""
         return bool(self.what) and any(part.read().tobytes() != first for part in parts[1:])
 
     def note(self, names: Sequence[str], unit: str) -> str:
-        """What the user should know of copies that differ."""
+        """A note for the user about copies that differ."""
         how = "their mean was taken" if self.averaged else f"those of {unit} 0 were taken"
-        same = f"{len(names)} {self.what} that should be the same on every {unit} are not"
+        same = f"{len(names)} {self.what} that should be equal on every {unit} differ"
         return f"{same} ({names[0]} first): {how}"
 
 
@@ -151,12 +151,12 @@ SUM, FIRST = Sum(), Copies()
 
 @dataclass(frozen=True)
 class Merge:
-    """How the parts of one tensor of a file become it.
+    """How to join the parts of one tensor of a file.
 
     Attributes:
         shards: the rule.
-        shape: the shape that the whole tensor should have.
-        added: name of the tensor whose parts are added to every row, if any.
+        shape: the expected shape of the whole tensor.
+        added: name of the tensor whose parts are added to every row; None if none.
     """
 
     shards: Shards = FIRST
@@ -167,11 +167,11 @@ class Merge:
 def merge_parts(
     tensors: Mapping[str, LazyTensor], merges: Mapping[str, Merge]
 ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-    """Every tensor whole, and what the user should know of how its parts became it.
+    """Join the parts of every tensor; also return notes for the user.
 
     Args:
-        tensors: by name, some of them :class:`Parts` that every shard has one of.
-        merges: by name. Of other tensors, which a table knows only to drop them, the first shard's part is taken.
+        tensors: by name; some are :class:`Parts`, with a part from every shard.
+        merges: by name. For any other tensor, which is dropped later, the first shard's part is used.
     """
     whole: dict[str, LazyTensor] = {}
     differing: dict[Copies, list[str]] = {}
@@ -198,7 +198,7 @@ def _merged(parts: Parts, merge: Merge, tensors: Mapping[str, LazyTensor]) -> La
 
 
 def mean(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The element-wise mean of tensors of one shape, taken in float64 and rounded once."""
+    """The element-wise mean of tensors of one shape, computed in float64 and rounded once."""
     dtype, shape = parts[0].dtype, parts[0].shape
 
     def read(box: Box) -> Array:
@@ -209,7 +209,7 @@ def mean(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def added_to_rows(table: LazyTensor, biases: Sequence[LazyTensor]) -> LazyTensor:
-    """``table`` [V, D] + the sum of ``biases`` [D], added in float32 at least and rounded once."""
+    """``table`` [V, D] + the sum of ``biases`` [D], computed in float32 or wider and rounded once."""
     wide = np.promote_types(table.dtype, np.float32)
 
     def read(box: Box) -> Array:

@@ -148,8 +148,8 @@ def test_what_differs_is_noted_by_kind() -> None:
     rules = {"g0": NORMS, "g1": NORMS, "g2": NORMS, "b0": BIASES, "f0": FIRST}
     whole, notes = merge_parts(tensors, {name: Merge(rule, (4,)) for name, rule in rules.items()})
     assert notes == (
-        "2 norms that should be the same on every rank are not (g0 first): their mean was taken",
-        "1 biases that should be the same on every rank are not (b0 first): those of rank 0 were taken",
+        "2 norms that should be equal on every rank differ (g0 first): their mean was taken",
+        "1 biases that should be equal on every rank differ (b0 first): those of rank 0 were taken",
     )
     assert [*whole] == [*tensors]
     assert all(np.array_equal(whole[name].read(), a) for name in ("g2", "b0", "f0", "mask"))
@@ -276,19 +276,17 @@ def test_norms_that_differ_are_noted_and_averaged() -> None:
     tensors["m/l1/g"] = parts(np.zeros(4, F4), np.ones(4, F4))
     found = resolve(TABLE, config_of(), assemble(TABLE, source(tensors)))
     assert np.array_equal(found.weights["h.1.ln.weight"].read(), np.full(4, 0.5))
-    assert found.notes == (
-        "1 norms that should be the same on every shard are not (m/l1/g first): their mean was taken",
-    )
+    assert found.notes == ("1 norms that should be equal on every shard differ (m/l1/g first): their mean was taken",)
 
 
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("m/l0/g", Parts((*lazy(numbers(4)), None), "rank"), "some ranks do not hold this tensor; found 1"),
-        ("m/l0/g", Parts((None, None), "rank"), "some ranks do not hold this tensor; found 0, 1"),
+        ("m/l0/g", Parts((*lazy(numbers(4)), None), "rank"), "some ranks lack this tensor; found 1"),
+        ("m/l0/g", Parts((None, None), "rank"), "some ranks lack this tensor; found 0, 1"),
         ("m/l0/g", parts(numbers(4), numbers(3)), "the shards' parts differ in shape or type"),
         ("m/l0/g", parts(numbers(4), numbers(4, dtype=BFLOAT16)), "the shards' parts differ in shape or type"),
-        ("m/l1/proj", parts(numbers(4, 1), numbers(4, 1)), "not all shards are here.* from 2 shards, found parts of"),
+        ("m/l1/proj", parts(numbers(4, 1), numbers(4, 1)), "shards are missing.* from 2 shards, found parts of"),
     ],
 )
 def test_parts_that_do_not_belong_together(name: str, wrong: Parts, message: str) -> None:
@@ -382,7 +380,7 @@ def test_the_optimizers_arrays_are_left_out_with_their_checksums() -> None:
     other = Parts(lazy(np.int32(1), np.int32(1)), checksums=(summed("optimizer's"),))
     count = 2 * (len(arrays) - 1) + 2
     named = assemble(TABLE, source({}, unnamed=(*[other] * count, *arrays)))
-    assert named.notes == (f"{count} arrays of the optimizer are left out",)
+    assert named.notes == (f"{count} optimizer arrays are left out",)
     assert {checksum.what for checksum in named.checksums} == {"own"}
     assert len(named.checksums) == len(arrays)
     check_weights(resolve(TABLE, config_of(), named).weights, whole_arrays())
@@ -391,9 +389,9 @@ def test_the_optimizers_arrays_are_left_out_with_their_checksums() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 9, 11])
 def test_a_number_of_arrays_that_no_model_has(count: int) -> None:
     """TABLE has three tensors outside the layers (the head is there whether a model has it or not), 3 in each."""
-    with pytest.raises(InputError, match="fits no number of layers") as caught:
+    with pytest.raises(InputError, match="does not match any number of layers") as caught:
         assemble(TABLE, source({}, unnamed=lazy(*[numbers(2)] * count)))
-    assert caught.value.expected == "3 L + 4 for L layers, with the optimizer's state 9 L + 12"
+    assert caught.value.expected == "3 L + 4 for L layers, with optimizer state 9 L + 12"
     assert caught.value.found == f"{count} arrays"
 
 
@@ -440,7 +438,12 @@ def test_a_run_is_cut_at_the_shapes_and_padding_is_left_out(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [(-1, "truncated"), (-4, "truncated"), (1, "longer than its header says"), (4, "longer than its header says")],
+    [
+        (-1, "truncated"),
+        (-4, "truncated"),
+        (1, "longer than its header declares"),
+        (4, "longer than its header declares"),
+    ],
 )
 def test_a_run_of_another_length_is_refused(tmp_path: Path, extra: int, message: str) -> None:
     found, _ = run(tmp_path, extra)

@@ -67,7 +67,7 @@ def header(path: Path, **words: int) -> bytes:
         ({"w5": 5}, InputError, "does not divide"),
         ({"w7": 96}, InputError, "padded_vocab_size = 96"),
         ({"w2": 41}, InputError, "truncated"),
-        ({"w2": 39}, InputError, "longer than its header says"),
+        ({"w2": 39}, InputError, "longer than its header declares"),
         ({"w0": 20240327}, UnsupportedError, "debug state"),
         ({"w0": 20240328}, UnsupportedError, "tokenizer"),
         ({"w0": 20240520}, UnsupportedError, "training data"),
@@ -90,7 +90,7 @@ def test_truncated(tmp_path: Path, length: int) -> None:
         opened(tmp_path / "m.bin")
 
 
-@pytest.mark.parametrize(("length", "word"), [(-1, "truncated"), (None, "longer than its header says")])
+@pytest.mark.parametrize(("length", "word"), [(-1, "truncated"), (None, "longer than its header declares")])
 def test_a_size_that_is_off_by_a_byte(tmp_path: Path, length: int | None, word: str) -> None:
     (tmp_path / "m.bin").write_bytes((FP32.read_bytes() + b"\0" * (length is None))[:length])
     size = FP32.stat().st_size

@@ -56,13 +56,13 @@ def test_activation_is_what_was_asked_for() -> None:
         open_checkpoint(ORIGINALS / "llmc" / "gpt2_fp32.bin", Options(activation="erf"))
 
 
-def test_old_run_without_biases_and_with_a_head_of_its_own() -> None:
+def test_old_run_without_biases_and_with_an_untied_head() -> None:
     checkpoint = opened(ORIGINALS / "nanogpt-old")
     assert gap(checkpoint, "nanogpt-old") < 1e-12
     assert not checkpoint.config.tied_head
     assert checkpoint.dropped == {"transformer.h.0.attn.bias": "causal mask buffer"}
     assert not checkpoint.weights["h.1.mlp.c_fc.bias"].read().any()
-    for words in ("zeros", "head of its own"):
+    for words in ("zeros", "untied head"):
         assert any(words in note for note in checkpoint.notes)
 
 
