@@ -18,7 +18,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.options import Options
 from gptconvert.model.progress import Progress, Silent
-from gptconvert.model.schemes import tied_pairs
+from gptconvert.model.resolution import tied_pairs
 from gptconvert.model.transforms import take_rows
 from gptconvert.publish import signals
 from gptconvert.publish.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot

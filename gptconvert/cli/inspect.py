@@ -59,7 +59,7 @@ def _sections(found: Mapping[str, Any], tensors: bool | None) -> list[str]:
 
 def _tensor_table(tensors: Sequence[Mapping[str, Any]], *, every: bool) -> str:
     """Every tensor, or one line for each kind: the same name in all layers, type and shape."""
-    from gptconvert.model.schemes import grouped
+    from gptconvert.model.names import grouped
 
     kinds: dict[tuple[str, str], dict[str, int]] = {}
     for t in tensors:
@@ -75,7 +75,7 @@ def _tensor_table(tensors: Sequence[Mapping[str, Any]], *, every: bool) -> str:
 
 def _dropped(dropped: Mapping[str, str], *, every: bool) -> str:
     """What a conversion leaves out, by reason; all names, or the first few with layer numbers folded."""
-    from gptconvert.model.schemes import grouped
+    from gptconvert.model.names import grouped
 
     reasons: dict[str, list[str]] = {}
     for name, why in dropped.items():

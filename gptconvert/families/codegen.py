@@ -1,7 +1,7 @@
 """CodeGen: GPT-J's block under other names, with q, k and v in one tensor of four groups.
 
 Sources: Nijkamp et al. 2022, "CodeGen"; salesforce/CodeGen; Hugging Face ``CodeGenConfig``. The rows of ``qkv_proj``
-are [4, 3, D / 4]: one group per part of the TPU slice that trained the model, each with its heads' q, then v, then k.
+are [4, 3, D / 4]: one group per shard of the training run, each with its heads' q, then v, then k.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gptconvert.model.transforms import Sizes, take_rows
 from reference_model.config import Rotary
 
 GROUPS = 4
-#: Where the canonical q, k, v stand in a group of q, v, k. The exchange is its own inverse.
+#: Position of the canonical q, k, v in a group of q, v, k. The permutation is its own inverse.
 PLACES = (0, 2, 1)
 
 
@@ -51,14 +51,13 @@ class Ungroup:
 
 
 def _blocks(tensor: LazyTensor, order: Iterable[int]) -> LazyTensor:
-    """Twelve blocks of rows in another order."""
+    """The twelve blocks of rows, reordered."""
     rows = tensor.shape[0] // (GROUPS * 3)
     return take_rows(tensor, [(block * rows, (block + 1) * rows) for block in order])
 
 
 def _rotary(values: Values) -> Rotary:
     if values["n_head"] % GROUPS:
-        expected = f"a multiple of {GROUPS}, the number of groups in qkv_proj"
         expected = f"a multiple of {GROUPS}, the number of groups in qkv_proj"
         raise InputError("wrong value", item="n_head", expected=expected, found=str(values["n_head"]))
     return Rotary(values["rotary_dim"], interleaved=True)

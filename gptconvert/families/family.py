@@ -1,20 +1,20 @@
-"""What a family is: tables of the tensor names and the configuration keys of every kind of file it is stored in.
+"""A GPT family: tables of tensor names and configuration keys for every file format that stores it.
 
 To add a family, write one file, ``gptconvert/families/NAME.py``, and list its ``FAMILY`` in ``registry.py``:
 
-1. ``HF = hf_scheme(Row(canonical, stored, shape, steps), …)``: one row per tensor of the body in Hugging Face's
-   files. Heads, prefixes and mask buffers are added. Linear weights become ``[out, in]`` and q, k, v one tensor of
-   three blocks; the transforms of ``model/transforms.py`` do both.
+1. ``HF = hf_scheme(Row(canonical, stored, shape, steps), …)``: one row per body tensor in Hugging Face's
+   files; ``hf_scheme`` adds heads, prefixes and mask buffers. The transforms of ``model/transforms.py`` turn linear
+   weights into ``[out, in]`` and q, k, v into one tensor of three blocks.
 2. ``CONFIG = table(*vocabulary_keys(…), *size_keys(…), Key(name, field, kind, default), …)``: one line per key of
-   config.json, read and written alike. ``harmless`` names keys that change no output, ``unused`` those that must be
-   off, ``writes`` what transformers always saves, ``derived`` computes fields that are mathematics rather than keys.
-   Every other key is refused by name.
-3. ``FAMILY = Family(…, fixed={…})``: the model types, the class of each task, and the fields of ``GPTConfig`` that
-   all models of the family share.
-4. Formats of the original trainer: one file each in ``trainers/``, with a ``LAYOUT`` that the family lists.
+   config.json, used for reading and writing. ``harmless`` lists keys that do not affect the output, ``unused`` keys
+   that must be off, ``writes`` keys that transformers always saves; ``derived`` computes fields from other values.
+   Every other key is rejected by name.
+3. ``FAMILY = Family(…, fixed={…})``: the model types, the architecture for each task, and the fields of
+   ``GPTConfig`` that are the same for all models of the family.
+4. For each format of the original trainer, add a file to ``trainers/`` whose ``LAYOUT`` the family lists.
 
-A family whose block is another's under other names reuses that family's table and ``fixed``. The tests are
-parametrised over the registry; ``tests/families/witness.py`` needs a tiny configuration.
+A family that only renames another family's block reuses its rows and ``fixed``. The tests are parametrised over the
+registry; add a tiny configuration to ``tests/families/witness.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from reference_model.config import GPTConfig
 
 
 class ReadConfig(NamedTuple):
-    """A configuration, the harmless keys to pass on, and what the user should know (one sentence each)."""
+    """A configuration, the harmless keys to carry over, and notes for the user (one sentence each)."""
 
     config: GPTConfig
     carried: dict[str, object]
@@ -44,13 +44,13 @@ class ReadConfig(NamedTuple):
 
 @dataclass(frozen=True)
 class ConfigInput:
-    """What a configuration is read from.
+    """The inputs from which a configuration is read.
 
     Attributes:
-        family: whose configuration it is.
+        family: the model's family.
         raw: the parsed file; empty if there is none.
-        path: the file, for messages.
-        tensors: what the files hold, for sizes that no configuration states.
+        path: the file, used in error messages.
+        tensors: the tensors in the files; their shapes supply sizes missing from the configuration.
         options: the user's choices.
     """
 
@@ -61,16 +61,16 @@ class ConfigInput:
     options: Options
 
     def config(self, reading: Reading, *, tied: bool = True, **decided: object) -> GPTConfig:
-        """The configuration of a trainer's file, which holds a language model or its body.
+        """The configuration of a trainer's checkpoint, which holds a language model or only its body.
 
         Args:
             reading: the values of the file.
-            tied: whether the language-model head is the embedding, or is always there.
-            decided: values that tensors or options decide.
+            tied: whether the language-model head needs no tensor of its own, or is always present.
+            decided: values taken from tensors or options.
 
         Raises:
-            InputError: no model can have this configuration.
-            UnsupportedError: keys are not implemented, or the task asked for has no head.
+            InputError: the configuration is invalid.
+            UnsupportedError: keys are not implemented, or the requested task has no head.
         """
         task = choose_task(self.family.heads, {}, self.path, self.tensors, self.options, tied=tied)
         return reading.config(**{**self.family.common, "task": task, **decided})
@@ -78,10 +78,10 @@ class ConfigInput:
 
 @dataclass(frozen=True)
 class Layout:
-    """A kind of file that a trainer writes.
+    """A checkpoint format that a trainer writes.
 
     Attributes:
-        scheme: the names and shapes of its tensors.
+        scheme: its name table.
         read: reads its configuration.
     """
 
@@ -91,17 +91,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Family:
-    """One GPT: how its configurations and tensor names translate.
+    """One GPT family: its configuration keys and tensor names.
 
     Attributes:
         name: registry name.
-        title: for people.
+        title: display name.
         model_types: values of config.json's ``model_type``; the first is written.
-        heads: task → the architecture that config.json names for it; tasks the family has no head for are absent.
-        hf: names in Hugging Face's files.
+        heads: task → its architecture in config.json; tasks without a head in this family are absent.
+        hf: name table of Hugging Face's files.
         keys: keys of config.json.
-        trainers: the kinds of file that trainers write.
-        fixed: fields of :class:`GPTConfig` that are the same in all models of the family.
+        trainers: the formats that trainers write.
+        fixed: fields of :class:`GPTConfig` that are the same for all models of the family.
         tokenizer: kind of BPE: ``byte-level`` or ``word-end``.
     """
 
@@ -117,12 +117,12 @@ class Family:
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """The name table of each naming scheme; a format with several calls them ``FORMAT:WHICH``."""
+        """The name table of each naming scheme; a format with several names them ``FORMAT:VARIANT``."""
         return (self.hf, *(layout.scheme for layout in self.trainers))
 
     @property
     def common(self) -> dict[str, object]:
-        """The fields that all configurations of the family share."""
+        """The fields that are the same in all configurations of the family."""
         return {"family": self.name, **self.fixed}
 
     def scheme(self, name: str) -> Scheme:
@@ -130,7 +130,7 @@ class Family:
         return next(scheme for scheme in self.schemes if scheme.name == name)
 
     def reads(self, scheme: str) -> bool:
-        """Whether files of this naming scheme can be of this family."""
+        """Whether the family has a name table for this naming scheme."""
         return any(known.name == scheme for known in self.schemes)
 
     def read_config(
@@ -141,19 +141,19 @@ class Family:
         tensors: Mapping[str, LazyTensor],
         options: Options,
     ) -> ReadConfig:
-        """The configuration of files of a naming scheme.
+        """The configuration of files with this naming scheme.
 
         Raises:
-            InputError: it is malformed, or no model can have it.
+            InputError: it is malformed or invalid.
             UnsupportedError: keys, values or the task are not implemented.
-            UsageError: an option is needed, or contradicts the files.
+            UsageError: an option is required, or contradicts the files.
         """
         given = ConfigInput(self, raw, path, tensors, options)
         layout = next((layout for layout in self.trainers if layout.scheme.name == scheme), None)
         return read_config_json(given) if layout is None else layout.read(given)
 
     def write_config(self, config: GPTConfig, carried: Mapping[str, object]) -> dict[str, object]:
-        """config.json, as transformers would save it, with the source's harmless keys."""
+        """config.json, as transformers would save it, with the source's harmless keys carried over."""
         heads = head_config(self.heads, config, carried)
         return {**self.keys.write(config, {**carried, **heads}), "model_type": self.model_types[0]}
 
@@ -166,24 +166,24 @@ def read_config_json(given: ConfigInput) -> ReadConfig:
     return ReadConfig(reading.config(**family.common, **decided), reading.carried, notes)
 
 
-#: Canonical tensors with one row, or entry, per id.
+#: Canonical tensors with one row, or element, per token id.
 BY_ID = ("wte.weight", "lm_head.weight", "lm_head.bias")
 
 
 def trim_vocabulary(
     config: GPTConfig, weights: Mapping[str, LazyTensor], size: int
 ) -> tuple[GPTConfig, dict[str, LazyTensor], list[str]]:
-    """The model with the ids from ``size`` on left out, and a note that says so.
+    """The model cut to the first ``size`` token ids, and a note for the user.
 
     Raises:
-        UsageError: there are not so many, or a token that ends or begins texts is among them.
+        UsageError: the vocabulary is smaller, or the cut would remove a special token.
     """
     if not 0 < size <= config.vocab_size:
         raise UsageError(f"--trim-vocab {size}", expected=f"1 to {config.vocab_size}, the model's vocabulary")
     lost = [i for i in (config.bos_token_id, config.eos_token_id, config.pad_token_id) if i is not None and i >= size]
     if lost:
         raise UsageError(
-            f"--trim-vocab {size} cuts off the special token {lost[0]}", expected=f"at least {max(lost) + 1}"
+            f"--trim-vocab {size} removes the special token {lost[0]}", expected=f"at least {max(lost) + 1}"
         )
     kept = {n: take_rows(w, [(0, size)]) if n in BY_ID else w for n, w in weights.items()}
     note = f"the vocabulary was cut from {config.vocab_size} ids to {size} (--trim-vocab)"

@@ -1,10 +1,10 @@
-"""GPT-1, the first GPT: norms after the residual sums, and none after the last block.
+"""GPT-1, the first GPT: norms follow the residual sums, and the last block has no extra norm after it.
 
 Sources: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training";
 openai/finetune-transformer-lm ``train.py`` (tanh-GELU, eps 1e-5, order of the released arrays); Hugging Face
-``OpenAIGPTConfig``. Conv1D weights are [in, out] in both worlds; canonical linear weights are [out, in].
+``OpenAIGPTConfig``. Conv1D weights are [in, out] in both; canonical linear weights are [out, in].
 
-``afn: "gelu"`` of config.json means the tanh formula here, not, as elsewhere, the one with erf.
+``afn: "gelu"`` of config.json means the tanh formula for this family; elsewhere it means the erf formula.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADS = {
 
 
 def _embedding_is_head(config: GPTConfig) -> bool:
-    """transformers saves the shared matrix of a double-heads GPT-1, and of it alone, under the head's name."""
+    """Whether the shared matrix is stored under the head's name, as transformers does for double-heads GPT-1 only."""
     return config.tied_head and config.task == "multiple-choice"
 
 
@@ -52,7 +52,7 @@ HF = hf_scheme(
 CONFIG = table(
     *vocabulary_keys(40478, tied=True, bos=None, eos=None),
     *size_keys(768, 12, 12),
-    # n_ctx says how long the training texts were: with n_positions 513 beside it, the table has 513 rows.
+    # n_ctx is the length of the training texts; n_positions, where present, is the number of rows of the table.
     Key("n_ctx", "text_length", SIZE, None),
     Key("n_positions", "n_ctx", WHOLE, lambda v: v["text_length"] or 512, aliases=("max_position_embeddings",)),
     NORM_EPS,

@@ -2,7 +2,7 @@
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2 ``src/model.py``
 (variables, tanh-GELU, eps 1e-5); Hugging Face ``GPT2Config`` (config.json keys and the options added there).
-Conv1D weights are [in, out] in both worlds; canonical linear weights are [out, in].
+Conv1D weights are [in, out] in both; canonical linear weights are [out, in].
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADS = {
 
 
 def _scale(values: Values) -> tuple[float, ...]:
-    """The factor of scores per layer: 1 / √(features per head) or 1, and over the number of the layer where asked."""
+    """The score factor of each layer: 1 / √(features per head) or 1, optionally divided by the layer index + 1."""
     scale = usual_scale(values["n_embd"], values["n_head"]) if values["scaled"] else 1.0
     by_layer, layers = values["by_layer"], min(values["n_layer"], MAX_LAYERS)
     return tuple(scale / (i + 1) if by_layer else scale for i in range(layers))

@@ -1,8 +1,8 @@
-"""GPT-Neo: GPT-2 without the scaling of scores, every other layer seeing only the keys nearby.
+"""GPT-Neo: GPT-2 without score scaling; every other layer attends only to nearby keys.
 
 Sources: EleutherAI/gpt-neo (scores are not divided by √d: the factor went into q's initial values); Hugging Face
-``GPTNeoConfig``. Its linear layers are ``torch.nn.Linear``, [out, in], in the MLP too, whose names are those of
-GPT-2's Conv1D. q, k and v lie apart and have no bias; the output projection has one.
+``GPTNeoConfig``. Its linear layers are ``torch.nn.Linear``, [out, in], in the MLP too, despite GPT-2's
+Conv1D names there. q, k and v are separate tensors without biases; the output projection has a bias.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""GPT-NeoX and Pythia: rotary positions on half-split pairs, attention and MLP side by side or one after the other.
+"""GPT-NeoX and Pythia: rotary positions on half-split pairs, attention and MLP in parallel or in series.
 
 Sources: Black et al. 2022, "GPT-NeoX-20B"; EleutherAI/gpt-neox; Hugging Face ``GPTNeoXConfig``. Linear weights are
-[out, in]; the rows of ``query_key_value`` are [H, 3, head]: each head's q, k, v together. Trained checkpoints used
-the tanh GELU; what ``hidden_act`` says is what every published logit was computed with, and what counts here.
+[out, in]; the rows of ``query_key_value`` are [H, 3, head]: each head's q, k, v together. Training used
+the tanh GELU, but published logits were computed with the formula in ``hidden_act``, so that one is used here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _attn_out_bias(config: GPTConfig) -> bool:
     return config.attn_out_bias
 
 
-#: transformers 5 calls it lm_head in memory and embed_out in files, its own older ones and new ones alike.
+#: transformers 5 names it lm_head in memory and, like older versions, embed_out in files.
 LM_HEAD = Row("lm_head.weight", "embed_out.weight", "V D", when=own_lm_head, head=True, aliases=("lm_head.weight",))
 HF = hf_scheme(
     Row("wte.weight", "embed_in.weight", "V D"),
@@ -71,7 +71,7 @@ def _rotary(values: Values) -> Rotary:
 
 
 def _share(config: GPTConfig) -> float:
-    """The share of each head that is rotated, such that its product with the head's width, cut, is the same again."""
+    """The rotated share of each head; its product with the head width truncates to exactly ``rotary.dim``."""
     dim = config.rotary.dim if config.rotary else 0
     share = dim / config.head_dim
     return math.nextafter(share, 1) if int(config.head_dim * share) < dim else share

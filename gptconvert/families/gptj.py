@@ -1,7 +1,7 @@
-"""GPT-J: rotary positions on neighbouring pairs, attention and MLP side by side behind one norm, a head of its own.
+"""GPT-J: rotary positions on adjacent pairs, attention and MLP in parallel after one shared norm, an untied head.
 
 Sources: kingoflolz/mesh-transformer-jax; Hugging Face ``GPTJConfig``. Linear weights are [out, in]; q, k, v and the
-output projection have no bias; the head has one. The vocabulary of 50400 is GPT-2's, padded.
+output projection have no bias; the head has a bias. The vocabulary of 50400 is GPT-2's, padded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HEADS = {
 }
 QKV = tuple(f"h.{{i}}.attn.{part}_proj.weight" for part in "qkv")
 
-#: The block but for q, k and v, and what is outside the blocks.
+#: All tensors except q, k, v and the heads.
 ROWS = (
     Row("wte.weight", "wte.weight", "V D"),
     Row("h.{i}.ln_1.weight", "h.{i}.ln_1.weight", "D"),
@@ -61,7 +61,7 @@ CONFIG = table(
     Key("activation_function", "activation", ACTIVATION, "gelu_new"),
     Key("rotary_dim", "rotary_dim", WHOLE, 64, of=lambda c: c.rotary.dim if c.rotary else None),
     harmless=SUMMARY_KEYS,
-    # The released files say so, and no code reads it; a GPT-J with "false" does not exist.
+    # Present in the released files, but read by no code; a GPT-J with "false" does not exist.
     unused={"scale_attn_weights": True, "rotary": True},
     writes={**dropouts(0.0), **ALWAYS},
     derived={"rotary": lambda v: Rotary(v["rotary_dim"], interleaved=True)},

@@ -1,4 +1,4 @@
-"""The heads that a body can carry, the same in every family: their tensors, and which task a checkpoint is for.
+"""Task heads, which all families share: their tensors, and the choice of a checkpoint's task.
 
 Names, shapes and biases are those of Hugging Face's ``…LMHeadModel``, ``…DoubleHeadsModel``,
 ``…ForSequenceClassification``, ``…ForTokenClassification`` and ``…ForQuestionAnswering``.
@@ -16,7 +16,7 @@ from gptconvert.model.schemes import Drop, Row, Scheme, Tied
 from gptconvert.model.tensors import LazyTensor
 from reference_model.config import LABELLED_TASKS, GPTConfig
 
-#: The tensor that tells that a task's head is there, the most particular task first.
+#: Task → tensors that identify its head, the most specific task first.
 HEAD_TENSORS: Mapping[str, tuple[str, ...]] = {
     "multiple-choice": ("multiple_choice_head.summary.weight",),
     "text-classification": ("score.weight",),
@@ -24,22 +24,22 @@ HEAD_TENSORS: Mapping[str, tuple[str, ...]] = {
     "question-answering": ("qa_outputs.weight",),
     "text-generation": ("lm_head.weight", "embed_out.weight"),
 }
-#: Number of labels of the tasks where it is no choice.
+#: Number of labels of the tasks where it is fixed.
 FIXED_LABELS: Mapping[str, int] = {"question-answering": 2, "multiple-choice": 1}
 
 
 def own_lm_head(config: GPTConfig) -> bool:
-    """Whether there is a language-model head that is not the embedding."""
+    """Whether the model has a language-model head separate from the embedding."""
     return config.has_lm_head and not config.tied_head
 
 
 def tied_lm_head(config: GPTConfig) -> bool:
-    """Whether there is a language-model head that is the embedding."""
+    """Whether the model has a language-model head tied to the embedding."""
     return config.has_lm_head and config.tied_head
 
 
 def lm_head_bias(config: GPTConfig) -> bool:
-    """Whether there is a language-model head with a bias."""
+    """Whether the model has a language-model head with a bias."""
     return config.has_lm_head and config.head_bias
 
 
@@ -51,7 +51,7 @@ def _not_for(task: str) -> Callable[[GPTConfig], bool]:
     return lambda config: config.task != task
 
 
-#: Every head but the language model's.
+#: All heads except the language model's.
 HEAD_ROWS = (
     Row("score.weight", "score.weight", "K D", when=_for("text-classification"), head=True),
     Row("classifier.weight", "classifier.weight", "K D", when=_for("token-classification"), head=True),
@@ -61,7 +61,7 @@ HEAD_ROWS = (
     Row("mc_head.weight", "multiple_choice_head.summary.weight", "1 D", when=_for("multiple-choice"), head=True),
     Row("mc_head.bias", "multiple_choice_head.summary.bias", "1", when=_for("multiple-choice"), head=True),
 )
-#: Heads of other tasks than the one asked for.
+#: Heads of tasks other than the chosen one.
 HEAD_DROPS = (
     Drop(r"(lm_head|embed_out)\.(weight|bias)", "language-model head", when=lambda c: not c.has_lm_head),
     Drop(r"score\.weight", "text-classification head", when=_not_for("text-classification")),
@@ -71,7 +71,7 @@ HEAD_DROPS = (
 )
 
 
-#: A language-model head that is not the embedding.
+#: A language-model head separate from the embedding.
 LM_HEAD = Row("lm_head.weight", "lm_head.weight", "V D", when=own_lm_head, head=True)
 
 
@@ -84,16 +84,16 @@ def hf_scheme(
     tied: tuple[Tied, ...] | None = None,
     lm_head: Row = LM_HEAD,
 ) -> Scheme:
-    """A family's names in Hugging Face's files: the body's ``rows``, and what all families have in common.
+    """A family's name table for Hugging Face's files: its body ``rows`` plus the parts common to all families.
 
     Args:
-        rows: the transformer body's.
-        anchor: a tensor that every file has.
-        body: the prefix of the body's names.
-        attention: pattern of the name of an attention module, which may hold mask buffers.
-        drops: further known tensors that carry nothing.
-        tied: repeated tensors; None: a language-model head that is the embedding.
-        lm_head: the row of a language-model head that is not the embedding.
+        rows: rows of the transformer body.
+        anchor: a tensor present in every file.
+        body: prefix of body names.
+        attention: regular expression for an attention module, which may contain mask buffers.
+        drops: further tensors to ignore.
+        tied: repeated tensors; None: the tied language-model head.
+        lm_head: the row of an untied language-model head.
     """
     names = (*lm_head.names, *lm_head.aliases)
     masks = (Drop(rf"{attention}\.bias", "causal mask buffer"), Drop(rf"{attention}\.masked_bias", "mask constant"))
@@ -118,20 +118,20 @@ def choose_task(
     *,
     tied: bool,
 ) -> str:
-    """The task asked for; else the one ``architectures`` names; else the most particular one with its head here.
+    """The requested task; else the one in ``architectures``; else the most specific one whose head is present.
 
-    A body alone whose head is its embedding is taken for the language model it can be.
+    A bare body with a tied head counts as a language model.
 
     Args:
-        heads: the family's tasks.
+        heads: the family's tasks and architectures.
         raw: config.json.
-        path: of config.json, for messages.
-        tensors: what the files hold.
-        request: what the user wants.
-        tied: whether the language-model head is the embedding.
+        path: of config.json, used in error messages.
+        tensors: the tensors in the files.
+        request: the user's options.
+        tied: whether the language-model head is tied to the embedding.
 
     Raises:
-        UnsupportedError: the task asked for has no head in this family, or none in these files.
+        UnsupportedError: the requested task has no head in this family or in these files.
     """
     here = [task for task in heads if _has_head(task, tensors, tied)]
     if request.task is None:
@@ -171,10 +171,10 @@ def _declared_task(heads: Mapping[str, str], raw: Mapping[str, object]) -> str |
 
 
 def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor]) -> int:
-    """K: as the configuration says (``id2label``, then ``num_labels``), else as many rows as the head has.
+    """K: from the configuration (``id2label``, then ``num_labels``), else the number of rows of the head.
 
     Raises:
-        InputError: the number of labels is no number.
+        InputError: the number of labels is not a positive integer.
     """
     if task not in LABELLED_TASKS:
         return FIXED_LABELS.get(task, 0)
@@ -194,10 +194,10 @@ def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors
 def head_fields(
     heads: Mapping[str, str], reading: Reading, tensors: Mapping[str, LazyTensor], request: Options
 ) -> tuple[dict[str, object], list[str]]:
-    """The fields of :class:`GPTConfig` that a task decides, from config.json, and notes for the user.
+    """The fields of :class:`GPTConfig` that depend on the task, and notes for the user.
 
     Raises:
-        UnsupportedError: see :func:`choose_task`; or a double-heads model of an unusual make.
+        UnsupportedError: see :func:`choose_task`; or a double-heads model has an unsupported score head.
     """
     task = choose_task(heads, reading.raw, reading.path, tensors, request, tied=reading.values["tied_head"])
     if task == "multiple-choice":
@@ -206,8 +206,8 @@ def head_fields(
     notes = []
     if task == "text-classification" and pad is None:
         notes.append(
-            "no pad_token_id is known, so the last token of every sequence is classified: right for one sequence "
-            "at a time, wrong for padded batches (--pad-token-id)"
+            "pad_token_id is not set, so the last token of every sequence is classified: correct for single "
+            "sequences, wrong for padded batches (set --pad-token-id)"
         )
     labels = count_labels(task, reading.raw, reading.path, tensors)
     return {"task": task, "n_labels": labels, "pad_token_id": pad}, notes
@@ -221,14 +221,14 @@ def _require_plain_summary(reading: Reading) -> None:
         raise UnsupportedError(
             f"multiple-choice head not implemented: {listed}",
             path=reading.path,
-            hint="only a linear score of the token that mc_token_ids names is",
+            hint="only a linear score of the token at mc_token_ids is implemented",
         )
 
 
 def head_config(heads: Mapping[str, str], config: GPTConfig, carried: Mapping[str, object]) -> dict[str, object]:
-    """The keys of config.json that say which head there is."""
+    """The keys of config.json that describe the head."""
     written: dict[str, object] = {"architectures": [heads[config.task]]}
-    if config.n_labels not in (0, 2) and "id2label" not in carried:  # 2 is what transformers assumes
+    if config.n_labels not in (0, 2) and "id2label" not in carried:  # transformers' default is 2
         names = [f"LABEL_{i}" for i in range(config.n_labels)]
         written["id2label"] = {str(i): name for i, name in enumerate(names)}
         written["label2id"] = {name: i for i, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Keys that the configurations of several families share, as fragments of their tables."""
+"""Configuration keys that several families share, as parts of their tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gptconvert.model.config_kinds import FLAG, NUMBER, SIZE, TOKEN, WHOLE, choi
 from gptconvert.model.config_table import ConfigTable, Key, Values
 from reference_model.config import GPTConfig
 
-#: Keys of every model type that change no output of a forward pass.
+#: Keys of any model type that do not affect a forward pass.
 HARMLESS = frozenset(
     """architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path task_specific_params
     id2label label2id num_labels problem_type output_attentions output_hidden_states return_dict use_return_dict
@@ -22,7 +22,7 @@ HARMLESS = frozenset(
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens sep_token_id decoder_start_token_id""".split()
 )
-#: Features that no GPT here has → the value that switches them off.
+#: Features not implemented for any family → the value that switches them off.
 UNUSED: Mapping[str, object] = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
@@ -36,7 +36,7 @@ UNUSED: Mapping[str, object] = {
     "rope_scaling": None,
     "auto_map": None,
 }
-#: How a double-heads model makes its one score per choice. Only these values are implemented.
+#: How a double-heads model scores each choice. Only these values are implemented.
 SUMMARY_KEYS: Mapping[str, object] = {
     "summary_type": "cls_index",
     "summary_use_proj": True,
@@ -44,7 +44,7 @@ SUMMARY_KEYS: Mapping[str, object] = {
     "summary_proj_to_labels": True,
     "summary_first_dropout": 0.1,
 }
-#: What transformers writes for every model.
+#: Keys that transformers writes for every model.
 ALWAYS: Mapping[str, object] = {"initializer_range": 0.02, "use_cache": True}
 #: Hugging Face's activations, by exact formula.
 ACTIVATION = choice(
@@ -69,12 +69,12 @@ def table(
     writes: Mapping[str, object] | None = None,
     derived: Mapping[str, Callable[[Values], object]] | None = None,
 ) -> ConfigTable:
-    """A table of these keys, with the harmless and the unused ones that any configuration may mention."""
+    """A table of these keys, plus the harmless and unused keys common to all families."""
     return ConfigTable(keys, HARMLESS | {*harmless}, {**UNUSED, **(unused or {})}, writes or {}, derived or {})
 
 
 def vocabulary_keys(size: int, *, tied: bool, bos: int | None, eos: int | None) -> tuple[Key, ...]:
-    """config.json's keys of the vocabulary, with the defaults of one model type."""
+    """config.json's vocabulary keys, with the defaults of one model type."""
     return (
         Key("vocab_size", "vocab_size", WHOLE, size),
         Key("tie_word_embeddings", "tied_head", FLAG, tied),
@@ -85,7 +85,7 @@ def vocabulary_keys(size: int, *, tied: bool, bos: int | None, eos: int | None) 
 
 
 def size_keys(width: int, layers: int, heads: int) -> tuple[Key, ...]:
-    """config.json's keys of width, depth and heads under GPT-2's names, with the defaults of one model type."""
+    """config.json's width, depth and head-count keys under GPT-2's names, with the defaults of one model type."""
     return (
         Key("n_embd", "n_embd", WHOLE, width, aliases=("hidden_size",)),
         Key("n_layer", "n_layer", WHOLE, layers, aliases=("num_hidden_layers",)),
@@ -94,7 +94,7 @@ def size_keys(width: int, layers: int, heads: int) -> tuple[Key, ...]:
 
 
 def inner_key(name: str) -> Key:
-    """The inner width of the MLP; null stands for 4 D."""
+    """The inner width of the MLP; null means 4 D."""
     return Key(name, "n_inner", SIZE, None, of=_inner_width)
 
 
@@ -102,10 +102,10 @@ def _inner_width(config: GPTConfig) -> int | None:
     return None if config.n_inner == 4 * config.n_embd else config.n_inner
 
 
-#: The small number that norms add to the variance, under GPT-2's name.
+#: The epsilon that norms add to the variance, under GPT-2's name.
 NORM_EPS = Key("layer_norm_epsilon", "norm_eps", NUMBER, 1e-5)
 
 
 def dropouts(rate: float) -> dict[str, object]:
-    """Dropout rates under GPT-2's names: harmless, and always written."""
+    """Dropout rates under GPT-2's names, which are always written."""
     return dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), rate)

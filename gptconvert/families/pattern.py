@@ -1,6 +1,7 @@
-"""GPT-Neo's attention: which layers see every key and which only those nearby, and scores that are not scaled.
+"""GPT-Neo's attention: global and local layers, and unscaled scores.
 
-Source: Hugging Face ``GPTNeoConfig`` (``attention_types``, ``attention_layers``); EleutherAI/gpt-neo has the former.
+Source: Hugging Face ``GPTNeoConfig`` (``attention_types``, ``attention_layers``) and EleutherAI/gpt-neo, which has
+only ``attention_types``.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ DEFAULT = [[["global", "local"], 12]]
 
 
 def unscaled(values: Values) -> tuple[float, ...]:
-    """The factor of scores per layer: the usual 1 / √(features per head) went into the initial values of q."""
+    """The score factor of each layer, 1: the usual 1 / √(features per head) went into the initial values of q."""
     return per_layer(1.0, values["n_layer"])
 
 
 def windows(values: Values) -> tuple[int | None, ...]:
-    """How many keys a query sees, per layer, from ``attention_types``, ``attention_layers`` and ``window``.
+    """The window of each layer (None: global), from ``attention_types``, ``attention_layers`` and ``window``.
 
     Raises:
-        InputError: a pattern is malformed, the two contradict each other, or one is not as long as the model is deep.
+        InputError: a pattern is malformed, does not have one entry per layer, or contradicts the other.
     """
     types, listed, layers = values["attention_types"], values["attention_layers"], values["n_layer"]
     if types is None and listed is None:
@@ -59,7 +60,7 @@ def attention_layers(config: GPTConfig) -> list[str]:
 
 
 def attention_types(config: GPTConfig) -> list[object]:
-    """The same as the shortest pattern that repeats, and how often."""
+    """The same layers as the shortest repeating pattern and its count."""
     kinds = attention_layers(config)
     lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
     length = next(n for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
@@ -67,5 +68,5 @@ def attention_types(config: GPTConfig) -> list[object]:
 
 
 def window(config: GPTConfig) -> int:
-    """The window of local layers; the released one where there are none."""
+    """The window of local layers; the released model's if all layers are global."""
     return next((window for window in config.attn_window if window is not None), 256)

@@ -1,4 +1,4 @@
-"""The GPT families: one file each, listed once here."""
+"""Registry of the GPT families, and the step from a source to a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptconvert.families.family import Family, trim_vocabulary
 from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import find_prefix, resolve
+from gptconvert.model.resolution import find_prefix, resolve
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor
 
@@ -28,16 +28,16 @@ __all__ = ["FAMILIES", "Family", "Options", "family_of", "understand"]
 
 
 def family_named(name: str) -> Family:
-    """The family of a configuration."""
+    """The family with this name."""
     return next(family for family in FAMILIES if family.name == name)
 
 
 def family_of(source: Source) -> Family:
-    """The family whose files these are: by ``model_type`` where the configuration says it, else by tensor names.
+    """The family of the source's files: from ``model_type`` if the configuration has it, else from tensor names.
 
     Raises:
-        UnsupportedError: no family here has this model type.
-        InputError: nothing says which family it is.
+        UnsupportedError: the model type or the format belongs to none of the families.
+        InputError: the files do not identify the family.
     """
     declared = source.config.get("model_type")
     able = [family for family in FAMILIES if family.reads(source.scheme)]
@@ -56,7 +56,7 @@ def family_of(source: Source) -> Family:
     guesses = _fitting(source)
     if source.scheme == "hf":
         raise InputError(
-            "no model_type, so the architecture is not known",
+            "no model_type in the configuration, so the architecture is unknown",
             path=source.config_path or source.path,
             hint=f'the tensor names look like {guesses[0].name}: add "model_type" to config.json'
             if guesses
@@ -65,17 +65,17 @@ def family_of(source: Source) -> Family:
     if guesses:
         return guesses[0]
     if able:
-        return able[0]  # its name table says, tensor by tensor, what does not fit
+        return able[0]  # resolving its name table lists every tensor that does not fit
     raise UnsupportedError(f"no family reads {source.format} files", path=source.path)
 
 
 def understand(source: Source, options: Options) -> Checkpoint:
-    """The checkpoint behind a source: configuration read, every tensor accounted for. Headers only.
+    """The checkpoint of a source, with every tensor accounted for; reads the configuration and headers only.
 
     Raises:
-        InputError: configuration and tensors do not fit each other, or either is wrong.
-        UnsupportedError: a configuration key or a family is not implemented.
-        UsageError: something was asked that the files themselves decide.
+        InputError: the configuration or the tensors are invalid, or they do not match.
+        UnsupportedError: a configuration key or the family is not implemented.
+        UsageError: an option is required, or contradicts the files.
     """
     family = family_of(source)
     scheme = family.scheme(source.scheme)
@@ -87,7 +87,7 @@ def understand(source: Source, options: Options) -> Checkpoint:
     except InputError as error:
         others = [other.name for other in _fitting(source) if other is not family]
         if others:
-            error.hint = f"the configuration says {family.name}, the tensor names look like {', '.join(others)}"
+            error.hint = f"the configuration is for {family.name}, but the tensor names look like {', '.join(others)}"
         raise
     found = replace(named, tensors=resolved.tensors, notes=(*named.notes, *resolved.notes))
     weights = resolved.weights
@@ -107,14 +107,14 @@ def understand(source: Source, options: Options) -> Checkpoint:
 
 
 def _mixed_types(weights: Mapping[str, LazyTensor]) -> list[str]:
-    """A note, where the weights are not all of one type."""
+    """A note if the weights have more than one type."""
     types = sorted({weight.dtype.name for weight in weights.values()})
-    text = f"the weights are of several types, {' and '.join(types)}: each is kept as it is (--dtype makes them one)"
+    text = f"the weights have several types, {' and '.join(types)}: each keeps its own (--dtype converts all to one)"
     return [text] if len(types) > 1 else []
 
 
 def _fitting(source: Source) -> list[Family]:
-    """Families one of whose layers' tensors are all here, best first."""
+    """Families with a name table that matches more than half of its layer-0 tensors, best match first."""
     scored = []
     for family in FAMILIES:
         for scheme in family.schemes:

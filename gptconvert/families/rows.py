@@ -1,4 +1,4 @@
-"""Rows that several families' tables share."""
+"""Rows shared by the name tables of several families."""
 
 from __future__ import annotations
 

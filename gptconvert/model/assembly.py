@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from gptconvert.errors import FETCH_AGAIN, InputError, UnsupportedError
-from gptconvert.model.schemes import Order, Row, Scheme, concrete, find_prefix, sizes_of
+from gptconvert.model.resolution import find_prefix
+from gptconvert.model.schemes import Order, Row, Scheme, concrete, sizes_of
 from gptconvert.model.shards import Parts
 from gptconvert.model.source import Run, Source
 from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet
@@ -54,7 +55,7 @@ def assemble(scheme: Scheme, source: Source) -> TensorSet:
     if not any(isinstance(tensor, Parts) for tensor in found.values()):
         return found
     tensors = {
-        name: _laid(scheme, name, prefix, tensor, source.path) if isinstance(tensor, Parts) else tensor
+        name: _checked_parts(scheme, name, prefix, tensor, source.path) if isinstance(tensor, Parts) else tensor
         for name, tensor in found.items()
     }
     return replace(found, tensors=tensors)
@@ -87,7 +88,7 @@ def cut(scheme: Scheme, config: GPTConfig, run: Run) -> dict[str, LazyTensor]:
 
 def _order(scheme: Scheme) -> Order:
     if scheme.order is None:
-        raise ValueError(f"the scheme {scheme.name} has no order: its files name their tensors")
+        raise ValueError(f"the scheme {scheme.name} has no order: its files have tensor names")
     return scheme.order
 
 
@@ -117,7 +118,7 @@ def _count(scheme: Scheme, unnamed: Sequence[LazyTensor], path: str) -> tuple[in
     where = f" in every {unnamed[0].unit}" if isinstance(unnamed[0], Parts) else ""
     expected = [f"{copies * in_layer} L + {copies * outside + extra}" for copies, extra in forms]
     raise InputError(
-        "the number of arrays fits no number of layers",
+        "the number of arrays does not match any number of layers",
         path=path,
         expected=", with optimizer state ".join([f"{expected[0]} for L layers", *expected[1:]]),
         found=f"{count} arrays{where}",

@@ -1,4 +1,4 @@
-"""Kinds of value that a configuration file holds, each converted in both directions."""
+"""Kinds of configuration values, each converted in both directions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gptconvert.errors import InputError, UnsupportedError
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key may hold, converted in both directions.
+    """A kind of value, converted in both directions.
 
     Attributes:
-        read: (key, value in the file) → value in a configuration. Raises :class:`InputError` for a value of another
-            kind, :class:`UnsupportedError` for a feature that is not implemented; neither needs to name the file.
+        read: (key, value in the file) → value in a configuration. Raises :class:`InputError` for a value of the wrong
+            kind, :class:`UnsupportedError` for a feature that is not implemented; neither needs to set the path.
         write: value in a configuration → value in the file.
-        nullable: whether null may stand in the file and means None.
+        nullable: whether null is allowed and means None.
     """
 
     read: Callable[[str, object], Any]
@@ -27,7 +27,7 @@ class Kind:
 
 
 def wrong(key: str, expected: str, found: object) -> InputError:
-    """The error for a value of another kind."""
+    """The error for a value of the wrong kind."""
     return InputError("wrong value", item=key, expected=expected, found=repr(found)[:80])
 
 
@@ -76,19 +76,19 @@ def _text(key: str, value: object) -> str:
 
 #: A whole number; 12.0 is not accepted.
 WHOLE: Final = Kind(_whole)
-#: A whole number from 1.
+#: A whole number, at least 1.
 POSITIVE: Final = Kind(_positive)
 #: A whole number or null.
 OPTIONAL_WHOLE: Final = Kind(_whole_or_null, nullable=True)
-#: A size, or null or 0 for the usual one.
+#: A size; null or 0 means the default.
 SIZE: Final = Kind(_size, nullable=True)
-#: A token id or null. Of a list (several end tokens), the first counts.
+#: A token id or null. From a list (several end tokens), the first is used.
 TOKEN: Final = Kind(_token, nullable=True)
 #: A finite number.
 NUMBER: Final = Kind(_number)
 #: A string.
 TEXT: Final = Kind(_text)
-#: Anything, null included: judged where it is used.
+#: Any value, including null: checked by its user.
 ANY: Final = Kind(lambda key, value: value, nullable=True)
 
 
@@ -107,7 +107,7 @@ FLAG: Final = flag(True, False)
 
 
 def choice(table: Mapping[str, object]) -> Kind:
-    """One word of ``table``, for what it stands for; of several words for one thing, the first is written."""
+    """A word of ``table``, read as its meaning; of several words with one meaning, the first is written."""
     words = {meaning: word for word, meaning in reversed([*table.items()])}
 
     def read(key: str, value: object) -> object:

@@ -1,8 +1,8 @@
-"""Configuration tables: one line per key, written once, used for reading and for writing a configuration file.
+"""Configuration tables: one line per key, used for both reading and writing a configuration file.
 
-A :class:`ConfigTable` belongs to one kind of file of one family, as a ``Scheme`` does for its tensors. Every key of a
-file is handled, harmless, at the value that switches its feature off, or refused by name: a key that is not
-understood could change the logits, so none is ignored.
+A :class:`ConfigTable` belongs to one file format of one family, as a ``Scheme`` does for tensors. Every key of a file
+is handled, harmless, set to the value that switches its feature off, or rejected by name: an unknown key could
+change the logits, so none is ignored.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gptconvert.model.config_kinds import Kind, wrong
 from reference_model.config import ConfigError, GPTConfig
 
 T = TypeVar("T")
-#: What was read, by :attr:`Key.field`.
+#: Values read, by :attr:`Key.field`.
 Values = Mapping[str, Any]
 
-#: Default of a key that every file must have.
+#: Default of a required key.
 REQUIRED: Final = object()
 FIELDS: Final = frozenset(field.name for field in dataclasses.fields(GPTConfig))
-#: One more than the most layers a configuration may have: a damaged count must not fill memory before it is refused.
+#: One more than the layer limit of a configuration, so that a damaged count is rejected before it exhausts memory.
 MAX_LAYERS: Final = 10_001
 
 
@@ -33,15 +33,15 @@ class Key:
     """One key of a configuration file.
 
     Attributes:
-        name: in the file; ``outer.inner`` for a key of a nested object.
-        field: the field of :class:`GPTConfig` that it sets, or any other name under which ``ConfigTable.derived``
-            finds its value; None: the value is checked and not kept.
-        kind: what it may hold.
+        name: name in the file; ``outer.inner`` for a key of a nested object.
+        field: the field of :class:`GPTConfig` that it sets, or another name, for use in ``ConfigTable.derived``;
+            None: the value is checked but not kept.
+        kind: kind of value.
         default: value in the file's terms where the key is absent, or a function of the values of the keys before
             this one; None: the value is then None.
-        aliases: other names, accepted and not written. Where several are present, they must agree.
-        repeats: aliases that are written too, because other programs read them.
-        of: what to write, where that is not the field itself. A key with neither is not written.
+        aliases: other names, read but not written. If several names are present, their values must agree.
+        repeats: aliases that are also written, because other programs read them.
+        of: value to write, if it is not the field itself. A key with neither is not written.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Key:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that is accepted, the key's own first."""
+        """Every accepted name, the key's own first."""
         return (self.name, *self.aliases, *self.repeats)
 
 
@@ -63,11 +63,11 @@ class ConfigTable:
     """All keys of one kind of configuration file.
 
     Attributes:
-        keys: those that decide something, in the order in which they are read.
-        harmless: keys that change no output; they are passed on.
+        keys: keys that affect the model, in reading order.
+        harmless: keys that do not affect the output; they are carried over.
         unused: key of a feature that is not implemented → the value that switches it off, the only one accepted.
-        writes: harmless or unused key → what to write where no value is passed on.
-        derived: field of :class:`GPTConfig` → its value, from the values read. See :data:`USUAL`.
+        writes: harmless or unused key → value to write if none is carried over.
+        derived: field of :class:`GPTConfig` → function of the values read. Overrides :data:`USUAL`.
     """
 
     keys: tuple[Key, ...]
@@ -78,7 +78,7 @@ class ConfigTable:
 
     @property
     def handled(self) -> frozenset[str]:
-        """Every name of every key."""
+        """All names of all keys."""
         return frozenset(name for key in self.keys for name in key.names)
 
     def read(
@@ -88,12 +88,12 @@ class ConfigTable:
 
         Args:
             raw: the parsed file.
-            path: the file, for messages.
-            defaults: field → default to use instead of the key's own.
+            path: the file, used in error messages.
+            defaults: field → default that replaces the key's own.
 
         Raises:
-            InputError: a required key is missing, a value is of another kind, or two names of one key disagree.
-            UnsupportedError: a value stands for a feature that is not implemented.
+            InputError: a required key is missing, a value is of the wrong kind, or two names of one key disagree.
+            UnsupportedError: a value selects a feature that is not implemented.
         """
         with _in_file(path):
             flat, values = _flattened(raw, self.handled), dict[str, Any]()
@@ -104,7 +104,7 @@ class ConfigTable:
         return Reading(self, flat, path, values)
 
     def write(self, config: GPTConfig, carried: Mapping[str, object]) -> dict[str, object]:
-        """The file's keys, from the configuration and from harmless keys that are passed on."""
+        """The file's keys, from the configuration and the harmless keys carried over."""
         written = {**self.writes, **carried}
         for key in self.keys:
             if key.of is None and key.field not in FIELDS:
@@ -125,10 +125,10 @@ class Reading:
     """A configuration file that was read.
 
     Attributes:
-        table: what it was read with.
-        raw: the file, nested objects of handled keys flattened.
-        path: the file, for messages.
-        values: what was read, by field.
+        table: the table used to read it.
+        raw: the parsed file, with nested objects of handled keys flattened.
+        path: the file, used in error messages.
+        values: the values read, by field.
     """
 
     table: ConfigTable
@@ -138,16 +138,16 @@ class Reading:
 
     @property
     def carried(self) -> dict[str, object]:
-        """The harmless keys, to be passed on."""
+        """The harmless keys to carry over."""
         table = self.table
         return {k: v for k, v in self.raw.items() if k in table.harmless and k not in table.handled}
 
     def config(self, **decided: object) -> GPTConfig:
-        """The configuration; ``decided`` are values that no file states, or that overrule it.
+        """The configuration; ``decided`` adds to or overrides the values read.
 
         Raises:
-            InputError: no model can have this configuration.
-            UnsupportedError: keys are neither handled, harmless nor at their unused value; all are named.
+            InputError: the configuration is invalid.
+            UnsupportedError: keys are not handled, harmless or switched off; the message lists all of them.
         """
         known = {**self.values, **decided}
         with _in_file(self.path):
@@ -164,8 +164,8 @@ class Reading:
             listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in refused)
             raise UnsupportedError(
                 f"configuration keys not implemented: {listed}",
-                hint="a key that is not understood could change the logits, so it is never ignored; "
-                "remove it if you know that it changes nothing",
+                hint="an unknown key could change the logits, so it is never ignored; "
+                "remove it if you know that it has no effect",
             )
 
 
@@ -173,7 +173,7 @@ def _value(key: Key, raw: Mapping[str, object], default: object, values: Values)
     found = [name for name in key.names if name in raw]
     if any(raw[name] != raw[found[0]] for name in found[1:]):
         pairs = ", ".join(f"{name} = {raw[name]!r}" for name in found)
-        raise InputError(f"two keys for one size disagree: {pairs}")
+        raise InputError(f"keys with the same meaning disagree: {pairs}")
     value = raw[found[0]] if found else default(values) if callable(default) else default
     if value is None and (key.kind.nullable or not found):
         return None
@@ -183,7 +183,7 @@ def _value(key: Key, raw: Mapping[str, object], default: object, values: Values)
 
 
 def _flattened(raw: Mapping[str, object], names: Collection[str]) -> dict[str, object]:
-    """The file with ``outer.inner`` for the members of those objects that hold one of ``names``."""
+    """The file with ``outer.inner`` keys in place of the objects that contain one of ``names``."""
     flat = dict(raw)
     for outer in {name.rpartition(".")[0] for name in names} - {""}:
         nested = flat.pop(outer, None)
@@ -195,7 +195,7 @@ def _flattened(raw: Mapping[str, object], names: Collection[str]) -> dict[str, o
 
 @contextmanager
 def _in_file(path: str | None) -> Iterator[None]:
-    """Errors raised inside name the file; complaints of :class:`GPTConfig` become input errors."""
+    """Add the file to errors raised inside; turn errors of :class:`GPTConfig` into input errors."""
     try:
         yield
     except ConfigError as error:
@@ -218,11 +218,11 @@ def per_layer(value: T, layers: int) -> tuple[T, ...]:
 
 
 def usual_scale(width: int, heads: int) -> float:
-    """1 / √(features per head); 1 for sizes that are refused later."""
+    """1 / √(features per head); 1 for invalid sizes, which are rejected later."""
     return float((width / heads) ** -0.5) if width > 0 and heads > 0 else 1.0
 
 
-#: What most GPTs have: an MLP four times as wide, scores divided by √(features per head), every key in sight.
+#: Defaults: an MLP of width 4 D, scores divided by √(features per head), global attention.
 USUAL: Final[Mapping[str, Callable[[Values], object]]] = {
     "n_inner": lambda v: 4 * v["n_embd"] if v.get("n_inner") is None else v["n_inner"],
     "attn_scale": lambda v: per_layer(usual_scale(v["n_embd"], v["n_head"]), v["n_layer"]),

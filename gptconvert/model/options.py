@@ -1,8 +1,8 @@
-"""Every choice a user can make about a conversion, in one value.
+"""Every option of a conversion, in one value.
 
-An :class:`Options` travels with the checkpoint it opened, so the manifest and the model card's command can name each
-choice that shaped the output. :data:`INFO` is the one table of options: the command line and its help, the card's
-command, the manifest and the check for options that do not apply all follow it.
+A checkpoint keeps the :class:`Options` it was opened with, so the manifest and the model card's command can record
+every choice that shaped the output. :data:`INFO` is the single table of options: the command line and its help, the
+card's command, the manifest and the check for inapplicable options are all derived from it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from gptconvert.errors import UsageError
 from reference_model.config import TASKS
 
 Level = Literal["default", "full"]
-#: When a field takes effect: opening files, understanding the checkpoint, writing targets, or running.
+#: When a field takes effect: opening files, reading the checkpoint, writing targets, or during the run.
 Stage = Literal["source", "checkpoint", "output", "run"]
-#: Section of the help that lists the option.
+#: Section of the help text.
 Group = Literal["Source", "Checkpoint", "Output", "ONNX", "safetensors and TensorFlow", "Verification"]
-#: What the value of an option is; the command line shows the word and checks the value accordingly.
+#: Kind of value of an option; the command line shows this word and checks the value accordingly.
 Metavar = Literal["N", "SIZE", "FILE", "DIR", "NAME", "REVISION", "TASK"]
 
 #: ONNX operator sets that the graphs are written for.
@@ -32,20 +32,20 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """What the program knows of one field of :class:`Options`.
+    """Metadata of one field of :class:`Options`.
 
     Attributes:
-        flag: the command line's spelling.
+        flag: command-line flag.
         stage: when it takes effect.
-        group: section of the help.
-        help: for the command line, in the imperative.
+        group: section of the help text.
+        help: help text, in the imperative.
         metavar: kind of value; None: a flag, or one of ``choices``.
-        default_text: the default in words, where None stands for it.
-        shapes: whether it changes what is written; the manifest and the card's command name those that do.
-        targets: targets that read it; empty: all.
+        default_text: description of the default, shown in the help text.
+        shapes: whether it changes the output; if so, the manifest and the card's command record it.
+        targets: targets that use it; empty: all.
         choices: allowed values; empty: any.
         minimum: smallest allowed number.
-        placeholder: written in the card's command in place of a local path.
+        placeholder: replaces a local path in the card's command.
     """
 
     flag: str
@@ -62,7 +62,7 @@ class OptionInfo:
 
 
 def _option(default: object, flag: str, stage: Stage, group: Group, about: str, **info: Any) -> Any:
-    """A field of :class:`Options` with its row of the table."""
+    """A field of :class:`Options` with its :class:`OptionInfo`."""
     return field(default=default, metadata={"info": OptionInfo(flag, stage, group, about, **info)})
 
 
@@ -74,31 +74,31 @@ class Options:
     """How to open a checkpoint, what to write, and how.
 
     Attributes:
-        step: training step, where a directory holds several checkpoints.
-        hparams: configuration file to use instead of the one beside the weights.
-        weights_file: which weights file to read, where a directory holds several.
+        step: training step, if a directory holds several checkpoints.
+        hparams: configuration file to use instead of the one next to the weights.
+        weights_file: weights file to read, if a directory holds several.
         revision: hub branch, tag or commit.
         cache_dir: hub cache directory; None: the hub library's default.
         offline: use the hub cache only.
-        task: one of ``reference_model.config.TASKS``; None: what the checkpoint's heads say.
-        n_head: number of heads, for formats that do not record it.
-        pad_token_id: token that text classification treats as padding; None: the configuration's.
-        activation: ``tanh`` or ``erf``, the formula of GELU, for formats that do not record it.
-        trim_vocab: number of ids to keep; the rows after them only pad the vocabulary.
-        targets: names as in ``--to``.
+        task: one of ``reference_model.config.TASKS``; None: chosen from the checkpoint's heads.
+        n_head: number of attention heads, for formats that do not record it.
+        pad_token_id: token that text classification treats as padding; None: from the configuration.
+        activation: GELU formula, ``tanh`` or ``erf``, for formats that do not record it.
+        trim_vocab: number of token ids to keep, to remove vocabulary padding.
+        targets: names of the formats to write, as in ``--to``.
         dtype: storage type: ``fp32``, ``fp16`` or ``bf16``; None: each weight as stored.
         opset: ONNX operator set.
-        kv_cache: whether the ONNX graph takes and returns keys and values.
+        kv_cache: whether the ONNX graph takes and returns cached keys and values.
         single_file: whether ONNX weights are stored inside the graph file.
         max_shard_size: largest safetensors file, in bytes.
-        xla: whether the SavedModel also gets jit-compiled signatures of fixed shape.
+        xla: whether to add jit-compiled signatures of fixed shape to the SavedModel.
         verify: ``default`` or ``full``; None: skip verification.
         force: replace an existing output.
         allow_nonfinite: convert weights that contain NaN or infinities.
         strict: treat notes as errors.
 
     Raises:
-        UsageError: a value outside a field's choices.
+        UsageError: a value is not among its field's choices.
     """
 
     step: int | None = _option(
@@ -106,7 +106,7 @@ class Options:
         "--step",
         "source",
         "Source",
-        "Read this training step, if there are several.",
+        "Read this training step.",
         metavar="N",
         default_text="latest",
     )
@@ -117,7 +117,7 @@ class Options:
         "Checkpoint",
         "Read the configuration from this file.",
         metavar="FILE",
-        default_text="beside the weights",
+        default_text="next to the weights",
         placeholder="HPARAMS",
     )
     weights_file: str | None = _option(
@@ -125,10 +125,10 @@ class Options:
         "--weights-file",
         "source",
         "Source",
-        "Read this weights file, if the directory has several.",
+        "Read this weights file, if the directory contains several.",
         metavar="NAME",
     )
-    # Not recorded itself: the resolved commit is.
+    # Not recorded; the resolved commit is recorded instead.
     revision: str | None = _option(
         None,
         "--revision",
@@ -144,13 +144,13 @@ class Options:
         "--cache-dir",
         "source",
         "Source",
-        "Keep hub files in this directory.",
+        "Cache hub files in this directory.",
         metavar="DIR",
-        default_text="the hub library's",
+        default_text="the hub library's default",
         shapes=False,
     )
     offline: bool = _option(
-        False, "--offline", "source", "Source", "Use hub files from the cache only; never the network.", shapes=False
+        False, "--offline", "source", "Source", "Use cached hub files only; never access the network.", shapes=False
     )
     task: str | None = _option(
         None,
@@ -167,7 +167,7 @@ class Options:
         "--n-head",
         "checkpoint",
         "Checkpoint",
-        "Set the number of heads, if the checkpoint does not record it.",
+        "Set the number of attention heads, if the checkpoint does not record it.",
         metavar="N",
         minimum=1,
         default_text="width / 64",
@@ -186,7 +186,7 @@ class Options:
         "--activation",
         "checkpoint",
         "Checkpoint",
-        "Set the formula of GELU, if the checkpoint does not record it.",
+        "Set the GELU formula, if the checkpoint does not record it.",
         choices=("tanh", "erf"),
         default_text="erf for nanoGPT, tanh for Megatron-LM",
     )
@@ -195,13 +195,13 @@ class Options:
         "--trim-vocab",
         "checkpoint",
         "Checkpoint",
-        "Keep the first N token ids; drop the rows that pad the vocabulary.",
+        "Keep only the first N token ids, to remove vocabulary padding.",
         metavar="N",
         minimum=1,
         default_text="all",
     )
     targets: tuple[str, ...] = _option(
-        ("onnx",), "--to", "output", "Output", "Write this format; repeat the option for several."
+        ("onnx",), "--to", "output", "Output", "Write this format; repeat for several."
     )
     dtype: str | None = _option(
         None,
@@ -223,7 +223,12 @@ class Options:
         choices=tuple(OPSETS),
     )
     kv_cache: bool = _option(
-        True, "--kv-cache", "output", "ONNX", "Make keys and values inputs and outputs of the graph.", targets=_ONNX
+        True,
+        "--kv-cache",
+        "output",
+        "ONNX",
+        "Add cached keys and values to the graph's inputs and outputs.",
+        targets=_ONNX,
     )
     single_file: bool = _option(
         False,
@@ -238,7 +243,7 @@ class Options:
         "--max-shard-size",
         "output",
         "safetensors and TensorFlow",
-        "Split safetensors files above this size, such as 500MB or 2GiB.",
+        "Split safetensors files larger than this, such as 500MB or 2GiB.",
         metavar="SIZE",
         minimum=1,
         default_text="5GB",
@@ -257,7 +262,7 @@ class Options:
         "--verify",
         "run",
         "Verification",
-        "Verify at this level; full tests all lengths up to the context.",
+        "Verify at this level; full tests every length up to the context length.",
         choices=("default", "full"),
     )
     force: bool = _option(
@@ -272,14 +277,14 @@ class Options:
         for name, info, value in self._entries():
             if info.choices and value is not None and value not in info.choices:
                 raise UsageError(
-                    f"no such value of {name}",
+                    f"invalid value of {name}",
                     item=info.flag,
                     expected=f"one of {', '.join(map(str, info.choices))}",
                     found=repr(value),
                 )
 
     def given(self, *stages: Stage) -> dict[str, OptionInfo]:
-        """Fields of these stages (none named: all) whose value is not the default, with what is known of them."""
+        """Fields of these stages (default: all) whose value is not the default, with their metadata."""
         return {
             name: info
             for name, info, value in self._entries()
@@ -287,13 +292,13 @@ class Options:
         }
 
     def check_targets(self, named: Container[str] = ()) -> None:
-        """Refuse options that none of the targets reads.
+        """Reject options that none of the targets uses.
 
         Args:
-            named: fields given explicitly: these are refused even if they repeat the default.
+            named: fields given explicitly, which are rejected even if they repeat the default.
 
         Raises:
-            UsageError: there are some; all are named.
+            UsageError: such options are set; the message lists all of them.
         """
         unused = [
             f"{_words(info, value)[0]} has no effect without {' or '.join(f'--to {t}' for t in sorted(info.targets))}"
@@ -304,10 +309,10 @@ class Options:
             raise UsageError("; ".join(unused), hint="add the target, or drop the option")
 
     def opened_with(self, opened: Options) -> Options:
-        """These options for a checkpoint that is open already: what it was opened with stands.
+        """These options with the source and checkpoint options of an open checkpoint.
 
         Raises:
-            UsageError: these say otherwise.
+            UsageError: these options contradict those of the open checkpoint.
         """
         before = {name: getattr(opened, name) for name in FIELDS if INFO[name].stage in ("source", "checkpoint")}
         clash = [name for name in self.given("source", "checkpoint") if getattr(self, name) != before[name]]
@@ -320,7 +325,7 @@ class Options:
         return dataclasses.replace(self, **before)
 
     def recorded(self) -> dict[str, object]:
-        """Every choice that shapes the output, as plain values without paths of this machine."""
+        """Every option that shapes the output, as plain values without local paths."""
         return {
             name: os.path.basename(value) if info.placeholder and isinstance(value, str) else value
             for name, info, value in self._entries()
@@ -328,7 +333,7 @@ class Options:
         }
 
     def command_words(self) -> list[str]:
-        """The command-line words that make the same choices again, targets included."""
+        """Command-line words that reproduce these options, including the targets."""
         words = [word for target in sorted(self.targets) for word in ("--to", target)]
         for name, info in self.given().items():
             if info.shapes and name != "targets":
@@ -346,8 +351,8 @@ DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(Opt
 
 
 def _words(info: OptionInfo, value: object) -> list[str]:
-    """One choice in words of the command line."""
-    if value is False or value is None:  # a default of True, or of a level, switched off
+    """Command-line words for one option."""
+    if value is False or value is None:  # switches off a default
         return [info.flag.replace("--", "--no-", 1)]
     if value is True:
         return [info.flag]

@@ -1,21 +1,19 @@
-"""Name tables: one row per tensor, written once, used for reading, writing, inspecting and testing.
+"""Name tables: one row per tensor, used for reading, writing, inspecting and testing.
 
 A table (:class:`Scheme`) belongs to one naming scheme of one family. Rows are templates over the layer index
-``{i}``; :func:`expand` turns them into concrete names and shapes from the configuration, so that everything
-missing, unexpected or mis-shaped is plain set arithmetic on file headers, found before any weight is read.
+``{i}``; :func:`expand` turns them into names and shapes for a configuration. Missing, unexpected or mis-shaped
+tensors are therefore found from file headers, before any weight is read.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from gptconvert.errors import InputError
-from gptconvert.model.shards import FIRST, Merge, Parts, Shards, merge_parts
-from gptconvert.model.tensors import LazyTensor, Shape, filled
+from gptconvert.model.shards import FIRST, Shards
+from gptconvert.model.tensors import LazyTensor, Shape
 from gptconvert.model.transforms import Sizes, Transform, concatenate, split
 from reference_model.config import GPTConfig
 
@@ -24,19 +22,19 @@ Condition = Callable[[GPTConfig], bool]
 
 @dataclass(frozen=True)
 class Row:
-    """One canonical tensor and the tensor, or tensors, that hold it in a file.
+    """One canonical tensor and the file's tensor or tensors that store it.
 
     Attributes:
         canonical: canonical name template (``h.{i}.attn.c_attn.weight``).
         stored: the file's name template, or several whose canonical forms are stacked along axis 0 (q, k, v).
-        shape: shape of each of ``stored``, in symbols and sums of them: ``"1 D 3D"``, ``"C+2 D"``.
+        shape: shape of each of ``stored``, in symbols, multiples and sums: ``"1 D 3D"``, ``"C+2 D"``.
         steps: transforms from the file's layout to the canonical one, in order.
-        when: whether a model of this configuration has the tensor at all.
-        absent: value that stands for the tensor where the file may leave it out (nanoGPT's ``bias=False``).
-        head: True for tensors outside the transformer body, which carry no body prefix.
-        aliases: other names a file may use for ``stored`` (one name), inside or outside the body; never written.
-        shards: in files of several shards, how the parts of each of ``stored`` become it.
-        added: in such files, name of a vector whose parts are added to every row of ``stored`` (one name).
+        when: whether a model with this configuration has the tensor.
+        absent: value to fill in if the file omits the tensor (nanoGPT's ``bias=False``); None: it is required.
+        head: True for tensors outside the transformer body, whose names lack the body prefix.
+        aliases: other names of ``stored`` (one name), with or without the body prefix; read but never written.
+        shards: how to join the parts of each of ``stored`` in sharded files.
+        added: in sharded files, name of a vector whose parts are added to every row of ``stored`` (one name).
     """
 
     canonical: str
@@ -57,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Drop:
-    """Tensors that are known and carry nothing: a regular expression for the whole name, and why."""
+    """Known tensors to leave out: a regular expression for the full name, and the reason."""
 
     pattern: str
     why: str
@@ -80,12 +78,12 @@ class Order:
     """The order of a scheme's tensors in files that do not name them.
 
     Attributes:
-        by: ``layer``: what belongs to no layer, then layer after layer, in the order of the rows; ``row``: row after
-            row, each with all its layers; ``name``: sorted by name, so that layer 10 follows layer 1.
-        last: names of the arrays behind all of them (a training counter).
-        optimizer: how many copies of all tensors, and how many single arrays, the optimizer's state holds where a
-            checkpoint has it; it comes first.
-        padded: stored name → symbol of its number of rows in the file, padding at the end included.
+        by: ``layer``: tensors outside the layers, then layer by layer, in row order; ``row``: row by row, each with
+            all its layers; ``name``: sorted by name, so that layer 10 follows layer 1.
+        last: names of the arrays after all tensors (a training counter).
+        optimizer: number of copies of all tensors, and of single arrays, in the optimizer state; if a checkpoint has
+            it, it comes first.
+        padded: stored name → symbol for its number of rows in the file, including padding at the end.
     """
 
     by: Literal["layer", "row", "name"]
@@ -96,7 +94,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Variant:
-    """Tensors of an option of the trainer that is not implemented: a regular expression for the name, the option."""
+    """Tensors of a trainer option that is not implemented: a regular expression for the name, and the option."""
 
     pattern: str
     option: str
@@ -104,22 +102,22 @@ class Variant:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one kind of file names and lays out one family's tensors.
+    """How one file format names and lays out one family's tensors.
 
     Attributes:
-        name: of the naming scheme (``hf``, ``openai-tf`` …), the same word a source announces.
+        name: of the naming scheme (``hf``, ``openai-tf`` …), as in :attr:`Source.scheme`.
         rows: one per canonical tensor.
-        anchor: the name of a tensor every such file has, from which the prefix is found.
-        prefixes: what may stand before body names; None: anything, or nothing, that ends in ``/``.
-        body: the part of a prefix that head tensors do not carry.
+        anchor: name of a tensor present in every such file, which determines the prefix.
+        prefixes: allowed prefixes of body names; None: empty, or any that ends in ``/``.
+        body: the part of the prefix that head tensors lack.
         write_prefix: prefix used when writing.
-        drops: known tensors that carry nothing. Patterns are matched without the prefix.
+        drops: known tensors to leave out. Patterns are matched without the prefix.
         tied: repeated tensors.
-        order: of the tensors in files that do not name them; None: all files do.
-        renamed: (a file's names, its path) → the table's name of each, where the trainer numbers modules in a way of
-            its own; raises InputError for names that do not belong together.
-        variants: options that tensors not in the table stand for. Where there are any, such tensors are refused by
-            the option's name, before the configuration is read.
+        order: of the tensors in files without names; None: all files have names.
+        renamed: (a file's names, its path) → the table's name for each, for trainers that number modules
+            differently; raises InputError for inconsistent names.
+        variants: trainer options recognized by tensors outside the table. If set, every tensor outside the table is
+            rejected, by the option's name, before the configuration is read.
     """
 
     name: str
@@ -137,7 +135,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Bound:
-    """A row made concrete: one canonical name, its file names, the shape of each of these, and other names."""
+    """A row for one layer: canonical name, file names, the shape of each, and aliases."""
 
     row: Row
     canonical: str
@@ -146,24 +144,13 @@ class Bound:
     aliases: tuple[str, ...] = ()
 
     def named_as_in(self, tensors: Container[str]) -> Bound:
-        """The same tensor under the name that this file has for it."""
+        """The same tensor under the name used in this file."""
         alias = next((name for name in self.aliases if name in tensors), None)
         return self if alias is None or self.stored[0] in tensors else replace(self, stored=(alias,))
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A file's tensors, whole, under their canonical and their own names; what was left out and why; notes."""
-
-    weights: Mapping[str, LazyTensor]
-    tensors: Mapping[str, LazyTensor]
-    prefix: str
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
 def sizes_of(config: GPTConfig) -> dict[str, int]:
-    """The symbols shapes are written in."""
+    """The values of the symbols used in shapes."""
     return {
         "V": config.vocab_size,
         "C": config.n_ctx,
@@ -178,7 +165,7 @@ def concrete(shape: str, sizes: Sizes) -> Shape:
     """``"1 D 3D C+2"`` with C = 40, D = 24 → (1, 24, 72, 42).
 
     Raises:
-        ValueError: a word is not a sum of numbers and of symbols with a factor.
+        ValueError: a word is not a sum of numbers and multiples of symbols.
     """
     return tuple(_axis(word, shape, sizes) for word in shape.split())
 
@@ -191,7 +178,7 @@ def _axis(word: str, shape: str, sizes: Sizes) -> int:
 
 
 def expand(rows: Iterable[Row], config: GPTConfig, prefix: str = "", head_prefix: str = "") -> list[Bound]:
-    """Rows for every layer of ``config``, in canonical-name order (bytewise, as TensorFlow's bundles sort)."""
+    """The rows for every layer of ``config``, sorted by canonical name (bytewise, as in TensorFlow's bundles)."""
     sizes, bound = sizes_of(config), []
     for row in rows:
         if not row.when(config):
@@ -205,7 +192,7 @@ def expand(rows: Iterable[Row], config: GPTConfig, prefix: str = "", head_prefix
 
 
 def canonical_shapes(rows: Iterable[Row], config: GPTConfig) -> dict[str, Shape]:
-    """Canonical name → shape of every tensor a model of ``config`` has."""
+    """Canonical name → shape of every tensor of a model with this configuration."""
     sizes, shapes = sizes_of(config), {}
     for bound in expand(rows, config):
         shape = bound.shape
@@ -243,168 +230,7 @@ def write_names(
     sizes, written = sizes_of(config), {}
     for bound in expand(scheme.rows, config, "" if bare else scheme.write_prefix):
         weight = weights.get(bound.canonical)
-        if weight is None:  # a tensor this layout must have and our model does without
+        if weight is None:  # the layout requires a tensor that the model lacks
             raise KeyError(bound.canonical)
         written.update(from_canonical(bound, weight, sizes))
     return dict(sorted(written.items()))
-
-
-def find_prefix(scheme: Scheme, names: Iterable[str]) -> str | None:
-    """What stands before the body names of this file, from the anchor tensor; None: the anchor is not there."""
-    found = [name[: -len(scheme.anchor)] for name in names if name.endswith(scheme.anchor)]
-    if scheme.prefixes is None:
-        fitting = [p for p in found if p == "" or p.endswith("/")]
-    else:
-        fitting = [p for p in found if p in scheme.prefixes]
-    return min(fitting, key=len, default=None)
-
-
-def head_prefix(scheme: Scheme, prefix: str) -> str:
-    """The prefix of head tensors: the body's part taken off."""
-    return prefix.removesuffix(scheme.body) if scheme.body else prefix
-
-
-def resolve(
-    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], *, path: str | None = None
-) -> Resolved:
-    """Canonical weights from a file's tensors, by headers alone.
-
-    Raises:
-        InputError: tensors are missing, unexpected or mis-shaped; all of them are listed.
-    """
-    prefix = find_prefix(scheme, tensors)
-    if prefix is None:
-        raise InputError(
-            f"no tensor named {scheme.anchor!r} under a known prefix",
-            path=path,
-            expected=f"names as in {scheme.anchor!r}",
-            found=_some(sorted(tensors)),
-            hint="this is not the variable scheme of any supported model; `gptconvert inspect` lists the names",
-        )
-    outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
-    tensors, notes = merge_parts(tensors, _merges(scheme, config, tensors, prefix))
-    bound = [b.named_as_in(tensors) for b in expand(scheme.rows, config, prefix, outer)]
-    weights: dict[str, LazyTensor] = {}
-    missing: list[str] = []
-    misshaped: list[tuple[str, Shape, Shape]] = []
-    used: set[str] = set()
-    for b in bound:
-        used.update(b.stored)
-        absent = [name for name in b.stored if name not in tensors]
-        wrong = [name for name in b.stored if name in tensors and tensors[name].shape != b.shape]
-        if absent and b.row.absent is not None:
-            dtype = next(iter(tensors.values())).dtype
-            weights[b.canonical] = filled(b.row.absent, dtype, canonical_shapes([b.row], config)[b.canonical])
-            continue
-        missing += absent
-        misshaped += [(name, b.shape, tensors[name].shape) for name in wrong]
-        if not absent and not wrong:
-            weights[b.canonical] = to_canonical(b, tensors, sizes)
-    for tied in scheme.tied:
-        name = (outer if tied.head else prefix) + tied.stored
-        if name in tensors and tied.when(config):
-            used.add(name)
-            if tensors[name].shape != concrete(tied.shape, sizes):
-                misshaped.append((name, concrete(tied.shape, sizes), tensors[name].shape))
-    drops = [drop for drop in scheme.drops if drop.when(config)]
-    dropped, unexpected = _sort_out(drops, (prefix, outer), [n for n in tensors if n not in used])
-    if missing or unexpected or misshaped:
-        raise _mismatch(missing, unexpected, misshaped, path)
-    return Resolved(weights, tensors, prefix, dropped, notes)
-
-
-def _merges(scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, Merge]:
-    """File name → how the parts become the tensor, also for tensors that a model of ``config`` does without."""
-    if not any(isinstance(tensor, Parts) for tensor in tensors.values()):
-        return {}
-    found: dict[str, Merge] = {}
-    for row in sorted(scheme.rows, key=lambda row: row.when(config)):
-        for b in expand([replace(row, when=lambda config: True)], config, prefix, head_prefix(scheme, prefix)):
-            added = None if row.added is None else prefix + row.added
-            found |= dict.fromkeys((*b.stored, *b.aliases), Merge(row.shards, b.shape, added))
-    return found
-
-
-def tied_pairs(
-    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str
-) -> list[tuple[str, str]]:
-    """(file name, canonical name) of every stored tensor that must repeat another."""
-    outer = head_prefix(scheme, prefix)
-    names = [((outer if t.head else prefix) + t.stored, t) for t in scheme.tied if t.when(config)]
-    return [(name, t.to) for name, t in names if name in tensors]
-
-
-def _sort_out(
-    drops: Iterable[Drop], prefixes: Iterable[str], names: Iterable[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Leftover names → (dropped with the reason, unexpected)."""
-    dropped, unexpected = {}, []
-    for name in names:
-        bare = {name.removeprefix(prefix) for prefix in prefixes}
-        why = next((d.why for d in drops if any(re.fullmatch(d.pattern, b) for b in bare)), None)
-        if why is None:
-            unexpected.append(name)
-        else:
-            dropped[name] = why
-    return dropped, unexpected
-
-
-def collapse(names: Iterable[str]) -> list[str]:
-    """Names with layer numbers folded: ``h.{0-3}.ln_1.weight``."""
-    return list(grouped(names))
-
-
-def grouped(names: Iterable[str], to: str = "-") -> dict[str, list[str]]:
-    """Names with layer numbers folded → the names that each stands for, in the order of first appearance.
-
-    Args:
-        names: all different.
-        to: between the first and the last number of a run.
-    """
-    groups: dict[str, list[tuple[int, str]]] = {}
-    for name in names:
-        match = re.search(r"(?:(?<=[./h])|(?<=layer_))[0-9]{1,9}(?=[./])", name)
-        template = name if match is None else f"{name[: match.start()]}{{}}{name[match.end() :]}"
-        groups.setdefault(template, []).append((-1 if match is None else int(match[0]), name))
-    return {
-        template if "{}" not in template else template.replace("{}", _runs(sorted(i for i, _ in found), to)): [
-            name for _, name in found
-        ]
-        for template, found in groups.items()
-    }
-
-
-def _runs(numbers: list[int], to: str) -> str:
-    """[0, 1, 2, 5] → ``{0-2,5}``; a single number stays bare."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return "{" + ",".join(str(a) if a == b else f"{a}{to}{b}" for a, b in runs) + "}"
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    shown = ", ".join(collapse(names)[:most])
-    return f"{shown}, … ({len(names)} in all)" if len(collapse(names)) > most else shown or "no tensors"
-
-
-def _mismatch(
-    missing: list[str], unexpected: list[str], misshaped: list[tuple[str, Shape, Shape]], path: str | None
-) -> InputError:
-    lines = ["the tensors do not fit the configuration"]
-    for name in collapse(missing):
-        near = difflib.get_close_matches(name, collapse(unexpected), 1, 0.75)
-        lines.append(f"  missing     {name}" + (f"   (is it {near[0]}?)" if near else ""))
-    lines += [f"  unexpected  {name}" for name in collapse(unexpected)]
-    lines += [
-        f"  wrong shape {name}: expected {list(expected)}, found {list(found)}" for name, expected, found in misshaped
-    ]
-    return InputError(
-        "\n".join(lines),
-        path=path,
-        hint="the configuration and the weights belong to different models, or the file is incomplete",
-    )

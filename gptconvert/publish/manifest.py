@@ -16,8 +16,8 @@ from gptconvert.containers.json import dump_json
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import PlannedFile
+from gptconvert.model.names import collapse
 from gptconvert.model.schema import SCHEMA_VERSION
-from gptconvert.model.schemes import collapse
 from gptconvert.publish.source_reader import FileDigest
 from gptconvert.publish.writer import Written, WrittenFile
 

@@ -10,7 +10,7 @@ from gptconvert.families.registry import family_named, understand
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.model.progress import Stage
-from gptconvert.model.schemes import tied_pairs
+from gptconvert.model.resolution import tied_pairs
 from gptconvert.model.source import Source
 from gptconvert.verify.foreign import as_stored
 from gptconvert.verify.report import ArtifactReport

@@ -360,7 +360,7 @@ def test_gpt1_sizes_come_from_the_shapes() -> None:
     assert any("n_head = 2" in note for note in notes)
     made, _, notes = gpt1_sizes(arrays(128), Options(n_head=4))
     assert made.n_head == 4
-    assert any("n_head = 4 (as asked)" in note for note in notes)
+    assert any("n_head = 4 (--n-head)" in note for note in notes)
     assert gpt1_sizes(arrays(24), n_head=3)[0].n_head == 3
 
 

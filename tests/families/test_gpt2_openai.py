@@ -160,7 +160,7 @@ def test_sizes_from_the_shapes_and_heads_of_64() -> None:
 def test_heads_as_asked() -> None:
     checkpoint = understood(variables(), Options(n_head=3), hparams=False)
     assert checkpoint.config.n_head == 3
-    assert "n_head = 3 (as asked)" in checkpoint.notes[0]
+    assert "n_head = 3 (--n-head)" in checkpoint.notes[0]
 
 
 def test_heads_are_asked_for_where_64_does_not_divide() -> None:

@@ -13,7 +13,8 @@ from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.families.family import Family
 from gptconvert.families.registry import FAMILIES, family_named, understand
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import canonical_shapes, expand, tied_pairs, write_names
+from gptconvert.model.resolution import tied_pairs
+from gptconvert.model.schemes import canonical_shapes, expand, write_names
 from gptconvert.targets.safetensors.plan import plan
 from reference_model.config import TASKS
 from tests.families import witness

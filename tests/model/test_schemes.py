@@ -14,14 +14,11 @@ from gptconvert.model.schemes import (
     Bound,
     Row,
     canonical_shapes,
-    collapse,
     concrete,
     expand,
     from_canonical,
-    resolve,
     sizes_of,
     to_canonical,
-    write_names,
 )
 from gptconvert.model.transforms import Transpose
 from reference_model.config import GPTConfig

@@ -204,7 +204,7 @@ def test_the_wrong_number_of_arrays(tmp_path: Path) -> None:
     for i in range(16):
         (tmp_path / "shard_0").mkdir(exist_ok=True)
         rewrite(tmp_path / "shard_0" / f"{i}.npz", np.ones(2))
-    with pytest.raises(InputError, match="fits no number of layers") as caught:
+    with pytest.raises(InputError, match="does not match any number of layers") as caught:
         understood(tmp_path)
     assert caught.value.expected == "10 L + 7 for L layers, with optimizer state 30 L + 21"
     assert caught.value.found == "16 arrays in every shard"

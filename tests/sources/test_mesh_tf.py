@@ -93,7 +93,7 @@ def with_config(tmp_path: Path, **changes: Any) -> Path:
         ({"attention_types": [[["global"], 2]]}, InputError, "wrong attention pattern"),
         ({"attention_types": ...}, InputError, "attention_types: required key is missing"),
         ({"n_head": ...}, InputError, "n_head: required key is missing"),
-        ({"n_positions": 41}, InputError, "two keys for one size disagree"),
+        ({"n_positions": 41}, InputError, "keys with the same meaning disagree"),
         ({"n_layer": 2, "attention_types": [[["global"], 2]]}, InputError, "unexpected"),
         ({"n_layer": 4, "attention_types": [[["global"], 4]]}, InputError, "missing"),
         ({"something_new": 1}, UnsupportedError, "something_new"),

@@ -62,7 +62,7 @@ def test_old_run_without_biases_and_with_an_untied_head() -> None:
     assert not checkpoint.config.tied_head
     assert checkpoint.dropped == {"transformer.h.0.attn.bias": "causal mask buffer"}
     assert not checkpoint.weights["h.1.mlp.c_fc.bias"].read().any()
-    for words in ("zeros", "head of its own"):
+    for words in ("zeros", "untied head"):
         assert any(words in note for note in checkpoint.notes)
 
 

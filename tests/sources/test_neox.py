@@ -334,7 +334,7 @@ def test_trimmed_vocabularies(name: str) -> None:
 
 
 def test_special_tokens_are_not_trimmed() -> None:
-    with pytest.raises(UsageError, match="cuts off the special token 96"):
+    with pytest.raises(UsageError, match="removes the special token 96"):
         understood(ORIGINALS / "mesh-tf", trim_vocab=96)
 
 

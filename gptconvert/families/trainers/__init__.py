@@ -1,1 +1,1 @@
-"""Families as their original trainers name and configure them."""
+"""Name tables and configurations of the original trainers' formats."""

@@ -1,10 +1,10 @@
-"""What trainers that build GPT-2 from ``torch.nn.Linear``, [out, in], have in common."""
+"""Shapes and options shared by trainers that build GPT-2 from ``torch.nn.Linear``, [out, in]."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: Canonical tensor → its shape, which nanoGPT, llm.c and Megatron-LM all keep.
+#: Canonical tensor → its shape, the same in nanoGPT, llm.c and Megatron-LM.
 SHAPES: Mapping[str, str] = {
     "wte.weight": "V D",
     "wpe.weight": "C D",

@@ -33,7 +33,7 @@ _LLMC_NAMES: Mapping[str, str] = {
     "ln_f.weight": "lnfw",
     "ln_f.bias": "lnfb",
 }
-#: The file names nothing: it holds the tensors in this order, each stacked over the layers. ``P``: padded vocabulary.
+#: The file has no names: tensors are stored in this order, each stacked over the layers. ``P``: padded vocabulary.
 LLMC = Scheme(
     name="llmc",
     anchor="wte",
@@ -54,7 +54,7 @@ HEADER = table(
 
 
 def read(given: ConfigInput) -> ReadConfig:
-    """From the file's header."""
+    """Read the configuration from the file's header."""
     return ReadConfig(given.config(HEADER.read(given.raw, given.path)), {}, [])
 
 

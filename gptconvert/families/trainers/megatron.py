@@ -1,7 +1,7 @@
 """GPT-2 as Megatron-LM saves it.
 
-Source: NVIDIA/Megatron-LM (module names, arguments), and the order of q, k and v in each of its checkpoint versions
-as Hugging Face's ``megatron_gpt2`` conversion describes it.
+Source: NVIDIA/Megatron-LM (module names, arguments), and, for the order of q, k and v in each checkpoint version,
+Hugging Face's ``megatron_gpt2`` conversion.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MEGATRON_NAMES: Mapping[str, str] = {
 
 
 def _megatron_names(canonical: str) -> tuple[str, ...]:
-    """The names a tensor has had: the stack was called transformer, then encoder; its attention self_attention."""
+    """All names of a tensor: later versions renamed transformer to encoder and attention to self_attention."""
     stem, _, kind = canonical.rpartition(".")
     template = _MEGATRON_NAMES.get(canonical) or f"{_MEGATRON_NAMES[stem]}.{kind}"
     ways = [(body, attention) for body in ("transformer", "encoder") for attention in ("attention", "self_attention")]
@@ -54,7 +54,7 @@ def _megatron(version: int, qkv_steps: tuple[Transform, ...]) -> Scheme:
     )
 
 
-#: By the order of the rows of q, k and v: [3, H, hd]; [H, hd, 3]; [H, 3, hd].
+#: By checkpoint version; the rows of q, k and v are laid out as [3, H, hd]; [H, hd, 3]; [H, 3, hd].
 MEGATRON: tuple[Scheme, ...] = (
     _megatron(0, ()),
     _megatron(1, (DeinterleaveFeatures(),)),
@@ -62,8 +62,7 @@ MEGATRON: tuple[Scheme, ...] = (
 )
 
 OPTIONAL_FLAG = flag(True, False, nullable=True)
-#: The arguments that make a GPT-2, and those that make another model; none of the hundreds of others changes a
-#: forward pass.
+#: The arguments that affect a forward pass; the hundreds of others do not and are not read.
 ARGUMENTS = ConfigTable(
     keys=(
         Key("padded_vocab_size", "vocab_size", WHOLE),
@@ -100,17 +99,17 @@ ARGUMENTS = ConfigTable(
 
 
 def read(given: ConfigInput) -> ReadConfig:
-    """From the arguments of the training run; without them from the shapes, as for the released 345M model."""
+    """Read the training arguments; without them (the released 345M model), take the sizes from the shapes."""
     sizes = required_sizes(MEGATRON[0], given.tensors, given.path)
     decisive = ARGUMENTS.handled | ARGUMENTS.unused.keys()
     raw = {key: value for key, value in given.raw.items() if key in decisive}
     reading = ARGUMENTS.read(raw, given.path, defaults=sizes.fields)
-    heads, notes = stated_heads(given, reading, "the file holds no arguments")
+    heads, notes = stated_heads(given, reading, "the file has no training arguments")
     activation, how = _activation(given, reading)
     width, channels = reading.values["n_embd"], reading.values["head_width"]
     if channels is not None and heads and channels * heads != width:
         raise UnsupportedError(
-            "heads that do not add up to the model's width are not implemented",
+            "head widths that do not add up to the model's width are not implemented",
             path=given.path,
             item="kv_channels",
             expected=width // heads,
@@ -120,19 +119,21 @@ def read(given: ConfigInput) -> ReadConfig:
 
 
 def _activation(given: ConfigInput, reading: Reading) -> tuple[str, list[str]]:
-    """The fused kernel and ``openai_gelu`` are the tanh formula; PyTorch's own GELU, used without them, is erf's."""
-    values, asked = reading.values, given.options.activation
+    """The GELU formula: tanh with the fused kernel or ``openai_gelu``, otherwise PyTorch's default, erf."""
+    values, requested = reading.values, given.options.activation
     stated = [name for name in ("bias_gelu_fusion", "openai_gelu", "onnx_safe") if values[name] is not None]
     if not stated:
-        why = "the file does not say which GELU the model was trained with: tanh is taken (--activation erf)"
-        return GELUS[asked or "tanh"], [why] if asked is None else []
+        why = (
+            "the file does not record which GELU the model was trained with: tanh is assumed (else --activation erf)"
+        )
+        return GELUS[requested or "tanh"], [why] if requested is None else []
     name = "tanh" if values["bias_gelu_fusion"] or values["openai_gelu"] else "erf"
-    if asked not in (None, name):
+    if requested not in (None, name):
         raise UsageError(
-            "--activation contradicts the checkpoint's own arguments",
+            "--activation contradicts the checkpoint's training arguments",
             path=given.path,
             expected=name,
-            found=asked,
+            found=requested,
         )
     return GELUS[name], []
 

@@ -1,4 +1,4 @@
-"""GPT-J as its trainer saves it: shards of a Haiku program's arrays.
+"""GPT-J as saved by mesh-transformer-jax: sharded arrays of a Haiku program.
 
 Source: kingoflolz/mesh-transformer-jax. Linear weights are [in, out].
 """
@@ -20,18 +20,17 @@ from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import Transpose
 from reference_model.config import Rotary
 
-#: The trainer's own parameters (mesh-transformer-jax, Haiku), whose matrices are [in, out]. ``linear`` is q,
-#: ``linear_1`` v, ``linear_2`` k: the order in which the program makes them. How parts become
-#: tensors follows from the program's collectives: what is split over its output columns or input rows is laid side by
-#: side; biases added on every shard before the sum over shards are summed; norms are read from the first shard, and
-#: the copies of the others were never trained.
+#: ``linear`` is q, ``linear_1`` v and ``linear_2`` k, the order in which the program creates them. The shard rules
+#: follow from the program's collectives: matrices split by output columns or input rows are concatenated; biases
+#: added on every shard before the sum over shards are summed; norms are taken from the first shard, because the
+#: other shards' copies were never trained.
 MESH_JAX = Scheme(
     name="mesh-jax",
     anchor="embedding_shard/~/linear/w",
     prefixes=("causal_transformer_shard/~/",),
     write_prefix="causal_transformer_shard/~/",
     rows=(
-        # A row of the table and the biases are what the module gives for a token: no other program keeps them apart.
+        # The module embeds a token as its row plus the biases; other programs store the sum.
         Row("wte.weight", "embedding_shard/~/linear/w", "V D", shards=ROWS, added="embedding_shard/~/linear/b"),
         Row("h.{i}.ln_1.weight", "layer_{i}/~/replicated_layer_norm/scale", "D"),
         Row("h.{i}.ln_1.bias", "layer_{i}/~/replicated_layer_norm/offset", "D"),
@@ -56,10 +55,10 @@ MESH_JAX = Scheme(
         Drop(r"step", "training counter"),
         Drop(r"projection_shard/~/linear/[wb]", "language-model head", when=lambda c: not c.has_lm_head),
     ),
-    # JAX flattens the tree of modules with its keys sorted. Adam keeps two copies of everything, and two counters.
+    # JAX flattens the module tree in key order. Adam's state is two copies of every tensor and two counters.
     order=Order("name", last=("step",), optimizer=(2, 2)),
 )
-#: What the trainer's configuration of the released model says; the archive of its weights has none.
+#: The trainer's configuration of the released model; the archive of its weights does not contain it.
 RELEASED: Mapping[str, object] = {
     "layers": 28,
     "d_model": 4096,
@@ -68,7 +67,7 @@ RELEASED: Mapping[str, object] = {
     "pe_rotary_dims": 64,
     "seq": 2048,
 }
-#: How a model was trained, on what, and how fast.
+#: Options of data, schedule and performance.
 HARMLESS = frozenset(
     """name comment bucket model_dir train_set val_set eval_harness_tasks val_batches val_every ckpt_every keep_every
     tpu_size cores_per_replica per_replica_batch gradient_accumulation_steps warmup_steps anneal_steps total_steps lr
@@ -77,7 +76,7 @@ HARMLESS = frozenset(
 
 
 def _end_of_text(values: Values) -> int | None:
-    """``<|endoftext|>`` of GPT-2's tokenizer, where the vocabulary has that many entries."""
+    """``<|endoftext|>`` of GPT-2's tokenizer, if the vocabulary is large enough."""
     return GPT2_END if values["vocab_size"] > GPT2_END else None
 
 
@@ -105,16 +104,16 @@ PARAMS = table(
 
 
 def read(given: ConfigInput) -> ReadConfig:
-    """From the JSON file that the model was trained with; without it, the released model's."""
+    """Read the training configuration (JSON); without it, use that of the released model."""
     raw, notes = (given.raw, []) if given.raw else _released(given.tensors)
     return ReadConfig(given.config(PARAMS.read(raw, given.path)), {}, notes)
 
 
 def _released(tensors: Mapping[str, LazyTensor]) -> tuple[Mapping[str, object], list[str]]:
-    """The released model's configuration, if the shapes are its shapes.
+    """The released model's configuration, if the shapes match.
 
     Raises:
-        UsageError: they are another model's, whose heads and rotary positions are in no shape.
+        UsageError: the shapes differ; they do not determine the number of heads and the rotary width.
     """
     prefix = MESH_JAX.write_prefix
     table = tensors.get(prefix + MESH_JAX.anchor)
@@ -122,14 +121,12 @@ def _released(tensors: Mapping[str, LazyTensor]) -> tuple[Mapping[str, object], 
     found = (layers, *(table.shape if table is not None else ()))
     if found != (RELEASED["layers"], RELEASED["n_vocab"], RELEASED["d_model"]):
         raise UsageError(
-            "no configuration beside the shards, and these are not the sizes of GPT-J 6B",
+            "no configuration next to the shards, and the sizes are not those of GPT-J 6B",
             expected="28 layers, an embedding of 50400 × 4096",
             found=f"{found[0]} layers, an embedding of {' × '.join(map(str, found[1:]))}",
-            hint="pass the JSON file that the model was trained with: --hparams FILE",
+            hint="pass the JSON configuration of the training run: --hparams FILE",
         )
-    note = (
-        "no configuration beside the shards: the sizes are those of GPT-J 6B, so are 16 heads and 64 rotary features"
-    )
+    note = "no configuration next to the shards: sizes match GPT-J 6B; 16 heads and 64 rotary features assumed"
     return RELEASED, [note]
 
 

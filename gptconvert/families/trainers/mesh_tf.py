@@ -1,6 +1,6 @@
-"""GPT-Neo as its trainer saves it: a TensorFlow checkpoint by Mesh-TensorFlow.
+"""GPT-Neo as saved by its trainer: a Mesh-TensorFlow checkpoint.
 
-Source: EleutherAI/gpt-neo (variables, options and what they do). Linear weights are [in, out].
+Source: EleutherAI/gpt-neo (variables, options and their effects). Linear weights are [in, out].
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from gptconvert.families.keys import table
 from gptconvert.families.pattern import expanded, unscaled, windows
 from gptconvert.model.config_kinds import ANY, POSITIVE, TOKEN, WHOLE, choice
 from gptconvert.model.config_table import Key, Values
-from gptconvert.model.schemes import Drop, Row, Scheme, find_prefix
+from gptconvert.model.resolution import find_prefix
+from gptconvert.model.schemes import Drop, Row, Scheme
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import Transpose
 
@@ -46,9 +47,9 @@ MESH_TF = Scheme(
         Drop(r"(?:.*/)?(?:global_step|beta\d_power)", "training counter"),
     ),
 )
-#: The trainer's ``activation_fn``; ``activation_function``, which its configurations have too, is read by nothing.
+#: Values of ``activation_fn``; the trainer does not read ``activation_function``, though its configurations have it.
 ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "tanh": "tanh", "silu": "silu"}
-#: How a model was trained, on what, and how fast.
+#: Options of data, schedule and performance.
 HARMLESS = frozenset(
     """name model mode model_path dataset_ids datasets dataset_configs no_dataset data_seed padding_id n_words
     train_batch_size eval_batch_size predict_batch_size train_steps eval_steps predict_steps predict_max_steps steps
@@ -59,7 +60,7 @@ HARMLESS = frozenset(
     stop_at_token remove_partial_sequences sampling_use_entmax slow_sampling entmax_loss_function
     export_dir train predict eval text_only log_grads""".split()
 )
-#: Options of the trainer that make another model → the value that means "not used".
+#: Trainer options that change the architecture → the value that switches them off.
 UNUSED: Mapping[str, object] = {
     "moe_layers": None,
     "mlp_glu": False,
@@ -79,10 +80,10 @@ UNUSED: Mapping[str, object] = {
 
 
 def _released_windows(values: Values) -> tuple[int | None, ...]:
-    """As :func:`windows`; the kinds of attention that only the trainer has are refused by name.
+    """As :func:`windows`, but reject the trainer's other attention kinds by name.
 
     Raises:
-        UnsupportedError: there are others than global and local.
+        UnsupportedError: a kind is neither global nor local.
     """
     kinds = expanded(values["attention_types"], values["n_layer"]) or []
     strange = sorted({str(kind) for kind in kinds} - {"global", "local"})
@@ -118,7 +119,7 @@ PARAMS = table(
 
 
 def read(given: ConfigInput) -> ReadConfig:
-    """From the trainer's parameters, or from the config.json that transformers' own conversion wanted there."""
+    """Read the trainer's parameters, or the config.json that transformers' conversion script expects."""
     if "model_type" in given.raw:
         return read_config_json(given)
     reading = PARAMS.read(given.raw, given.path)
@@ -127,12 +128,14 @@ def read(given: ConfigInput) -> ReadConfig:
 
 
 def _with_padding(vocabulary: int, tensors: Mapping[str, LazyTensor]) -> tuple[int, list[str]]:
-    """The number of rows that the embedding has, which may be more than the vocabulary's, and a note then."""
+    """The number of rows of the embedding, and a note if they exceed the vocabulary."""
     embedding = tensors.get(f"{find_prefix(MESH_TF, tensors)}wte")
     rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
     if rows <= vocabulary:
         return vocabulary, []
-    return rows, [f"the embedding has {rows} rows for a vocabulary of {vocabulary}: kept (--trim-vocab {vocabulary})"]
+    return rows, [
+        f"the embedding has {rows} rows for a vocabulary of {vocabulary}: all are kept (--trim-vocab {vocabulary})"
+    ]
 
 
 LAYOUT = Layout(MESH_TF, read)

@@ -1,6 +1,6 @@
-"""GPT-2 as nanoGPT saves it.
+"""GPT-2 as saved by nanoGPT.
 
-Source: karpathy/nanoGPT ``model.py`` and ``train.py`` (names, ``model_args``; GELU by erf since June 2023).
+Source: karpathy/nanoGPT ``model.py`` and ``train.py`` (names, ``model_args``; erf GELU since June 2023).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from gptconvert.families.trainers.linear import GELUS, SHAPES
 from gptconvert.families.trainers.sizes import gpt2_end, required_sizes, stated_heads
 from gptconvert.model.config_kinds import FLAG, WHOLE
 from gptconvert.model.config_table import Key
-from gptconvert.model.schemes import Drop, Row, Scheme, Tied, collapse, expand
+from gptconvert.model.names import collapse
+from gptconvert.model.schemes import Drop, Row, Scheme, Tied, expand
 from reference_model.config import GPTConfig
 
-#: ``bias=False`` leaves out every bias; a bias of zeros is the same thing.
+#: ``bias=False`` omits every bias, which is equivalent to zero biases.
 NANOGPT = Scheme(
     name="nanogpt",
     anchor="wte.weight",
@@ -47,33 +48,33 @@ MODEL_ARGS = table(
 
 
 def read(given: ConfigInput) -> ReadConfig:
-    """From ``model_args``; what older files leave out is taken from the shapes."""
+    """Read ``model_args``; sizes missing in older files come from the shapes."""
     sizes = required_sizes(NANOGPT, given.tensors, given.path)
     reading = MODEL_ARGS.read(given.raw, given.path, defaults=sizes.fields)
-    heads, notes = stated_heads(given, reading, "model_args does not give it")
-    tied, asked = _is_tied(given, sizes.prefix), given.options.activation
-    config = given.config(reading, tied=tied, n_head=heads, activation=GELUS[asked or "erf"], tied_head=tied)
+    heads, notes = stated_heads(given, reading, "model_args does not contain n_head")
+    tied, requested = _is_tied(given, sizes.prefix), given.options.activation
+    config = given.config(reading, tied=tied, n_head=heads, activation=GELUS[requested or "erf"], tied_head=tied)
     _check_biases(given, config, sizes.prefix, has_bias=reading.values["has_bias"])
     if not reading.values["has_bias"]:
-        notes.append("bias=False: the biases that the files do not have are written as zeros, which changes nothing")
+        notes.append("bias=False: the missing biases are written as zeros, which is equivalent")
     if not tied:
-        notes.append("lm_head.weight is stored apart from the embedding: it is kept as a head of its own")
-    if asked is None:
+        notes.append("lm_head.weight is stored separately from the embedding: it is kept as an untied head")
+    if requested is None:
         notes.append(
-            "nanoGPT's files do not say which GELU the model was trained with: erf is taken, nanoGPT's own since "
+            "nanoGPT's files do not record which GELU the model was trained with: erf is assumed, nanoGPT's since "
             "June 2023 (for older models: --activation tanh)"
         )
     return ReadConfig(config, {}, notes)
 
 
 def _is_tied(given: ConfigInput, prefix: str) -> bool:
-    """Whether the head is absent, or stored in the same bytes as the embedding."""
+    """Whether the head is absent or shares the embedding's bytes."""
     head = given.tensors.get(prefix.removesuffix("transformer.") + "lm_head.weight")
     return head is None or head.segments() == given.tensors[f"{prefix}wte.weight"].segments() is not None
 
 
 def _check_biases(given: ConfigInput, config: GPTConfig, prefix: str, *, has_bias: bool) -> None:
-    """All biases or none: a row that may be absent must not hide a damaged file.
+    """Require all biases or none, so that a row that may be absent does not hide a damaged file.
 
     Raises:
         InputError: the tensors contradict ``model_args``.
@@ -83,7 +84,7 @@ def _check_biases(given: ConfigInput, config: GPTConfig, prefix: str, *, has_bia
     wrong = [name for name in names if (name in given.tensors) != has_bias]
     if wrong:
         raise InputError(
-            f"model_args says bias={has_bias}, and these biases are {'missing' if has_bias else 'there'}: "
+            f"model_args has bias={has_bias}, but these biases are {'missing' if has_bias else 'present'}: "
             f"{', '.join(collapse(wrong)[:8])}",
             path=given.path,
             item="bias",

@@ -1,7 +1,7 @@
-"""GPT-NeoX as its trainer saves and configures it: tensor names on one rank, and the YAML keys.
+"""GPT-NeoX as saved by its trainer: tensor names on one rank, and YAML keys.
 
-Source: EleutherAI/gpt-neox ``megatron/neox_arguments/`` (keys, their defaults), ``megatron/model/transformer.py``
-and ``activations.py`` (what they do). Keys come with ``_`` for ``-``.
+Source: EleutherAI/gpt-neox ``megatron/neox_arguments/`` (keys and defaults), ``megatron/model/transformer.py``
+and ``activations.py`` (their effects). Keys are spelled with ``_`` for ``-``.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from reference_model.config import Rotary
 BY_HEAD = (DeinterleaveHeads(),)
 QKV, DENSE = "layers.{i}.attention.query_key_value", "layers.{i}.attention.dense"
 UP, DOWN = "layers.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.dense_4h_to_h"
-#: What newer versions of the trainer call these two.
+#: The same two in newer versions of the trainer.
 NEW_UP, NEW_DOWN = "layers.{i}.mlp.linear1", "layers.{i}.mlp.linear2"
 
 NORMS, BIASES = Copies("norms", averaged=True), Copies("biases")
-#: Number of the first block among the program's layers: the embedding and a function without weights come before.
+#: Index of the first block among the program's layers; the embedding and a function without weights come first.
 FIRST_BLOCK = 2
-#: Modules after the blocks, of which there is one each: their names bear no number. A tied head is the embedding's.
+#: Modules after the blocks → name without a layer index. A tied head is called word_embeddings again.
 AFTER_BLOCKS = {"norm": "norm", "final_linear": "final_linear", "word_embeddings": "final_linear"}
 
 
 def names_on_one_rank(names: Collection[str], path: str) -> dict[str, str]:
-    """``sequential.4.mlp.linear1.bias`` → ``layers.2.mlp.linear1.bias``: blocks counted without the program's others.
+    """``sequential.4.mlp.linear1.bias`` → ``layers.2.mlp.linear1.bias``: number the blocks from 0.
 
     Raises:
-        InputError: the embedding, or a block between the others, is missing.
+        InputError: the embedding or a block is missing.
     """
     found = {}
     for name in names:
@@ -66,10 +66,10 @@ def names_on_one_rank(names: Collection[str], path: str) -> dict[str, str]:
 
 
 def _output_bias(canonical: str, stored: str, *aliases: str, when: Condition = lambda c: True) -> tuple[Row, ...]:
-    """A bias that every rank adds.
+    """Rows of a bias that every rank adds.
 
-    Where the residual is parallel, ranks add theirs before the sum over ranks: each holds a summand. Elsewhere the
-    bias is added after the sum: each holds a copy.
+    With a parallel residual, ranks add it before the sum over ranks, so each stores a summand. Otherwise it is
+    added after the sum, so each stores a copy.
     """
     row = Row(canonical, stored, "D", aliases=aliases)
     return (
@@ -120,16 +120,16 @@ NEOX = Scheme(
             r"(.*\.)?attention\.(q|k|qk|query|key)_?(layer)?norm\..*",
             "norms of queries and keys (use-qk-layernorm)",
         ),
-        Variant(r"(.*\.)?(mixer|att|ffn|gmlp)\..*", "another kind of layer than attention (attention-config)"),
+        Variant(r"(.*\.)?(mixer|att|ffn|gmlp)\..*", "layers other than attention (attention-config)"),
         Variant(r".*(lora|adapter|soft_embedding).*", "adapters or soft prompts"),
     ),
 )
 
-#: ``activation``, but for ``gelu``, whose formula ``bias_gelu_fusion`` decides.
+#: Values of ``activation``; with ``gelu``, ``bias_gelu_fusion`` selects the tanh formula instead.
 ACTIVATIONS = {"gelu": "gelu_erf", "relu": "relu", "silu": "silu", "swish": "silu"}
-#: Where ``<|endoftext|>`` stands in the vocabulary that comes with a kind of tokenizer.
+#: Kind of tokenizer → id of ``<|endoftext|>`` in its usual vocabulary.
 END_OF_TEXT = {"HFTokenizer": 0, "GPT2BPETokenizer": 50256, "HFGPT2Tokenizer": 50256}
-#: Options that make another model → the value that means "not used".
+#: Options that change the architecture → the value that switches them off.
 UNUSED: Mapping[str, object] = {
     "gpt_j_tied": False,
     "use_bias_in_norms": True,
@@ -157,7 +157,7 @@ UNUSED: Mapping[str, object] = {
     "te_mha": False,
     "te_fp8_format": None,
 }
-#: Everything else that a training run is configured by: it changes how the weights came about, or how fast.
+#: All other options of a training run, which do not affect a forward pass.
 HARMLESS = frozenset(
     """pipe_parallel_size model_parallel_size pipe_partition_method world_size is_pipe_parallel sequence_parallel
     expert_interval precision intermediate_size feedforward_size expansion_factor mlp_multiple_of seq_length
@@ -208,11 +208,11 @@ HARMLESS = frozenset(
 
 
 def _plain_attention(key: str, pattern: object) -> None:
-    """Refuse other attention than that of every query to every key before it.
+    """Reject every attention kind but full causal attention.
 
     Raises:
         InputError: the pattern is malformed.
-        UnsupportedError: another kind.
+        UnsupportedError: it names another kind.
     """
     items = pattern if isinstance(pattern, list) else [pattern]
     kinds = [item[0] if isinstance(item, list) and item else None for item in items]
@@ -231,7 +231,7 @@ def _rotary(values: Values) -> Rotary:
 
 
 def _activation(values: Values) -> str:
-    """The formula: the fused kernel is the tanh GELU."""
+    """The activation formula; the fused kernel computes the tanh GELU."""
     return "gelu_tanh" if _is_fused(values) else str(values["activation"])
 
 
@@ -275,7 +275,7 @@ OPTIONS = table(
 
 
 def read(given: ConfigInput) -> ReadConfig:
-    """From the trainer's options; the sizes of the vocabulary and of the MLP from the shapes."""
+    """Read the trainer's options; the vocabulary size and the MLP width come from the shapes."""
     reading = OPTIONS.read(given.raw, given.path)
     groups = reading.values["kv_heads"]
     if groups not in (None, reading.values["n_head"]):
@@ -285,12 +285,14 @@ def read(given: ConfigInput) -> ReadConfig:
     vocabulary = _rows(given.tensors, "word_embeddings.weight") or 0
     inner = _rows(given.tensors, *(f"{name}.weight".replace("{i}", "0") for name in (UP, NEW_UP))) or None
     config = given.config(reading, vocab_size=vocabulary, n_inner=inner)
-    fused = "bias_gelu_fusion means the tanh GELU, which is used here; Pythia's files on the hub say the one with erf"
+    fused = (
+        "bias_gelu_fusion selects the tanh GELU, which is used here; Pythia's files on the hub select the erf GELU"
+    )
     return ReadConfig(config, {}, [fused] if _is_fused(reading.values) else [])
 
 
 def _rows(tensors: Mapping[str, LazyTensor], *names: str) -> int | None:
-    """Rows of the first of these tensors that is here."""
+    """Number of rows of the first of these tensors that is present."""
     return next((tensors[name].shape[0] for name in names if name in tensors and tensors[name].shape), None)
 
 

@@ -1,4 +1,4 @@
-"""GPT-1 as OpenAI released it: NumPy arrays without names or configuration.
+"""GPT-1 as released by OpenAI: NumPy arrays without names or configuration.
 
 Source: openai/finetune-transformer-lm ``train.py``. Linear layers are convolutions of width 1, [1, in, out].
 """
@@ -16,8 +16,8 @@ from gptconvert.model.transforms import DropLeadingAxis, Transpose
 
 CONV_TF = (DropLeadingAxis(), Transpose())
 
-#: The released arrays, which bear no names: these are given to them, in this order, in which the original program
-#: created its variables (position table first; within a layer attention, ln_1, MLP, ln_2).
+#: Names for the released arrays, which have none, in the order in which the original program created its variables
+#: (position table first; within a layer attention, ln_1, MLP, ln_2).
 OPENAI_GPT1 = Scheme(
     name="openai-gpt1",
     anchor="tokens_embed",
@@ -39,7 +39,7 @@ OPENAI_GPT1 = Scheme(
     ),
     order=Order("layer"),
 )
-#: GPT-1's activation. Its gelu is the tanh formula, unlike everyone else's.
+#: GPT-1's activation. Unlike in other families, gelu means the tanh formula.
 AFN = Key("afn", "activation", choice({"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}), "gelu")
 HPARAMS = table(
     Key("n_vocab", "vocab_size", WHOLE),
@@ -52,14 +52,16 @@ HPARAMS = table(
 
 
 def read(given: ConfigInput) -> ReadConfig:
-    """From ``--hparams``, and from the shapes what it leaves out."""
+    """Read ``--hparams``; sizes that it omits come from the shapes."""
     sizes = table_sizes(OPENAI_GPT1, given.tensors)
     if sizes is None:
-        raise InputError("no token and position tables to take the sizes from", path=given.path)
+        raise InputError(
+            "the token and position tables, which give the sizes, are missing or malformed", path=given.path
+        )
     reading, notes = HPARAMS.read(given.raw, given.path, defaults=sizes.fields), []
     heads = reading.values["n_head"]
     if heads is None or given.options.n_head is not None:
-        missing = "GPT-1's files hold no configuration"
+        missing = "GPT-1's files contain no configuration"
         heads, how = heads_of_width(sizes.fields["n_embd"], given.options, missing)
         notes.append(f"{missing}: sizes taken from the shapes, n_head = {heads} ({how})")
     return ReadConfig(given.config(reading, n_head=heads), {}, notes)

@@ -1,4 +1,4 @@
-"""GPT-2 as OpenAI released it: a TensorFlow checkpoint and ``hparams.json``.
+"""GPT-2 as released by OpenAI: a TensorFlow checkpoint and ``hparams.json``.
 
 Source: openai/gpt-2 ``src/model.py``. Linear layers are convolutions of width 1, [1, in, out].
 """
@@ -16,7 +16,7 @@ from gptconvert.model.transforms import DropLeadingAxis, Transpose
 
 CONV_TF = (DropLeadingAxis(), Transpose())
 
-#: Last part of a slot variable's name: the optimizer's own, or that of a moment.
+#: Last part of a slot variable's name: the optimizer's name or a moment's.
 OPTIMIZER_SLOT = (
     r"(?i:\w*(?:adam|adafactor|momentum|rmsprop|adagrad|adadelta|ftrl|lamb|lars|novograd|yogi|lion)\w*"
     r"|(?:ExponentialMovingAverage|grad_accum\w*|accumulator|m|v|vr|vc)(?:_\d+)?)"
@@ -45,8 +45,8 @@ OPENAI_TF = Scheme(
         Row("ln_f.bias", "model/ln_f/b", "D"),
     ),
     drops=(
-        # What an optimizer adds lies outside model/ or hangs, under its own name, below one of the variables above.
-        # Anything else in there could be part of the model (an adapter, say) and is not dropped.
+        # Optimizer variables are outside model/ or, under a slot name, below one of the variables above.
+        # Any other name under model/ could be part of the model (such as an adapter) and is not dropped.
         Drop(
             r"(?:.*/)?model/(?:wte|wpe|ln_f/[gb]|h\d+/(?:ln_[12]/[gb]|attn/c_(?:attn|proj)/[wb]|mlp/c_(?:fc|proj)/[wb]))/"
             rf"{OPTIMIZER_SLOT}",
@@ -75,26 +75,26 @@ HPARAMS = table(
 
 
 def read(given: ConfigInput) -> ReadConfig:
-    """From ``hparams.json``, or from the shapes."""
-    raw, asked = given.raw, given.options.n_head
+    """Read ``hparams.json``; without it, take the sizes from the shapes."""
+    raw, requested = given.raw, given.options.n_head
     sizes, notes = ({}, []) if raw else _inferred(given)
-    if raw and asked is not None and raw.get("n_head") != asked:
+    if raw and requested is not None and raw.get("n_head") != requested:
         raise UsageError(
-            "--n-head contradicts the checkpoint's own hparams.json",
+            "--n-head contradicts the checkpoint's hparams.json",
             path=given.path,
             expected=raw.get("n_head"),
-            found=asked,
+            found=requested,
         )
     return ReadConfig(given.config(HPARAMS.read(raw, given.path, defaults=sizes)), {}, notes)
 
 
 def _inferred(given: ConfigInput) -> tuple[dict[str, int], list[str]]:
-    """The sizes from the shapes, which do not tell the number of heads, and a note that says so."""
+    """The sizes from the shapes, the number of heads from the options, and a note for the user."""
     sizes = table_sizes(OPENAI_TF, given.tensors)
     if sizes is None:
         raise InputError(
-            "no hparams.json, and no model/wte and model/wpe to take the sizes from",
-            hint="this is not OpenAI's GPT-2 variable scheme; pass --hparams FILE if it is",
+            "no hparams.json, and model/wte and model/wpe, which give the sizes, are missing or malformed",
+            hint="if these are OpenAI's GPT-2 variable names, pass --hparams FILE",
         )
     heads, how = heads_of_width(sizes.fields["n_embd"], given.options, "hparams.json is missing")
     note = f"hparams.json is missing: sizes taken from the shapes, n_head = {heads} ({how})"

@@ -1,4 +1,4 @@
-"""Sizes that a trainer's configuration leaves out: from the shapes of tensors, from options, or by convention."""
+"""Sizes missing in a trainer's configuration: from tensor shapes, from options, or by convention."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from dataclasses import dataclass
 from gptconvert.errors import InputError, UsageError
 from gptconvert.families.family import ConfigInput
 from gptconvert.model.config_table import Reading, Values
+from gptconvert.model.names import collapse
 from gptconvert.model.options import Options
-from gptconvert.model.schemes import Scheme, collapse, find_prefix
+from gptconvert.model.resolution import find_prefix
+from gptconvert.model.schemes import Scheme
 from gptconvert.model.tensors import LazyTensor
 
-#: Sizes of the vocabulary that GPT-2's tokenizer has, as it is and padded to a multiple of 64.
+#: Vocabulary sizes of GPT-2's tokenizer: exact, and padded to a multiple of 64.
 GPT2_VOCABULARIES = (50257, 50304)
 GPT2_END = 50256
 
 
 @dataclass(frozen=True)
 class TableSizes:
-    """Sizes that the shapes of the token and position tables tell, and the number of layers.
+    """Sizes from the shapes of the token and position tables, and the number of layers.
 
     Attributes:
-        prefix: what stands before the names in these files.
+        prefix: of the names in these files.
         fields: field of ``GPTConfig`` → size.
     """
 
@@ -32,7 +34,7 @@ class TableSizes:
 
 
 def table_sizes(scheme: Scheme, tensors: Mapping[str, LazyTensor]) -> TableSizes | None:
-    """Vocabulary, context, width and depth of a model under the names of ``scheme``; None without both tables."""
+    """Vocabulary, context, width and depth, from tensors named as in ``scheme``; None without both tables."""
     prefix = find_prefix(scheme, tensors)
     tables = [tensors.get(f"{prefix or ''}{name}") for name in _table_names(scheme)]
     shapes = [() if tensor is None else tensor.shape for tensor in tables]
@@ -49,7 +51,7 @@ def required_sizes(scheme: Scheme, tensors: Mapping[str, LazyTensor], path: str 
     """As :func:`table_sizes`.
 
     Raises:
-        InputError: there are no token and position tables.
+        InputError: the token or position table is missing or not two-dimensional.
     """
     sizes = table_sizes(scheme, tensors)
     if sizes is None:
@@ -68,23 +70,23 @@ def _table_names(scheme: Scheme) -> list[str]:
 
 
 def heads_of_width(width: int, options: Options, missing: str) -> tuple[int, str]:
-    """The number of heads where no file records it: ``--n-head``, else by OpenAI's head size of 64.
+    """The number of heads if no file records it: ``--n-head``, else one per 64 features, as in OpenAI's models.
 
     Args:
         width: D.
         options: the user's choices.
-        missing: why it is not known, for messages.
+        missing: why it is unknown, used in error messages.
 
     Returns:
-        the number, and how it was found.
+        The number, and where it comes from.
 
     Raises:
-        UsageError: it must be given, or what was given does not divide the width.
+        UsageError: ``--n-head`` is required, or does not divide the width.
     """
     if options.n_head is None:
         if width % 64 or not width:
             raise UsageError(
-                f"{missing} and the number of heads is not in the weights (n_embd {width} is not a multiple of 64, "
+                f"{missing}, and the shapes do not give the number of heads (n_embd {width} is not a multiple of 64, "
                 "OpenAI's head size)",
                 hint="pass --n-head N or --hparams FILE",
             )
@@ -93,25 +95,25 @@ def heads_of_width(width: int, options: Options, missing: str) -> tuple[int, str
         raise UsageError(
             f"--n-head {options.n_head} does not divide the embedding's width", expected=f"a divisor of {width}"
         )
-    return options.n_head, "as asked"
+    return options.n_head, "--n-head"
 
 
 def stated_heads(given: ConfigInput, reading: Reading, missing: str) -> tuple[int, list[str]]:
-    """The number of heads, and a note where no file states it.
+    """The number of heads, and a note if no file records it.
 
     Raises:
         UsageError: see :func:`heads_of_width`; or ``--n-head`` contradicts the file.
     """
     heads: int | None = reading.values["n_head"]
-    asked = given.options.n_head
+    requested = given.options.n_head
     if heads is None:
         heads, how = heads_of_width(reading.values["n_embd"], given.options, missing)
         return heads, [f"n_head = {heads} ({how})"]
-    if asked not in (None, heads):
-        raise UsageError("--n-head contradicts the checkpoint itself", path=given.path, expected=heads, found=asked)
+    if requested not in (None, heads):
+        raise UsageError("--n-head contradicts the checkpoint", path=given.path, expected=heads, found=requested)
     return heads, []
 
 
 def gpt2_end(values: Values) -> int | None:
-    """``<|endoftext|>``, where the vocabulary is that of GPT-2's tokenizer."""
+    """Id of ``<|endoftext|>`` if the vocabulary is that of GPT-2's tokenizer."""
     return GPT2_END if values["vocab_size"] in GPT2_VOCABULARIES else None

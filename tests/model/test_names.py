@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptconvert.model.schemes import collapse, grouped
+from gptconvert.model.names import collapse, grouped
 
 
 def test_runs_of_layers_are_folded() -> None:
@@ -17,3 +17,8 @@ def test_groups_hold_their_names_in_order() -> None:
         "model/wpe": names[2:3],
         "shard/layer_{0..1}/linear_1/w": names[3:],
     }
+
+
+def test_layers_are_folded() -> None:
+    names = [f"h.{i}.ln.weight" for i in (0, 1, 2, 5)] + ["wte.weight", "model/h7/w"]
+    assert collapse(names) == ["h.{0-2,5}.ln.weight", "wte.weight", "model/h7/w"]

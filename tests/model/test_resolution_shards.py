@@ -13,7 +13,8 @@ import pytest
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.assembly import assemble, cut, in_order
 from gptconvert.model.dtypes import BFLOAT16
-from gptconvert.model.schemes import Drop, Order, Row, Scheme, Tied, Variant, resolve
+from gptconvert.model.resolution import resolve
+from gptconvert.model.schemes import Drop, Order, Row, Scheme, Tied, Variant
 from gptconvert.model.shards import (
     COLUMNS,
     EITHER,

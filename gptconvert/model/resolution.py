@@ -1,0 +1,157 @@
+"""Match the tensors of a file with a name table (:class:`~gptconvert.model.schemes.Scheme`), by headers alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from gptconvert.errors import InputError
+from gptconvert.model.names import collapse
+from gptconvert.model.schemes import Drop, Scheme, canonical_shapes, concrete, expand, sizes_of, to_canonical
+from gptconvert.model.shards import Merge, Parts, merge_parts
+from gptconvert.model.tensors import LazyTensor, Shape, filled
+from reference_model.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A file's tensors, with parts joined.
+
+    Attributes:
+        weights: by canonical name, in canonical layout.
+        tensors: by the file's names.
+        prefix: of the file's body names.
+        dropped: name of each tensor left out → the reason.
+        notes: for the user.
+    """
+
+    weights: Mapping[str, LazyTensor]
+    tensors: Mapping[str, LazyTensor]
+    prefix: str
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def find_prefix(scheme: Scheme, names: Iterable[str]) -> str | None:
+    """The prefix of the file's body names, from the anchor tensor; None if the anchor is missing."""
+    found = [name[: -len(scheme.anchor)] for name in names if name.endswith(scheme.anchor)]
+    if scheme.prefixes is None:
+        fitting = [p for p in found if p == "" or p.endswith("/")]
+    else:
+        fitting = [p for p in found if p in scheme.prefixes]
+    return min(fitting, key=len, default=None)
+
+
+def head_prefix(scheme: Scheme, prefix: str) -> str:
+    """The prefix of head tensors: ``prefix`` without the body's part."""
+    return prefix.removesuffix(scheme.body) if scheme.body else prefix
+
+
+def resolve(
+    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], *, path: str | None = None
+) -> Resolved:
+    """Canonical weights from a file's tensors, using headers only.
+
+    Raises:
+        InputError: tensors are missing, unexpected or mis-shaped; the error lists all of them.
+    """
+    prefix = find_prefix(scheme, tensors)
+    if prefix is None:
+        raise InputError(
+            f"no tensor named {scheme.anchor!r} under a known prefix",
+            path=path,
+            expected=f"a tensor {scheme.anchor!r}, with or without a prefix",
+            found=_some(sorted(tensors)),
+            hint="the names do not match any supported model; list them with `gptconvert inspect`",
+        )
+    outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
+    tensors, notes = merge_parts(tensors, _merges(scheme, config, tensors, prefix))
+    bound = [b.named_as_in(tensors) for b in expand(scheme.rows, config, prefix, outer)]
+    weights: dict[str, LazyTensor] = {}
+    missing: list[str] = []
+    misshaped: list[tuple[str, Shape, Shape]] = []
+    used: set[str] = set()
+    for b in bound:
+        used.update(b.stored)
+        absent = [name for name in b.stored if name not in tensors]
+        wrong = [name for name in b.stored if name in tensors and tensors[name].shape != b.shape]
+        if absent and b.row.absent is not None:
+            dtype = next(iter(tensors.values())).dtype
+            weights[b.canonical] = filled(b.row.absent, dtype, canonical_shapes([b.row], config)[b.canonical])
+            continue
+        missing += absent
+        misshaped += [(name, b.shape, tensors[name].shape) for name in wrong]
+        if not absent and not wrong:
+            weights[b.canonical] = to_canonical(b, tensors, sizes)
+    for tied in scheme.tied:
+        name = (outer if tied.head else prefix) + tied.stored
+        if name in tensors and tied.when(config):
+            used.add(name)
+            if tensors[name].shape != concrete(tied.shape, sizes):
+                misshaped.append((name, concrete(tied.shape, sizes), tensors[name].shape))
+    drops = [drop for drop in scheme.drops if drop.when(config)]
+    dropped, unexpected = _split_leftovers(drops, (prefix, outer), [n for n in tensors if n not in used])
+    if missing or unexpected or misshaped:
+        raise _mismatch(missing, unexpected, misshaped, path)
+    return Resolved(weights, tensors, prefix, dropped, notes)
+
+
+def _merges(scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, Merge]:
+    """File name → how to join its parts, including tensors that a model with this configuration lacks."""
+    if not any(isinstance(tensor, Parts) for tensor in tensors.values()):
+        return {}
+    found: dict[str, Merge] = {}
+    for row in sorted(scheme.rows, key=lambda row: row.when(config)):
+        for b in expand([replace(row, when=lambda config: True)], config, prefix, head_prefix(scheme, prefix)):
+            added = None if row.added is None else prefix + row.added
+            found |= dict.fromkeys((*b.stored, *b.aliases), Merge(row.shards, b.shape, added))
+    return found
+
+
+def tied_pairs(
+    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str
+) -> list[tuple[str, str]]:
+    """(file name, canonical name) of every stored tensor that must equal a canonical one."""
+    outer = head_prefix(scheme, prefix)
+    names = [((outer if t.head else prefix) + t.stored, t) for t in scheme.tied if t.when(config)]
+    return [(name, t.to) for name, t in names if name in tensors]
+
+
+def _split_leftovers(
+    drops: Iterable[Drop], prefixes: Iterable[str], names: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Leftover names, split into dropped ones with reasons and unexpected ones."""
+    dropped, unexpected = {}, []
+    for name in names:
+        bare = {name.removeprefix(prefix) for prefix in prefixes}
+        why = next((d.why for d in drops if any(re.fullmatch(d.pattern, b) for b in bare)), None)
+        if why is None:
+            unexpected.append(name)
+        else:
+            dropped[name] = why
+    return dropped, unexpected
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    shown = ", ".join(collapse(names)[:most])
+    return f"{shown}, … ({len(names)} in all)" if len(collapse(names)) > most else shown or "no tensors"
+
+
+def _mismatch(
+    missing: list[str], unexpected: list[str], misshaped: list[tuple[str, Shape, Shape]], path: str | None
+) -> InputError:
+    lines = ["the tensors do not match the configuration"]
+    for name in collapse(missing):
+        near = difflib.get_close_matches(name, collapse(unexpected), 1, 0.75)
+        lines.append(f"  missing     {name}" + (f"   (did you mean {near[0]}?)" if near else ""))
+    lines += [f"  unexpected  {name}" for name in collapse(unexpected)]
+    lines += [
+        f"  wrong shape {name}: expected {list(expected)}, found {list(found)}" for name, expected, found in misshaped
+    ]
+    return InputError(
+        "\n".join(lines),
+        path=path,
+        hint="the configuration and the weights belong to different models, or the file is incomplete",
+    )
