@@ -158,7 +158,7 @@ def _row_of(scheme: Scheme, bare: str) -> Row | None:
     return next((row for row in scheme.rows if not templates.isdisjoint((*row.names, *row.aliases))), None)
 
 
-def _laid(scheme: Scheme, name: str, prefix: str, parts: Parts, path: str) -> Parts:
+def _checked_parts(scheme: Scheme, name: str, prefix: str, parts: Parts, path: str) -> Parts:
     """The parts, checked to be complete and consistent, with the merged shape that their row gives."""
     unit, held = parts.unit, parts.held
     missing = [str(number) for number, part in enumerate(parts.parts) if part is None]

@@ -1,4 +1,4 @@
-"""Configuration tables: keys are read, refused, copied and written."""
+"""Configuration tables: how a key is read, rejected, carried over and written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config(**keys: object) -> GPTConfig:
     return TABLE.read({**SIZES, **keys}, "file").config(family="gpt2")
 
 
-def refused(kind: type[InputError | UnsupportedError], **keys: object) -> Any:
+def rejected(kind: type[InputError | UnsupportedError], **keys: object) -> Any:
     raw = {key: value for key, value in {**SIZES, **keys}.items() if value is not ...}
     with pytest.raises(kind) as error:
         TABLE.read(raw, "file").config(family="gpt2")
@@ -76,37 +76,37 @@ def test_keys_of_nested_objects() -> None:
         config(norm={"eps": 0.5}).norm_eps == config(eps=0.5).norm_eps == config(norm={"eps": 0.5}, eps=0.5).norm_eps
     )
     assert config(norm=None) == config(norm={}) == config()
-    assert "disagree: norm.eps = 0.5, eps = 0.25" in refused(InputError, norm={"eps": 0.5}, eps=0.25).message
-    assert refused(InputError, norm=[]).item == "norm"
-    assert "norm.power = 3" in refused(UnsupportedError, norm={"power": 3}).message
-    assert refused(UnsupportedError, norm={"kind": "rms"}).item == "norm.kind"
+    assert "disagree: norm.eps = 0.5, eps = 0.25" in rejected(InputError, norm={"eps": 0.5}, eps=0.25).message
+    assert rejected(InputError, norm=[]).item == "norm"
+    assert "norm.power = 3" in rejected(UnsupportedError, norm={"power": 3}).message
+    assert rejected(UnsupportedError, norm={"kind": "rms"}).item == "norm.kind"
 
 
-def test_several_names_of_one_key_agree() -> None:
+def test_names_of_one_key_must_agree() -> None:
     assert config(positions=7).n_ctx == 7
-    assert "ctx = 7, positions = 8" in refused(InputError, positions=8).message
-    assert "width = 6, d_model = 7" in refused(InputError, d_model=7).message
+    assert "ctx = 7, positions = 8" in rejected(InputError, positions=8).message
+    assert "width = 6, d_model = 7" in rejected(InputError, d_model=7).message
 
 
-def test_errors_use_the_key_name_from_the_file() -> None:
-    assert refused(InputError, width=..., hidden="6").item == "hidden"
-    assert refused(InputError, width=...).item == "width"
-    assert refused(InputError, width=None).message == "required key is missing"
-    assert refused(InputError, heads=None).item == "heads"
-    assert refused(InputError, heads=4).item == "n_head"
+def test_errors_use_the_key_name_in_the_file() -> None:
+    assert rejected(InputError, width=..., hidden="6").item == "hidden"
+    assert rejected(InputError, width=...).item == "width"
+    assert rejected(InputError, width=None).message == "required key is missing"
+    assert rejected(InputError, heads=None).item == "heads"
+    assert rejected(InputError, heads=4).item == "n_head"
 
 
-def test_all_unknown_keys_are_refused_at_once() -> None:
-    error = refused(UnsupportedError, cap=30, moe=True, lora={"r": 8}, seed=1)
+def test_all_unknown_keys_are_listed() -> None:
+    error = rejected(UnsupportedError, cap=30, moe=True, lora={"r": 8}, seed=1)
     assert error.message == "configuration keys not implemented: cap = 30, moe = True, lora = {'r': 8}"
     assert config(moe=False, lora=None) == config(moe=0, lora={}) == config()
 
 
-def test_only_harmless_keys_are_carried() -> None:
+def test_only_harmless_keys_are_carried_over() -> None:
     assert TABLE.read({**SIZES, "seed": 3, "moe": False}, None).carried == {"seed": 3}
 
 
-def test_write() -> None:
+def test_writing() -> None:
     made = config(inner=10, norm={"eps": 0.5}, untied=True, act="gelu_py")
     assert TABLE.write(made, {"seed": 3}) == {
         **SIZES,

@@ -1,4 +1,4 @@
-"""The table of element types, compared with the libraries whose names it lists."""
+"""The table of element types agrees with the libraries whose names it contains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_names_are_unambiguous(column: str) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ELEMENT_TYPES if row.torch], ids=lambda row: row.torch)
-def test_names_match_pytorch(row: ElementType) -> None:
+def test_types_exist_in_pytorch(row: ElementType) -> None:
     import torch
 
     assert row.torch == row.dtype.name
@@ -28,7 +28,7 @@ def test_names_match_pytorch(row: ElementType) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ELEMENT_TYPES if row.tensorflow], ids=lambda row: row.dtype.name)
-def test_numbers_match_tensorflow(row: ElementType, tf: Any) -> None:
+def test_types_exist_in_tensorflow(row: ElementType, tf: Any) -> None:
     assert tf.dtypes.as_dtype(row.tensorflow).as_numpy_dtype == row.dtype.type
 
 

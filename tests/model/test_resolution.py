@@ -1,4 +1,4 @@
-"""A file's tensors resolved by a name table, for every scheme of every family."""
+"""Resolving a file's tensors with a name table, for every scheme of every family."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SCHEMES = [
 @pytest.mark.parametrize(("family", "scheme"), SCHEMES)
 @given(data=st.data())
 @settings(max_examples=8, deadline=None)
-def test_a_written_file_is_read(family: Any, scheme: Any, data: Any) -> None:
-    """Under the names it is written with, every tensor is found, and none is left over."""
+def test_written_names_resolve(family: Any, scheme: Any, data: Any) -> None:
+    """Every tensor is found under its written name, and none is left over."""
     config = data.draw(configs(family.name, tasks=scheme is family.hf))
     bounds = expand(scheme.rows, config, scheme.write_prefix)
     weights = {bound.canonical: np.ones(canonical_shapes([bound.row], config)[bound.canonical]) for bound in bounds}

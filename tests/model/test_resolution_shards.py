@@ -1,4 +1,4 @@
-"""Merging parts, and naming and cutting the tensors of files without names or boundaries: small tables and arrays."""
+"""Joining parts, and naming tensors of files without names, with small tables and plain arrays."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read(tensors: Sequence[LazyTensor]) -> list[Any]:
 @pytest.mark.parametrize("dtype", [F4, np.dtype(np.float16), BFLOAT16], ids=str)
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("name", RULES)
-def test_merge_inverts_split(name: str, count: int, dtype: Any) -> None:
+def test_merge_undoes_split(name: str, count: int, dtype: Any) -> None:
     rule, whole = RULES[name], numbers(count * 3, count * 7, seed=count, dtype=dtype)
     parts = rule.split(lazy(whole)[0], count)
     merged = rule.merge(parts, whole.shape)
@@ -76,7 +76,7 @@ def test_merge_inverts_split(name: str, count: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("rule", [ROWS, COLUMNS], ids=["rows", "columns"])
-def test_split_inverts_merge(rule: Shards, seed: int) -> None:
+def test_split_undoes_merge(rule: Shards, seed: int) -> None:
     random = np.random.default_rng(seed)
     count, height, width = (int(n) for n in random.integers(1, 7, 3))
     arrays = [numbers(height, width, seed=100 * seed + k) for k in range(count)]
@@ -88,7 +88,7 @@ def test_split_inverts_merge(rule: Shards, seed: int) -> None:
     assert all(np.array_equal(before, after) for before, after in zip(arrays, again, strict=True))
 
 
-def test_rows_are_joined_along_axis_0_and_columns_along_axis_1() -> None:
+def test_rows_and_columns_are_concatenated() -> None:
     a, b = numbers(2, 3), numbers(2, 3, seed=1)
     assert np.array_equal(ROWS.merge(lazy(a, b), (4, 3)).read(), np.concatenate([a, b]))
     assert np.array_equal(COLUMNS.merge(lazy(a, b), (2, 6)).read(), np.concatenate([a, b], 1))
@@ -96,7 +96,7 @@ def test_rows_are_joined_along_axis_0_and_columns_along_axis_1() -> None:
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3), 0), ((2, 6), 1), ((9, 9), 1), ((), 0)])
-def test_the_shape_determines_how_a_block_was_cut(shape: tuple[int, ...], axis: int) -> None:
+def test_the_shape_decides_between_rows_and_columns(shape: tuple[int, ...], axis: int) -> None:
     a, b = numbers(2, 3), numbers(2, 3, seed=1)
     assert np.array_equal(EITHER.merge(lazy(a, b), shape).read(), np.concatenate([a, b], axis))
 
@@ -114,12 +114,12 @@ def test_sums_are_added_to_rows_and_rounded_once() -> None:
     assert np.array_equal(found.read((slice(1, 2), slice(0, 2))), np.array([[258, 256]], BFLOAT16))
 
 
-def test_identical_copies_merge_to_the_first() -> None:
+def test_equal_copies_give_the_first() -> None:
     parts = lazy(*[numbers(5)] * 3)
     assert all(rule.merge(parts, (5,)) is parts[0] for rule in (FIRST, NORMS, BIASES))
 
 
-def test_copies_that_differ() -> None:
+def test_differing_copies() -> None:
     a, b, c = (numbers(5, seed=seed) for seed in range(3))
     parts = lazy(a, b, c)
     assert FIRST.merge(parts, (5,)) is parts[0]
@@ -156,7 +156,7 @@ def test_differing_copies_are_noted_by_kind() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_one_shard_is_the_whole(name: str) -> None:
+def test_a_single_part_is_the_whole_tensor(name: str) -> None:
     tensors = {"x": parts(numbers(3, 3))}
     whole, notes = merge_parts(tensors, {"x": Merge(RULES[name], (3, 3))})
     assert whole["x"] is tensors["x"].held[0]
@@ -168,7 +168,7 @@ def test_whole_tensors_are_unchanged() -> None:
     assert merge_parts({"x": tensor}, {"x": Merge(SUM, (3,))}) == ({"x": tensor}, ())
 
 
-def test_an_added_bias_is_not_a_separate_tensor() -> None:
+def test_vectors_added_to_rows_are_not_separate_tensors() -> None:
     tables, biases = (numbers(2, 3), numbers(2, 3, seed=1)), (numbers(3, seed=2), numbers(3, seed=3))
     tensors = {"b": parts(*biases), "w": parts(*tables)}
     whole, _ = merge_parts(tensors, {"w": Merge(ROWS, (4, 3), "b")})
@@ -176,7 +176,7 @@ def test_an_added_bias_is_not_a_separate_tensor() -> None:
     assert np.array_equal(whole["w"].read(), np.concatenate(tables) + (biases[0] + biases[1]))
 
 
-def test_merged_rows_stay_copyable(tmp_path: Path) -> None:
+def test_joined_rows_stay_copyable(tmp_path: Path) -> None:
     stored = tuple(stored_tensors(tmp_path / "f", {name: numbers(2, 3) for name in "abc"}).values())
     rows, columns = ROWS.merge(stored, (6, 3)), COLUMNS.merge(stored, (2, 9))
     assert isinstance(rows, Stored)
@@ -185,7 +185,7 @@ def test_merged_rows_stay_copyable(tmp_path: Path) -> None:
     assert np.array_equal(columns.read((slice(0, 2), slice(2, 4))), np.concatenate(read(stored), 1)[:, 2:4])
 
 
-def test_the_merged_shape_is_known_before_merging() -> None:
+def test_parts_have_the_shape_of_the_whole_tensor() -> None:
     some = parts(numbers(2, 3), numbers(2, 3))
     shapes = [replace(some, axis=axis).shape for axis in (None, 0, 1)]
     assert shapes == [(2, 3), (4, 3), (2, 6)]
@@ -235,7 +235,7 @@ def whole_arrays(layers: int = 2) -> dict[str, Any]:
 
 
 def sharded(layers: int = 2) -> dict[str, Parts]:
-    """The arrays in two parts each: halves for sums, and 1 and 2 for the bias of the embedding."""
+    """The arrays in two parts each; summands are halves, the embedding's biases are 1 and 2."""
     found = {"m/emb/b": parts(np.full(4, 1, F4), np.full(4, 2, F4)), "step": parts(np.int32(7), np.int32(7))}
     for name, array in whole_arrays(layers).items():
         last = name.rsplit("/", 1)[1]
@@ -255,7 +255,7 @@ def check_weights(weights: Any, arrays: dict[str, Any], share: float = 1) -> Non
     assert np.array_equal(weights["h.1.out.bias"].read(), arrays["m/l1/out"] * np.float32(share))
 
 
-def test_a_table_merges_parts() -> None:
+def test_parts_are_joined_by_the_table() -> None:
     named = assemble(TABLE, source(sharded()))
     assert named["m/emb/w"].shape == (6, 4)
     assert named["m/l0/proj"].shape == (4, 4)
@@ -271,7 +271,7 @@ def test_the_rule_may_depend_on_the_configuration() -> None:
     check_weights(found.weights, whole_arrays(3), share=0.5)
 
 
-def test_norms_that_differ_are_noted_and_averaged() -> None:
+def test_differing_norms_are_noted_and_averaged() -> None:
     tensors = sharded()
     tensors["m/l1/g"] = parts(np.zeros(4, F4), np.ones(4, F4))
     found = resolve(TABLE, config_of(), assemble(TABLE, source(tensors)))
@@ -286,16 +286,16 @@ def test_norms_that_differ_are_noted_and_averaged() -> None:
         ("m/l0/g", Parts((None, None), "rank"), "tensor is missing on rank 0, 1$"),
         ("m/l0/g", parts(numbers(4), numbers(3)), "the shards' parts differ in shape or type"),
         ("m/l0/g", parts(numbers(4), numbers(4, dtype=BFLOAT16)), "the shards' parts differ in shape or type"),
-        ("m/l1/proj", parts(numbers(4, 1), numbers(4, 1)), "some shards are missing.* from 2 shards, found parts of"),
+        ("m/l1/proj", parts(numbers(4, 1), numbers(4, 1)), "shards are missing.* from 2 shards, found parts of"),
     ],
 )
-def test_inconsistent_parts(name: str, wrong: Parts, message: str) -> None:
+def test_inconsistent_parts_are_rejected(name: str, wrong: Parts, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         assemble(TABLE, source({**sharded(), name: wrong}))
     assert (caught.value.item, caught.value.path) == (name, "model")
 
 
-def test_wrong_shapes_are_listed_with_the_merged_shape() -> None:
+def test_wrong_shapes_are_those_of_the_whole_tensor() -> None:
     tensors = {**sharded(), "m/emb/w": parts(numbers(2, 4), numbers(2, 4)), "m/l0/out": parts(numbers(3), numbers(3))}
     with pytest.raises(InputError) as caught:
         resolve(TABLE, config_of(), assemble(TABLE, source(tensors)))
@@ -303,7 +303,7 @@ def test_wrong_shapes_are_listed_with_the_merged_shape() -> None:
     assert "wrong shape m/l0/out: expected [4], found [3]" in str(caught.value)
 
 
-def test_tied_parts_are_merged_by_the_row_of_their_name() -> None:
+def test_tied_parts_are_joined_by_the_row_with_their_name() -> None:
     table = replace(TABLE, drops=(Drop("step", "counter"),), tied=(Tied("head/w", "wte.weight", "V D", head=False),))
     tensors = sharded()
     tensors["m/head/w"] = parts(*np.split(whole_arrays()["m/head/w"], 2, 1))
@@ -322,7 +322,7 @@ VARIANTS = (Variant(r".*/moe/.*", "experts (moe)"), Variant(r"l\d+/rms", "anothe
         (["m/l0/what"], "not implemented: unknown tensors; found m/l0/what", False),
     ],
 )
-def test_variants_are_refused_by_name(extra: list[str], message: str, hint: bool) -> None:
+def test_variants_are_rejected_by_name(extra: list[str], message: str, hint: bool) -> None:
     table, tensors = replace(TABLE, variants=VARIANTS), sharded()
     assemble(table, source(tensors))
     with pytest.raises(UnsupportedError, match=message) as caught:
@@ -330,7 +330,7 @@ def test_variants_are_refused_by_name(extra: list[str], message: str, hint: bool
     assert (caught.value.hint is not None) == hint
 
 
-def test_names_may_be_translated_before_lookup() -> None:
+def test_file_names_may_be_renamed_to_the_tables() -> None:
     table = replace(TABLE, renamed=lambda names, path: {name: name.replace("x/", "m/") for name in names})
     tensors: dict[str, Any] = {name.replace("m/", "x/"): tensor for name, tensor in sharded().items()}
     check_weights(resolve(table, config_of(), assemble(table, source(tensors))).weights, whole_arrays())
@@ -387,9 +387,9 @@ def test_optimizer_arrays_are_left_out_with_their_checksums() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 9, 11])
-def test_an_impossible_number_of_arrays(count: int) -> None:
-    """TABLE has three tensors outside the layers (the head counts even if the model lacks it) and 3 in each."""
-    with pytest.raises(InputError, match="fits no number of layers") as caught:
+def test_impossible_numbers_of_arrays_are_rejected(count: int) -> None:
+    """TABLE has three tensors outside the layers (the head always counts) and three per layer."""
+    with pytest.raises(InputError, match="does not match any number of layers") as caught:
         assemble(TABLE, source({}, unnamed=lazy(*[numbers(2)] * count)))
     assert caught.value.expected == "3 L + 4 for L layers, with optimizer state 9 L + 12"
     assert caught.value.found == f"{count} arrays"
@@ -419,7 +419,7 @@ def run(tmp_path: Path, extra: int = 0, start: int = 12) -> tuple[Run, Any]:
     return Run(Segment(str(tmp_path / "f"), start, len(data) - start), F4, {"P": 8}), values
 
 
-def test_a_run_is_cut_by_shapes_without_padding(tmp_path: Path) -> None:
+def test_a_run_is_cut_by_shape_without_padding(tmp_path: Path) -> None:
     found, values = run(tmp_path)
     tensors = cut(RUN, config_of(), found)
     assert [(name, tensor.shape) for name, tensor in tensors.items()] == [
@@ -445,7 +445,7 @@ def test_a_run_is_cut_by_shapes_without_padding(tmp_path: Path) -> None:
         (4, "longer than its header implies"),
     ],
 )
-def test_a_run_of_the_wrong_length_is_refused(tmp_path: Path, extra: int, message: str) -> None:
+def test_a_run_of_the_wrong_length_is_rejected(tmp_path: Path, extra: int, message: str) -> None:
     found, _ = run(tmp_path, extra)
     with pytest.raises(InputError, match=f"{message}; expected 412 bytes, found {412 + extra} bytes") as caught:
         cut(RUN, config_of(), found)

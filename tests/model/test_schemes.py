@@ -1,4 +1,4 @@
-"""Name tables: symbolic shapes, and round trips of tensors between file names and canonical names."""
+"""Name tables: symbolic shapes, and round trips between stored and canonical tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TERMS = st.tuples(st.none() | st.integers(0, 30), st.sampled_from(["", *SYMBOLS]
 )
 
 
-def spelt(term: tuple[int | None, str]) -> str:
+def spelled(term: tuple[int | None, str]) -> str:
     factor, symbol = term
     return f"{'' if factor is None else factor}{symbol}"
 
@@ -39,7 +39,7 @@ def spelt(term: tuple[int | None, str]) -> str:
 @given(st.lists(st.lists(TERMS, min_size=1, max_size=3), max_size=4), st.data())
 def test_shapes_are_sums_of_multiples(axes: list[list[tuple[int | None, str]]], data: Any) -> None:
     sizes = {symbol: data.draw(st.integers(1, 50)) for symbol in SYMBOLS}
-    shape = " ".join("+".join(map(spelt, terms)) for terms in axes)
+    shape = " ".join("+".join(map(spelled, terms)) for terms in axes)
     expected = tuple(
         sum((1 if factor is None else factor) * (sizes[symbol] if symbol else 1) for factor, symbol in terms)
         for terms in axes
@@ -54,8 +54,8 @@ def test_shapes_of_released_tables() -> None:
 
 
 @pytest.mark.parametrize("word", ["C-2", "C+", "+2", "2*D", "D3", "d", "X", "2X", "DD", "C++2", "C,", "1.5", "3 D!"])
-def test_invalid_sizes_are_refused(word: str) -> None:
-    """Ignoring one would drop an axis."""
+def test_words_that_are_not_sizes_are_rejected(word: str) -> None:
+    """If dropped silently, the shape would lose an axis."""
     with pytest.raises(ValueError, match="is not a size") as error:
         concrete(f"{word} D", {"C": 40, "D": 24})
     assert repr(word.split()[-1]) in str(error.value)
@@ -72,7 +72,7 @@ def test_no_word_is_dropped(shape: str) -> None:
 
 
 def test_rows_with_sums(tmp_path: Any) -> None:
-    """A position table with two rows more than positions, as in OPT."""
+    """A position table with two more rows than positions, as in OPT."""
     config = GPTConfig(
         family="gpt2",
         vocab_size=9,
@@ -99,7 +99,7 @@ SCHEMES = [
 
 
 def stored_arrays(bounds: list[Bound]) -> dict[str, Any]:
-    """Tensors whose elements are all different."""
+    """Arrays in which every element is unique."""
     arrays, start = {}, 0
     for bound in bounds:
         for name in bound.stored:
@@ -112,8 +112,8 @@ def stored_arrays(bounds: list[Bound]) -> dict[str, Any]:
 @pytest.mark.parametrize(("family", "scheme"), SCHEMES)
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
-def test_round_trip(family: Any, scheme: Any, data: Any) -> None:
-    """From the file's layout to the canonical one and back, and in the other direction."""
+def test_tensors_round_trip(family: Any, scheme: Any, data: Any) -> None:
+    """From the file's layout to the canonical one and back, and in the opposite order."""
     config = data.draw(configs(family.name, tasks=scheme is family.hf))
     sizes, bounds = sizes_of(config), expand(scheme.rows, config, scheme.write_prefix)
     arrays = stored_arrays(bounds)
@@ -129,26 +129,3 @@ def test_round_trip(family: Any, scheme: Any, data: Any) -> None:
         written = from_canonical(bound, fresh, sizes)
         assert all(written[name].shape == bound.shape for name in written)
         assert np.array_equal(to_canonical(bound, written, sizes).read(), canonical.read())
-
-
-@pytest.mark.parametrize(("family", "scheme"), SCHEMES)
-@given(data=st.data())
-@settings(max_examples=8, deadline=None)
-def test_a_written_file_is_read(family: Any, scheme: Any, data: Any) -> None:
-    """Every written tensor is found under its name, and no others are left."""
-    config = data.draw(configs(family.name, tasks=scheme is family.hf))
-    bounds = expand(scheme.rows, config, scheme.write_prefix)
-    weights = {bound.canonical: np.ones(canonical_shapes([bound.row], config)[bound.canonical]) for bound in bounds}
-    written = write_names(scheme, config, computed_tensors(weights))
-    found = resolve(scheme, config, written)
-    assert found.weights.keys() == weights.keys()
-    assert not found.dropped
-    assert found.prefix == scheme.write_prefix
-
-
-# --- names for display ---------------------------------------------------------------------------------------------
-
-
-def test_layers_are_folded() -> None:
-    names = [f"h.{i}.ln.weight" for i in (0, 1, 2, 5)] + ["wte.weight", "model/h7/w"]
-    assert collapse(names) == ["h.{0-2,5}.ln.weight", "wte.weight", "model/h7/w"]

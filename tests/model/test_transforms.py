@@ -1,4 +1,4 @@
-"""Transforms: each is undone by its inverse, moves values as NumPy does, and predicts the resulting shape."""
+"""Transforms: each matches NumPy, is undone by its inverse, and computes its output shape."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SMALL = st.integers(1, 4)
 
 
 def lazy(array: Any, stored: bool, directory: Path) -> LazyTensor:
-    """``array`` as a stored tensor, or as a computed one."""
+    """``array`` stored in a file, or computed."""
     named = {"x": array}
     return (stored_tensors(directory / "x", named) if stored else computed_tensors(named))["x"]
 
@@ -82,7 +82,7 @@ def test_inverse_undoes_forward(
 
 
 def test_unchanged_bytes_stay_stored(tmp_path: Path) -> None:
-    """They can be copied without passing through Python."""
+    """They can then be copied without being read."""
     array = np.arange(24, dtype=np.float32).reshape(12, 2)
     for transform in (DeinterleaveHeads(), DeinterleaveHeads(2), DeinterleaveFeatures()):
         forward = transform.forward(lazy(array, True, tmp_path), {"H": 2})
@@ -95,7 +95,7 @@ def test_unchanged_bytes_stay_stored(tmp_path: Path) -> None:
 
 
 def test_leading_axis_of_computed_values() -> None:
-    """As for variables partitioned along another axis; the result may be a scalar."""
+    """Also for a result that is a scalar."""
     for array in (np.arange(24.0).reshape(1, 4, 6), np.arange(5.0)[None], np.float32([7])):
         tensor = drop_leading_axis(computed_tensors({"x": array})["x"])
         assert (tensor.shape, tensor.nbytes) == (array.shape[1:], array.nbytes)

@@ -179,7 +179,7 @@ def damaged(folder: Path) -> None:
         (damaged, InputError, "truncated"),
         (second_layout, UnsupportedError, "second layout"),
         (lambda f: shutil.copy(f / "6B_roto_tiny.json", f / "other.json"), InputError, "several configuration files"),
-        (lambda f: (f / "6B_roto_tiny.json").unlink(), UsageError, "not the sizes of GPT-J 6B"),
+        (lambda f: (f / "6B_roto_tiny.json").unlink(), UsageError, "the sizes are not those of GPT-J 6B"),
         (lambda f: os.mkfifo(f / "x.json"), type(None), ""),
     ],
 )

@@ -124,7 +124,7 @@ def pipe(folder: Path) -> None:
         (cut, InputError, "file is truncated"),
         (pipe, UnsafeInputError, "named pipe"),
         (shapes("[[40, 24], [97, 24]]"), InputError, "total length .* does not match"),
-        (shapes("[[17736]]"), InputError, "fits no number of layers"),
+        (shapes("[[17736]]"), InputError, "does not match any number of layers"),
         (shapes('{"a": 1}'), InputError, "a list of shapes"),
         (shapes("[[1.5]]"), InputError, "entry 0"),
         (shapes("[[0]]"), InputError, "entry 0"),
