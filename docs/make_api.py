@@ -28,7 +28,8 @@ LINE = 100
 
 HEAD = """# Python API
 
-Generated from the docstrings by `make docs`; a test checks that it is current. Anything not on this page is internal and may change.
+Generated from the docstrings by `make docs`; a test checks that it is current. Anything not on this
+page is internal and may change.
 
 ```python
 from gptconvert import Options, convert, open_checkpoint, plan, verify_export
