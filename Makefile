@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Only Python, make and pip are needed.
+# Start with `make demo` or `make test`. They need only Python, make and pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,34 +20,34 @@ $(VENV)/dev: $(VENV)/base
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/base  ## Convert the bundled checkpoint, verified, and let it write a line
+demo: $(VENV)/base  ## Convert and verify the bundled checkpoint, generate a line
 	@$(BIN)/gptconvert openai-tf $(DEMO_SOURCE) --to onnx --to safetensors -o $(DEMO_OUTPUT) --force
 	@echo
 	@echo '$$ gptconvert generate $(DEMO_OUTPUT) "Objects are" --max-new-tokens 40'
 	@$(BIN)/gptconvert generate $(DEMO_OUTPUT) "Objects are" --max-new-tokens 40
 
-lint: $(VENV)/dev  ## Lint, type-check, check the import rules
+lint: $(VENV)/dev  ## Run ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## Lint and run all tests
+test: lint  ## Lint, then run all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-fast: $(VENV)/dev  ## Run the tests that are not marked slow: under 90 s
+test-fast: $(VENV)/dev  ## Run the tests that are not marked slow, in under 90 s
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 docs: $(VENV)/dev  ## Write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py
 
-bench: $(VENV)/dev  ## Measure against cp and PyTorch; needs about 30 GB of disk
+bench: $(VENV)/dev  ## Compare speed with cp and PyTorch; needs about 30 GB of disk
 	$(BIN)/python -m benchmarks
 
-bench-scale: $(VENV)/dev  ## Memory at GPT-J 6B's shapes against the number of layers; SCALE="--layers 28" does all of it
+bench-scale: $(VENV)/dev  ## Measure memory against the number of layers at GPT-J 6B's shapes; SCALE="--layers 28" runs the whole model
 	$(BIN)/python -m benchmarks scale $(SCALE)
 
-fixtures: $(VENV)/dev  ## Make the bundled checkpoints again
+fixtures: $(VENV)/dev  ## Regenerate gpt2-stdlib and tiny-gpt2
 	$(BIN)/python -m fixtures.make all
 
 clean:

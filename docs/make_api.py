@@ -1,6 +1,6 @@
 """Write docs/api.md from the docstrings of the public names: ``python docs/make_api.py``, or ``make docs``.
 
-Knows Google-style sections and the few roles that docstrings here use; not a general documentation tool.
+Supports Google-style sections and the few roles that these docstrings use; it is not a general documentation tool.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from gptconvert.verify.report import ArtifactReport, Report
 
 PAGE = Path(__file__).with_name("api.md")
 FUNCTIONS = ("open_checkpoint", "inspect", "plan", "convert", "verify_export")
-#: What the functions take and return besides plain values.
+#: Classes that the functions take and return.
 VALUES: tuple[type, ...] = (Checkpoint, Plan, Result, Report, ArtifactReport, Progress)
 SECTIONS = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Errors", "Returns": "Returns"}
 LINE = 100
 
 HEAD = """# Python API
 
-Generated from the docstrings by `make docs`; a test compares. Anything not on this page is internal and may change.
+Generated from the docstrings by `make docs`; a test checks that it is current. Anything not on this
+page is internal and may change.
 
 ```python
 from gptconvert import Options, convert, open_checkpoint, plan, verify_export
 
 checkpoint = open_checkpoint("./models/124M", Options(targets=("onnx", "safetensors")))  # headers only
 print(plan(checkpoint).nbytes)  # what would be written
-result = convert(checkpoint, "gpt2")  # verified and published, or an exception and nothing written
+result = convert(checkpoint, "gpt2")  # verified and published, or raises and writes nothing
 report = verify_export("./models/124M", "./an-export-of-another-tool")
 ```
 
 One `Options` value holds every choice: how to open a checkpoint, what to write, how to verify. It travels with the
-checkpoint it opened, so `plan` and `convert` need it again only to override output options. `import gptconvert` is
+checkpoint it opened, so pass it to `plan` and `convert` only to override output options. `import gptconvert` is
 cheap; the names below are imported on first use.
 """
 
 
 def render() -> str:
-    """The page."""
+    """Return the page."""
     assert {*FUNCTIONS, "Options", "errors"} == {*gptconvert.__all__}, "a public name is missing from this page"
     blocks = [HEAD, "## Functions\n", *(_function(getattr(gptconvert, name)) for name in FUNCTIONS)]
     blocks += ["## Options\n", _options(), "## Errors\n", _errors()]
@@ -60,7 +61,7 @@ def _function(function: Callable[..., Any]) -> str:
 
 
 def _signature(name: str, signature: inspect.Signature) -> str:
-    """On one line, or with one parameter a line where that is too long."""
+    """On one line, or with one parameter per line if that is too long."""
     returns = "" if signature.return_annotation is signature.empty else f" -> {signature.return_annotation}"
     parts, keyword_only = [], False
     for parameter in signature.parameters.values():
@@ -75,7 +76,7 @@ def _signature(name: str, signature: inspect.Signature) -> str:
 
 
 def _options() -> str:
-    """The fields as a table, with the command line's spelling."""
+    """The fields as a table, with their command-line flags."""
     summary, sections = _parsed(gptconvert.Options)
     described = dict(sections["Attributes"])
     rows = [

@@ -2,8 +2,8 @@
 
     python examples/convert_and_run.py CHECKPOINT OUTPUT PROMPT
 
-CHECKPOINT is a local path or a hub repository, in any format that ``gptconvert formats`` lists. PROMPT needs the
-tokenizer files beside the checkpoint. Prints the five most likely next tokens.
+CHECKPOINT is a local path or a hub repository, in any format that ``gptconvert formats`` lists. The
+tokenizer files must be beside the checkpoint. Prints the five most likely next tokens after PROMPT.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import gptconvert
 
 
 def convert(source: str, output: Path) -> None:
-    """Convert ``source`` to ONNX in ``output``, verified; every failure is a ``GptConvertError``."""
+    """Convert ``source`` to ONNX in ``output`` and verify it; raises ``GptConvertError`` on any failure."""
     options = gptconvert.Options(targets=("onnx",), force=True)
-    checkpoint = gptconvert.open_checkpoint(source, options)  # headers only: fast, whatever the model's size
+    checkpoint = gptconvert.open_checkpoint(source, options)  # reads headers only: fast at any model size
     print(f"{checkpoint.config.family}, {checkpoint.config.n_layer} layers, {checkpoint.nbytes:,} bytes")
     result = gptconvert.convert(checkpoint, output)  # with the options the checkpoint was opened with
     for note in result.notes:

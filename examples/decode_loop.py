@@ -1,4 +1,4 @@
-"""Continue several prompts at once with the KV cache: onnxruntime and tokenizers, nothing else.
+"""Continue several prompts in one batch with the KV cache, using only onnxruntime and tokenizers.
 
     python examples/decode_loop.py EXPORT PROMPT [PROMPT ...]
 
@@ -31,7 +31,7 @@ def pad_left(rows: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
 def decode(
     session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray, stop: int | None, new_tokens: int
 ) -> np.ndarray:
-    """Greedy continuation of a left-padded batch, [B, at most new_tokens]; ``stop`` from where a row has ended.
+    """Greedy continuation of a left-padded batch, [B, at most new_tokens]; ended rows are filled with ``stop``.
 
     Args:
         session: graph with KV cache.
@@ -41,26 +41,26 @@ def decode(
         new_tokens: upper bound. The longest prompt and these must fit the model's context.
     """
     names = [output.name for output in session.get_outputs()]  # logits, present.0.key, present.0.value, …
-    cache = {  # [B, H, P, D] per layer, for key and value; P, the number of cached tokens, is 0 before the prompt
+    cache = {  # [B, H, P, D] per layer, for key and value; P, the number of cached tokens, starts at 0
         item.name: np.zeros((len(ids), item.shape[1], 0, item.shape[3]), np.float32)
         for item in session.get_inputs()
         if item.name.startswith("past_key_values.")
     }
     ended = np.zeros(len(ids), bool)
-    positions = (mask.cumsum(1) - 1).clip(0)  # of real tokens; at padding, any valid position will do
+    positions = (mask.cumsum(1) - 1).clip(0)  # of real tokens; any valid position serves at padding
     written = []
     for _ in range(new_tokens):
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         outputs = dict(zip(names, session.run(names, {**feed, **cache}), strict=True))
         cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
-        chosen = outputs["logits"][:, -1].argmax(-1)  # [B]: padding is on the left, so the last column is every row's
+        chosen = outputs["logits"][:, -1].argmax(-1)  # [B]: left-padded rows end in the last column
         if stop is not None:
             chosen[ended] = stop
             ended |= chosen == stop
         written.append(chosen)
         if ended.all():
             break
-        ids = chosen[:, None]  # from here on one token per row; the mask covers cached and new tokens
+        ids = chosen[:, None]  # one token per row from now on; the mask covers cached and new tokens
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         positions = positions[:, -1:] + 1
     return np.stack(written, axis=1)

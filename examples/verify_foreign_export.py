@@ -1,10 +1,10 @@
-"""Hold an export made by another tool against the checkpoint it was made from.
+"""Verify an export of another tool against its checkpoint.
 
     python examples/verify_foreign_export.py CHECKPOINT EXPORT
 
 EXPORT is a directory or a graph file: ONNX from optimum or torch.onnx, safetensors from transformers, a TensorFlow
 SavedModel. A SavedModel is a program; verify only those whose origin you know. Exit code 0: it computes what the
-checkpoint computes. 5: it does not; the report says where the first difference is.
+checkpoint computes. 5: it does not, and the report names the first difference.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gptconvert
 
 
 def verify(source: str, artifact: str) -> bool:
-    """Print the verdict on every artifact found at ``artifact``, and what is wrong with those that fail."""
+    """Print the result for every artifact at ``artifact``, with the problems of those that fail."""
     report = gptconvert.verify_export(source, artifact)
     for found in report.artifacts:
         weights, groups = found.weights, [group for run in found.runs for group in run.groups]
@@ -32,7 +32,7 @@ def verify(source: str, artifact: str) -> bool:
 
 
 def main(source: str, artifact: str) -> int:
-    """The exit code; the same as that of ``gptconvert verify``."""
+    """Return the exit code of ``gptconvert verify``."""
     try:
         return 0 if verify(source, artifact) else gptconvert.errors.VerificationError.exit_code
     except gptconvert.errors.GptConvertError as error:  # unreadable, unsupported, unsafe
