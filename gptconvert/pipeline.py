@@ -224,7 +224,7 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
     if not report.passed:
         error = VerificationError(
             f"the export does not compute what the checkpoint computes\n{report.table()}",
-            hint="nothing was published; this is a fault of gptconvert, so please report it with the table above",
+            hint="nothing was published; this is a bug in gptconvert, so please report it with the table above",
         )
         error.report = report.as_dict()
         raise error
