@@ -132,7 +132,7 @@ def run(args: list[str]) -> int:
 
 
 def _bare_verify(args: list[str]) -> list[str]:
-    """Replace ``--verify`` without a level by ``--verify=default``: click would take the next argument as the level."""
+    """Give a bare ``--verify`` its default level, lest click take the next argument as the level."""
     levels = {"default", "full"}
     return [
         "--verify=default" if arg == "--verify" and following not in levels else arg

@@ -32,7 +32,7 @@ class TensorConsumers:
             self.crc32c, self._compute_crc32c = tensor.crc32c, False  # the scan compares it with the bytes
 
     def update(self, segment: Segment, data: bytes) -> list[hashlib._Hash]:
-        """Feed the next bytes of a segment; returns the hashes that the caller must update with them, in any thread."""
+        """Feed the next bytes of a segment; returns the hashes left to update with them, in any thread."""
         tasks = [self._tasks[key] for key in (None, segment) if key in self._tasks]
         for task in tasks:
             task.update_checks(data)

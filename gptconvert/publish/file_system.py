@@ -126,7 +126,7 @@ class FileSystem:
         return os.pread(descriptor, nbytes, offset)
 
     def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
-        """Read into ``buffer`` from ``offset``; returns the number of bytes, which may be short as in :meth:`read`."""
+        """Read into ``buffer`` from ``offset``; returns the number of bytes. May fall short, as :meth:`read`."""
         return os.preadv(descriptor, [buffer], offset)
 
     def is_cached(self, descriptor: int) -> bool:
@@ -213,7 +213,7 @@ class FileSystem:
     def lock(self, path: str) -> int | None:
         """Lock the file at ``path``, creating it if absent, and write this process's id to it.
 
-        The kernel releases the lock when the process ends for any reason, so the file may be stale but never the lock.
+        The kernel releases the lock when the process ends for any reason, so a lock is never stale; its file may be.
 
         Returns:
             the descriptor that holds the lock; None if another process holds it.

@@ -23,7 +23,7 @@ from gptconvert.model.tensors import (
     Transposed,
 )
 
-#: Exponent bits of the 16-bit floats, all set only in NaN and infinities. Testing them is ten times as fast as isfinite.
+#: Exponent bits of the 16-bit floats, all set only in NaN and infinities. Ten times as fast as numpy.isfinite.
 _EXPONENT = {np.dtype(np.float16): np.uint16(0x7C00), BFLOAT16: np.uint16(0x7F80)}
 
 

@@ -13,7 +13,7 @@ class IoSettings:
 
     Attributes:
         file_system: the file operations.
-        block_bytes: size of a write: large enough for the disk, small enough for a responsive Ctrl-C and progress bar.
+        block_bytes: size of a write: large enough for the disk, small enough for responsive Ctrl-C and progress.
         block_count: blocks in flight: one being filled, two being consumed, the others a buffer between the threads.
         copy_read_bytes: size of a read when copying: stays in a core's own cache while every consumer uses it.
         read_bytes: size of other reads: fits the cache, and amortizes Python's overhead.

@@ -24,8 +24,8 @@ class Sink:
         directory: the output directory.
         file: the planned file.
         reader: opens the source files of copied blocks.
-        cached: whether the file will be read next. If so, and unless it is large, it is written through the page cache
-            and the kernel copies stored bytes. Otherwise direct I/O is used where supported.
+        cached: whether the file will be read next. If so, and unless it is large, it is written through the page
+            cache and the kernel copies stored bytes. Otherwise direct I/O is used where supported.
         settings: the file system, and the size limits of cached and direct I/O.
 
     Attributes:

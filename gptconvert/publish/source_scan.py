@@ -1,8 +1,8 @@
 """The checksum pass over the source: compare recorded checksums, check values, hash bytes. Each byte is read once.
 
 Stored tensors are read in blocks small enough for the processor's cache, from which every consumer reads them: the
-container's checksum, the check for NaN and infinities, SHA-256. Digests are kept by location, so that tensors exported
-as stored are not read again.
+container's checksum, the check for NaN and infinities, SHA-256. Digests are kept by location, so that tensors
+exported as stored are not read again.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class Staging:
         notes: for the user, one sentence each.
 
     Raises:
-        OutputError: the output is refused, locked, or cannot be created; raised on construction where possible, before
-            anything is written.
+        OutputError: the output is refused, locked, or cannot be created; on construction where possible, before anything
+            is written.
     """
 
     def __init__(
