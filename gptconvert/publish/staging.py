@@ -44,8 +44,7 @@ class Staging:
         notes: for the user, one sentence each.
 
     Raises:
-        OutputError: the output is refused, locked, or cannot be created; on construction where possible, before anything
-            is written.
+        OutputError: the output is refused, locked, or cannot be created. Raised on construction where possible.
     """
 
     def __init__(
