@@ -3,8 +3,8 @@
 GPT-2 becomes the TensorFlow checkpoint that ``tf.train.Saver`` writes and restores, with the variable names of
 openai/gpt-2 ``src/model.py``: all tensors back to back in the order of their names, an index with their checksums,
 ``hparams.json`` and the tokenizer under OpenAI's names. GPT-1 becomes the ten array files of its release: all weights
-concatenated and split into parts of nearly equal size. Both formats record only sizes, so a model that differs in anything
-else is refused, with all reasons at once.
+concatenated, then split into parts of nearly equal size. Both formats record only sizes, so a model that differs in
+anything else is refused, with all reasons at once.
 """
 
 from __future__ import annotations

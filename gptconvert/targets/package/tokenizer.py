@@ -1,9 +1,9 @@
 """Tokenizer files: released vocabulary and merges ⇄ ``tokenizer.json`` and the files transformers reads beside it.
 
 Byte pair encoding splits text into pieces, writes each piece in the symbols of an alphabet, and merges pairs of
-symbols in the order of the merges file; ``tokenizer_kinds`` defines the splitting and the alphabets. The vocabulary is
-JSON, symbol → id; a merges file has one pair per line, best first, below a ``#version`` line. A missing tokenizer is
-not an error; a corrupt one is.
+symbols in the order of the merges file; ``tokenizer_kinds`` defines the splitting and the alphabets. The vocabulary
+is JSON, symbol → id; a merges file has one pair per line, best first, below a ``#version`` line. A missing tokenizer
+is not an error; a corrupt one is.
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     ],
 )
 def test_missing_tokenizer_is_noted(missing: tuple[str, ...], expected: str, tmp_path: Path) -> None:
-    found = {name: path for name, path in small(tmp_path).items() if name not in gone}
+    found = {name: path for name, path in small(tmp_path).items() if name not in missing}
     files, notes = tokenizer_files(with_tokenizer(found))
     assert files == {}
     assert len(notes) == 1

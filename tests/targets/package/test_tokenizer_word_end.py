@@ -1,4 +1,4 @@
-"""GPT-1's tokenizer files compared with transformers' OpenAIGPTTokenizer, and their use in conversion and generation."""
+"""GPT-1's tokenizer files compared with transformers' OpenAIGPTTokenizer, and used in conversion and generation."""
 
 from __future__ import annotations
 
