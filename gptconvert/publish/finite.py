@@ -28,7 +28,7 @@ _EXPONENT = {np.dtype(np.float16): np.uint16(0x7C00), BFLOAT16: np.uint16(0x7F80
 
 
 def is_float(dtype: np.dtype[np.generic]) -> bool:
-    """Whether the dtype can hold a NaN; by name, because ``kind`` is not "f" for the dtypes of ml_dtypes."""
+    """Whether the dtype can hold a NaN; by name, because ``kind`` does not identify all floats of ml_dtypes."""
     return "float" in dtype.name
 
 
