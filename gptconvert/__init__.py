@@ -1,4 +1,4 @@
-"""Convert GPT checkpoints to artifacts that run elsewhere, and prove that each computes the same."""
+"""Convert GPT checkpoints to other formats, and prove that the results compute the same."""
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported on first use, so that ``import gptconvert`` costs nothing."""
+    """Import a public name on first use, to keep ``import gptconvert`` fast."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,4 +1,4 @@
-"""Running the command line in this process, and looking at what it left."""
+"""Run the command line in this process and inspect its results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -38,5 +38,5 @@ def command(capsys: Any, *args: object) -> Outcome:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    """Relative path → content of every file below."""
+    """Relative path → content, for every file in a directory."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

@@ -1,4 +1,4 @@
-"""``import gptconvert``: cheap, and the names the README uses."""
+"""``import gptconvert`` is fast and has the names that the README uses."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import gptconvert
 from tests.commands import TINY
 
 
-def test_importing_costs_nothing() -> None:
+def test_import_does_not_import_heavy_libraries() -> None:
     code = "import sys, gptconvert; sys.exit(len({'numpy', 'torch', 'click', 'onnx'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_every_public_name_is_there_and_stays_what_it_is(tmp_path: Path) -> None:
+def test_every_public_name_is_importable_and_stable(tmp_path: Path) -> None:
     for name in gptconvert.__all__:
         assert getattr(gptconvert, name) is not None
     checkpoint = gptconvert.open_checkpoint(str(TINY / "openai-tf"))

@@ -1,4 +1,4 @@
-"""Every format that is read, to every target it can become, in every storage type: converted and proven equal."""
+"""Convert and verify every source format to every target it supports, in every storage type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptconvert.targets.registry import TARGETS
 from tests.commands import command
 from tests.helpers import FIXTURES
 
-#: Where it lies → options that reading it takes. One or more for each format.
+#: Fixture → options needed to read it. At least one per format.
 SOURCES: dict[str, tuple[str, ...]] = {
     "tiny-gpt2/openai-tf": (),
     "tiny-gpt2/hf-safetensors": (),
@@ -24,7 +24,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "originals/mesh-jax": (),
     "originals/neox-pipeline": (),
     "originals/neox-sequential": (),
-    "originals/nanogpt/ckpt.pt": ("--activation", "tanh"),  # the other GELU has no place in the format of OpenAI
+    "originals/nanogpt/ckpt.pt": ("--activation", "tanh"),  # OpenAI's format cannot express the erf GELU
     "originals/llmc/gpt2_fp32.bin": (),
     "originals/llmc/gpt2_bf16.bin": (),
     "originals/megatron": (),
@@ -48,7 +48,7 @@ def targets_of(source: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
 @pytest.mark.parametrize("storage", STORAGE, ids=" ".join)
 @pytest.mark.parametrize("source", SOURCES)
 def test_verified(source: str, storage: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TensorFlow takes seconds to start, so its target is tried as stored and in one other type."""
+    """TensorFlow takes seconds to start, so its target is tested only as stored and in one other type."""
     with_tensorflow = storage in ([], ["--dtype", "bf16"])
     targets = [name for name in targets_of(source, capsys) if name != "tf" or with_tensorflow]
     if "openai-tf" in targets and storage[1:] == ["bf16"] and "gpt1" in source:

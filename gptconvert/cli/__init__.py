@@ -1,4 +1,4 @@
-"""The command line: one file per command, imported only when it runs, so that ``--help`` stays fast."""
+"""The command line: one module per command, imported only when the command runs, to keep ``--help`` fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptconvert import __version__
 from gptconvert.cli.output import print_json
 from gptconvert.errors import GptConvertError, printable
 
-#: command → (module, one line for the list of commands). The module holds the command, or makes it by its name.
+#: command → (module, one-line help). The module defines the command, or builds it with ``format_command``.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "openai-tf": ("convert", "Convert OpenAI's own checkpoints: GPT-2 bundles, GPT-1 arrays."),
     "hf": ("convert", "Convert a Hugging Face directory or hub repository."),
@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show configuration and tensors; reads headers only."),
     "verify": ("verify", "Check an existing export against its checkpoint."),
     "generate": ("generate", "Continue a text with an exported model."),
-    "formats": ("formats", "List what can be read, and what it can become."),
+    "formats": ("formats", "List the supported formats, models and targets."),
 }
 EPILOG = """\b
 Exit codes: 0 ok, 2 usage, 3 input invalid, 4 unsupported, 5 verification failed
@@ -43,7 +43,7 @@ Examples:
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module when the command is looked up, and suggests near names."""
+    """A group that imports a command's module on lookup, and suggests a command for a misspelled one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -77,24 +77,24 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def group(ctx: click.Context, debug: bool) -> None:
-    """Convert GPT checkpoints to ONNX and safetensors, and prove that each computes the same."""
+    """Convert GPT checkpoints to ONNX, safetensors and TensorFlow, and prove that the results compute the same."""
     ctx.obj = {"debug": debug}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: runs a command and turns every outcome into one message and one exit code."""
+    """Run a command and exit with its code: the entry point."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run(args))
 
 
 def run(args: list[str]) -> int:
-    """Exit code of a command line."""
+    """Run a command line; returns its exit code. Every error becomes one message on stderr."""
     debug = "--debug" in args or os.environ.get("GPTCONVERT_DEBUG", "") not in ("", "0")
     as_json = "--json" in args
     args = _bare_verify([arg for arg in args if arg != "--debug"])
     try:
         done = group.main(args, prog_name="gptconvert", standalone_mode=False, auto_envvar_prefix="GPTCONVERT")
-        return done if isinstance(done, int) else 0  # click gives back the code of `Exit`
+        return done if isinstance(done, int) else 0  # click returns the code of `Exit`
     except click.ClickException as error:
         if as_json:
             _report(GptConvertError(error.format_message()), error.exit_code, as_json=True, kind="usage")
@@ -115,24 +115,24 @@ def run(args: list[str]) -> int:
     except SystemExit as error:
         from gptconvert.publish.signals import Interrupted
 
-        if isinstance(error, Interrupted):  # raised once everything staged was removed
+        if isinstance(error, Interrupted):  # raised after the staged files were removed
             click.echo("interrupted; nothing was published", err=True)
         return error.code if isinstance(error.code, int) else 1
     except MemoryError:
         _report(GptConvertError("out of memory", hint="no output was published"), 1, as_json)
         return 1
     except BaseException as error:
-        # Some libraries raise from outside Exception (pyo3's PanicException); nothing may reach the user raw.
+        # Not Exception: some libraries raise other classes (pyo3's PanicException).
         if debug:
             raise
         what = f"{type(error).__name__}: {error}"
-        hint = "this is a fault of gptconvert: rerun with --debug and report it"
+        hint = "this is a bug in gptconvert; please rerun with --debug and report it"
         _report(GptConvertError(what, hint=hint), 1, as_json)
         return 1
 
 
 def _bare_verify(args: list[str]) -> list[str]:
-    """``--verify`` alone means its default level, whatever word follows it."""
+    """Give a bare ``--verify`` its default level, lest click take the next argument as the level."""
     levels = {"default", "full"}
     return [
         "--verify=default" if arg == "--verify" and following not in levels else arg
@@ -141,7 +141,7 @@ def _bare_verify(args: list[str]) -> list[str]:
 
 
 def _report(error: GptConvertError, code: int, as_json: bool, kind: str | None = None) -> None:
-    """The error, once, on stderr; with ``--json`` also as the one object on stdout."""
+    """Print the error on stderr; with ``--json``, also as the JSON object on stdout."""
     if as_json:
         fields = {**error.as_dict(), "exit_code": code, **({"kind": kind} if kind else {})}
         print_json({"ok": False, "error": fields})

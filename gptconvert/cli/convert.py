@@ -1,4 +1,4 @@
-"""``gptconvert openai-tf``, ``hf`` … and ``convert``: one implementation, a name for each kind of source."""
+"""``gptconvert convert``, and one command per source format (``openai-tf``, ``hf`` …)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONVERTING = options.stack(
     options.options_of("output"),
     options.NO_VERIFY,
     options.options_of("run"),
-    options.own("--dry-run", is_flag=True, group="Output", help="Print what would be written, and write nothing."),
+    options.own("--dry-run", is_flag=True, group="Output", help="Print what would be written, without writing it."),
     options.JSON,
     options.QUIET,
     options.VERBOSE,
@@ -38,7 +38,7 @@ CONVERTING = options.stack(
 
 
 def format_command(name: str) -> click.Command:
-    """The command that converts checkpoints of one format; it offers the options that the format reads."""
+    """The command for one checkpoint format, with the options that apply to the format."""
     described = FORMAT_COMMANDS[name]
 
     def run(source: str, **given: Any) -> None:
@@ -56,9 +56,9 @@ def format_command(name: str) -> click.Command:
 @options.options_of("source", "checkpoint")
 @CONVERTING
 def convert(source: str, **given: Any) -> None:
-    """Convert SOURCE, whatever it is: the format is detected.
+    """Convert SOURCE; the format is detected.
 
-    An option that does not apply to the format found is an error.
+    Options that do not apply to the detected format are errors.
     """
     _convert(source, None, given)
 
@@ -95,29 +95,29 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
 
 
 def default_output(source: str) -> str:
-    """``./NAME-gptconvert``, NAME from the source; beside the source if we stand in it."""
+    """``./NAME-gptconvert``, NAME from the source; beside the source if the current directory is inside it."""
     path = os.path.abspath(source)
     if not os.path.isdir(path):
         stem = os.path.basename(path).split(".")[0]
-        told_by_folder = stem in ("model", "checkpoint", "pytorch_model")
-        path = os.path.dirname(path) if told_by_folder else os.path.join(os.path.dirname(path), stem)
+        generic = stem in ("model", "checkpoint", "pytorch_model")
+        path = os.path.dirname(path) if generic else os.path.join(os.path.dirname(path), stem)
     name = f"{os.path.basename(path) or 'model'}-gptconvert"
     inside = os.path.isdir(source) and os.path.commonpath([os.getcwd(), path]) == path
     return os.path.join(os.path.dirname(path), name) if inside else name
 
 
 def describe_plan(planned: Plan, output: str) -> str:
-    """A dry run, for people."""
+    """The table that a dry run prints."""
     rows = [("file", "size", "tensors", "copied as stored", "transformed")]
     for entry in planned.as_dict()["files"]:  # type: ignore[attr-defined]
-        has = bool(entry["tensors"])
+        has_tensors = bool(entry["tensors"])
         rows.append(
             (
                 entry["path"],
                 human_bytes(entry["bytes"]),
-                str(entry["tensors"]) if has else "",
-                human_bytes(entry["copied_bytes"]) if has else "",
-                str(len(entry["transformed"])) if has else "",
+                str(entry["tensors"]) if has_tensors else "",
+                human_bytes(entry["copied_bytes"]) if has_tensors else "",
+                str(len(entry["transformed"])) if has_tensors else "",
             )
         )
     head = f"Would write {human_bytes(planned.nbytes)} to {printable(output)}"
@@ -125,7 +125,7 @@ def describe_plan(planned: Plan, output: str) -> str:
 
 
 def describe_result(result: Result, *, verbose: bool = False) -> str:
-    """What was done, for people: the proof, then the files."""
+    """The text that a conversion prints: the model, the verification, the files."""
     from gptconvert.families.registry import family_named
 
     config = result.checkpoint.config

@@ -13,7 +13,7 @@ from gptconvert.cli.output import print_json, table
 @own("--markdown", is_flag=True, group=DISPLAY, help="Print the tables of docs/formats.md.")
 @DEBUG
 def formats(as_json: bool, markdown: bool) -> None:
-    """List what can be read, and what it can become, from the registries."""
+    """List the supported formats, models and targets."""
     from gptconvert.pipeline import matrix
 
     found = matrix()

@@ -31,7 +31,12 @@ def _sampling(flag: str, kind: Any, metavar: str, text: str, **settings: Any) ->
 @_sampling("--max-new-tokens", click.IntRange(min=1), "N", "Stop after this many tokens.", default=50)
 @_sampling("--temperature", click.FloatRange(min=0), "X", "Divide the logits by this; 0 is greedy.", default_text="1")
 @_sampling("--top-k", click.IntRange(min=1), "N", "Sample among the N most likely tokens.")
-@_sampling("--top-p", click.FloatRange(0, 1, min_open=True), "P", "Sample among the likeliest tokens of this total.")
+@_sampling(
+    "--top-p",
+    click.FloatRange(0, 1, min_open=True),
+    "P",
+    "Sample among the most likely tokens of total probability P.",
+)
 @_sampling("--seed", click.IntRange(min=0), "N", "Seed the sampling; the same seed gives the same text.")
 @JSON
 @DEBUG
@@ -46,7 +51,7 @@ def generate(
     runtime: str,
     as_json: bool,
 ) -> None:
-    """Continue PROMPT with the model exported to DIRECTORY, with its KV cache."""
+    """Continue PROMPT with the model exported to DIRECTORY, using its KV cache."""
     quieten()
     from gptconvert.generate.sampling import Sampling
     from gptconvert.generate.text import generate as run

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from gptconvert.cli import options
-from gptconvert.cli.config_in_words import config_in_words
+from gptconvert.cli.config_summary import config_summary
 from gptconvert.cli.output import human_bytes, note, print_json, table
 from gptconvert.errors import printable
 
-#: Of the names dropped for one reason, this many are shown.
-MOST_DROPPED = 4
+#: Dropped names listed per reason.
+MAX_DROPPED = 4
 
 
 @click.command(cls=options.Command)
@@ -25,15 +25,15 @@ MOST_DROPPED = 4
     group=options.DISPLAY,
     show_default=True,
     default_text="one line per kind of tensor",
-    help="List every tensor, or none.",
+    help="List every tensor, or no tensors.",
 )
 @options.JSON
 @options.QUIET
 @options.DEBUG
 def inspect(source: str, tensors: bool | None, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Show what SOURCE is: configuration, tensors, sizes, types, and what a conversion would drop.
+    """Show SOURCE's configuration, tensors, sizes and types, and what a conversion would drop.
 
-    Only headers are read, so a checkpoint of any size is inspected at once.
+    Only headers are read, so this is fast for checkpoints of any size.
     """
     options.quieten()
     from gptconvert.inspection import inspect as run
@@ -51,20 +51,20 @@ def _sections(found: Mapping[str, Any], tensors: bool | None) -> list[str]:
     size = f"{found['parameters']:,} parameters, {human_bytes(found['bytes'])}, {', '.join(found['dtypes'])}"
     revision = f", revision {printable(found['revision'])}" if found["revision"] else ""
     head = f"{found['title']}  ({found['format']}{revision})\n  {size}"
-    rows = [*config_in_words(found["config"]), ("tokenizer", ", ".join(found["tokenizer"]) or "none")]
-    words = table([(key, printable(text)) for key, text in rows])
+    rows = [*config_summary(found["config"]), ("tokenizer", ", ".join(found["tokenizer"]) or "none")]
+    summary = table([(key, printable(text)) for key, text in rows])
     listed = "" if tensors is False else _tensor_table(found["tensors"], every=bool(tensors))
-    return [head, words, listed, _dropped(found["dropped"], every=bool(tensors))]
+    return [head, summary, listed, _dropped(found["dropped"], every=bool(tensors))]
 
 
 def _tensor_table(tensors: Sequence[Mapping[str, Any]], *, every: bool) -> str:
-    """Every tensor, or one line for each kind: the same name in all layers, type and shape."""
+    """One line per tensor, or per kind of tensor: the same name in all layers, with one type and shape."""
     from gptconvert.model.names import grouped
 
     kinds: dict[tuple[str, str], dict[str, int]] = {}
     for t in tensors:
         kinds.setdefault((t["dtype"], "×".join(map(str, t["shape"])) or "scalar"), {})[t["name"]] = t["bytes"]
-    lines = {}  # first name → line, to list the kinds in the file's order
+    lines = {}  # first name → line; used to keep the order of the file
     for (dtype, shape), sizes in kinds.items():
         for name, names in ({n: [n] for n in sizes} if every else grouped(sizes, to="..")).items():
             nbytes = human_bytes(sum(sizes[n] for n in names))
@@ -74,7 +74,7 @@ def _tensor_table(tensors: Sequence[Mapping[str, Any]], *, every: bool) -> str:
 
 
 def _dropped(dropped: Mapping[str, str], *, every: bool) -> str:
-    """What a conversion leaves out, by reason; all names, or the first few with layer numbers folded."""
+    """The dropped tensors by reason: all names, or the first few kinds."""
     from gptconvert.model.names import grouped
 
     reasons: dict[str, list[str]] = {}
@@ -83,7 +83,7 @@ def _dropped(dropped: Mapping[str, str], *, every: bool) -> str:
     lines = ["Would be dropped"] if reasons else []
     for why, names in reasons.items():
         shown = names if every else list(grouped(names, to=".."))
-        most = len(shown) if every else MOST_DROPPED
+        most = len(shown) if every else MAX_DROPPED
         lines.append(f"  {len(names)} {'tensor' if len(names) == 1 else 'tensors'}: {why}")
         lines += [f"    {printable(name)}" for name in shown[:most]]
         lines += [f"    … {len(shown) - most} more kinds (--tensors lists all)"] if len(shown) > most else []

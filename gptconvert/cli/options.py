@@ -1,4 +1,4 @@
-"""Click options from the table in :mod:`gptconvert.model.options`, and those that only the command line has."""
+"""Click options for the table in :mod:`gptconvert.model.options`, and options of the command line alone."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DISPLAY = "Display"
 #: Sections of the help, in order.
 GROUPS: tuple[str, ...] = (*get_args(Group), "Runtime", "Sampling", DISPLAY)
-#: Width of the column of flags: the longest that help does not put on a line of its own.
+#: Width of the flags column; longer flags get a line to themselves.
 FLAGS_WIDTH = 24
-#: Stands for "-" while lines are wrapped, so that no flag and no name is split.
+#: Replaces "-" while lines are wrapped, so that flags and names are not split.
 UNBROKEN_HYPHEN = "\N{NON-BREAKING HYPHEN}"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 class Option(click.Option):
-    """An option that belongs to a section of the help, and may describe its default in words."""
+    """An option in a section of the help, optionally with a text that describes its default."""
 
     def __init__(self, *args: Any, group: str, default_text: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group, self.default_text = group, default_text
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """What the help shows in brackets: the default alone. Ranges are in the text, where they matter."""
+        """The text in brackets: only the default. The help text states ranges where they matter."""
         extra = super().get_help_extra(ctx)
         extra.pop("range", None)
         if self.default_text is not None:
@@ -54,7 +54,7 @@ class Command(click.Command):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 flags, text = record
-                group = getattr(parameter, "group", DISPLAY)  # click's own --help has none
+                group = getattr(parameter, "group", DISPLAY)  # click's --help option has no group
                 sections[group].append((flags.ljust(FLAGS_WIDTH), text.replace("-", UNBROKEN_HYPHEN)))
         for name, records in sections.items():
             if records:
@@ -64,7 +64,7 @@ class Command(click.Command):
 
 
 def size_in_bytes(value: str | int) -> int:
-    """``5GB``, ``500MB``, ``1GiB`` or a number of bytes."""
+    """Parse ``5GB``, ``500MB``, ``1GiB`` or a number of bytes."""
     text = str(value).strip()
     number = text.rstrip("KMGIBkmgib")
     try:
@@ -77,7 +77,7 @@ def size_in_bytes(value: str | int) -> int:
 
 
 def stack(*decorators: Decorator) -> Decorator:
-    """Several decorators as one, applied so that the help lists them in the order given."""
+    """Combine decorators; the help lists their options in the order given."""
 
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.reduce(lambda f, d: d(f), reversed(decorators), function)
@@ -86,12 +86,12 @@ def stack(*decorators: Decorator) -> Decorator:
 
 
 def own(*declarations: str, group: str, **settings: Any) -> Decorator:
-    """An option that only the command line has."""
+    """An option that is not a field of :class:`Options`."""
     return click.option(*declarations, cls=Option, group=group, **settings)
 
 
 def option(name: str) -> Decorator:
-    """The option of a field of :class:`Options`."""
+    """The option for a field of :class:`Options`."""
     info, default = INFO[name], DEFAULTS[name]
     settings: dict[str, Any] = {"help": info.help, "default_text": info.default_text, "show_default": True}
     flag = info.flag
@@ -100,7 +100,7 @@ def option(name: str) -> Decorator:
         settings |= {"is_flag": True, "show_default": default}
     elif name == "targets":
         settings |= {"multiple": True, "type": click.Choice(list(TARGETS))}
-    elif name == "verify":  # the level may be left out
+    elif name == "verify":  # the level is optional
         settings |= {"is_flag": False, "flag_value": default, "type": _type(info)}
     else:
         settings |= {"type": _type(info), "metavar": info.metavar}
@@ -108,7 +108,7 @@ def option(name: str) -> Decorator:
 
 
 def options_of(*stages: Stage, only: Iterable[str] = FIELDS) -> Decorator:
-    """The options of these stages, in the table's order, as far as they are among ``only``."""
+    """The options of these stages that are in ``only``, in the table's order."""
     chosen = {*only}
     return stack(*(option(name) for name in FIELDS if INFO[name].stage in stages and name in chosen))
 
@@ -118,7 +118,7 @@ def _negated(flag: str) -> str:
 
 
 def _type(info: OptionInfo) -> Any:
-    """How the value of an option is checked."""
+    """The click type that checks an option's value."""
     if info.metavar == "N":
         numbers: Any = info.choices or (info.minimum, None)
         return click.IntRange(numbers[0], numbers[-1])
@@ -129,16 +129,14 @@ def _type(info: OptionInfo) -> Any:
 
 
 NO_VERIFY = own("--no-verify", is_flag=True, group="Verification", help="Skip verification.")
-JSON = own(
-    "--json", "as_json", is_flag=True, group=DISPLAY, help="Print one JSON object on stdout, and nothing else."
-)
-QUIET = own("-q", "--quiet", is_flag=True, group=DISPLAY, help="Print no progress and no notes.")
+JSON = own("--json", "as_json", is_flag=True, group=DISPLAY, help="Print one JSON object on stdout and nothing else.")
+QUIET = own("-q", "--quiet", is_flag=True, group=DISPLAY, help="Do not print progress or notes.")
 VERBOSE = own("-v", "--verbose", is_flag=True, group=DISPLAY, help="Print the figures of every probe group.")
 DEBUG = own("--debug", is_flag=True, expose_value=False, group=DISPLAY, help="Show the traceback of an error.")
 
 
 def chosen(given: dict[str, Any], **more: object) -> Options:
-    """What a command was given, as one value. Parameters of the command line alone are left out.
+    """The :class:`Options` among a command's parameters.
 
     Raises:
         UsageError: options contradict each other, or do not apply to the targets.
@@ -164,7 +162,7 @@ def _named_on_the_command_line() -> frozenset[str]:
 
 
 def quieten() -> None:
-    """Keep libraries from writing on stderr: what the user should know is said by us."""
+    """Keep libraries from writing to stderr."""
     for name in ("TF_CPP_MIN_LOG_LEVEL", "GRPC_VERBOSITY"):
         os.environ.setdefault(name, "3" if name.startswith("TF") else "ERROR")
     if not sys.warnoptions:

@@ -1,4 +1,4 @@
-"""What people and pipelines see: tables and one JSON object on stdout, progress and notes on stderr."""
+"""Output: tables or one JSON object on stdout, progress and notes on stderr."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from gptconvert.model.schema import SCHEMA_VERSION
 
 
 def print_json(fields: Mapping[str, object]) -> None:
-    """The one object of ``--json``, in ASCII: any terminal encoding holds it, and file names that are not UTF-8."""
+    """Print the object of ``--json``, in ASCII, which works in any encoding and for file names that are not UTF-8."""
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2))
 
 
 def note(text: str, quiet: bool = False) -> None:
-    """One sentence the user should know."""
+    """Print one sentence on stderr unless ``quiet``."""
     if not quiet:
         click.echo(f"note: {printable(text)}", err=True)
 
 
 def human_bytes(count: float) -> str:
-    """1234567 → ``1.2 MB``."""
+    """Format a size: 1234567 → ``1.2 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -34,26 +34,26 @@ def human_bytes(count: float) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ", right: Iterable[int] = ()) -> str:
-    """Columns lined up; columns in ``right`` are right-aligned."""
+    """Align columns; those in ``right`` to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    ends = set(right)
+    aligned = set(right)
 
     def line(row: Sequence[str]) -> str:
-        cells = [c.rjust(w) if i in ends else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [c.rjust(w) if i in aligned else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         return (indent + "  ".join(cells)).rstrip()
 
     return "\n".join(line(row) for row in rows)
 
 
 class Progress:
-    """Progress by bytes on a terminal; silence anywhere else."""
+    """A progress bar in bytes, shown only on a terminal."""
 
     def __init__(self, quiet: bool) -> None:
         self.shown = not quiet and sys.stderr.isatty()
         self.bar: Any = None
 
     def stage(self, name: str, total: int = 0) -> None:
-        """A new stage of ``total`` bytes (0: unknown) begins."""
+        """Begin a stage of ``total`` bytes (0 if unknown)."""
         self.close()
         if self.shown:
             from tqdm import tqdm
@@ -70,12 +70,12 @@ class Progress:
             )
 
     def advance(self, count: int) -> None:
-        """``count`` more bytes of the stage are done."""
+        """Add ``count`` bytes to the current stage."""
         if self.bar is not None:
             self.bar.update(count)
 
     def close(self) -> None:
-        """Wipe the bar."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -1,6 +1,6 @@
-"""The commands named after a checkpoint format: what each is for, which options it offers, and its help.
+"""The commands named after a checkpoint format: their options and help.
 
-``reads`` equals ``Format.accepts`` of the format, which a test checks; importing the readers would slow ``--help``.
+``reads`` repeats ``Format.accepts``, since importing the readers would slow down ``--help``; a test compares the two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class FormatCommand:
     Attributes:
         about: first line of its help.
         epilog: last part of its help.
-        reads: options of the source and of the checkpoint that the format reads, besides :data:`ALWAYS`.
+        reads: source and checkpoint options that apply to the format, besides :data:`ALWAYS`.
     """
 
     about: str
@@ -31,11 +31,11 @@ HUB = frozenset({"revision", "cache_dir", "offline"})
 
 FORMAT_COMMANDS: Mapping[str, FormatCommand] = {
     "openai-tf": FormatCommand(
-        "Convert OpenAI's own checkpoint SOURCE.",
+        "Convert the OpenAI checkpoint SOURCE.",
         """\b
 SOURCE is a prefix (model.ckpt), a directory, the `checkpoint` file or the
-.index file. Directories of gpt-2-simple and nshepperd's fork work too, and
-so does GPT-1's directory (params_0.npy …).
+.index file. Directories written by gpt-2-simple and nshepperd's fork work
+too, as does GPT-1's directory (params_0.npy …).
 
 \b
 Example:
@@ -47,8 +47,8 @@ Example:
         "Convert the Hugging Face checkpoint SOURCE: a directory or a hub repository.",
         """\b
 SOURCE is a directory, a weights file with config.json beside it, or a hub
-repository. A token is taken from HF_TOKEN or the login of the hub's own
-tools. No code from a repository is ever run, and no pickle executed.
+repository. The access token is that of HF_TOKEN or `hf auth login`. Code in
+repositories is never run, and pickles are never executed.
 
 \b
 Example:
@@ -72,8 +72,8 @@ Example:
         "Convert GPT-J's original checkpoint SOURCE.",
         """\b
 SOURCE is the directory that contains shard_0 …, or the one that contains
-step_N. Without the training run's JSON file beside it, or --hparams FILE, a
-checkpoint of GPT-J 6B's sizes is read as GPT-J 6B.
+step_N. Without the JSON file of the training run or --hparams FILE, a
+checkpoint with the sizes of GPT-J 6B is read as GPT-J 6B.
 
 \b
 Example:
@@ -84,7 +84,7 @@ Example:
     "neox": FormatCommand(
         "Convert the GPT-NeoX checkpoint SOURCE.",
         """\b
-SOURCE is the directory of a run (with `latest` and configs/) or of one
+SOURCE is the directory of a run (with `latest` and configs/) or of a single
 step. The files of all ranks must be present. The configuration is
 configs/*.yml, or --hparams FILE. The vocabulary stays padded unless
 --trim-vocab is given.
@@ -100,7 +100,7 @@ Example:
         """\b
 SOURCE is a ckpt.pt or its directory. The file does not record which GELU
 the model was trained with: erf since June 2023, tanh before. Its pickle is
-read as data; nothing in it is executed, and meta.pkl is not opened.
+parsed without executing it; meta.pkl is not opened.
 
 \b
 Example:
@@ -113,7 +113,7 @@ Example:
         """\b
 SOURCE is a model file of version 1, 3 or 5 (gpt2_124M.bin,
 gpt2_124M_bf16.bin, log124M/model_00018865.bin) or a directory that contains
-one; if it contains several, choose with --weights-file. Rows that pad the
+one; if it contains several, choose with --weights-file. Padding rows of the
 vocabulary are dropped.
 
 \b
@@ -126,8 +126,8 @@ Example:
         "Convert the Megatron-LM GPT-2 checkpoint SOURCE.",
         """\b
 SOURCE is a model_optim_rng.pt, its mp_rank_00, or the directory of a run.
-Only models that were not split over devices are read, of checkpoint version
-0 to 3.
+Only checkpoints of models that were not split over devices are supported,
+in checkpoint version 0 to 3.
 
 \b
 Example:

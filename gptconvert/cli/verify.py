@@ -24,7 +24,8 @@ from gptconvert.cli.output import Progress, note, print_json
 def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
     """Check ARTIFACT, a directory or graph exported by any program, against the checkpoint SOURCE.
 
-    Exit code 0: every weight is the checkpoint's and every output is within rounding noise. 5: not so.
+    The exit code is 0 if every weight equals the checkpoint's and every output is within rounding noise,
+    otherwise 5.
     """
     options.quieten()
     from gptconvert.pipeline import verify_export

@@ -1,1 +1,1 @@
-"""Write planned files, check and hash the source in the same pass, and publish the directory whole or not at all."""
+"""Write planned files, check and hash the source in the same pass, and publish the directory atomically."""

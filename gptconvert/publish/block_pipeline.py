@@ -1,4 +1,4 @@
-"""From a stream of bytes to hashed, written files: one thread fills blocks, three background threads consume them."""
+"""Hash and write streams of bytes: one thread fills blocks, three background threads consume them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from gptconvert.publish.source_reader import SourceReader
 
 Progress = Callable[[int], None]
 
-#: Padding is written in pieces of this.
+#: Padding is written in pieces of this size.
 _ZEROS = memoryview(bytes(1 << 16))
 
 
 class BlockPipeline:
-    """Three background threads: one hashes single tensors, one whole files, one writes.
+    """Three background threads: one hashes tensors, one hashes files, one writes.
 
     Args:
-        directory: of the output.
+        directory: the output directory.
         stop: cancellation event; set when a thread fails.
-        settings: the file system, and how many blocks of which size.
-        progress: called in the filling thread with the bytes on their way to the disk.
+        settings: the file system, and the number and size of blocks.
+        progress: called in the filling thread with the number of bytes of each block.
         cached: whether the files will be read next.
 
     Attributes:
-        sinks: every file begun, in order.
+        sinks: the files begun, in order.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BlockPipeline:
         self.sinks: list[Sink] = []
 
     def begin(self, file: PlannedFile) -> FileStream:
-        """Create a file after those begun before; returns the stream of its bytes."""
+        """Begin the next file; returns the stream to write to."""
         sink = Sink(
             self._directory,
             file,
@@ -79,28 +79,28 @@ class BlockPipeline:
             self._progress(block.used)
 
     def end(self, sink: Sink) -> None:
-        """Force a file to the disk once its blocks are written."""
+        """Sync and close a file once its blocks are written."""
         self._writing.submit(sink.close)
 
     def close(self) -> None:
-        """Wait for the threads; then close files that were not completed."""
+        """Wait for the threads, then close incomplete files."""
         for worker in (self._tensor_hashing, self._file_hashing, self._writing):
             worker.close()
         for sink in self.sinks:
             sink.abandon()
 
     def error(self) -> BaseException | None:
-        """What a thread raised."""
+        """The error that a thread raised."""
         errors = (worker.error for worker in (self._writing, self._file_hashing, self._tensor_hashing))
         return next((error for error in errors if error is not None), None)
 
 
 class FileStream:
-    """The bytes of one file, from front to back, cut into blocks.
+    """The bytes of one file, in order, split into blocks.
 
     Attributes:
         sink: the file.
-        position: bytes so far.
+        position: number of bytes so far.
     """
 
     def __init__(self, pipeline: BlockPipeline, sink: Sink) -> None:
@@ -115,8 +115,8 @@ class FileStream:
 
         Args:
             data: the bytes.
-            source: segment that holds the same bytes, for the kernel to copy.
-            digests: hashes to update with them.
+            source: source segment with the same bytes, which the kernel can copy.
+            digests: hashes to update with the bytes.
         """
         rest = memoryview(data)
         while rest:
@@ -135,7 +135,7 @@ class FileStream:
             self.write(_ZEROS[: position - self.position])
 
     def close(self) -> None:
-        """Hand on what is left, and complete the file."""
+        """Submit the last block and complete the file."""
         self._flush()
         self._pipeline.end(self.sink)
 

@@ -1,4 +1,4 @@
-"""Bytes on their way to the disk, in a fixed set of page-aligned buffers: memory is bounded whatever is written."""
+"""Blocks of bytes to write, in a fixed set of page-aligned buffers, which bounds memory use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gptconvert.publish.source_reader import StoppedError
 
 
 class Block:
-    """A run of bytes of one file.
+    """Consecutive bytes of one file.
 
     Attributes:
-        offset: where it starts in the file.
-        used: how many bytes of it are filled.
-        copies: (position in the block, source segment that holds the same bytes).
+        offset: in the file.
+        used: number of bytes filled.
+        copies: (position in the block, source segment with the same bytes).
         digests: (start, end, hash to update with these bytes of the block).
     """
 
@@ -43,18 +43,18 @@ class Block:
         return self._view[: self.used]
 
     def padded(self, alignment: int) -> memoryview:
-        """The filled bytes, and zeros up to a multiple of ``alignment``."""
+        """The filled bytes, padded with zeros to a multiple of ``alignment``."""
         end = self.used + -self.used % alignment
         self._view[self.used : end] = bytes(end - self.used)
         return self._view[:end]
 
     def append(self, data: memoryview, source: Segment | None = None, digests: Iterable[hashlib._Hash] = ()) -> int:
-        """Append the beginning of ``data``, as much as fits; returns how many bytes.
+        """Append as much of ``data`` as fits; returns the number of bytes.
 
         Args:
             data: bytes.
-            source: segment that begins with the same bytes.
-            digests: hashes to update with what was appended, later and in another thread.
+            source: source segment that begins with the same bytes.
+            digests: hashes to update with the appended bytes, later and in another thread.
         """
         start = self.used
         n = min(len(data), len(self._view) - start)
@@ -66,7 +66,7 @@ class Block:
         return n
 
     def _add_copy(self, start: int, source: Segment) -> None:
-        """Record where a file holds the same bytes, joined to the previous record if both are contiguous."""
+        """Record the source of bytes, merged with the previous record if contiguous."""
         if self.copies:
             at, last = self.copies[-1]
             if (last.path, last.end, at + last.nbytes) == (source.path, source.offset, start):
@@ -75,7 +75,7 @@ class Block:
         self.copies.append((start, source))
 
     def share(self, users: int) -> None:
-        """Hand the block to ``users`` threads, each of which releases it once."""
+        """Share the block among ``users`` threads, each of which releases it once."""
         self._users = users
 
     def release(self) -> None:
@@ -89,21 +89,21 @@ class Block:
 
 
 class BlockPool:
-    """The buffers.
+    """The free buffers.
 
     Args:
-        stop: cancellation event; once set, no more blocks are handed out.
-        settings: how many blocks, and how large.
+        stop: cancellation event; once set, :meth:`acquire` raises.
+        settings: the number and size of blocks.
     """
 
     def __init__(self, stop: threading.Event, settings: IoSettings = DEFAULT_IO) -> None:
         self._stop = stop
         self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
         for _ in range(settings.block_count):
-            self._free.put(mmap.mmap(-1, settings.block_bytes))  # takes memory only when it is first filled
+            self._free.put(mmap.mmap(-1, settings.block_bytes))  # occupies memory only once filled
 
     def acquire(self, offset: int) -> Block:
-        """Wait for a free block and return it, empty.
+        """Wait for a free buffer; returns an empty block.
 
         Raises:
             StoppedError: ``stop`` was set.
@@ -117,13 +117,13 @@ class BlockPool:
 
 
 class Worker:
-    """A background thread that runs tasks in order, and skips the rest once anything has failed.
+    """A background thread that runs tasks in order, and skips the remaining ones after a failure in any thread.
 
     Args:
-        stop: cancellation event; set when a task fails here.
+        stop: cancellation event; set when a task fails.
 
     Attributes:
-        error: what a task raised.
+        error: the error that a task raised.
     """
 
     def __init__(self, stop: threading.Event) -> None:
@@ -131,7 +131,7 @@ class Worker:
         self.error: BaseException | None = None
 
     def submit(self, task: Callable[[], None], block: Block | None = None) -> None:
-        """Run ``task`` after those before it, then release ``block`` in any case."""
+        """Queue ``task``; ``block`` is released after it in any case."""
         self._pool.submit(self._run, task, block)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The consumers of a placed tensor's bytes while it is being written."""
+"""The consumers of a placed tensor's bytes during writing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class TensorConsumers:
 
     Args:
         placed: the tensor.
-        scan: the scan to claim tasks from: of all the tensor's bytes, and of each of its segments.
+        scan: the scan from which to claim the tasks of the whole tensor and of each of its segments.
         crc32c: whether its checksum is needed.
 
     Attributes:
-        crc32c: of the bytes so far, unmasked; of all bytes if the source recorded it; 0 if not needed.
+        crc32c: unmasked, of the bytes so far, or of all bytes if the source records it; 0 if not needed.
     """
 
     def __init__(self, placed: Placed, scan: SourceScan | None = None, *, crc32c: bool = False) -> None:
@@ -32,7 +32,7 @@ class TensorConsumers:
             self.crc32c, self._compute_crc32c = tensor.crc32c, False  # the scan compares it with the bytes
 
     def update(self, segment: Segment, data: bytes) -> list[hashlib._Hash]:
-        """Feed the next bytes of a segment; returns the hashes that still need them, in whatever thread."""
+        """Feed the next bytes of a segment; returns the hashes left to update with them, in any thread."""
         tasks = [self._tasks[key] for key in (None, segment) if key in self._tasks]
         for task in tasks:
             task.update_checks(data)
@@ -40,17 +40,17 @@ class TensorConsumers:
         return [task.sha256 for task in tasks if task.sha256 is not None]
 
     def update_crc32c(self, data: bytes | memoryview) -> None:
-        """Feed the next bytes of a computed tensor, which need a checksum at most."""
+        """Feed the next bytes of a computed tensor, whose only possible consumer is the CRC-32C."""
         if self._compute_crc32c:
             self.crc32c = google_crc32c.extend(self.crc32c, bytes(data))
 
     def complete(self, segment: Segment) -> None:
-        """End the segment's own task: the same segment may come again in this tensor."""
+        """End the segment's own task, since the segment may occur again in this tensor."""
         self._tasks.pop(segment, None)
 
 
 def _claim(scan: SourceScan, segments: tuple[Segment, ...]) -> dict[Segment | None, ScanTask]:
-    """The tasks of all the bytes (None) and of single segments."""
+    """The tasks of the whole tensor (key None) and of single segments."""
     tasks: dict[Segment | None, ScanTask | None] = {None: scan.claim(segments)}
     if len(segments) > 1:
         tasks |= {segment: scan.claim((segment,)) for segment in dict.fromkeys(segments)}

@@ -1,4 +1,4 @@
-"""Deferred files: their bytes are not known when they are planned, but made in a background thread during writing."""
+"""Deferred files, whose bytes are produced by a background thread while the other files are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from gptconvert.model.export import Placed, PlannedFile
 from gptconvert.publish.source_reader import StoppedError
 
-#: How often a wait for a checksum looks at the cancellation event.
+#: Interval at which a wait for a checksum polls the cancellation event.
 POLL_SECONDS = 0.05
 
 
@@ -18,11 +18,11 @@ class DeferredFiles:
     """Calls every :attr:`PlannedFile.finish` of ``files``, in order, in one background thread.
 
     Args:
-        files: all files that are written.
+        files: all files to write.
         stop: cancellation event, set by whichever thread fails first.
 
     Attributes:
-        need_checksums: whether a deferred file may ask for the checksum of a placed tensor.
+        need_checksums: whether deferred files exist, which may need the checksums of placed tensors.
     """
 
     def __init__(self, files: Iterable[PlannedFile], stop: threading.Event) -> None:
@@ -41,11 +41,11 @@ class DeferredFiles:
         self._checksums[id(placed)].set_result(crc32c)
 
     def contents(self) -> Sequence[tuple[PlannedFile, bytes]]:
-        """The deferred files and their bytes, once all are made.
+        """Wait for the deferred files; returns them with their bytes.
 
         Raises:
             StoppedError: another thread failed.
-            Exception: what a ``finish`` raised.
+            Exception: a ``finish`` raised it.
         """
         return [(file, future.result()) for file, future in self._contents]
 
@@ -54,7 +54,7 @@ class DeferredFiles:
         self._pool.shutdown(cancel_futures=True)
 
     def error(self) -> BaseException | None:
-        """What a ``finish`` raised."""
+        """The first error that a ``finish`` raised."""
         done = (future for _, future in self._contents if future.done() and not future.cancelled())
         errors = (error for future in done if (error := future.exception()) is not None)
         return next((error for error in errors if not isinstance(error, StoppedError)), None)
@@ -65,7 +65,7 @@ class DeferredFiles:
         try:
             return file.finish(self._wait_for_checksum, self._stop)
         except BaseException:
-            if self._stop.is_set():  # it was cancelled, and fails because of that
+            if self._stop.is_set():  # failed because it was cancelled
                 raise StoppedError from None
             self._stop.set()
             raise

@@ -1,7 +1,7 @@
-"""Every way in which this program changes the file system, one small method each.
+"""Every operation that changes the file system, one small method each.
 
-They are together so that a test can make any single operation fail, fall short, or be the last one before a crash:
-what is published must be whole in every case. The idea is SQLite's (sqlite.org/testing.html).
+Tests replace methods to make any single operation fail, fall short, or be the last one before a crash: the published
+output must be complete in every case, as in SQLite's tests (sqlite.org/testing.html).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 
-#: Writes and reads that bypass the page cache must be multiples of this: the largest sector of disks in use.
+#: Alignment of direct I/O: the largest sector size in use.
 ALIGNMENT = 4096
-#: Bytes copied at once where the kernel cannot copy by itself.
+#: Bytes copied at once where the kernel cannot copy.
 COPY_BYTES = 8 << 20
-#: Pages sampled to estimate whether a file is cached; the first pages of a file just opened always are.
+#: Pages sampled to estimate whether a file is cached. The first pages of an open file always are.
 SAMPLES = 9
-#: Errors by which a file system or kernel says that it does not support an operation, not that it failed.
+#: Errors of a file system or kernel that does not support an operation, rather than fails at it.
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSOCK, errno.EPERM}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -40,11 +40,11 @@ def copy_by_sendfile(source: int, source_offset: int, target: int, target_offset
 
 
 def copy_by_read(source: int, source_offset: int, target: int, target_offset: int, nbytes: int) -> int:
-    """Copy through this process's memory, which works everywhere."""
+    """Copy through user space, which works everywhere."""
     return os.pwrite(target, os.pread(source, min(nbytes, COPY_BYTES), source_offset), target_offset)
 
 
-#: Fastest first; macOS has only the last.
+#: Fastest first. Only the last is available on macOS.
 COPY_METHODS: tuple[CopyMethod, ...] = (
     *((copy_in_kernel, copy_by_sendfile) if hasattr(os, "copy_file_range") else ()),
     copy_by_read,
@@ -54,10 +54,10 @@ COPY_METHODS: tuple[CopyMethod, ...] = (
 class FileSystem:
     """The operating system's file operations.
 
-    Tests override single methods to plant faults. Every method may raise :class:`OSError`.
+    Tests override single methods to inject faults. Every method may raise :class:`OSError`.
 
     Args:
-        copy_methods: ways of copying, tried in order until one is supported.
+        copy_methods: tried in order until one is supported.
     """
 
     def __init__(self, copy_methods: tuple[CopyMethod, ...] = COPY_METHODS) -> None:
@@ -76,15 +76,15 @@ class FileSystem:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def free_bytes(self, path: str) -> int:
-        """Space that an ordinary user may still fill in the file system that holds ``path``."""
+        """Free space available to ordinary users in the file system of ``path``."""
         space = os.statvfs(path)
         return space.f_bavail * space.f_frsize
 
     def bypass_cache(self, descriptor: int, enable: bool) -> bool:
-        """Switch direct I/O, past the page cache, on or off; returns whether it is on now.
+        """Switch direct I/O, which bypasses the page cache, on or off; returns whether it is now on.
 
-        Direct I/O needs buffers, offsets and lengths that are multiples of :data:`ALIGNMENT`. Not every system and
-        file system supports it.
+        Direct I/O requires buffers, offsets and lengths that are multiples of :data:`ALIGNMENT`. Not every system
+        and file system supports it.
         """
         if not hasattr(os, "O_DIRECT"):
             return False
@@ -96,7 +96,7 @@ class FileSystem:
         return enable
 
     def allocate(self, descriptor: int, nbytes: int) -> None:
-        """Give an empty file its final size, and blocks on the disk, so that a full disk fails now and not later."""
+        """Allocate the final size of an empty file, so that a full disk fails now rather than later."""
         if nbytes == 0:
             return
         try:
@@ -114,23 +114,23 @@ class FileSystem:
             view, offset = view[written:], offset + written
 
     def write_some(self, descriptor: int, data: memoryview, offset: int) -> int:
-        """Write the beginning of ``data`` at ``offset``; returns how many bytes the system accepted."""
+        """Write the beginning of ``data`` at ``offset``; returns the number of bytes written."""
         return os.pwrite(descriptor, data, offset)
 
     def truncate(self, descriptor: int, nbytes: int) -> None:
-        """Cut the file to ``nbytes``."""
+        """Truncate the file to ``nbytes``."""
         os.ftruncate(descriptor, nbytes)
 
     def read(self, descriptor: int, nbytes: int, offset: int) -> bytes:
-        """Read up to ``nbytes`` at ``offset``; fewer where the file ends or the system falls short."""
+        """Read up to ``nbytes`` at ``offset``; fewer at the end of the file or on a short read."""
         return os.pread(descriptor, nbytes, offset)
 
     def read_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
-        """Fill ``buffer`` from ``offset`` on; returns how many bytes, as :meth:`read` may fall short."""
+        """Read into ``buffer`` from ``offset``; returns the number of bytes. May fall short, as :meth:`read`."""
         return os.preadv(descriptor, [buffer], offset)
 
     def is_cached(self, descriptor: int) -> bool:
-        """Whether a file is in the page cache, judged by a sample of its pages; True if the system cannot say."""
+        """Whether a file is in the page cache, judged by a sample of its pages; True if unknown."""
         import ctypes
 
         import numpy as np
@@ -151,7 +151,7 @@ class FileSystem:
         """Copy up to ``nbytes`` between two open files, inside the kernel if possible.
 
         Returns:
-            how many bytes were copied; 0 only at the end of the source.
+            the number of bytes copied; 0 only at the end of the source.
         """
         for method in self._copy_methods:
             try:
@@ -160,13 +160,13 @@ class FileSystem:
                 if error.errno not in _UNSUPPORTED:
                     raise
                 continue
-            # Some file systems answer 0 to copy_file_range although there is data: only a read finds the end.
+            # On some file systems copy_file_range returns 0 before the end; only a read is conclusive.
             if copied or method is self._copy_methods[-1]:
                 return copied
         return 0
 
     def sync(self, descriptor: int) -> None:
-        """Wait until the file's bytes are on the disk."""
+        """Sync the file to disk."""
         os.fsync(descriptor)
 
     def sync_path(self, path: str) -> None:
@@ -175,20 +175,20 @@ class FileSystem:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # the answer of file systems that cannot sync directories
+            if error.errno != errno.EINVAL:  # from file systems that cannot sync directories
                 raise
         finally:
             os.close(descriptor)
 
     def rename(self, source: str, target: str) -> None:
-        """Rename atomically; replaces an empty directory, never anything else."""
+        """Rename atomically; ``target`` may only be an empty directory if it exists."""
         os.rename(source, target)
 
     def exchange(self, first: str, second: str) -> None:
         """Swap two names atomically.
 
         Raises:
-            OSError: ``ENOSYS``, ``EINVAL`` or ``EOPNOTSUPP`` if the system or file system cannot.
+            OSError: ``ENOSYS``, ``EINVAL`` or ``EOPNOTSUPP`` if the system or file system does not support it.
         """
         import ctypes
 
@@ -211,12 +211,12 @@ class FileSystem:
         os.unlink(path)
 
     def lock(self, path: str) -> int | None:
-        """Lock the file at ``path``, created if absent, and write this process's id into it.
+        """Lock the file at ``path``, creating it if absent, and write this process's id to it.
 
-        The kernel releases the lock when the process ends, in whatever way; so a lock is never stale, only its file.
+        The kernel releases the lock when the process ends for any reason, so a lock is never stale; its file may be.
 
         Returns:
-            the descriptor that holds the lock; None if another process does.
+            the descriptor that holds the lock; None if another process holds it.
 
         Raises:
             OSError: the file system does not support locks.
@@ -225,7 +225,7 @@ class FileSystem:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its owner may have removed the file between our open and our lock; a lock on it protects nothing.
+                # The owner may have removed the file between our open and our lock, which is then useless.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                         os.ftruncate(descriptor, 0)
@@ -240,12 +240,12 @@ class FileSystem:
             os.close(descriptor)
 
     def unlock(self, path: str, descriptor: int) -> None:
-        """Remove the lock file while it is still locked, then release the lock."""
+        """Remove the lock file while it is locked, then release the lock."""
         try:
             self.remove_file(path)
         finally:
             os.close(descriptor)
 
 
-#: The default of every function that takes one.
+#: The default file system.
 OS = FileSystem()

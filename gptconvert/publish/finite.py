@@ -23,17 +23,17 @@ from gptconvert.model.tensors import (
     Transposed,
 )
 
-#: Exponent bits of the 16-bit floats: all set only in NaN and infinities. Ten times as fast as numpy.isfinite.
+#: Exponent bits of the 16-bit floats, all set only in NaN and infinities. Ten times as fast as numpy.isfinite.
 _EXPONENT = {np.dtype(np.float16): np.uint16(0x7C00), BFLOAT16: np.uint16(0x7F80)}
 
 
 def is_float(dtype: np.dtype[np.generic]) -> bool:
-    """Whether the dtype can hold a NaN; by name, because ``kind`` does not say it for those of ml_dtypes."""
+    """Whether the dtype can hold a NaN; by name, because ``kind`` does not identify all floats of ml_dtypes."""
     return "float" in dtype.name
 
 
 def is_finite(array: Array) -> NDArray[np.bool_]:
-    """Element by element, whether it is neither NaN nor infinite; as numpy.isfinite, for every dtype."""
+    """numpy.isfinite for every dtype, including those of ml_dtypes."""
     mask = _EXPONENT.get(array.dtype)
     if mask is not None:
         return np.asarray((array.view(np.uint16) & mask) != mask)
@@ -41,16 +41,16 @@ def is_finite(array: Array) -> NDArray[np.bool_]:
 
 
 def raw_bytes(array: Array) -> memoryview:
-    """A contiguous array's bytes, also for dtypes without a buffer interface."""
+    """The bytes of a contiguous array, even if its dtype has no buffer interface."""
     return array.reshape(-1).view(np.uint8).data
 
 
 class FiniteCheck:
-    """Checks a tensor's values as its bytes are read.
+    """Check a tensor's values as its bytes are read.
 
     Attributes:
-        nonfinite: how many elements are NaN or infinite.
-        first: index of the first of these in the flattened tensor.
+        nonfinite: number of elements that are NaN or infinite.
+        first: index of the first such element in the flattened tensor.
         nonzero: whether any element is not zero.
     """
 
@@ -59,7 +59,7 @@ class FiniteCheck:
         self._dtype, self._seen, self._rest = dtype, 0, b""
 
     def update(self, data: bytes) -> None:
-        """Check the next bytes, which may end inside an element."""
+        """Check the next bytes, which may end in the middle of an element."""
         if self._rest or len(data) % self._dtype.itemsize:
             data = self._rest + data
             whole = len(data) - len(data) % self._dtype.itemsize
@@ -77,7 +77,7 @@ class FiniteCheck:
         self.nonzero = self.nonzero or bool(array.any())
 
     def problem(self, shape: Shape) -> str | None:
-        """What is wrong with the values, in words; None if all are finite."""
+        """A description of the values that are not finite; None if all are finite."""
         if not self.nonfinite:
             return None
         where = [int(i) for i in np.unravel_index(self.first, shape)] if shape else []
@@ -85,7 +85,7 @@ class FiniteCheck:
 
 
 def checked_chunks(name: str, tensor: LazyTensor, max_bytes: int = CHUNK_BYTES) -> Iterator[Array]:
-    """The chunks of ``tensor``, refusing finite values that one of its casts makes infinite.
+    """The chunks of ``tensor``, checked for casts that turn finite values into infinities.
 
     Raises:
         UnsupportedError: a value does not fit the dtype it is cast to. The error names the tensor ``name``.
@@ -115,7 +115,7 @@ def _casts(tensor: LazyTensor) -> list[Cast]:
 
 
 def _refuse_overflow(name: str, cast: Cast) -> None:
-    """Raise if the cast makes a finite value infinite; values infinite before it are not checked here."""
+    """Raise if the cast makes a finite value infinite; values that were infinite before do not count."""
     largest: Any = 0.0
     for chunk in cast.base.chunks():
         magnitudes = np.abs(chunk[is_finite(chunk)])

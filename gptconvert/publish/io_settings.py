@@ -1,4 +1,4 @@
-"""How files are read and written: through which file system, and in pieces of which size."""
+"""Settings for reading and writing files: the file system, and block sizes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from gptconvert.publish.file_system import OS, FileSystem
 
 @dataclass(frozen=True)
 class IoSettings:
-    """Sizes decide speed and memory, never the bytes of an artifact.
+    """Sizes affect speed and memory, never the bytes of an artifact.
 
     Attributes:
-        file_system: does the work.
-        block_bytes: one block on its way to the disk: large enough for the disk, small enough that Ctrl-C and the
-            progress bar stay responsive.
-        block_count: blocks in flight: one being filled, two being consumed, the rest even out the threads' speeds.
-        copy_read_bytes: read at once while copying: stays in a core's own cache while every consumer uses it.
-        read_bytes: read at once otherwise: still fits the cache, and hides the cost of Python.
-        direct_from: smallest file written past the page cache if it will not be read next.
+        file_system: the file operations.
+        block_bytes: size of a write: large enough for the disk, small enough for responsive Ctrl-C and progress.
+        block_count: blocks in flight: one being filled, two being consumed, the others a buffer between the threads.
+        copy_read_bytes: size of a read when copying: stays in a core's own cache while every consumer uses it.
+        read_bytes: size of other reads: fits the cache, and amortizes Python's overhead.
+        direct_from: smallest file written with direct I/O if it will not be read next.
         cached_up_to: largest file written through the page cache if it will be read next.
-        sha256_up_to: largest input hashed with SHA-256 if nothing is verified; larger ones get a CRC-32C.
+        sha256_up_to: largest input hashed with SHA-256 without verification; larger ones get a CRC-32C.
     """
 
     file_system: FileSystem = field(default=OS)
@@ -33,5 +32,5 @@ class IoSettings:
     sha256_up_to: int = 64 << 20
 
 
-#: The default of every function that takes settings.
+#: The default settings.
 DEFAULT_IO = IoSettings()

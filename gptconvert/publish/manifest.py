@@ -1,6 +1,6 @@
-"""The description of a published directory, ``manifest.json`` and ``SHA256SUMS``, and the check for changed inputs.
+"""``manifest.json`` and ``SHA256SUMS`` of a published directory, and the check for changed inputs.
 
-Nothing here depends on when, where or on which machine the conversion ran: no dates, no directories, no host names.
+Both files are reproducible: they contain no dates, directories or host names.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MANIFEST_FILE, SUMS_FILE = "manifest.json", "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the conversion was given.
+    """The parameters of a conversion.
 
     Attributes:
         targets: as in ``--to``.
-        options: every option that shapes the output, including those of the source: ``Options.recorded()``.
-        libraries: installed distributions whose version can change the bytes (``onnx``, ``tokenizers`` …).
+        options: every option that affects the output, including source options: ``Options.recorded()``.
+        libraries: installed distributions whose version can affect the bytes (``onnx``, ``tokenizers`` …).
     """
 
     targets: Iterable[str]
@@ -48,18 +48,18 @@ def manifest_files(
     also: Sequence[WrittenFile] = (),
     verification: Mapping[str, object] | None = None,
 ) -> tuple[PlannedFile, PlannedFile]:
-    """``manifest.json``, and ``SHA256SUMS`` over it and everything else (``sha256sum -c`` checks it).
+    """``manifest.json``, and ``SHA256SUMS`` of all files including the manifest, for ``sha256sum -c``.
 
     Args:
-        checkpoint: what was exported.
-        planned: the files that hold tensors, as planned.
-        written: the record of writing them.
+        checkpoint: the exported checkpoint.
+        planned: the planned files that contain tensors.
+        written: the record of the written files.
         recipe: targets, options and libraries.
-        also: further published files (a model card, files that other programs wrote).
+        also: other published files (a model card, files written by other programs).
         verification: the report; None if not verified.
 
     Raises:
-        ValueError: ``verification`` or an option holds NaN or an infinity.
+        ValueError: ``verification`` or an option contains NaN or an infinity.
     """
     files = sorted((*written.files, *also), key=lambda file: file.path)
     content = {
@@ -116,7 +116,7 @@ def _sums(files: Iterable[WrittenFile], manifest: PlannedFile) -> bytes:
 
 @dataclass(frozen=True)
 class FileState:
-    """What changes when a file is written to or replaced."""
+    """File metadata that changes when a file is written to or replaced."""
 
     nbytes: int
     mtime_ns: int
@@ -124,7 +124,7 @@ class FileState:
 
 
 def snapshot(paths: Iterable[str]) -> dict[str, FileState | None]:
-    """The state of every path; None for those that do not exist."""
+    """The state of every path; None if it does not exist."""
     found: dict[str, FileState | None] = {}
     for path in paths:
         try:
@@ -139,14 +139,14 @@ def snapshot(paths: Iterable[str]) -> dict[str, FileState | None]:
 def check_inputs_unchanged(
     before: Mapping[str, FileState | None], after: Mapping[str, FileState | None] | None = None
 ) -> None:
-    """Refuse a result whose input changed in the meantime.
+    """Check that the inputs did not change during the conversion.
 
     Args:
-        before: :func:`snapshot` taken before the first byte was read.
-        after: another, taken afterwards; None: take it now.
+        before: :func:`snapshot` taken before the first read.
+        after: snapshot taken after the last read; None to take it now.
 
     Raises:
-        InputError: files changed. Names all of them.
+        InputError: files changed. Lists all of them.
     """
     after = snapshot(before) if after is None else after
     changed = [path for path, state in before.items() if after.get(path) != state]
@@ -154,5 +154,5 @@ def check_inputs_unchanged(
         raise InputError(
             f"input changed while it was being read: {', '.join(sorted(map(os.path.basename, changed)))}",
             path=changed[0],
-            hint="wait until the training run or download that writes it is finished, then convert again",
+            hint="wait for the training run or download that writes it to finish, then convert again",
         )

@@ -1,4 +1,4 @@
-"""Whether a path may become the output. Nothing here writes."""
+"""Check whether a path may become the output, without writing anything."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterable, Iterator
 
 from gptconvert.errors import OutputError
 
-_NOT_A_DIRECTORY = "name a directory that does not exist yet"
+_NOT_A_DIRECTORY = "choose a directory that does not exist yet"
 
 
 def preflight(output: str, inputs: Iterable[str] = (), force: bool = False) -> None:
-    """Refuse an output that cannot be written, or that would overwrite something.
+    """Refuse an output that cannot be written, or that would overwrite existing files.
 
     Args:
-        output: the directory to be published.
-        inputs: files and directories that it must not be, contain or (for directories) be inside.
-        force: whether it may exist and contain files.
+        output: the directory to publish.
+        inputs: files and directories that ``output`` must not replace, contain or (for directories) be inside.
+        force: whether ``output`` may be a directory that contains files.
 
     Raises:
-        OutputError: the output is refused; the message says why.
+        OutputError: the output is refused, with the reason.
     """
     output = os.path.abspath(output)
-    for path in inputs:  # first: the other errors suggest --force, which must not be used on an input
+    for path in inputs:  # first, because other errors suggest --force, which must not be used on an input
         _check_separate(output, path)
-    _check_what_is_there(output, force)
+    _check_existing(output, force)
     _check_parent(output)
 
 
@@ -36,7 +36,7 @@ def existing_ancestor(path: str) -> str:
     return path
 
 
-def _check_what_is_there(output: str, force: bool) -> None:
+def _check_existing(output: str, force: bool) -> None:
     try:
         status = os.lstat(output)
     except (FileNotFoundError, NotADirectoryError):
@@ -47,14 +47,14 @@ def _check_what_is_there(output: str, force: bool) -> None:
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a directory"
         raise OutputError(f"output exists and is {kind}", path=output, hint=_NOT_A_DIRECTORY)
     if os.path.ismount(output) or _contains(status, os.curdir):
-        # A rename cannot replace a mount point, nor safely a process's current directory.
+        # A rename cannot replace a mount point, and replacing the current directory is unsafe.
         kind = "a mount point" if os.path.ismount(output) else "the current directory, or contains it"
-        raise OutputError(f"output is {kind}", path=output, hint=f"name a directory inside it: {output}/model")
+        raise OutputError(f"output is {kind}", path=output, hint=f"choose a directory inside it: {output}/model")
     if not os.access(output, os.R_OK | os.X_OK):
         raise OutputError("output exists and cannot be read", path=output)
     if not force and os.listdir(output):
         raise OutputError(
-            "output exists and is not empty", path=output, hint="name another directory, or replace it with --force"
+            "output exists and is not empty", path=output, hint="choose another directory, or replace it with --force"
         )
 
 
@@ -71,27 +71,27 @@ def _check_separate(output: str, path: str) -> None:
         raise OutputError(
             f"output {relation} the input {path}",
             path=output,
-            hint="name an output directory separate from the input",
+            hint="choose an output directory separate from the input",
         )
 
 
 def _check_parent(output: str) -> None:
     parent = existing_ancestor(os.path.dirname(output))
     if not os.path.isdir(parent):
-        raise OutputError("output is below something that is not a directory", path=parent, hint=_NOT_A_DIRECTORY)
+        raise OutputError("a parent of the output is not a directory", path=parent, hint=_NOT_A_DIRECTORY)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
-            "directory cannot be written to", path=parent, hint="name another output, or change its permissions"
+            "directory is not writable", path=parent, hint="choose another output, or change its permissions"
         )
 
 
 def _contains(directory: os.stat_result, path: str) -> bool:
-    """Whether ``path`` or one of its parents is that directory, compared by inode, so that links do not matter."""
+    """Whether ``path`` or one of its parents is ``directory``, compared by inode so that links do not matter."""
     return any(os.path.samestat(directory, status) for status in _ancestry(path))
 
 
 def _ancestry(path: str) -> Iterator[os.stat_result]:
-    """``path`` and its parents, as named and, if that path contains links, as resolved."""
+    """``path`` and its parents, both as given and with links resolved."""
     for current in {os.path.abspath(path), os.path.realpath(path)}:
         while True:
             if os.path.exists(current):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as exceptions, so that open files and staging directories are cleaned up on the way out."""
+"""Raise SIGINT and SIGTERM as exceptions, so that open files and staging directories are cleaned up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(SystemExit):
-    """A signal interrupted the program. Uncaught, it exits the process with the shell's code for that signal.
+    """A signal interrupted the program. If uncaught, the process exits with the shell's code for the signal.
 
     Attributes:
         signum: the signal.
@@ -25,7 +25,7 @@ class Interrupted(SystemExit):
 
 
 class _State:
-    """Shared by handler and main thread; handlers run only in the main thread, so no lock is needed."""
+    """State of the handler, which runs only in the main thread, so no lock is needed."""
 
     hold_depth = 0
     pending: int | None = None
@@ -34,7 +34,7 @@ class _State:
 
 def _handle(signum: int, frame: FrameType | None) -> None:
     if _State.raised:
-        return  # already unwinding: a second Ctrl-C must not interrupt the clean-up
+        return  # already unwinding: a second Ctrl-C must not interrupt the cleanup
     if _State.hold_depth:
         _State.pending = _State.pending or signum
         return
@@ -46,8 +46,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 def raising() -> Iterator[None]:
     """Raise :class:`Interrupted`, once, on SIGINT or SIGTERM inside the context; restore the handlers afterwards.
 
-    A signal that is ignored (``nohup``, background jobs) stays ignored. Does nothing outside the main thread, where
-    Python runs no handlers.
+    Ignored signals (``nohup``, background jobs) stay ignored. Does nothing outside the main thread, where Python does
+    not run handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -64,7 +64,7 @@ def raising() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Delay signals until the end of the context, so that steps that belong together all happen."""
+    """Delay signals until the end of the context, so that they cannot separate steps that belong together."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

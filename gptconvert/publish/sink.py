@@ -21,16 +21,16 @@ class Sink:
     """A file being written. The writing thread calls its methods, except :meth:`abandon`.
 
     Args:
-        directory: of the output.
-        file: the plan.
-        reader: opens the source files that blocks are copied from.
-        cached: whether the file will be read next. Then it goes through the page cache unless it is large, and the
-            kernel copies what it can. Otherwise blocks go straight to the disk where the system supports that.
-        settings: the file system, and which sizes count as large.
+        directory: the output directory.
+        file: the planned file.
+        reader: opens the source files of copied blocks.
+        cached: whether the file will be read next. If so, and unless it is large, it is written through the page
+            cache and the kernel copies stored bytes. Otherwise direct I/O is used where supported.
+        settings: the file system, and the size limits of cached and direct I/O.
 
     Attributes:
-        digest: of the file's bytes; the hashing thread updates it.
-        tensor_digests: of each computed (not copied) tensor, by name; updated likewise.
+        digest: of the bytes written; updated by the hashing thread.
+        tensor_digests: of each computed (not copied) tensor, by name; likewise.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Sink:
             self.position += block.used
 
     def close(self) -> None:
-        """Force the complete file to the disk and close it."""
+        """Sync the complete file to disk and close it."""
         with self._os_errors():
             if self.direct:
                 self.file_system.truncate(self.descriptor, self.file.nbytes)  # the last block was padded
@@ -76,7 +76,7 @@ class Sink:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the file without completing it."""
         self.reader.close()
         if self.descriptor >= 0:
             os.close(self.descriptor)
@@ -88,7 +88,7 @@ class Sink:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # Not supported by this file system, or not at this alignment (after a write that fell short).
+            # Unsupported by the file system, or at this alignment (after a short write).
             self.direct = self.file_system.bypass_cache(self.descriptor, False)
             self.file_system.write(self.descriptor, block.data, block.offset)
 
@@ -112,7 +112,7 @@ class Sink:
 
     @contextmanager
     def _os_errors(self) -> Iterator[None]:
-        """Report the system's errors as :class:`OutputError`."""
+        """Convert :class:`OSError` to :class:`OutputError`."""
         try:
             yield
         except OSError as error:
@@ -122,7 +122,7 @@ class Sink:
                 path=self.file.path,
                 expected=f"{self.file.nbytes} bytes",
                 found=f"{self.position} bytes written, {free} bytes free",
-                hint="free some space, or name an output on another disk",
+                hint="free some space, or choose an output on another disk",
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Files read block by block, and whole-file digests."""
+"""Read files block by block, and hash whole files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FileDigest:
     Attributes:
         nbytes: its size.
         value: its digest, in hexadecimal.
-        algorithm: ``sha256``, or ``crc32c``, which costs a fourteenth of that.
+        algorithm: ``sha256``, or ``crc32c``, which is fourteen times as fast.
     """
 
     nbytes: int
@@ -41,11 +41,11 @@ class FileDigest:
 
 
 class SourceReader:
-    """Reads input files block by block; keeps the last one open.
+    """Read input files block by block; keep the last one open.
 
     Args:
         stop: cancellation event; once set, reading raises :class:`StoppedError`.
-        settings: the file system, and how much to read at once.
+        settings: the file system and read sizes.
     """
 
     def __init__(self, stop: threading.Event | None = None, settings: IoSettings = DEFAULT_IO) -> None:
@@ -61,13 +61,13 @@ class SourceReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file that is open."""
+        """Close the open file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor, self._path = -1, ""
 
     def open(self, path: str) -> int:
-        """A descriptor for reading; it stays this object's to close.
+        """Open a file; returns its descriptor, which this object closes.
 
         Raises:
             InputError: the file cannot be opened.
@@ -92,10 +92,10 @@ class SourceReader:
             return self._settings.file_system.read(self.open(path), nbytes, offset)
 
     def blocks(self, segments: Iterable[Segment], nbytes: int | None = None) -> Iterator[bytes]:
-        """The bytes of ``segments``, in order, up to ``nbytes`` at once (default :attr:`IoSettings.read_bytes`).
+        """The bytes of ``segments``, in order, in blocks of up to ``nbytes`` (default :attr:`IoSettings.read_bytes`).
 
         Raises:
-            InputError: a file cannot be read, or is shorter than a segment says.
+            InputError: a file cannot be read, or ends before a segment does.
             StoppedError: ``stop`` was set.
         """
         return _in_blocks(self.read, segments, nbytes or self._settings.read_bytes)
@@ -114,13 +114,13 @@ class SourceReader:
 
 
 class ReadBack:
-    """Reads written files: from the page cache if they are in it, otherwise past it.
+    """Read written files: from the page cache if they are cached, otherwise with direct I/O.
 
-    What is compared once should not evict from the cache what is used next.
+    A file that is compared once should not evict cached data that is used next.
 
     Args:
         stop: cancellation event; once set, reading raises :class:`StoppedError`.
-        settings: the file system, and how much to read at once.
+        settings: the file system and read sizes.
     """
 
     def __init__(self, stop: threading.Event | None = None, settings: IoSettings = DEFAULT_IO) -> None:
@@ -140,7 +140,7 @@ class ReadBack:
         """The bytes of ``segments``, in order; each block is valid only until the next is read.
 
         Raises:
-            InputError: a file cannot be read, or is shorter than a segment says.
+            InputError: a file cannot be read, or ends before a segment does.
             StoppedError: ``stop`` was set.
         """
         return _in_blocks(self._read, segments, self._settings.read_bytes)
@@ -156,7 +156,7 @@ class ReadBack:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                # Some file systems accept direct I/O and then refuse to read.
+                # Some file systems accept direct I/O and then fail to read.
                 self._direct = file_system.bypass_cache(descriptor, False)
                 return self._read_into_buffer(descriptor, nbytes, offset)
 
@@ -193,7 +193,7 @@ def _as_input_error(path: str) -> Iterator[None]:
 
 
 def truncated_error(path: str, expected: int, found: int) -> InputError:
-    """The error for a file that ends too early."""
+    """The error for a file that ends early."""
     return InputError("file is truncated", path=path, expected=f"{expected} bytes", found=f"{found} bytes")
 
 
@@ -204,13 +204,13 @@ def digest_files(
     thorough: bool = True,
     settings: IoSettings = DEFAULT_IO,
 ) -> dict[str, FileDigest]:
-    """Size and digest of whole files.
+    """The size and digest of whole files.
 
     Args:
         paths: the files.
         stop: cancellation event; once set, reading raises :class:`StoppedError`.
-        thorough: use SHA-256 for every file, not only for those up to :attr:`IoSettings.sha256_up_to`.
-        settings: the file system, and how much to read at once.
+        thorough: use SHA-256 for all files, including those larger than :attr:`IoSettings.sha256_up_to`.
+        settings: the file system and read sizes.
 
     Raises:
         InputError: a file cannot be read.

@@ -1,8 +1,8 @@
-"""The checksum pass over the source: recorded checksums compared, values checked, bytes hashed; each byte read once.
+"""The checksum pass over the source: compare recorded checksums, check values, hash bytes. Each byte is read once.
 
-Stored tensors pass through the processor's cache in small blocks, and every consumer takes each block from there: the
-container's own checksum, the check for NaN and infinities, SHA-256. Digests are kept by location, so a tensor that is
-exported as stored is not read again.
+Stored tensors are read in blocks small enough for the processor's cache, from which every consumer reads them: the
+container's checksum, the check for NaN and infinities, SHA-256. Digests are kept by location, so that tensors
+exported as stored are not read again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _ALGORITHMS: Mapping[str, Callable[[bytes, int], int]] = {
     "crc32c": lambda data, crc: int(google_crc32c.extend(crc, data)),
 }
 _DAMAGED = "the file is damaged, or files of different checkpoints were mixed; fetch it again"
-#: Last parts of the names of tensors that are all zeros in many healthy models.
+#: Last name component of tensors that are all zeros in many healthy models.
 _MAY_BE_ZERO = {"b", "bias", "beta"}
 
-#: Where a tensor's bytes are stored: segments of files, contiguous ones merged.
+#: The segments in which a tensor is stored, contiguous ones merged.
 Location = tuple[Segment, ...]
 
 
@@ -46,7 +46,7 @@ class TensorDigests:
     by_location: Mapping[Location, str]
 
     def of(self, tensor: LazyTensor) -> str | None:
-        """The digest of a tensor's row-major bytes, if they are stored in files and were hashed."""
+        """The digest of a tensor's row-major bytes; None if they are not stored in files or were not hashed."""
         segments = tensor.segments()
         return None if segments is None else self.by_location.get(merge_segments(segments))
 
@@ -55,8 +55,8 @@ def sha256_of(name: str, tensor: LazyTensor, settings: IoSettings = DEFAULT_IO) 
     """SHA-256 of a tensor's row-major bytes, read or computed now.
 
     Raises:
-        InputError: its file cannot be read.
-        UnsupportedError: a cast in it overflows.
+        InputError: a file cannot be read.
+        UnsupportedError: a cast overflows.
     """
     digest, segments = hashlib.sha256(), tensor.segments()
     if segments is None:
@@ -71,7 +71,7 @@ def sha256_of(name: str, tensor: LazyTensor, settings: IoSettings = DEFAULT_IO) 
 
 @dataclass
 class _RunningChecksum:
-    """A checksum recorded in the container, being recomputed."""
+    """A checksum recorded in the container, and the value computed so far."""
 
     recorded: FileChecksum
     value: int = 0
@@ -97,12 +97,12 @@ class ScanTask:
     """The consumers of the bytes at one location, or of one computed tensor's values.
 
     Attributes:
-        location: of the bytes; empty for a computed tensor.
-        name: of the tensor in the source.
-        tensor: the tensor stored there; None if only a checksum or a digest needs the bytes.
-        finite: checks the values.
+        location: the bytes; empty for a computed tensor.
+        name: the tensor's name in the source.
+        tensor: the tensor at this location; None if only a checksum or a digest needs the bytes.
+        finite: the check of the values.
         checksums: recorded checksums to compare.
-        sha256: to be updated with every byte.
+        sha256: hash to update with every byte.
     """
 
     location: Location
@@ -113,13 +113,13 @@ class ScanTask:
     sha256: hashlib._Hash | None = None
 
     def update(self, data: bytes) -> None:
-        """Feed the next bytes to every consumer; from the first byte to the last, without a gap."""
+        """Feed the next bytes, in order and without gaps, to every consumer."""
         self.update_checks(data)
         if self.sha256 is not None:
             self.sha256.update(data)
 
     def update_checks(self, data: bytes) -> None:
-        """Feed every consumer but SHA-256, which costs ten times as much and can run in another thread."""
+        """Feed every consumer except SHA-256, which is ten times slower and can run in another thread."""
         for checksum in self.checksums:
             checksum.update(data)
         if self.finite is not None:
@@ -127,14 +127,14 @@ class ScanTask:
 
 
 class SourceScan:
-    """All checks of the source tensors in use, planned so that each byte is read once.
+    """The checks of all source tensors in use, planned so that each byte is read once.
 
     Code that reads bytes for another purpose can :meth:`claim` their task and feed it; :meth:`run_unclaimed` reads
-    the rest.
+    the remaining bytes.
 
     Args:
-        checkpoint: what is exported; its dropped tensors are not read.
-        tensors: to be hashed; those not stored in a file are skipped.
+        checkpoint: the exported checkpoint; its dropped tensors are not read.
+        tensors: tensors to hash; those not stored in files are skipped.
     """
 
     def __init__(self, checkpoint: Checkpoint, tensors: Iterable[LazyTensor] = ()) -> None:
@@ -157,11 +157,11 @@ class SourceScan:
         ]
 
     def claim(self, segments: Location) -> ScanTask | None:
-        """Take over feeding the task of exactly these bytes; None if it does not exist or is claimed already."""
+        """Take over the task for exactly these bytes; None if it does not exist or is already claimed."""
         return self._unclaimed.pop(merge_segments(segments), None)
 
     def run_unclaimed(self, stop: threading.Event | None = None, settings: IoSettings = DEFAULT_IO) -> None:
-        """Read the bytes of all tasks that were not claimed, and check computed tensors.
+        """Run all tasks that were not claimed, and check computed tensors.
 
         Args:
             stop: cancellation event.
@@ -183,7 +183,7 @@ class SourceScan:
         """Evaluate the checks once every task is complete; returns notes for the user.
 
         Raises:
-            InputError: checksums do not match, or values are not finite. Lists all tensors.
+            InputError: checksums do not match, or values are not finite. Lists all affected tensors.
         """
         return _check_results([*self._stored, *self._computed], allow_nonfinite)
 
@@ -199,7 +199,7 @@ def _task_at(tasks: dict[Location, ScanTask], segments: Location) -> ScanTask:
 
 
 def _add_checks(tasks: dict[Location, ScanTask], name: str, tensor: Stored) -> None:
-    """Plan the check of a stored tensor's values and of the checksum recorded for it."""
+    """Plan the checks of a stored tensor's values and of its recorded checksum."""
     if not tensor.nbytes:
         return
     task = _task_at(tasks, tensor.parts)
@@ -243,7 +243,7 @@ class _ByteRanges:
         """Whether any range overlaps ``segment``."""
         ranges = self._by_path.get(segment.path, [])
         before = bisect_right(ranges, (segment.end - 1, segment.end))
-        # Tensors may share bytes, so the range that starts last need not reach furthest.
+        # Ranges may overlap, so the one that starts last may not be the one that ends last.
         return any(end > segment.offset for _, end in ranges[:before])
 
 
@@ -270,7 +270,7 @@ def _check_results(tasks: Iterable[ScanTask], allow_nonfinite: bool) -> tuple[st
 
 
 def _combined(problems: list[InputError]) -> InputError:
-    """One error that lists all problems."""
+    """Combine all problems in one error."""
     if len(problems) == 1:
         return problems[0]
     lines = [f"{len(problems)} tensors are damaged", *(f"  {problem}" for problem in problems)]

@@ -1,8 +1,8 @@
-"""Publish a directory as a whole or not at all.
+"""Publish a directory atomically.
 
-Everything is written into a hidden directory beside the target, forced to disk, and renamed: nothing is visible
-before the rename, and everything after it. A failed or interrupted run leaves the target as it was.
-(Why each fsync: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.)
+Files are written to a hidden directory beside the target, synced to disk, and renamed: nothing is visible before the
+rename, and everything after it. A failed or interrupted run leaves the target unchanged.
+(On the need for each fsync: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.)
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ from gptconvert.publish import signals
 from gptconvert.publish.file_system import OS, FileSystem
 from gptconvert.publish.output_path import existing_ancestor, preflight
 
-#: Free space required per planned byte: room for directories, block rounding and the file system's own data.
+#: Free space required per planned byte, with room for directories, block rounding and file-system metadata.
 SPACE_FACTOR = 1.02
 _LONGEST_KEY = 180
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
 class Staging:
-    """A directory to write into, which takes the target's place on :meth:`publish`.
+    """A staging directory, which :meth:`publish` moves to the target.
 
-    Use it as a context manager: leaving it without having published, for whatever reason, removes what was written
-    and leaves the target untouched. Only one process at a time can work on one target.
+    Use it as a context manager: leaving it without publishing removes the staged files and leaves the target
+    untouched. A lock allows one process at a time per target.
 
     Args:
         output: the directory to publish. Missing parents are created when publishing.
         inputs: files and directories that the output must not replace, contain or be inside.
         force: whether a directory at ``output`` may be replaced.
-        file_system: does the work.
+        file_system: the file operations.
 
     Attributes:
-        path: the directory to write into; exists inside the ``with`` block.
-        notes: what the user should know afterwards (one sentence each).
+        path: the staging directory; exists inside the ``with`` block.
+        notes: for the user, one sentence each.
 
     Raises:
-        OutputError: the output is refused, locked, or cannot be created; where possible on construction, before
-            anything is written.
+        OutputError: the output is refused, locked, or cannot be created. Raised on construction where possible.
     """
 
     def __init__(
@@ -68,10 +67,10 @@ class Staging:
         self._published = False
 
     def require_space(self, nbytes: int) -> None:
-        """Refuse to start if ``nbytes`` will not fit.
+        """Check that ``nbytes`` will fit.
 
         Raises:
-            OutputError: not enough space is free.
+            OutputError: not enough free space.
         """
         free, needed = self._file_system.free_bytes(self._workspace.parent), int(nbytes * SPACE_FACTOR)
         if free < needed:
@@ -80,7 +79,7 @@ class Staging:
                 path=self.output,
                 expected=f"{needed} bytes",
                 found=f"{free} bytes",
-                hint="free some space, or name an output on another file system",
+                hint="free some space, or choose an output on another file system",
             )
 
     def __enter__(self) -> Self:
@@ -103,10 +102,10 @@ class Staging:
             self._discard(error)
 
     def publish(self) -> None:
-        """Force everything to disk and move it to the target's place.
+        """Sync everything to disk and move it to the target.
 
         Raises:
-            OutputError: publishing failed; the target is as it was.
+            OutputError: publishing failed; the target is unchanged.
         """
         with _as_output_error(self.output, "cannot be published"):
             _sync_tree(self._file_system, self.path)
@@ -118,7 +117,7 @@ class Staging:
                 self._remove_replaced(replaced)
 
     def _clean_up_ancestors(self) -> None:
-        """Undo killed runs that worked in a directory further up, because the parents did not exist then."""
+        """Undo killed runs that staged in a directory further up because the parents did not exist yet."""
         above = self._workspace.parent
         while above != os.path.dirname(above):
             above = os.path.dirname(above)
@@ -141,7 +140,7 @@ class Staging:
             self._file_system.sync_path(os.path.dirname(directory))
 
     def _swap(self) -> str | None:
-        """Move the staged directory into place; returns the new path of the directory it replaced, if any."""
+        """Move the staged directory to the target; returns the new path of the directory it replaced, if any."""
         if not (self._force and _is_directory(self.output) and os.listdir(self.output)):
             _move_or_undo(self._file_system.rename, self.path, self.output, self._sync_parents)
             return None
@@ -170,13 +169,13 @@ class Staging:
             self.notes.append(f"the replaced output could not be removed ({error.strerror}): {path}")
 
     def _discard(self, error: BaseException | None) -> None:
-        """Remove everything not published, and the lock last, without masking ``error``, the reason for leaving."""
+        """Remove everything not published, the lock last, without masking ``error``, which ended the context."""
         for step in (self._remove_staged, self._remove_parents, self._release):
             try:
                 step()
             except OSError as problem:
                 if error is not None:
-                    error.add_note(f"the clean-up after this error failed too: {problem}")
+                    error.add_note(f"the cleanup after this error failed too: {problem}")
 
     def _remove_staged(self) -> None:
         if not self._published and self._lock is not None and os.path.isdir(self.path):
@@ -193,12 +192,12 @@ class Staging:
 
 
 class _Workspace:
-    """The hidden files and directories of one output, in ``parent``, the nearest parent directory that exists.
+    """The hidden files and directories of one output, in its nearest existing parent directory ``parent``.
 
     Attributes:
-        stem: the path that all of them start with.
-        lock_path: the lock file of the process at work.
-        aside: the path of a replaced output between two renames, on systems without an atomic exchange.
+        stem: common prefix of their paths.
+        lock_path: the lock file.
+        aside: temporary path of a replaced output, on systems without an atomic exchange.
     """
 
     def __init__(self, file_system: FileSystem, parent: str, output: str) -> None:
@@ -207,7 +206,7 @@ class _Workspace:
         self.lock_path, self.aside = f"{self.stem}.lock", f"{self.stem}-replaced"
 
     def acquire(self) -> int:
-        """The descriptor that holds the lock.
+        """Lock the output; returns the descriptor that holds the lock.
 
         Raises:
             OutputError: another process holds it.
@@ -217,14 +216,14 @@ class _Workspace:
             raise OutputError(
                 f"locked by pid {_first_line(self.lock_path)}",
                 path=self.output,
-                hint="another run is writing this output; wait for it, or name another output",
+                hint="another run is writing this output; wait for it, or choose another output",
             )
         return lock
 
     def clean_up(self) -> None:
-        """Undo what killed runs left behind. The caller holds the lock, so no other process is using it."""
+        """Undo killed runs. The caller must hold the lock, so that no other process is using the files."""
         if os.path.isdir(self.aside):
-            # A run was killed between two renames: restore the old output.
+            # A run was killed between the two renames: restore the old output.
             if os.path.lexists(self.output):
                 self._file_system.remove_tree(self.aside)
             else:
@@ -246,7 +245,7 @@ def _move_or_undo(move: Callable[[str, str], None], source: str, target: str, co
 
 
 def _key(relative: str) -> str:
-    """The output's path, relative to the parent that exists, as one file name."""
+    """Encode the output's path, relative to its nearest existing parent, as one file name."""
     key = relative.replace("%", "%25").replace("/", "%2F")
     if len(os.fsencode(key)) <= _LONGEST_KEY:
         return key
@@ -266,7 +265,7 @@ def _first_line(path: str) -> str:
 
 
 def _sync_tree(file_system: FileSystem, root: str) -> None:
-    """Force every file and directory in ``root`` to disk, the root last. Files already there cost nothing."""
+    """Sync every file and directory in ``root`` to disk, the root last. Syncing a file again costs nothing."""
     for directory, _, names in os.walk(root, topdown=False):
         for name in names:
             file_system.sync_path(os.path.join(directory, name))

@@ -1,12 +1,11 @@
-"""Planned files to bytes on disk, at the speed of one copy and in the memory of a few blocks.
+"""Write planned files at the speed of one copy, in the memory of a few blocks.
 
-The calling thread reads or computes each placed tensor, feeds the consumers that need its bytes at once
-(:mod:`gptconvert.publish.source_scan`), and fills blocks. Three background threads hash and write those
-(:mod:`gptconvert.publish.block_pipeline`).
+The calling thread reads or computes each placed tensor, feeds its checks (:mod:`gptconvert.publish.source_scan`) and
+fills blocks. Three background threads hash and write the blocks (:mod:`gptconvert.publish.block_pipeline`).
 
-Files are forced to the disk before they are published, so the page cache speeds nothing up, and its memory costs more
-processor time than everything else (docs/performance.md): blocks of large files go straight to the disk. Small files
-that will be read next are copied by the kernel and stay cached.
+Files are synced to disk before they are published, so the page cache saves no time, and filling it costs more
+processor time than everything else (docs/performance.md): large files are written with direct I/O. Small files that
+will be read next are copied by the kernel and stay cached.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file on the disk.
+    """The record of a written file.
 
     Attributes:
         path: relative to the output directory, with forward slashes.
         nbytes: its size.
         sha256: of its bytes.
-        computed: SHA-256 of each tensor that was computed, not copied, by name; taken before writing.
+        computed: SHA-256 of each computed (not copied) tensor, by name; taken before writing.
     """
 
     path: str
@@ -55,13 +54,13 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class Written:
-    """Everything one run wrote and read.
+    """The files that one run wrote, and the digests of everything it read.
 
     Attributes:
         files: in plan order.
-        tensors: (file, tensor name) → SHA-256 of the tensor's bytes, from the source.
+        tensors: (file, tensor name) → SHA-256 of the tensor's bytes, taken before writing.
         sources: input file → size and digest.
-        notes: what the user should know (one sentence each).
+        notes: for the user, one sentence each.
     """
 
     files: tuple[WrittenFile, ...]
@@ -83,19 +82,18 @@ def write_and_digest(
     """Write ``files`` into ``directory`` and, in the same pass, check and hash the source.
 
     Args:
-        directory: exists; none of the files does.
-        files: their plans.
+        directory: an existing directory without these files.
+        files: the planned files.
         checkpoint: the source of the tensors.
-        progress: called in this thread with the bytes on their way to the disk.
-        allow_nonfinite: convert NaN and infinities.
-        verified: whether the files will be verified next. Then small ones stay in the page cache, every tensor gets a
-            digest of its own, and large inputs are hashed with SHA-256. Each of the two costs as much as hashing the
-            files.
-        settings: the file system, and sizes.
+        progress: called in this thread with the number of bytes of each block.
+        allow_nonfinite: accept NaN and infinities.
+        verified: whether the files will be verified next. If so, small files stay in the page cache, every tensor is
+            hashed, and large inputs are hashed with SHA-256. Each of these two costs as much as hashing the files.
+        settings: the file system and block sizes.
 
     Raises:
         OutputError: a file could not be written.
-        InputError: a source file is damaged or cannot be read, or holds values that are not finite.
+        InputError: a source file is damaged or cannot be read, or contains values that are not finite.
         UnsupportedError: a value does not fit the dtype it is cast to.
     """
     copies = {file.path: source for file in files if (source := copy_of(file)) is not None}
@@ -138,15 +136,15 @@ def write_files(
     cached: bool = True,
     settings: IoSettings = DEFAULT_IO,
 ) -> list[WrittenFile]:
-    """Write ``files`` into ``directory``; all are on the disk when this returns.
+    """Write ``files`` into ``directory`` and sync them to disk.
 
     Args:
-        directory: exists; none of the files does.
-        files: their plans; head and tensors do not overlap.
-        progress: called with the bytes on their way to the disk.
-        stop: cancellation event; once another thread sets it, writing ends with :class:`StoppedError`.
+        directory: an existing directory without these files.
+        files: the planned files; head and tensors do not overlap.
+        progress: called with the number of bytes of each block.
+        stop: cancellation event; once set, writing raises :class:`StoppedError`.
         cached: whether the files will be read next, so that small ones should stay in the page cache.
-        settings: the file system, and sizes.
+        settings: the file system and block sizes.
 
     Raises:
         OutputError: a file could not be written.
@@ -157,7 +155,7 @@ def write_files(
 
 
 def copy_of(file: PlannedFile) -> str | None:
-    """The source file that ``file`` repeats byte for byte, if the plan alone shows that."""
+    """The source file of which ``file`` is a byte-for-byte copy according to the plan; None if it is not a copy."""
     segments: list[Segment] = []
     for placed in file.tensors:
         stored = placed.tensor.segments()
@@ -190,7 +188,7 @@ class _Writer:
         self.reader = SourceReader(stop, settings)
         self.pipeline = BlockPipeline(directory, stop, settings, progress, cached=cached)
         self.deferred = DeferredFiles(files, stop)
-        # All tasks are claimed now, before another thread runs the unclaimed ones.
+        # Claim all tasks before another thread runs the unclaimed ones.
         self.consumers = {
             id(placed): TensorConsumers(placed, scan, crc32c=self.deferred.need_checksums)
             for file in files
@@ -201,8 +199,8 @@ class _Writer:
         """Write all files; returns their records in plan order.
 
         Args:
-            check_source: called once every byte of the source was read; raises if the source is damaged. Deferred
-                files are not waited for in that case.
+            check_source: called once every byte of the source has been read; raises if the source is damaged, without
+                waiting for the deferred files.
         """
         try:
             with self.reader:
@@ -233,7 +231,7 @@ class _Writer:
         return self.pipeline.error() or self.deferred.error()
 
     def _write(self, file: PlannedFile) -> None:
-        """Stream one file's bytes, from front to back."""
+        """Stream the bytes of one file."""
         stream = self.pipeline.begin(file)
         stream.write(file.head)
         for placed in file.tensors:

@@ -1,4 +1,4 @@
-"""The model card's command, run again, makes the same bytes: for every option that shapes what is written."""
+"""The command in the model card reproduces the output byte for byte, with every option that affects it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Case:
     """One conversion.
 
     Attributes:
-        source: checkpoint; a function makes it in an empty directory.
-        words: of the command line, besides the source and the output.
-        verified: whether to verify it, which takes its time.
+        source: a checkpoint, or a function that creates one in an empty directory.
+        words: arguments other than the source and the output.
+        verified: whether to verify it, which is slow.
     """
 
     source: Path | Callable[[Path], Path]
@@ -41,7 +41,7 @@ def without_hparams(directory: Path) -> Path:
 
 
 def with_a_nan(directory: Path) -> Path:
-    """Weights of which one is NaN."""
+    """Weights that contain one NaN."""
     shutil.copytree(TINY / "hf-safetensors", directory / "nan")
     path = directory / "nan" / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -51,7 +51,7 @@ def with_a_nan(directory: Path) -> Path:
 
 
 def with_a_space(directory: Path) -> Path:
-    """A directory with two model files, the name of one with a space."""
+    """A directory with two model files, one with a space in its name."""
     (directory / "models").mkdir()
     for name in ("fp32", "bf16"):
         shutil.copy(ORIGINALS / "llmc" / f"gpt2_{name}.bin", directory / "models" / f"gpt2 {name}.bin")
@@ -60,7 +60,7 @@ def with_a_space(directory: Path) -> Path:
 
 NANOGPT, OPENAI, HF = ORIGINALS / "nanogpt", TINY / "openai-tf", TINY / "hf-safetensors"
 HPARAMS = OPENAI / "hparams.json"
-#: Field of ``Options`` → a conversion with a value of it that is not the default.
+#: Field of ``Options`` → a conversion with a value other than the default.
 CASES: dict[str, Case] = {
     "step": Case(TINY / "openai-tf-adam", ("--step", 10)),
     "hparams": Case(without_hparams, ("--hparams", HPARAMS)),
@@ -83,14 +83,14 @@ CASES: dict[str, Case] = {
 
 
 def printed_command(output: Path) -> list[str]:
-    """The words of the command in a model card."""
+    """The command in a model card, as a list of arguments."""
     found = re.search(r"^```sh\n(gptconvert .*)\n```$", (output / "README.md").read_text(), re.MULTILINE)
     assert found is not None
     return shlex.split(found[1])[1:]
 
 
 def run_twice(capsys: Any, directory: Path, form: str, source: Path, words: Words) -> list[str]:
-    """Convert, run the card's command, compare every file; returns the card's words."""
+    """Convert, run the card's command and compare every file; returns the command's arguments."""
     first, second = directory / "first", directory / "second"
     done = command(capsys, form, source, *words, "-o", first)
     assert done.code == 0, done.err
@@ -102,7 +102,7 @@ def run_twice(capsys: Any, directory: Path, form: str, source: Path, words: Word
     return printed
 
 
-def test_every_option_that_shapes_the_output_has_a_case() -> None:
+def test_every_option_that_affects_the_output_has_a_case() -> None:
     assert set(CASES) == {name for name, info in INFO.items() if info.shapes}
 
 

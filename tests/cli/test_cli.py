@@ -1,4 +1,4 @@
-"""Exit codes, stdout and stderr: what pipelines depend on."""
+"""Exit codes, stdout and stderr, which scripts depend on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_help_of_every_command(capsys: Capture) -> None:
         assert outcome.out.startswith("Usage: gptconvert " + name)
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_does_not_import_heavy_libraries() -> None:
     code = (
         "import sys\nfrom gptconvert.cli import run\nrun(['--help'])\n"
         "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime', 'tensorflow', 'huggingface_hub'} & set(sys.modules)\n"
@@ -32,7 +32,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_inspect_imports_no_framework() -> None:
+def test_inspect_does_not_import_frameworks() -> None:
     code = (
         f"import sys\nfrom gptconvert.cli import run\nassert run(['inspect', {str(TINY / 'openai-tf')!r}]) == 0\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorflow', 'huggingface_hub', 'tokenizers'} & set(sys.modules)\n"
@@ -42,7 +42,7 @@ def test_inspect_imports_no_framework() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_no_arguments_show_the_commands(capsys: Capture) -> None:
+def test_without_arguments_shows_the_commands(capsys: Capture) -> None:
     outcome = command(capsys)
     assert "openai-tf" in outcome.out + outcome.err
 
@@ -55,7 +55,7 @@ def test_shell_completion(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> N
     assert (outcome.out.strip(), outcome.err) == ("plain,openai-tf", "")
 
 
-def test_unknown_command_suggests(capsys: Capture) -> None:
+def test_unknown_command_suggests_a_similar_one(capsys: Capture) -> None:
     outcome = command(capsys, "openai_tf", "x")
     assert outcome.code == 2
     assert "Did you mean openai-tf?" in outcome.err
@@ -84,7 +84,7 @@ def test_usage_errors_exit_2(args: tuple[object, ...], capsys: Capture, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_json_is_one_object_also_on_failure(capsys: Capture, tmp_path: Path) -> None:
+def test_json_is_one_object_even_on_failure(capsys: Capture, tmp_path: Path) -> None:
     good = command(capsys, "convert", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify", "--json")
     assert good.json["ok"] is True
     assert good.json["schema_version"] == 1
@@ -96,7 +96,7 @@ def test_json_is_one_object_also_on_failure(capsys: Capture, tmp_path: Path) -> 
     assert usage.code == usage.json["error"]["exit_code"] == 2
 
 
-def test_dry_run_writes_nothing_and_says_what_would_be(capsys: Capture, tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan_without_writing(capsys: Capture, tmp_path: Path) -> None:
     args = (
         "openai-tf",
         TINY / "openai-tf",
@@ -120,7 +120,7 @@ def test_dry_run_writes_nothing_and_says_what_would_be(capsys: Capture, tmp_path
     assert len({f["path"]: f for f in half["files"]}["onnx/model_bf16.onnx_data"]["transformed"]) == data["tensors"]
 
 
-def test_planned_sizes_are_the_written_sizes(capsys: Capture, tmp_path: Path) -> None:
+def test_planned_sizes_equal_written_sizes(capsys: Capture, tmp_path: Path) -> None:
     args = ("hf", TINY / "hf-variant", "--to", "onnx", "--to", "safetensors", "-o", tmp_path / "out", "--json")
     planned = command(capsys, *args, "--dry-run").json
     command(capsys, *args, "--no-verify")
@@ -128,7 +128,7 @@ def test_planned_sizes_are_the_written_sizes(capsys: Capture, tmp_path: Path) ->
         assert (tmp_path / "out" / file["path"]).stat().st_size == file["bytes"], file["path"]
 
 
-def test_force_replaces_and_without_it_nothing_is_touched(capsys: Capture, tmp_path: Path) -> None:
+def test_only_force_replaces_an_existing_output(capsys: Capture, tmp_path: Path) -> None:
     args = ("convert", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify", "-q")
     assert command(capsys, *args).code == 0
     (tmp_path / "out/mine.txt").write_text("mine")
@@ -148,7 +148,7 @@ def test_default_output_is_named_after_the_source(
     assert [p.name for p in tmp_path.iterdir()] == ["openai-tf-gptconvert"]
 
 
-def test_verify_accepts_a_good_export_and_refuses_a_changed_one(capsys: Capture, tmp_path: Path) -> None:
+def test_verify_passes_a_good_export_and_fails_a_changed_one(capsys: Capture, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command(capsys, "convert", TINY / "openai-tf", "-o", out, "--no-verify", "-q").code == 0
     assert command(capsys, "verify", TINY / "openai-tf", out).code == 0
@@ -163,7 +163,7 @@ def test_verify_accepts_a_good_export_and_refuses_a_changed_one(capsys: Capture,
     assert other.code == 5
 
 
-def test_verify_flag_in_any_place(capsys: Capture, tmp_path: Path) -> None:
+def test_verify_flag_in_any_position(capsys: Capture, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command(capsys, "convert", "--verify", TINY / "openai-tf", "-o", out, "-q").code == 0
     assert json.loads((out / "manifest.json").read_text())["verification"]["passed"] is True
@@ -198,10 +198,10 @@ def test_formats_is_generated_from_the_registries(capsys: Capture) -> None:
 def test_commands_cover_the_formats() -> None:
     from gptconvert.sources.detect import FORMATS
 
-    assert {f.name for f in FORMATS} - {"openai-gpt1"} <= set(COMMANDS)  # OpenAI's both GPTs have one command
+    assert {f.name for f in FORMATS} - {"openai-gpt1"} <= set(COMMANDS)  # both of OpenAI's GPTs have one command
 
 
-def test_target_choices_are_the_registry() -> None:
+def test_target_choices_equal_the_registry() -> None:
     from gptconvert.cli.convert import convert
     from gptconvert.targets.registry import TARGETS
 
@@ -209,7 +209,7 @@ def test_target_choices_are_the_registry() -> None:
     assert list(to.type.choices) == list(TARGETS)  # type: ignore[attr-defined]
 
 
-def test_task_choices_are_the_models() -> None:
+def test_task_choices_equal_the_models() -> None:
     from gptconvert.cli.convert import convert
     from reference_model.config import TASKS
 
@@ -238,22 +238,20 @@ def test_generate_is_seeded(capsys: Capture, tmp_path: Path) -> None:
     assert cold == command(capsys, *args, "--top-k", 1).json["text"] == command(capsys, *args).json["text"]
 
 
-def test_generate_without_a_tokenizer_says_so(capsys: Capture, tmp_path: Path) -> None:
+def test_generate_without_a_tokenizer_is_an_error(capsys: Capture, tmp_path: Path) -> None:
     command(capsys, "openai-tf", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify", "-q")
     outcome = command(capsys, "generate", tmp_path / "out", "x")
     assert outcome.code == 3
     assert "tokenizer.json" in outcome.err
 
 
-def test_a_closed_pipe_is_no_traceback() -> None:
+def test_closed_pipe_gives_no_traceback() -> None:
     args = f"{sys.executable} -m gptconvert inspect {TINY / 'openai-tf'} | head -1"
     done = subprocess.run(args, shell=True, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
 
 
-def test_an_unforeseen_fault_is_reported_without_a_traceback(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unexpected_error_is_reported_without_a_traceback(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("boom")
 

@@ -1,4 +1,4 @@
-"""The commands of other trainers' formats, from the fixture to a verified graph that gives the golden logits."""
+"""The commands for other trainers' formats: from the fixture to a verified graph with the golden logits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_inspect(capsys: Any, source: str, scheme: str) -> None:
     assert found["parameters"] == 17_784
 
 
-def test_activation_belongs_to_files_that_leave_it_open(capsys: Any, tmp_path: Path) -> None:
+def test_activation_is_only_for_files_that_do_not_record_it(capsys: Any, tmp_path: Path) -> None:
     done = command(capsys, "convert", ORIGINALS / "h5-gpt2", "--activation", "erf", "-o", tmp_path / "out")
     assert done.code == 2
     assert "--activation" in done.err

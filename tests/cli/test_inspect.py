@@ -1,4 +1,4 @@
-"""What ``inspect`` shows people: a screen that says what the checkpoint is."""
+"""The text that ``inspect`` prints: one screen that describes the checkpoint."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from gptconvert.cli.config_in_words import config_in_words
+from gptconvert.cli.config_summary import config_summary
 from reference_model.config import GPTConfig, Rotary
 from tests.commands import ORIGINALS, TINY, TRAINED, command
 
 
 def config(**changes: Any) -> dict[str, str]:
-    """A tiny GPT-2, changed, in words."""
+    """The summary of a tiny GPT-2 with ``changes``."""
     layers = changes.get("n_layer", 2)
     fields: dict[str, Any] = {
         "family": "gpt2",
@@ -25,7 +25,7 @@ def config(**changes: Any) -> dict[str, str]:
         "attn_scale": (8**-0.5,) * layers,
         "attn_window": (None,) * layers,
     }
-    return dict(config_in_words(GPTConfig(**fields | changes).as_dict()))
+    return dict(config_summary(GPTConfig(**fields | changes).as_dict()))
 
 
 def test_gpt2_fits_a_screen(capsys: Any) -> None:
@@ -34,7 +34,7 @@ def test_gpt2_fits_a_screen(capsys: Any) -> None:
     assert max(map(len, lines)) <= 80
 
 
-def test_layers_are_folded_with_their_size_in_all(capsys: Any) -> None:
+def test_layers_are_folded_with_their_total_size(capsys: Any) -> None:
     lines = [line.split() for line in command(capsys, "inspect", TRAINED).out.splitlines()]
     assert ["model/h{0..3}/attn/c_attn/w", "float32", "1×144×432", "995.3", "kB"] in lines
     assert ["model/wte", "float32", "2003×144", "1.2", "MB"] in lines
@@ -67,13 +67,13 @@ def test_dropped_tensors_are_folded_under_their_reason(capsys: Any) -> None:
     assert "model/wpe/Adam" in command(capsys, "inspect", TINY / "openai-tf-adam", "--tensors").out
 
 
-def test_layers_counted_in_words_of_other_trainers_are_folded(capsys: Any) -> None:
+def test_layer_names_of_other_trainers_are_folded(capsys: Any) -> None:
     out = command(capsys, "inspect", ORIGINALS / "mesh-jax").out
     assert "layer_{0..1}/~/linear_1/w" in out
 
 
 @pytest.mark.parametrize(
-    ("changes", "row", "words"),
+    ("changes", "row", "expected"),
     [
         ({}, "layers", "2, each attention then MLP"),
         ({"residual": "parallel"}, "layers", "2, each attention and MLP in parallel"),
@@ -87,18 +87,18 @@ def test_layers_counted_in_words_of_other_trainers_are_folded(capsys: Any) -> No
         ({"rotary": Rotary(8, 1e6, True)}, "positions", "rotary on 8 of 8 features, interleaved pairs, base 1e+06"),
         ({}, "attention", "full; scores divided by √8"),
         ({"attn_scale": (1.0, 1.0)}, "attention", "full; scores not scaled"),
-        ({"attn_scale": (8**-0.5, 8**-0.5 / 2)}, "attention", "full; scores divided by √8 and by the layer's number"),
+        ({"attn_scale": (8**-0.5, 8**-0.5 / 2)}, "attention", "full; scores divided by √8 and by the layer number"),
         ({"attn_scale": (0.25, 0.25)}, "attention", "full; scores times 0.25"),
         ({"n_layer": 6, "attn_window": (None, 5) * 3}, "attention", "full, last 5 tokens, in turn; "),
         ({"n_layer": 6, "attn_window": (None, 5, 5, 5, 5, 5)}, "attention", "full in 1 layer, last 5 tokens in 5"),
         ({}, "norms", "before attention and MLP, and at the end, epsilon 1e-05"),
         ({"norm_position": "post", "final_norm": False}, "norms", "after attention and MLP, epsilon 1e-05"),
         ({}, "head", "the token embedding (tied)"),
-        ({"tied_head": False, "head_bias": True}, "head", "weights of its own, with bias"),
+        ({"tied_head": False, "head_bias": True}, "head", "separate weights, with bias"),
         ({"task": "feature-extraction"}, "head", "none"),
         ({"task": "token-classification", "n_labels": 5}, "head", "5 labels"),
         ({"task": "question-answering"}, "head", "question-answering"),
     ],
 )
-def test_configuration_in_words(changes: dict[str, Any], row: str, words: str) -> None:
-    assert config(**changes)[row].startswith(words)
+def test_configuration_summary(changes: dict[str, Any], row: str, expected: str) -> None:
+    assert config(**changes)[row].startswith(expected)

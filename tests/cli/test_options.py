@@ -1,4 +1,4 @@
-"""Options at the command line: what each command offers, how the help lists it, and what is refused."""
+"""Command-line options: which command offers which, how the help lists them, and which combinations are refused."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ OPENAI = TINY / "openai-tf"
 
 
 def offered(name: str) -> set[str]:
-    """Options of a command that are fields of ``Options``."""
+    """The options of a command that are fields of ``Options``."""
     found = group.get_command(click.Context(group), name)
     assert found is not None
     return {parameter.name for parameter in found.params if parameter.name is not None} & set(INFO)
 
 
 def opening(name: str) -> set[str]:
-    """The options of a command for the source and the checkpoint."""
+    """A command's source and checkpoint options."""
     return {option for option in offered(name) if INFO[option].stage in ("source", "checkpoint")}
 
 
 @pytest.mark.parametrize("name", FORMAT_COMMANDS)
-def test_a_command_offers_what_its_format_reads(name: str) -> None:
+def test_command_offers_the_options_of_its_format(name: str) -> None:
     from gptconvert.sources.detect import FORMATS
     from gptconvert.sources.format import ALWAYS as UNREFUSED
 
@@ -54,7 +54,7 @@ def test_every_option_is_offered_by_convert() -> None:
     ("words", "named"),
     [
         (("--opset", "17"), "--opset has no effect without --to onnx"),
-        (("--opset", "21"), "--opset has no effect without --to onnx"),  # the default, but asked for
+        (("--opset", "21"), "--opset has no effect without --to onnx"),  # the default, but given explicitly
         (("--single-file",), "--single-file has no effect without --to onnx"),
         (("--no-kv-cache",), "--no-kv-cache has no effect without --to onnx"),
         (("--kv-cache",), "--kv-cache has no effect without --to onnx"),
@@ -123,7 +123,7 @@ def test_options_of_other_formats_are_refused(
 @pytest.mark.parametrize(
     ("name", "flag"), [("hf", "--n-head"), ("hf", "--step"), ("neox", "--offline"), ("llmc", "--hparams")]
 )
-def test_a_format_command_does_not_know_options_of_others(capsys: Any, name: str, flag: str) -> None:
+def test_format_command_rejects_options_of_other_formats(capsys: Any, name: str, flag: str) -> None:
     done = command(capsys, name, OPENAI, flag, 1)
     assert done.code == 2
     assert "No such option" in done.err
@@ -169,7 +169,7 @@ def test_sections_hold_the_options_of_the_table(capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_imports_nothing_heavy(name: str) -> None:
+def test_help_of_a_command_does_not_import_heavy_libraries(name: str) -> None:
     code = (
         f"import sys\nfrom gptconvert.cli import run\nrun([{name!r}, '--help'])\n"
         "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime', 'tensorflow', 'huggingface_hub'} & set(sys.modules)\n"
@@ -188,7 +188,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "5TB", "1e400", "nan", "lots"])
-def test_sizes_that_make_no_sense(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     from gptconvert.cli.options import size_in_bytes
 
     with pytest.raises(click.BadParameter):

@@ -1,4 +1,4 @@
-"""The one JSON object on stdout: one schema version, readable in every encoding."""
+"""The JSON object on stdout: one schema version, readable in every encoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptconvert.model import schema
 from tests.commands import TINY, TRAINED, command
 
 
-def test_json_and_manifest_have_one_schema_version(
+def test_json_and_manifest_have_the_same_schema_version(
     capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -39,7 +39,7 @@ def test_json_is_ascii(capsys: Any) -> None:
     assert json.loads(text) == {"schema_version": schema.SCHEMA_VERSION, "text": "µ – \udcff"}
 
 
-def test_a_file_name_that_is_not_utf8_leaves_one_object(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8_still_gives_one_object(tmp_path: Path) -> None:
     args = [sys.executable, "-m", "gptconvert", "inspect", bytes(tmp_path) + b"/\xff", "--json"]
     done = subprocess.run(args, capture_output=True)
     assert done.returncode == 3, done.stderr

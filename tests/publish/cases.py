@@ -1,4 +1,4 @@
-"""Planned files and the check that they were written as planned; the smallest published output."""
+"""Planned files, the check that they were written as planned, and a minimal published output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F32 = np.dtype(np.float32)
 
 
 def sha(data: bytes) -> str:
-    """In hexadecimal."""
+    """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -35,13 +35,13 @@ def stored(path: Path, *sizes: int, seed: int = 0) -> list[Stored]:
 def planned(
     path: str, tensors: list[LazyTensor], head: bytes = b"", alignment: int = 1, tail: int = 0
 ) -> PlannedFile:
-    """Tensors ``t0``, ``t1``, … one after the other."""
+    """Consecutive tensors ``t0``, ``t1``, …"""
     placed, end = place([(f"t{i}", t, None) for i, t in enumerate(tensors)], len(head), alignment)
     return PlannedFile(path, end + tail, head, placed)
 
 
 def check(directory: Path, file: PlannedFile, written: WrittenFile) -> None:
-    """The file on disk is the one planned, and its record is right."""
+    """Assert that the file on disk is the planned one, and that its record is correct."""
     data = (directory / file.path).read_bytes()
     assert data == content(file)
     assert (written.path, written.nbytes, written.sha256) == (file.path, len(data), sha(data))
@@ -88,5 +88,5 @@ def publish(output: Path, content: bytes = b"new", **options: object) -> Staging
 
 
 def names(directory: Path) -> list[str]:
-    """What is in a directory."""
+    """The sorted names in a directory."""
     return sorted(path.name for path in directory.iterdir())

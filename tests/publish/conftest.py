@@ -1,4 +1,4 @@
-"""What the tests of staging and of its refusals share."""
+"""Fixtures shared by the tests of staging and of output paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """An output that exists already."""
+    """An existing output."""
     output = tmp_path / "out"
     (output / "sub").mkdir(parents=True)
     (output / "sub" / "old").write_bytes(b"old")

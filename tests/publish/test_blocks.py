@@ -1,4 +1,4 @@
-"""Blocks and the threads that consume them: bytes and their origin, buffers reused, and the end after a failure."""
+"""Blocks and their worker threads: bytes and sources, reuse of buffers, and cancellation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TestBlock:
         assert block.full
         assert (block.offset, bytes(block.data)) == (30, b"123456789a")
 
-    def test_padding_is_zero_although_the_buffer_was_used_before(self, pool: BlockPool, block: Block) -> None:
+    def test_padding_is_zero_in_a_reused_buffer(self, pool: BlockPool, block: Block) -> None:
         block.append(memoryview(b"x" * 10))
         other = pool.acquire(0)
         block.share(1)
@@ -53,7 +53,7 @@ class TestBlock:
         block.append(memoryview(b"5"))
         block.append(memoryview(b"6"), Segment("s", 104, 1))
         block.append(memoryview(b"78"), Segment("t", 105, 2))
-        block.append(memoryview(b"9abcd"), Segment("t", 109, 5))  # of which only two bytes fit
+        block.append(memoryview(b"9abcd"), Segment("t", 109, 5))  # only two bytes fit
         assert block.copies == [
             (0, Segment("s", 100, 4)),
             (5, Segment("s", 104, 1)),
@@ -61,7 +61,7 @@ class TestBlock:
             (8, Segment("t", 109, 2)),
         ]
 
-    def test_remembers_which_digest_needs_which_bytes(self, block: Block) -> None:
+    def test_records_the_bytes_of_each_digest(self, block: Block) -> None:
         first, second = hashlib.sha256(), hashlib.sha256()
         block.append(memoryview(b"12"), digests=[first])
         block.append(memoryview(b"345"), digests=[first, second])
@@ -69,7 +69,7 @@ class TestBlock:
 
 
 class TestBlockPool:
-    def test_a_buffer_returns_with_its_last_user(self, pool: BlockPool, block: Block, stop: threading.Event) -> None:
+    def test_last_release_returns_the_buffer(self, pool: BlockPool, block: Block, stop: threading.Event) -> None:
         pool.acquire(0)
         block.share(2)
         block.release()
@@ -97,7 +97,7 @@ class TestWorker:
         assert worker.error is error
         assert stop.is_set()
 
-    def test_releases_blocks_even_of_tasks_it_skips(self, pool: BlockPool, stop: threading.Event) -> None:
+    def test_releases_the_blocks_of_skipped_tasks(self, pool: BlockPool, stop: threading.Event) -> None:
         blocks = [pool.acquire(0), pool.acquire(10)]
         worker = Worker(stop)
         stop.set()
@@ -106,7 +106,7 @@ class TestWorker:
             worker.submit(lambda: pytest.fail("cancelled"), block)
         worker.close()
         stop.clear()
-        guard = threading.Timer(5, stop.set)  # a block that was kept must fail the test, not hang it
+        guard = threading.Timer(5, stop.set)  # an unreleased block must fail the test, not hang it
         guard.start()
         assert [pool.acquire(0).used, pool.acquire(0).used] == [0, 0]
         guard.cancel()

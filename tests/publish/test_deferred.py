@@ -1,4 +1,4 @@
-"""Deferred files are made while others are written: at the same time, in order, cancelled when anything fails."""
+"""Deferred files are made while others are written: concurrently, in order, and cancelled on any failure."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.helpers import openai_checkpoint
 from tests.publishing import failing, file_system
 
 Crc32c = Callable[[Placed], int]
-#: Far longer than anything here takes; a test that waits for it fails.
+#: Far longer than any test needs; a test that waits this long fails.
 LONG = 20.0
 
 
 def data_file(directory: Path, name: str = "data", count: int = 64) -> PlannedFile:
-    """A file of one stored tensor, whose source is beside the output."""
+    """A file with one stored tensor, whose source is beside the output."""
     source = directory / f"{name}.source"
     source.write_bytes(np.arange(count, dtype="<f4").tobytes())
     tensor = Stored((Segment(str(source), 0, 4 * count),), np.dtype(np.float32), (count,))
@@ -48,7 +48,7 @@ def until_stopped(crc32c: Crc32c, stop: threading.Event) -> bytes:
 
 
 def test_files_are_made_while_others_are_written(tmp_path: Path) -> None:
-    """The copy and the work wait for each other, so this ends only if they run at the same time."""
+    """The copy and the work wait for each other, so they finish only if they run concurrently."""
     working, copying = threading.Event(), threading.Event()
 
     def work(crc32c: Crc32c, stop: threading.Event) -> bytes:
@@ -93,7 +93,7 @@ def test_in_plan_order_in_one_thread_and_written_last(tmp_path: Path) -> None:
 
 
 def test_a_checksum_waits_for_its_file(tmp_path: Path) -> None:
-    """Although the file is slow, the checksum is that of all its bytes."""
+    """The checksum covers all bytes of the file, even if it is slow."""
     import google_crc32c
 
     file, waiting = data_file(tmp_path), threading.Event()
@@ -135,7 +135,7 @@ def test_a_failed_copy_cancels_the_work(tmp_path: Path) -> None:
 
 
 def test_a_failed_copy_ends_the_wait_for_a_checksum(tmp_path: Path) -> None:
-    """The checksum is that of a file which is never begun."""
+    """Wait for the checksum of a file that is never begun."""
     first, second = data_file(tmp_path, "a"), data_file(tmp_path, "b")
     waiting, stop = threading.Event(), threading.Event()
     ended: list[BaseException] = []
@@ -161,7 +161,7 @@ def test_a_failed_copy_ends_the_wait_for_a_checksum(tmp_path: Path) -> None:
     assert [type(error) for error in ended] == [StoppedError]
 
 
-def test_a_failure_elsewhere_cancels_the_work_and_is_the_one_reported(tmp_path: Path) -> None:
+def test_failure_elsewhere_cancels_the_work_and_is_reported(tmp_path: Path) -> None:
     broken = IoSettings(file_system(open_source=failing(errno.EIO)))
     checkpoint = openai_checkpoint(tmp_path)
     (tmp_path / "out").mkdir()
@@ -177,7 +177,7 @@ def test_an_interrupt_cancels_the_work(tmp_path: Path) -> None:
         write_files(str(tmp_path), [deferred("f", until_stopped), data_file(tmp_path)], progress)
 
 
-def test_no_thread_is_started_without_deferred_files(tmp_path: Path) -> None:
+def test_without_deferred_files_no_thread_starts(tmp_path: Path) -> None:
     before = threading.active_count()
     files = DeferredFiles([data_file(tmp_path)], threading.Event())
     assert threading.active_count() == before

@@ -1,4 +1,4 @@
-"""Every file operation fails once, falls short once, and is the last one before a crash once."""
+"""Make every file operation fail, fall short, and be the last one before a crash."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from gptconvert.errors import GptConvertError, InputError, OutputError
 from tests.helpers import ROOT
 from tests.publishing import OLD, SCENARIOS, FaultyFileSystem, convert, leftovers, prepare, tree
 
-#: If one of these fails, something is left behind, and the next run must remove it.
+#: If one of these fails, files are left behind, and the next run must remove them.
 CLEAN_UP = {"remove", "unlink", "rmdir"}
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    """On a memory file system if there is one: thousands of fsyncs follow."""
+    """A directory in a memory file system where available, because the tests sync thousands of times."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as directory:
         yield Path(directory) / "root"
@@ -65,7 +65,7 @@ def test_a_failing_operation_leaves_the_old_output_or_the_new_one(root: Path, sc
             assert error is None
             break
         if failed == "exchange" and scenario == "replace-without-exchange":
-            assert error is None  # it always fails in this scenario, and two renames replace it
+            assert error is None  # always fails in this scenario; two renames replace it
         elif failed in CLEAN_UP:
             convert(checkpoint, output)
             assert tree(output) == new
@@ -102,7 +102,7 @@ def test_a_crash_at_any_operation_leaves_the_old_output_or_the_new_one(root: Pat
     reports = json.loads(run.stdout)
     assert len(reports) > 40
     for report in reports:
-        # Without an atomic exchange, the old output is set aside for a moment, between two renames.
+        # Without an atomic exchange, the old output is set aside between two renames.
         aside = scenario == "replace-without-exchange" and report["state"] == "absent"
         fine = {"old", "new"}
         assert report["state"] in fine or aside, report

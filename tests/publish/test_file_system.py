@@ -1,4 +1,4 @@
-"""File operations where the system supports less than usual, or another process interferes."""
+"""File operations on systems with limited support, and with interference by another process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_falls_back_where_the_kernel_cannot_copy(tmp_path: Path, code: int) -> N
     check(tmp_path, file, written)
 
 
-def test_a_failed_copy_is_not_tried_another_way(tmp_path: Path) -> None:
+def test_failed_copy_is_not_retried_with_another_method(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"12345")
     source = OS.open_source(str(tmp_path / "f"))
     with pytest.raises(OSError, match="Input/output error"):
@@ -32,7 +32,7 @@ def test_a_failed_copy_is_not_tried_another_way(tmp_path: Path) -> None:
     os.close(source)
 
 
-def test_falls_back_where_the_kernel_says_that_nothing_was_copied(tmp_path: Path) -> None:
+def test_falls_back_when_the_kernel_copies_nothing(tmp_path: Path) -> None:
     empty = FileSystem((lambda *_: 0, *COPY_METHODS[1:]))
     file = planned("f", [*stored(tmp_path / "s", 5, 7)])
     (written,) = write_files(str(tmp_path), [file], settings=IoSettings(empty))
@@ -66,10 +66,8 @@ class TestLock:
         OS.unlock(path, descriptor)
         assert not (tmp_path / "lock").exists()
 
-    def test_a_file_that_its_owner_removed_is_not_locked(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Between our open and our lock, its owner finishes; a third process could create a new one."""
+    def test_removed_lock_file_is_not_locked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The owner finishes between our open and our lock; a third process could create a new file."""
         path, opened = str(tmp_path / "lock"), []
         real = os.open
 

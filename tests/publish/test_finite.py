@@ -44,7 +44,7 @@ def test_is_not_float(dtype: Any) -> None:
     assert not is_float(np.dtype(dtype))
 
 
-def test_the_first_is_counted_over_all_updates() -> None:
+def test_first_index_counts_all_updates() -> None:
     check = FiniteCheck(np.dtype(np.float32))
     check.update_array(np.ones((2, 3), np.float32))
     check.update_array(np.array([[1, np.inf, np.nan]], np.float32))

@@ -1,4 +1,4 @@
-"""manifest.json and SHA256SUMS: correct, complete, and the same wherever and whenever they are made."""
+"""manifest.json and SHA256SUMS: correct, complete and reproducible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers import checkpoint_of, openai_hparams, openai_layout, tiny_gpt
 
 
 def convert(source: Path, out: Path, recorded: dict[str, object] | None = None, **options: Any) -> dict[str, Any]:
-    """Write a checkpoint with a dropped tensor, as stored and in bfloat16, and its manifest; returns the manifest."""
+    """Write a checkpoint with a dropped tensor, as stored and in bfloat16; returns its manifest."""
     source.mkdir(parents=True)
     out.mkdir(parents=True)
     raw, arrays = tiny_gpt2(n_inner=None)
@@ -92,8 +92,8 @@ def test_describes_source_options_and_versions(tmp_path: Path, out: Path) -> Non
     ]
 
 
-def test_lists_every_option_that_shapes_the_output(tmp_path: Path, out: Path) -> None:
-    """Flat, those of the source too; not the ones that do not change any byte."""
+def test_lists_every_option_that_affects_the_output(tmp_path: Path, out: Path) -> None:
+    """The options are flat and include source options, but not those that do not affect the bytes."""
     options = Options(dtype="fp16", activation="tanh", trim_vocab=90, hparams="/home/me/hparams.json", force=True)
     recorded = convert(tmp_path / "source", out, recorded=options.recorded())["options"]
     assert recorded == options.recorded()
@@ -133,7 +133,7 @@ def test_sha256sum_agrees(tmp_path: Path, out: Path) -> None:
         subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=out, check=True)
 
 
-def test_is_the_same_anywhere_at_any_time(tmp_path: Path) -> None:
+def test_is_reproducible(tmp_path: Path) -> None:
     convert(tmp_path / "here" / "source", tmp_path / "here" / "out")
     convert(tmp_path / "some where else" / "input", tmp_path / "o")
     for name in ("manifest.json", "SHA256SUMS"):

@@ -1,4 +1,4 @@
-"""Outputs that are refused before anything is written."""
+"""Outputs refused before anything is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.publish.cases import names, publish
 
 
 class TestRefusals:
-    """All come from the constructor, before anything is written."""
+    """Refusals come from the constructor, before anything is written."""
 
     @pytest.fixture(autouse=True)
     def _untouched(self, tmp_path: Path) -> Iterator[None]:
@@ -63,7 +63,7 @@ class TestRefusals:
 
     def test_an_unwritable_parent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-        self.refused(tmp_path / "out", "cannot be written to")
+        self.refused(tmp_path / "out", "is not writable")
 
     @pytest.mark.parametrize("force", [False, True])
     def test_outputs_that_touch_an_input(self, tmp_path: Path, force: bool) -> None:
@@ -85,7 +85,7 @@ class TestRefusals:
         assert weights.read_bytes() == b"w"
 
     def test_outputs_that_contain_an_input_by_a_link(self, tmp_path: Path) -> None:
-        """As in a hub cache: the name is in one directory, the bytes are in another."""
+        """As in a hub cache, which stores the name in one directory and the bytes in another."""
         for directory in ("names", "blobs", "other"):
             (tmp_path / directory).mkdir()
         (tmp_path / "blobs" / "b1").write_bytes(b"w")

@@ -39,7 +39,7 @@ def test_a_signal_unwinds(number: int, code: int) -> None:
     assert (caught.value.code, caught.value.signum) == (code, number)
 
 
-def test_a_second_signal_does_not_interrupt_the_clean_up() -> None:
+def test_second_signal_does_not_interrupt_the_cleanup() -> None:
     steps = []
     with pytest.raises(signals.Interrupted), signals.raising():
         try:
@@ -52,7 +52,7 @@ def test_a_second_signal_does_not_interrupt_the_clean_up() -> None:
 
 
 @BOTH
-def test_a_held_signal_waits(number: int, code: int) -> None:
+def test_held_signal_is_delayed(number: int, code: int) -> None:
     steps = []
     with pytest.raises(signals.Interrupted) as caught, signals.raising():
         with signals.held():
@@ -65,7 +65,7 @@ def test_a_held_signal_waits(number: int, code: int) -> None:
     assert caught.value.code == code
 
 
-def test_an_error_while_a_signal_waits_is_not_hidden() -> None:
+def test_pending_signal_does_not_hide_an_error() -> None:
     with pytest.raises(ZeroDivisionError), signals.raising(), signals.held():
         os.kill(os.getpid(), signal.SIGTERM)
         raise ZeroDivisionError
@@ -74,7 +74,7 @@ def test_an_error_while_a_signal_waits_is_not_hidden() -> None:
 
 
 def test_ignored_signals_stay_ignored() -> None:
-    """As under ``nohup`` or in a shell's background."""
+    """As under ``nohup`` or in a background job."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with signals.raising():
@@ -97,7 +97,7 @@ def test_does_nothing_in_other_threads() -> None:
     assert seen == [before]
 
 
-#: Converts again and again, slowed down by the progress callback.
+#: Convert repeatedly, slowed down by the progress callback.
 ENDLESS = """
 import sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One file being written: past the page cache or through it, the bytes are the same."""
+"""Writing one file: the bytes are the same with direct I/O and through the page cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.publishing import FaultyFileSystem, at_most, failing
 
 
 class DirectIo(FaultyFileSystem):
-    """Records direct I/O being switched: (enable, whether it is on).
+    """Record the switching of direct I/O: (enable, whether it is on).
 
     Reads, writes and copies may fall short.
     """
@@ -36,7 +36,7 @@ class DirectIo(FaultyFileSystem):
 
 
 class LateRefusal(DirectIo):
-    """Accepts direct I/O and then refuses to write, except at the start of a file."""
+    """Accept direct I/O, then refuse to write except at the start of a file."""
 
     refused = 0
 
@@ -48,7 +48,7 @@ class LateRefusal(DirectIo):
 
 
 def small_blocks(file_system: FileSystem, cached_up_to: int = 1 << 30) -> IoSettings:
-    """Settings with which every file is large enough for direct I/O."""
+    """Settings that make every file large enough for direct I/O."""
     return IoSettings(
         file_system, block_bytes=2 * ALIGNMENT, copy_read_bytes=1000, direct_from=1, cached_up_to=cached_up_to
     )
@@ -106,7 +106,7 @@ class TestDirectIo:
         check(tmp_path, large, written)
         assert (late.refused, late.switched) == (1, [(True, True), (False, False)])
 
-    def test_a_full_disk_is_not_tried_again(self, tmp_path: Path, large: PlannedFile) -> None:
+    def test_write_to_a_full_disk_is_not_retried(self, tmp_path: Path, large: PlannedFile) -> None:
         full = DirectIo()
         full.write_some = failing(errno.ENOSPC)  # type: ignore[method-assign]
         with pytest.raises(OutputError, match="No space left"):

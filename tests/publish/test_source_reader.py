@@ -1,4 +1,4 @@
-"""Reading files, and reading back what was written: from the page cache or past it, the bytes are the same."""
+"""Reading files, and reading back written files: the bytes are the same cached and with direct I/O."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cached(path: str) -> bool:
 
 @pytest.fixture
 def cold(file: str) -> str:
-    """A file that is not cached, in a file system that supports direct I/O."""
+    """An uncached file in a file system that supports direct I/O."""
     evict(file)
     descriptor = os.open(file, os.O_RDONLY)
     supported = OS.bypass_cache(descriptor, True)
@@ -68,13 +68,13 @@ def test_any_segment(file: str, offset: int, nbytes: int, block: int) -> None:
         assert b"".join(bytes(b) for b in reader.blocks([segment])) == CONTENT[offset : segment.end]
 
 
-def test_what_is_read_does_not_enter_the_page_cache(cold: str) -> None:
+def test_reading_back_does_not_fill_the_page_cache(cold: str) -> None:
     with ReadBack() as reader:
         assert b"".join(bytes(b) for b in reader.blocks([Segment(cold, 3, 40_000)])) == CONTENT[3:40_003]
     assert not cached(cold)
 
 
-def test_a_file_is_not_cached_because_its_beginning_was_read(cold: str) -> None:
+def test_cached_beginning_does_not_make_a_file_cached(cold: str) -> None:
     descriptor = os.open(cold, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     os.pread(descriptor, 100, 0)
@@ -97,7 +97,7 @@ def test_a_file_system_without_direct_io(cold: str) -> None:
 
 
 class LateRefusal(FileSystem):
-    """Accepts direct I/O and then refuses to read, except at the start of a file."""
+    """Accept direct I/O, then refuse to read except at the start of a file."""
 
     refused = 0
 
@@ -149,7 +149,7 @@ def test_stops_when_cancelled(file: str) -> None:
             next(blocks)
 
 
-def test_a_system_that_cannot_say_what_is_cached(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_without_mincore(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import ctypes
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
@@ -179,7 +179,7 @@ class TestDigestFiles:
             paths[1]: FileDigest(0, hashlib.sha256().hexdigest()),
         }
 
-    def test_large_files_get_a_checksum_if_nothing_is_verified(self, tmp_path: Path, read_bytes: int) -> None:
+    def test_large_files_get_a_crc32c_without_verification(self, tmp_path: Path, read_bytes: int) -> None:
         small, large = b"s" * 999, b"l" * 1000
         (tmp_path / "small").write_bytes(small)
         (tmp_path / "large").write_bytes(large)

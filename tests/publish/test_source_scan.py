@@ -1,4 +1,4 @@
-"""The scan of the source: checksums, values and digests, of the tensors in use only."""
+"""The checksum pass over the source: checksums, values and digests, only of tensors in use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sha(array: NDArray[Any]) -> str:
 
 
 def checkpoint(tensors: TensorSet, dropped: tuple[str, ...] = ()) -> Checkpoint:
-    """A checkpoint in which only the source's tensors matter."""
+    """A checkpoint of which only the source tensors matter."""
     config: Any = None
     return Checkpoint(config, tensors.tensors, source_of({}, tensors), dropped=dict.fromkeys(dropped, "not needed"))
 
@@ -51,7 +51,7 @@ Examine = Callable[..., Examined]
 
 @pytest.fixture(params=[7, 1 << 20], ids=["tiny blocks", "real blocks"])
 def examine(request: pytest.FixtureRequest) -> Examine:
-    """Runs a whole scan, with small or real reads."""
+    """Run a whole scan, with small reads or the default size."""
     return partial(helpers.examine, settings=IoSettings(read_bytes=request.param))
 
 
@@ -71,7 +71,7 @@ class TestDigests:
         assert digests.of(tensors["empty"]) == sha(data["empty"])
 
     def test_are_found_by_location_not_by_object(self, tmp_path: Path, examine: Examine) -> None:
-        """Other shape, other parts, same bytes."""
+        """Another shape and other parts, but the same bytes."""
         data = arrays()
         tensors = stored_tensors(tmp_path / "s", data)
         (part,) = tensors["wte"].segments() or ()
@@ -79,7 +79,7 @@ class TestDigests:
         digests = examine(checkpoint(tensors), [tensors["wte"]])
         assert digests.of(Stored(halves, np.dtype("f4"), (36,))) == sha(data["wte"])
 
-    def test_computed_tensors_have_none(self, tmp_path: Path, examine: Examine) -> None:
+    def test_computed_tensors_have_no_digest(self, tmp_path: Path, examine: Examine) -> None:
         tensors = stored_tensors(tmp_path / "s", arrays())
         turned = Transposed(tensors["wte"])
         assert examine(checkpoint(tensors), [turned]).of(turned) is None
@@ -122,7 +122,7 @@ def _with_checksums(tensors: TensorSet, data: dict[str, NDArray[Any]], wrong: st
 
 
 class TestChecksums:
-    def test_right_ones_pass(self, tmp_path: Path, examine: Examine) -> None:
+    def test_correct_checksums_pass(self, tmp_path: Path, examine: Examine) -> None:
         data = arrays()
         tensors = _with_checksums(stored_tensors(tmp_path / "s", data), data)
         assert examine(checkpoint(tensors)).notes == ()
@@ -197,7 +197,7 @@ class TestChecksums:
         assert fails(Segment(used.path, used.end - 1, 2))
         assert fails(Segment(used.path, used.offset, used.nbytes + unused.nbytes))
         assert not fails(unused)
-        assert fails(elsewhere)  # a computed tensor may be made of bytes that belong to no stored one
+        assert fails(elsewhere)  # a computed tensor may use bytes outside all stored tensors
 
 
 class TestValues:
@@ -216,7 +216,7 @@ class TestValues:
         notes = examine(checkpoint(tensors), allow_nonfinite=True).notes
         assert notes == ("w: 2 of 15 values are NaN or infinite, the first at [1, 2]",)
 
-    def test_large_values_whose_sum_overflows_are_fine(self, tmp_path: Path, examine: Examine) -> None:
+    def test_large_values_whose_sum_overflows_pass(self, tmp_path: Path, examine: Examine) -> None:
         array = np.full(100, np.finfo(np.float32).max)
         assert examine(checkpoint(stored_tensors(tmp_path / "s", {"w": array}))).notes == ()
 
@@ -247,7 +247,7 @@ class TestValues:
             examine(checkpoint(tensors))
 
 
-def test_a_real_checkpoint_is_clean(tmp_path: Path, examine: Examine) -> None:
+def test_real_checkpoint_passes(tmp_path: Path, examine: Examine) -> None:
     case = openai_checkpoint(tmp_path)
     digests = examine(case, case.weights.values())
     stored = [weight for weight in case.weights.values() if weight.segments() is not None]
@@ -271,7 +271,7 @@ def test_truncated_files(tmp_path: Path, examine: Examine) -> None:
 
 
 class TestClaims:
-    """Code that reads bytes anyway can feed their checks."""
+    """Code that reads bytes for another purpose can feed their checks."""
 
     def test_claimed_bytes_are_not_read_again(self, tmp_path: Path) -> None:
         data = arrays()
@@ -289,7 +289,7 @@ class TestClaims:
         assert scan.digests().of(tensors["wte"]) == sha(data["wte"])
         assert scan.check_results() == ()
 
-    def test_there_is_nothing_to_claim_for_other_bytes(self, tmp_path: Path) -> None:
+    def test_other_bytes_have_no_task_to_claim(self, tmp_path: Path) -> None:
         tensors = stored_tensors(tmp_path / "s", arrays())
         (segment,) = tensors["wte"].segments() or ()
         scan = SourceScan(checkpoint(tensors))

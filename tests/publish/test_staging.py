@@ -1,4 +1,4 @@
-"""Staging: what it refuses before writing, what it leaves behind, and one process at a time for each output."""
+"""Staging: atomic publication, cleanup, and one process at a time per output."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.publish.cases import names, publish
 from tests.publishing import failing, file_system
 
 
-def test_publishes_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_publishes_only_the_output(tmp_path: Path) -> None:
     publish(tmp_path / "out")
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_bytes() == b"new"
 
 
-def test_works_beside_the_target_which_appears_only_when_published(tmp_path: Path) -> None:
+def test_stages_beside_the_target_which_appears_only_when_published(tmp_path: Path) -> None:
     with Staging(tmp_path / "out") as staging:
         assert Path(staging.path).parent == tmp_path
         assert re.fullmatch(r"\.out\.gptconvert-[0-9a-f]{6}", Path(staging.path).name)
@@ -45,7 +45,7 @@ def test_leaving_without_publishing_publishes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
 @pytest.mark.parametrize("force", [False, True])
-def test_any_exception_leaves_everything_as_it_was(
+def test_any_exception_leaves_everything_unchanged(
     tmp_path: Path, error: type[BaseException], force: bool, request: pytest.FixtureRequest
 ) -> None:
     output = request.getfixturevalue("old") if force else tmp_path / "out"
@@ -57,8 +57,8 @@ def test_any_exception_leaves_everything_as_it_was(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_everything_is_on_the_disk_before_it_is_visible(tmp_path: Path) -> None:
-    """Files, then the directories that name them, then the rename, then the directory that names the output."""
+def test_everything_is_synced_before_it_is_visible(tmp_path: Path) -> None:
+    """Sync files, then their directories; rename; then sync the output's parent directory."""
     done: list[str] = []
 
     def sync_path(path: str) -> None:
@@ -77,7 +77,7 @@ def test_everything_is_on_the_disk_before_it_is_visible(tmp_path: Path) -> None:
     staged = [staging.path + tail for tail in ("/deep/file", "/deep", "/file", "")]
     before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
     assert before[:4] == staged
-    assert before[4:] == [str(tmp_path)]  # which names the new parent
+    assert before[4:] == [str(tmp_path)]  # contains the entry of the new parent
     assert sorted(after) == [str(tmp_path), str(tmp_path / "a")]
 
 
@@ -95,7 +95,7 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, directory: int, file
     assert stat.S_IMODE((tmp_path / "a" / "out" / "file").stat().st_mode) == file
 
 
-def test_free_space_is_checked_with_the_numbers_in_the_message(tmp_path: Path) -> None:
+def test_lack_of_free_space_is_reported_in_bytes(tmp_path: Path) -> None:
     free = 40_000
     with Staging(tmp_path / "a" / "out", file_system=file_system(free_bytes=lambda path: free)) as staging:
         staging.require_space(int(free / 1.03))
@@ -117,19 +117,19 @@ class TestParents:
             pass
         assert names(tmp_path) == []
 
-    def test_outputs_of_one_name_do_not_lock_each_other_out(self, tmp_path: Path) -> None:
+    def test_outputs_of_the_same_name_do_not_lock_each_other_out(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "a" / "out") as first, Staging(tmp_path / "b" / "out") as second:
             first.publish()
             second.publish()
         assert names(tmp_path) == ["a", "b"]
 
-    def test_names_that_look_like_paths_do_not_either(self, tmp_path: Path) -> None:
+    def test_outputs_with_escaped_names_do_not_lock_each_other_out(self, tmp_path: Path) -> None:
         with Staging(tmp_path / "a" / "out") as first, Staging(tmp_path / "a%2Fout") as second:
             first.publish()
             second.publish()
         assert names(tmp_path) == ["a", "a%2Fout"]
 
-    def test_leftovers_from_before_the_parents_existed_go(self, tmp_path: Path) -> None:
+    def test_leftovers_from_before_the_parents_existed_are_removed(self, tmp_path: Path) -> None:
         first = Staging(tmp_path / "a" / "out")
         first.__enter__()
         os.close(first._lock)  # type: ignore[arg-type]  # as the kernel does when a process is killed
@@ -149,14 +149,14 @@ class TestForce:
         assert names(old) == ["file"]
         assert names(tmp_path) == ["out"]
 
-    def test_keeps_the_old_one_until_the_new_one_is_complete(self, old: Path, operations: dict[str, Any]) -> None:
+    def test_keeps_the_old_output_until_the_new_one_is_complete(self, old: Path, operations: dict[str, Any]) -> None:
         with Staging(old, force=True, file_system=file_system(**operations)) as staging:
             (Path(staging.path) / "file").write_bytes(b"new")
             assert (old / "sub" / "old").read_bytes() == b"old"
             staging.publish()
             assert names(old) == ["file"]
 
-    def test_notes_that_the_old_one_cannot_be_removed(self, old: Path, operations: dict[str, Any]) -> None:
+    def test_notes_that_the_old_output_cannot_be_removed(self, old: Path, operations: dict[str, Any]) -> None:
         stuck = file_system(**operations, remove_tree=failing(errno.EACCES))
         staging = publish(old, force=True, file_system=stuck)
         assert names(old) == ["file"]
@@ -164,16 +164,16 @@ class TestForce:
 
 
 class TestWithoutForce:
-    def test_an_output_that_appears_meanwhile_is_not_replaced(self, tmp_path: Path) -> None:
+    def test_output_that_appears_during_the_run_is_not_replaced(self, tmp_path: Path) -> None:
         output = tmp_path / "out"
         with pytest.raises(OutputError, match="cannot be published"), Staging(output) as staging:
             output.mkdir()
-            (output / "theirs").write_bytes(b"theirs")
+            (output / "other").write_bytes(b"other")
             staging.publish()
         assert names(tmp_path) == ["out"]
-        assert names(output) == ["theirs"]
+        assert names(output) == ["other"]
 
-    def test_a_link_that_appears_meanwhile_is_not_followed(self, tmp_path: Path, old: Path) -> None:
+    def test_link_that_appears_during_the_run_is_not_followed(self, tmp_path: Path, old: Path) -> None:
         output = tmp_path / "new"
         with pytest.raises(OutputError, match="cannot be published"), Staging(output, force=True) as staging:
             output.symlink_to(old)
@@ -202,7 +202,7 @@ class TestCrashes:
         assert names(tmp_path) == ["out"]
         assert (old / "sub" / "old").read_bytes() == b"old"
 
-    def test_an_output_set_aside_and_replaced_goes(self, tmp_path: Path, old: Path) -> None:
+    def test_replaced_output_set_aside_is_removed(self, tmp_path: Path, old: Path) -> None:
         (tmp_path / ".out.gptconvert-replaced").mkdir()
         publish(old, force=True)
         assert names(tmp_path) == ["out"]
@@ -236,7 +236,7 @@ class TestLock:
         assert holder.returncode == 0
         assert names(tmp_path) == ["out"]
 
-    def test_a_killed_process_holds_no_lock(self, tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    def test_killed_process_does_not_hold_the_lock(self, tmp_path: Path, holder: subprocess.Popen[str]) -> None:
         holder.kill()
         holder.wait()
         assert len(names(tmp_path)) == 2  # its staging directory and its lock file
@@ -245,7 +245,7 @@ class TestLock:
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "a\nb", "with space", "50%2F", "ü" * 127])
-def test_any_name_the_file_system_takes(tmp_path: Path, name: str) -> None:
+def test_any_valid_file_name(tmp_path: Path, name: str) -> None:
     publish(tmp_path / name)
     assert names(tmp_path) == [name]
 
@@ -256,7 +256,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert os.listdir(os.fsencode(tmp_path)) == [b"\xff\xfe"]
 
 
-def test_a_name_too_long_is_an_output_error(tmp_path: Path) -> None:
+def test_too_long_a_name_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"a\\nx"), Staging(tmp_path / ("a\n" + "x" * 300)) as staging:
         staging.publish()
     assert names(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Writing and checking the source in one pass: right digests, every byte read once, and one error for all threads."""
+"""Write and check the source in one pass: correct digests, every byte read once, and one error for all threads."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TestDigests:
         assert counting.nbytes == tensor_bytes + whole_files
 
     def test_a_tensor_that_occurs_twice_in_another(self, tmp_path: Path, out: Path) -> None:
-        """Its recorded checksum is compared with its bytes once, not with twice its bytes, and not with none."""
+        """Its recorded checksum covers its bytes exactly once."""
         checkpoint = openai_checkpoint(tmp_path)
         name, tensor = next(
             (n, t) for n, t in checkpoint.source.tensors.items() if isinstance(t, Stored) and t.nbytes
@@ -125,7 +125,7 @@ class TestDigests:
 
 
 class EndlessFileSystem(FileSystem):
-    """Reads a byte at a time, so slowly that only cancellation can end it.
+    """Read a byte at a time, so slowly that only cancellation can end it.
 
     Args:
         broken: name of a source file that cannot be opened.
@@ -147,7 +147,7 @@ class EndlessFileSystem(FileSystem):
 
 
 class TestFailures:
-    """Whatever fails cancels everything else, and its error is the one raised."""
+    """A failure cancels everything else, and its error is raised."""
 
     @pytest.fixture
     def checkpoint(self, tmp_path: Path) -> Checkpoint:
@@ -192,10 +192,10 @@ class TestFailures:
         self.cancelled_by(OutputError, "copied", checkpoint, out)
 
     @pytest.mark.parametrize("where", ["hashing", "writing"])
-    def test_a_failing_thread_ends_the_filling(
+    def test_failing_thread_stops_the_filling_thread(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
     ) -> None:
-        """There are many more blocks than buffers: the filling thread must not wait forever for a free one."""
+        """With many more blocks than buffers, the filling thread must not wait forever for a free buffer."""
         (tensor,) = stored(tmp_path / "s", 5000)
 
         class Broken:

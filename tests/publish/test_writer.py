@@ -1,4 +1,4 @@
-"""The writer: every byte where the plan says, by every way of copying, and digests that agree with hashlib."""
+"""The writer: every byte at its planned offset, with every copy method, and digests that agree with hashlib."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from tests.helpers import ROOT, content, stored_tensors
 from tests.publish.cases import check, make_files, planned, sha, stored
 from tests.publishing import FaultyFileSystem, at_most, failing, file_system
 
-#: Far longer than anything here takes; a test that waits for it fails.
+#: Far longer than any test needs; a test that waits this long fails.
 LONG = 20.0
 
 
 class TestCopyOf:
-    def test_a_whole_file_and_nothing_else(self, tmp_path: Path) -> None:
+    def test_whole_file(self, tmp_path: Path) -> None:
         a, b = stored(tmp_path / "s", 3, 5)
         assert copy_of(planned("f", [a, b])) == str(tmp_path / "s")
 
-    def test_anything_less_or_more_is_none(self, tmp_path: Path) -> None:
+    def test_not_a_whole_file(self, tmp_path: Path) -> None:
         a, b = stored(tmp_path / "s", 3, 5)
         for file in (
             planned("f", [a]),
@@ -59,7 +59,7 @@ class TestCopyOf:
     ids=["first that works", "copy_file_range", "sendfile", "read and write"],
 )
 @pytest.mark.parametrize("limit", [1 << 20, 3], ids=["whole", "short"])
-def test_every_kind_of_tensor_by_every_way_of_copying(tmp_path: Path, copy_methods: Any, limit: int) -> None:
+def test_every_kind_of_tensor_with_every_copy_method(tmp_path: Path, copy_methods: Any, limit: int) -> None:
     files = make_files(tmp_path)
     faulty = FaultyFileSystem(at_most(limit), copy_methods=copy_methods)
     out = tmp_path / "out"
@@ -98,7 +98,7 @@ def test_any_layout(layout: tuple[int, list[tuple[int, int]], int, int]) -> None
 
 
 class TestFinish:
-    """A deferred file may record the checksums of the others, wherever it is in the plan."""
+    """A deferred file may record the checksums of the others, at any position in the plan."""
 
     @staticmethod
     def index_of(*files: PlannedFile) -> PlannedFile:
@@ -107,7 +107,7 @@ class TestFinish:
             "index", 0, finish=lambda crc, stop: b"".join(struct.pack("<I", crc(item)) for item in placed)
         )
 
-    def test_checksums_are_those_of_the_written_bytes(self, tmp_path: Path) -> None:
+    def test_checksums_match_the_written_bytes(self, tmp_path: Path) -> None:
         files = [file for file in make_files(tmp_path) if file.tensors]
         index = self.index_of(*files)
         (tmp_path / "out").mkdir()
@@ -128,7 +128,7 @@ class TestFinish:
         other_order = google_crc32c.value(np.frombuffer((tmp_path / "s").read_bytes(), ">f4").astype("<f4").tobytes())
         assert (tmp_path / "index").read_bytes() == struct.pack("<II", 7, other_order)
 
-    def test_it_may_have_any_size_and_is_made_while_the_others_are_written(self, tmp_path: Path) -> None:
+    def test_any_size_made_while_the_others_are_written(self, tmp_path: Path) -> None:
         started = threading.Event()
 
         def finish(crc32c: Any, stop: Any) -> bytes:
@@ -143,7 +143,7 @@ class TestFinish:
         assert (index.nbytes, index.sha256) == (19, sha(b"longer than planned"))
         assert (tmp_path / "index").read_bytes() == b"longer than planned"
 
-    def test_its_failure_is_the_one_reported(self, tmp_path: Path) -> None:
+    def test_its_error_is_reported(self, tmp_path: Path) -> None:
         def fail(crc32c: Any, stop: Any) -> bytes:
             raise UnsupportedError("cannot be made")
 
@@ -151,14 +151,14 @@ class TestFinish:
         with pytest.raises(UnsupportedError, match="cannot be made"):
             write_files(str(tmp_path), files)
 
-    def test_a_failure_elsewhere_ends_its_waiting(self, tmp_path: Path) -> None:
+    def test_failure_elsewhere_ends_its_wait(self, tmp_path: Path) -> None:
         file = planned("f", [*stored(tmp_path / "s", 5)])
         os.truncate(tmp_path / "s", 3)
         with pytest.raises(InputError, match="truncated"):
             write_files(str(tmp_path), [file, self.index_of(file)])
 
 
-def test_files_are_on_the_disk_afterwards(tmp_path: Path) -> None:
+def test_files_are_synced(tmp_path: Path) -> None:
     synced: list[int] = []
     recording = file_system(sync=lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     files = make_files(tmp_path)
@@ -168,13 +168,13 @@ def test_files_are_on_the_disk_afterwards(tmp_path: Path) -> None:
 
 
 class TestFailures:
-    def test_a_source_that_became_shorter(self, tmp_path: Path) -> None:
+    def test_truncated_source(self, tmp_path: Path) -> None:
         file = planned("f", [*stored(tmp_path / "s", 5, 7)])
         os.truncate(tmp_path / "s", 20)
         with pytest.raises(InputError, match="truncated; expected 48 bytes, found 20 bytes"):
             write_files(str(tmp_path), [file])
 
-    def test_a_source_that_is_gone(self, tmp_path: Path) -> None:
+    def test_missing_source(self, tmp_path: Path) -> None:
         file = planned("f", [*stored(tmp_path / "s", 5, 7)])
         (tmp_path / "s").unlink()
         with pytest.raises(InputError, match="cannot be read"):
@@ -190,13 +190,13 @@ class TestFailures:
             write_files(str(tmp_path), [file], settings=IoSettings(full))
 
     def test_existing_files_are_not_overwritten(self, tmp_path: Path) -> None:
-        (tmp_path / "f").write_bytes(b"theirs")
+        (tmp_path / "f").write_bytes(b"old")
         with pytest.raises(OutputError, match="File exists"):
-            write_files(str(tmp_path), [PlannedFile.of_bytes("f", b"ours")])
-        assert (tmp_path / "f").read_bytes() == b"theirs"
+            write_files(str(tmp_path), [PlannedFile.of_bytes("f", b"new")])
+        assert (tmp_path / "f").read_bytes() == b"old"
 
     @pytest.mark.parametrize("operation", ["open_source", "read"])
-    def test_a_source_that_cannot_be_read(self, tmp_path: Path, operation: str) -> None:
+    def test_unreadable_source(self, tmp_path: Path, operation: str) -> None:
         broken = file_system(**{operation: failing(errno.EIO)})
         with pytest.raises(InputError, match=r"cannot be read \(Input/output error\)"):
             write_files(str(tmp_path), [planned("f", [*stored(tmp_path / "s", 5, 7)])], settings=IoSettings(broken))

@@ -1,1 +1,1 @@
-"""OpenAI's own formats, written."""
+"""Export to OpenAI's formats."""

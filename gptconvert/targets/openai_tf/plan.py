@@ -1,9 +1,9 @@
-"""The way back: OpenAI's own layout, in the folder ``openai-tf``, from any GPT-1 or GPT-2.
+"""Write GPT-1 and GPT-2 in OpenAI's formats, in the folder ``openai-tf``.
 
-GPT-2 becomes the TensorFlow checkpoint that ``tf.train.Saver`` writes and restores (the variables' names are those of
-openai/gpt-2 ``src/model.py``): all tensors back to back in the order of their names, an index with their checksums,
-``hparams.json`` and the tokenizer under OpenAI's names. GPT-1 becomes the ten array files of its release, the run of
-all weights cut into parts as equal as can be. Neither format can say more than the sizes, so a model that differs in
+GPT-2 becomes the TensorFlow checkpoint that ``tf.train.Saver`` writes and restores, with the variable names of
+openai/gpt-2 ``src/model.py``: all tensors back to back in the order of their names, an index with their checksums,
+``hparams.json`` and the tokenizer under OpenAI's names. GPT-1 becomes the ten array files of its release: all weights
+concatenated, then split into parts of nearly equal size. Both formats record only sizes, so a model that differs in
 anything else is refused, with all reasons at once.
 """
 
@@ -38,15 +38,15 @@ PREFIX = "model.ckpt"
 #: The text format of TensorFlow's CheckpointState, as the Saver writes it.
 CHECKPOINT_STATE = f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'
 GPT1_FILES = 10
-#: Family → OpenAI's names for what we call vocab.json and merges.txt.
+#: Family → OpenAI's names for vocab.json and merges.txt.
 TOKENIZER_NAMES: Mapping[str, tuple[str, str]] = {
     "gpt1": ("encoder_bpe_40000.json", "vocab_40000.bpe"),
     "gpt2": ("encoder.json", "vocab.bpe"),
 }
-#: What the programs that read these files take for granted.
+#: Values that programs reading these files assume.
 FIXED: Mapping[str, object] = {"activation": "gelu_tanh", "norm_eps": 1e-5, "tied_head": True}
 TASKS = ("text-generation", "feature-extraction")
-#: OpenAI's own number of features per head, from which a reader tells the number of heads.
+#: Features per head in OpenAI's models, from which readers derive the number of heads.
 HEAD_FEATURES = 64
 
 Named = tuple[str, LazyTensor, str]
@@ -62,27 +62,27 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     reasons = why_not(checkpoint)
     if reasons:
         raise UnsupportedError(
-            "OpenAI's format has no place for this model: " + "; ".join(reasons),
-            hint="--to safetensors keeps all of it",
+            "OpenAI's format cannot express this model: " + "; ".join(reasons),
+            hint="use --to safetensors, which preserves it",
         )
     files = _gpt1(checkpoint) if checkpoint.config.family == "gpt1" else _gpt2(checkpoint)
     return (Export(NAME, FOLDER, checkpoint, (*files, *_tokenizer(checkpoint))),)
 
 
 def why_not(checkpoint: Checkpoint) -> list[str]:
-    """Everything about a model that OpenAI's format cannot express."""
+    """All reasons why OpenAI's format cannot express a model."""
     config, reasons = checkpoint.config, []
     fixed = {**FIXED, "n_inner": 4 * config.n_embd, "attn_window": (None,) * config.n_layer}
     values = asdict(config)
     reasons += [f"{key} is {values[key]!r}, not {value!r}" for key, value in fixed.items() if values[key] != value]
     if any(scale != config.head_dim**-0.5 for scale in config.attn_scale):
-        reasons.append("scores are not scaled by 1/√(features per head) in every layer")
+        reasons.append("attention scores are not scaled by 1/√(features per head) in every layer")
     if config.task not in TASKS:
         reasons.append(f"it has a head for {config.task}")
     dtypes = {weight.dtype.newbyteorder("=") for weight in checkpoint.weights.values()}
     if config.family == "gpt1" and (len(dtypes) > 1 or any(dtype.kind != "f" for dtype in dtypes)):
         names = ", ".join(sorted(map(str, dtypes)))
-        reasons.append(f"its weights are {names}: one run of float32 or float16 numbers is wanted (--dtype)")
+        reasons.append(f"its weights are {names}, not all float32 or all float16 (use --dtype)")
     if config.family == "gpt2" and not dtypes <= {*FLOATS}:
         reasons.append(f"its weights are {', '.join(sorted(map(str, dtypes)))}")
     return reasons
@@ -104,7 +104,7 @@ def _gpt2(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
 
 
 def _index_of(placed: tuple[Placed, ...]) -> Finish:
-    """The index file, once the checksums are known; they take the same room whatever they are."""
+    """The index file, deferred until the checksums are known; its size does not depend on them."""
 
     def finish(crc32c: Callable[[Placed], int], stop: threading.Event) -> bytes:
         return index_bytes(
@@ -124,7 +124,7 @@ def _index_of(placed: tuple[Placed, ...]) -> Finish:
 
 
 def _gpt1(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
-    """``params_0.npy`` … and ``params_shapes.json``; ``hparams.json`` only where the shapes do not tell the heads."""
+    """``params_0.npy`` … and ``params_shapes.json``; ``hparams.json`` only if needed for the number of heads."""
     config = checkpoint.config
     named = _in_order(checkpoint, family_named("gpt1").scheme("openai-gpt1"))
     total = sum(tensor.size for _, tensor, _ in named)
@@ -138,17 +138,17 @@ def _gpt1(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
 
 
 def _array_file(number: int, named: list[Named], start: int, stop: int) -> PlannedFile:
-    """Elements ``start`` to ``stop`` of the run of all weights, as numpy would save them."""
+    """Elements ``start`` to ``stop`` of the concatenated weights, as numpy would save them."""
     head = io.BytesIO()
     dtype = named[0][1].dtype.newbyteorder("=")
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (stop - start,)}
     np.lib.format.write_array_header_1_0(head, header)
     pieces, position = [], 0
-    for name, tensor, ours in named:
+    for name, tensor, canonical in named:
         low, high = max(start - position, 0), min(stop - position, tensor.size)
         if low < high:
             whole = (low, high) == (0, tensor.size)
-            pieces.append((name if whole else f"{name}[{low}:{high}]", run_of(tensor, low, high), ours))
+            pieces.append((name if whole else f"{name}[{low}:{high}]", run_of(tensor, low, high), canonical))
         position += tensor.size
     content = head.getvalue()
     placed, nbytes = place(pieces, len(content), alignment=1)
@@ -156,12 +156,12 @@ def _array_file(number: int, named: list[Named], start: int, stop: int) -> Plann
 
 
 def _named(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
-    """(their name, tensor in their layout, our name) of every tensor."""
+    """(OpenAI's name, tensor in OpenAI's layout, canonical name) of every tensor."""
     return [_stored(bound, checkpoint) for bound in expand(scheme.rows, checkpoint.config)]
 
 
 def _in_order(checkpoint: Checkpoint, scheme: Scheme) -> list[Named]:
-    """The same in the order of a file that does not name them."""
+    """The same, in the order of a file without names."""
     by_name = {each[0]: each for each in _named(checkpoint, scheme)}
     return [by_name[name] for _, name in in_order(scheme, checkpoint.config.n_layer)]
 
@@ -181,4 +181,4 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
     """The vocabulary and the merges under OpenAI's names, if the checkpoint has them."""
     files, _ = tokenizer_files(checkpoint)
     names = zip(TOKENIZER_NAMES[checkpoint.config.family], ("vocab.json", "merges.txt"), strict=True)
-    return tuple(PlannedFile.of_bytes(f"{FOLDER}/{theirs}", files[ours]) for theirs, ours in names if ours in files)
+    return tuple(PlannedFile.of_bytes(f"{FOLDER}/{name}", files[hf]) for name, hf in names if hf in files)

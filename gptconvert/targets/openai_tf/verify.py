@@ -1,4 +1,4 @@
-"""Rule 1 for OpenAI's own formats: the folder read back as anyone would read it, and compared with its source."""
+"""Rule 1 for OpenAI's formats: read the folder back as a checkpoint, and compare it with the source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptconvert.verify.read_back import compare_checkpoints
 from gptconvert.verify.report import ArtifactReport
 from gptconvert.verify.weights import WeightReport
 
-#: A file that every such folder has → how the folder is read.
+#: File that identifies a format → the format.
 FORMATS: Mapping[str, Format[Any]] = {
     "params_shapes.json": openai_gpt1.FORMAT,
     "hparams.json": openai_tf.FORMAT,
@@ -25,7 +25,7 @@ FORMATS: Mapping[str, Format[Any]] = {
 
 
 def is_openai_folder(path: str) -> bool:
-    """Whether a directory holds OpenAI's files."""
+    """Whether a directory contains OpenAI's files."""
     return any(os.path.isfile(os.path.join(path, name)) for name in FORMATS)
 
 

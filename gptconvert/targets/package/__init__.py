@@ -1,1 +1,1 @@
-"""The small files beside the weights: configuration, tokenizer, model card."""
+"""The files published beside the weights: configuration, tokenizer, model card."""

@@ -1,7 +1,7 @@
-"""The model card: README.md of an output directory, with the YAML front matter that the Hugging Face hub reads.
+"""The model card: README.md of an output directory, with YAML front matter for the Hugging Face hub.
 
-Nothing in it depends on where or when it was written: no paths of this machine, no dates. It states no licence: a
-conversion does not change the one the weights came with, and the checkpoint does not say which it is.
+The card is reproducible: it contains no local paths or dates. It does not state a licence: conversion does not change
+the licence of the weights, and checkpoints do not record it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LIBRARY_OF = ("safetensors", "onnx")
 
 
 def model_card(facts: CardFacts, verification: Mapping[str, object]) -> bytes:
-    """README.md for what was exported.
+    """README.md for a set of exports.
 
     Args:
-        facts: what was exported, and with which options.
-        verification: the report (``verify.Report.as_dict``) without figures; empty: verification was skipped, and
-            the card says so.
+        facts: the exports and the options.
+        verification: the report (``verify.Report.as_dict``) without figures; empty if verification was skipped, which
+            the card states.
     """
     sections = (
         _front_matter(facts),
@@ -62,7 +62,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A YAML scalar that can mean nothing but this string."""
+    """Quote a string so that YAML reads it as a string."""
     return json.dumps(printable(text), ensure_ascii=False)
 
 
@@ -90,7 +90,7 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _command(facts: CardFacts) -> str:
-    """The command that makes this directory again; only local paths are left open."""
+    """The command that reproduces this directory, with placeholders for local paths."""
     source = facts.checkpoint.source
     words = ["gptconvert", "convert", printable(source.repo) if source.repo else "CHECKPOINT"]
     words += ["--revision", printable(source.revision)] if source.repo and source.revision else []
@@ -128,18 +128,18 @@ def _files(facts: CardFacts) -> str:
 
 
 def _verification(report: Mapping[str, Any]) -> str:
-    """What was checked and how it ended, without the figures: these differ from machine to machine."""
+    """The checks and their results, without figures, which differ between machines."""
     if not report:
         text = "**Not verified.** The conversion ran with `--no-verify`."
         return f"## Verification\n\n{text}\n"
     artifacts = report.get("artifacts", ())
-    words = _what_was_checked(report, artifacts) if report.get("passed") else ["**Verification failed.**"]
+    words = _checks(report, artifacts) if report.get("passed") else ["**Verification failed.**"]
     rows = [_artifact_row(artifact) for artifact in artifacts]
     header = ("Artifact", "Equal weights", "Outputs: groups of probes within noise")
     return "\n".join(["## Verification", "", *words, "", *_table(header, rows), ""])
 
 
-def _what_was_checked(report: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
+def _checks(report: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
     words = ["Checked before publication. Every weight equals the checkpoint's, byte for byte."]
     run = [artifact["path"] for artifact in artifacts if artifact.get("runs")]
     if len(run) < len(artifacts):

@@ -1,8 +1,8 @@
-"""The small files beside the weights: one directory serves transformers, optimum, transformers.js and genai.
+"""Configuration files beside the weights, for transformers, optimum, transformers.js and onnxruntime-genai.
 
-What reads what: ``config.json`` everyone; ``generation_config.json`` and the tokenizer files transformers, optimum
-and transformers.js; ``genai_config.json`` onnxruntime-genai, which knows no GPT but its combined-cache ``gpt2`` and
-the generic ``decoder`` with one tensor per key and value, so ``decoder`` it is for every family.
+All of them read ``config.json``. transformers, optimum and transformers.js read ``generation_config.json`` and the
+tokenizer files. onnxruntime-genai reads ``genai_config.json``; every family uses its generic ``decoder`` type, with
+one tensor per key and value, since its only GPT type, ``gpt2``, expects a combined cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gptconvert.model.options import Options
 from gptconvert.targets.package.tokenizer import end_token_id, tokenizer_files
 from reference_model.config import GPTConfig
 
-#: Keys that say by whom, when or where a file was written, or that we write anew.
+#: Keys about the origin of a file, and keys that are written anew.
 NOT_CARRIED = frozenset(
     """transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash transformers.js_config
     attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal""".split()
@@ -40,9 +40,9 @@ def sidecar_files(
     """The configuration and tokenizer files of an output directory.
 
     Args:
-        exports: what the targets planned, at least one.
-        options: the user's choices.
-        tokenizer: file name → bytes from :func:`gptconvert.tokenizer.tokenizer_files`; None: found here.
+        exports: the planned exports, at least one.
+        options: the options of the conversion.
+        tokenizer: file name → bytes, as returned by :func:`tokenizer_files`; None to compute it here.
 
     Raises:
         InputError: a tokenizer file or the source's generation_config.json is corrupt.
@@ -60,10 +60,10 @@ def sidecar_files(
 
 
 def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes]) -> Checkpoint:
-    """The checkpoint with its tokenizer's end-of-text id, where no configuration file names one.
+    """The checkpoint with the tokenizer's end-of-text id, unless a configuration file states one.
 
-    OpenAI's hparams.json has no special ids. The family takes the last id of the vocabulary, which is right for
-    OpenAI's vocabularies and wrong for one that was padded.
+    OpenAI's hparams.json has no special ids. The family defaults to the last id of the vocabulary, which is right for
+    OpenAI's vocabularies but wrong for padded ones.
     """
     if "eos_token_id" in checkpoint.source.config:
         return checkpoint
@@ -74,7 +74,7 @@ def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes]) -> 
 
 
 def config_json(checkpoint: Checkpoint, graphs: Mapping[str, bool]) -> dict[str, object]:
-    """config.json: the architecture as transformers names it, and the source's harmless keys."""
+    """config.json: the architecture under transformers' names, and the keys carried over from the source."""
     carried = {key: value for key, value in checkpoint.carried.items() if key not in NOT_CARRIED}
     written = family_named(checkpoint.config.family).write_config(checkpoint.config, carried)
     external = {path.rpartition("/")[2]: True for path, has_data in graphs.items() if has_data}
@@ -83,12 +83,12 @@ def config_json(checkpoint: Checkpoint, graphs: Mapping[str, bool]) -> dict[str,
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, object]:
-    """generation_config.json: the source's own, or the special ids.
+    """generation_config.json: the source's, or else the special ids.
 
     Raises:
-        InputError: the source's own is corrupt.
+        InputError: the source's file is corrupt.
     """
-    own = checkpoint.source.tokenizer.get(GENERATION_CONFIG)  # sources list it among the small files they carry
+    own = checkpoint.source.tokenizer.get(GENERATION_CONFIG)  # sources list it among their tokenizer files
     if own is not None:
         found = read_json_object(own, MAX_JSON_BYTES, GENERATION_CONFIG)
         return {key: value for key, value in found.items() if key not in NOT_CARRIED}
@@ -96,7 +96,7 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def genai_config(config: GPTConfig, graph: str) -> dict[str, object]:
-    """genai_config.json for onnxruntime-genai: the ONNX graph's names, and a cache that grows by concatenation."""
+    """genai_config.json for onnxruntime-genai: the ONNX graph's names, and a concatenated cache."""
     ids = _special_ids(config)
     if "eos_token_id" in ids:
         ids.setdefault("pad_token_id", ids["eos_token_id"])
@@ -137,6 +137,6 @@ def _special_ids(config: GPTConfig) -> dict[str, object]:
 
 
 def _dtype_name(checkpoint: Checkpoint) -> str:
-    """The type transformers loads the weights in: the smallest that holds every weight unchanged."""
+    """The dtype in which transformers loads the weights: the smallest that represents every weight exactly."""
     kinds = {weight.dtype.newbyteorder("=") for weight in checkpoint.weights.values()}
     return str(kinds.pop() if len(kinds) == 1 else functools.reduce(np.promote_types, kinds, np.dtype(np.float32)))

@@ -1,9 +1,9 @@
-"""Tokenizer files: vocabulary and merges as released ⇄ ``tokenizer.json`` and the files transformers wants beside it.
+"""Tokenizer files: released vocabulary and merges ⇄ ``tokenizer.json`` and the files transformers reads beside it.
 
-Byte pair encoding: text is cut into pieces, a piece is written in the symbols of an alphabet, and pairs are merged
-in the order of the merges file; ``tokenizer_kinds`` says how each kind cuts and writes. The vocabulary
-is JSON, symbol → id; a merges file has one pair per line, best first, below a ``#version`` line.
-A tokenizer is never a reason to fail, unless its files are there and corrupt.
+Byte pair encoding splits text into pieces, writes each piece in the symbols of an alphabet, and merges pairs of
+symbols in the order of the merges file; ``tokenizer_kinds`` defines the splitting and the alphabets. The vocabulary
+is JSON, symbol → id; a merges file has one pair per line, best first, below a ``#version`` line. A missing tokenizer
+is not an error; a corrupt one is.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from gptconvert.targets.package.tokenizer_kinds import (
     Vocabulary,
 )
 
-#: Far above any vocabulary; far below what would hurt.
+#: Limit on file sizes, far above any real vocabulary.
 MAX_BYTES = 256 << 20
-#: Ids are unsigned 32-bit numbers in the tokenizers library; ours stay within int32.
+#: Ids must fit int32, although the tokenizers library uses uint32.
 MAX_ID = 1 << 31
 VERSION_LINE = "#version: 0.2"
-#: Keys of tokenizer_config.json that say where the file came from, not what the tokenizer does.
+#: Keys of tokenizer_config.json about the origin of the file rather than the tokenizer.
 LOCATIONS = frozenset("name_or_path special_tokens_map_file tokenizer_file is_local local_files_only".split())
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -42,7 +42,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class _Pair:
-    """A vocabulary and a merges file: what they say, and the bytes to publish as vocab.json and merges.txt."""
+    """A vocabulary and merges, and the bytes to publish as vocab.json and merges.txt."""
 
     vocabulary: Vocabulary
     merges: Merges
@@ -52,7 +52,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Made:
-    """A ``tokenizers.Tokenizer``, the files it is published in, all its tokens, and notes for the user."""
+    """A ``tokenizers.Tokenizer``, its files to publish, all its tokens, and notes for the user."""
 
     tokenizer: Any
     files: Files
@@ -63,14 +63,14 @@ class _Made:
 def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
     """``tokenizer.json``, ``tokenizer_config.json``, ``vocab.json`` and ``merges.txt`` of a checkpoint.
 
-    Files that are already what they should be are passed on byte for byte.
+    Files already in the required form are copied byte for byte.
 
     Returns:
         file name → bytes (empty if the checkpoint has no tokenizer), and notes for the user.
 
     Raises:
         InputError: a tokenizer file is corrupt.
-        UnsafeInputError: one is no regular file.
+        UnsafeInputError: a file is not a regular file.
     """
     found = checkpoint.source.tokenizer
     kind = KINDS[family_named(checkpoint.config.family).tokenizer]
@@ -78,21 +78,21 @@ def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
     pair = None if vocabulary is None or merges is None else _read_pair(vocabulary, merges)
     settings = _settings(found)
     if "tokenizer.json" in found:
-        made = _pass_on(found["tokenizer.json"], pair)
+        made = _copy(found["tokenizer.json"], pair)
     elif pair is not None and merges is not None:
         _check_merges(pair, merges)
         made = _build(pair, kind, settings, found.get("added_tokens.json"))
     else:
-        return {}, (_what_is_missing(kind, vocabulary, merges),)
+        return {}, (_missing_note(kind, vocabulary, merges),)
     config = _config(kind, made, settings, checkpoint.config.n_ctx)
     size = _size_note(max(made.tokens.values()) + 1, checkpoint.config.vocab_size)
     endless = kind.end is not None and config["eos_token"] is None
-    end = ("the tokenizer has no token that ends a text",) if endless else ()
+    end = ("the tokenizer has no end-of-text token",) if endless else ()
     return {**made.files, "tokenizer_config.json": dump_json(config)}, (*made.notes, *end, *size)
 
 
 def end_token_id(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> int | None:
-    """The id of the end-of-text token in ``files`` (what :func:`tokenizer_files` gave); None if there is none."""
+    """The id of the end-of-text token in the files of :func:`tokenizer_files`; None if they do not have one."""
     kind = KINDS[family_named(checkpoint.config.family).tokenizer]
     if "tokenizer.json" not in files or kind.end is None:
         return None
@@ -104,22 +104,22 @@ def parse_vocabulary(data: bytes, path: str) -> dict[str, int]:
     """Symbol → id, from a JSON object.
 
     Raises:
-        InputError: not a JSON object of different non-negative whole numbers.
+        InputError: not a JSON object of distinct non-negative integers.
     """
     raw = parse_json(data, path, "vocabulary")
     if not isinstance(raw, dict) or not raw:
-        raise InputError("wrong vocabulary", path=path, expected="a JSON object of ids", found=repr(raw)[:80])
+        raise InputError("invalid vocabulary", path=path, expected="a JSON object of ids", found=repr(raw)[:80])
     return _checked_ids(raw, path)
 
 
 def parse_merges(data: bytes, path: str) -> list[tuple[str, str]]:
     """The pairs of a merges file, best first.
 
-    The version line may be missing and lines may end as on Windows. Only the first line can be a comment: GPT-2's
-    own file has merges that begin with ``#``.
+    The version line may be missing, and line endings may be those of Windows. Only the first line can be a comment:
+    GPT-2's file contains merges that begin with ``#``.
 
     Raises:
-        InputError: not UTF-8, or a line does not hold two symbols.
+        InputError: not UTF-8, or a line does not contain two symbols.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -136,7 +136,7 @@ def parse_merges(data: bytes, path: str) -> list[tuple[str, str]]:
     if wrong or not pairs:
         line = repr(" ".join(pairs[wrong[0]]))[:80] if wrong else "the end of the file"
         where = f"line {1 + first + wrong[0]}, {line}; {len(wrong)} such lines" if wrong else line
-        raise InputError("wrong merges file", path=path, expected="two symbols and a space between", found=where)
+        raise InputError("invalid merges file", path=path, expected="two symbols separated by a space", found=where)
     return [(a, b) for a, b in pairs]
 
 
@@ -146,20 +146,20 @@ def _read_pair(vocabulary_path: str, merges_path: str) -> _Pair:
     lines = read_small(merges_path, MAX_BYTES, "a merges file")
     merges = parse_merges(lines, merges_path)
     exact = lines.startswith(b"#version") and lines.endswith(b"\n") and b"\r" not in lines
-    note = "merges.txt was rewritten: the source's has no version line, Windows line ends or no newline at its end"
+    note = "merges.txt was rewritten: the source lacks the version line or final newline, or has CRLF line endings"
     files = {"vocab.json": symbols, "merges.txt": lines if exact else _merges_text(merges)}
     return _Pair(vocabulary, merges, files, () if exact else (note,))
 
 
 def _build(pair: _Pair, kind: Kind, settings: Settings, added_path: str | None) -> _Made:
-    """A tokenizer made of a vocabulary, merges and, where fine-tuning appended any, added tokens."""
+    """Build a tokenizer from a vocabulary, merges and any tokens added in fine-tuning."""
     tokenizer = kind.build(pair.vocabulary, pair.merges, settings)
     named = {str(_content(settings[key])) for key in NAMED_TOKENS if settings.get(key) is not None}
     special = dict.fromkeys((*kind.named.values(), *sorted(named)))
     _add_special(tokenizer, [token for token in special if token in pair.vocabulary])
     added = {} if added_path is None else _add_tokens(tokenizer, added_path, named)
     absent = sum(symbol not in pair.vocabulary for symbol in kind.alphabet(settings))
-    lossy = f"{absent} symbols of the alphabet are not in the vocabulary: text that needs them loses them"
+    lossy = f"{absent} symbols of the alphabet are not in the vocabulary and are lost when text is encoded"
     files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), **pair.files}
     return _Made(tokenizer, files, {**pair.vocabulary, **added}, (*pair.notes, *([lossy] if absent else [])))
 
@@ -171,7 +171,7 @@ def _add_special(tokenizer: Any, tokens: Iterable[str]) -> None:
 
 
 def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, int]:
-    """Add the tokens of an ``added_tokens.json`` in the order of their ids, and check that they keep these."""
+    """Add the tokens of an ``added_tokens.json`` in the order of their ids, and check that they keep their ids."""
     from tokenizers import AddedToken
 
     added = parse_vocabulary(read_small(path, MAX_BYTES, "added tokens"), path)
@@ -180,7 +180,7 @@ def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, 
         tokenizer.add_tokens([AddedToken(token, normalized=not is_special, special=is_special)])
         if tokenizer.token_to_id(token) != number:
             raise InputError(
-                "added tokens do not follow the vocabulary without a gap",
+                "ids of added tokens do not continue those of the vocabulary",
                 path=path,
                 item=token,
                 expected=f"id {tokenizer.token_to_id(token)}",
@@ -189,8 +189,8 @@ def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, 
     return added
 
 
-def _pass_on(path: str, pair: _Pair | None) -> _Made:
-    """A ``tokenizer.json`` as it is, and vocab.json and merges.txt that say what it says."""
+def _copy(path: str, pair: _Pair | None) -> _Made:
+    """Copy a ``tokenizer.json``, with vocab.json and merges.txt of the same content."""
     data = read_small(path, MAX_BYTES, "tokenizer.json")
     raw = parse_json(data, path, "tokenizer.json")
     tokenizer = _load(data, path)
@@ -199,22 +199,22 @@ def _pass_on(path: str, pair: _Pair | None) -> _Made:
         raise InputError("the tokenizer has no tokens", path=path)
     model: Any = raw.get("model") if isinstance(raw, dict) else None
     if not isinstance(model["vocab"], dict) or "merges" not in model:
-        note = f"the tokenizer is no BPE ({model.get('type')}): vocab.json and merges.txt were left out"
+        note = f"the tokenizer is not BPE ({model.get('type')}): vocab.json and merges.txt were left out"
         return _Made(tokenizer, {"tokenizer.json": data}, tokens, (note,))
     vocabulary = _checked_ids(model["vocab"], path)
     merges = [_two(entry) for entry in model["merges"]]
     if pair is not None and (pair.vocabulary, pair.merges) == (vocabulary, merges):
         return _Made(tokenizer, {"tokenizer.json": data, **pair.files}, tokens, pair.notes)
-    ours = {
+    rewritten = {
         "vocab.json": json.dumps(dict(sorted(vocabulary.items(), key=lambda entry: entry[1]))).encode("ascii"),
         "merges.txt": _merges_text(merges),
     }
     note = "vocab.json or merges.txt disagrees with tokenizer.json: both were rewritten from tokenizer.json"
-    return _Made(tokenizer, {"tokenizer.json": data, **ours}, tokens, (note,) if pair else ())
+    return _Made(tokenizer, {"tokenizer.json": data, **rewritten}, tokens, (note,) if pair else ())
 
 
 def _two(entry: Any) -> tuple[str, str]:
-    """A merge of a tokenizer.json, which writes it ``"a b"`` or, since tokenizers 0.20, ``["a", "b"]``."""
+    """A merge in tokenizer.json: ``"a b"`` or, since tokenizers 0.20, ``["a", "b"]``."""
     a, b = entry.split(" ") if isinstance(entry, str) else entry
     return a, b
 
@@ -225,7 +225,7 @@ def _load(data: bytes, path: str) -> Any:
     try:
         return Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises no narrower class
-        raise InputError(f"the tokenizers library cannot read it ({error})", path=path) from error
+        raise InputError(f"cannot be read by the tokenizers library ({error})", path=path) from error
 
 
 def _merges_text(merges: Merges) -> bytes:
@@ -237,7 +237,9 @@ def _checked_ids(raw: Mapping[str, object], path: str) -> dict[str, int]:
     owner: dict[int, str] = {}
     for token, number in raw.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_ID:
-            raise InputError("wrong id", path=path, item=token, expected="a whole number", found=repr(number)[:80])
+            raise InputError(
+                "invalid id", path=path, item=token, expected="a non-negative integer", found=repr(number)[:80]
+            )
         if number in owner:
             raise InputError(f"two tokens have the id {number}", path=path, found=f"{owner[number]!r} and {token!r}")
         ids[token], owner[number] = number, token
@@ -249,14 +251,14 @@ def _check_merges(pair: _Pair, path: str) -> None:
     if unknown:
         shown = ", ".join(repr(" ".join(merge)) for merge in unknown[:3])
         raise InputError(
-            f"{len(unknown)} of {len(pair.merges)} merges name symbols that are not in the vocabulary, first {shown}",
+            f"{len(unknown)} of {len(pair.merges)} merges contain symbols missing from the vocabulary, first {shown}",
             path=path,
             hint="the vocabulary and the merges belong to different tokenizers, or one of the files is corrupt",
         )
 
 
 def _settings(found: Mapping[str, str]) -> dict[str, object]:
-    """What the source's own tokenizer_config.json and special_tokens_map.json say; the former wins."""
+    """The settings of the source's tokenizer_config.json and special_tokens_map.json; the former takes precedence."""
     settings: dict[str, object] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in found:
@@ -265,7 +267,7 @@ def _settings(found: Mapping[str, str]) -> dict[str, object]:
 
 
 def _config(kind: Kind, made: _Made, settings: Settings, n_ctx: int) -> dict[str, object]:
-    """tokenizer_config.json: the source's own words where it has any."""
+    """tokenizer_config.json: the source's settings, completed with defaults."""
     usual = kind.describes(made.tokenizer, settings)
     default: dict[str, object] = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"))
     default |= {key: token for key, token in kind.named.items() if token in made.tokens}
@@ -275,7 +277,7 @@ def _config(kind: Kind, made: _Made, settings: Settings, n_ctx: int) -> dict[str
 
 
 def _content(token: object) -> object:
-    """A special token's text; files hold it bare or with its stripping rules, which tokenizer.json also has."""
+    """The text of a special token, without the stripping rules, which tokenizer.json also contains."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -283,7 +285,7 @@ def _first(found: Mapping[str, str], names: Iterable[str]) -> str | None:
     return next((found[name] for name in names if name in found), None)
 
 
-def _what_is_missing(kind: Kind, vocabulary: str | None, merges: str | None) -> str:
+def _missing_note(kind: Kind, vocabulary: str | None, merges: str | None) -> str:
     lacking = [
         " or ".join(names) for names, path in ((kind.vocabulary, vocabulary), (kind.merges, merges)) if not path
     ]
@@ -296,5 +298,5 @@ def _size_note(tokens: int, n_vocab: int) -> tuple[str, ...]:
     if tokens < n_vocab:
         return (f"the vocabulary is padded: the model has {n_vocab} ids, the tokenizer {tokens}",)
     if tokens > n_vocab:
-        return (f"the tokenizer has {tokens} ids, the model only {n_vocab}: ids from {n_vocab} on will fail",)
+        return (f"the tokenizer has {tokens} ids, the model only {n_vocab}: ids {n_vocab} and above will fail",)
     return ()

@@ -1,10 +1,10 @@
-"""GPT-1's original way from text to tokens: ftfy mends the text, spaCy cuts it into words, BPE splits the words.
+"""GPT-1's original tokenization: ftfy repairs the text, spaCy splits it into words, BPE splits the words.
 
-``tokenizer.json`` cuts by other rules, as transformers does, because no tokenizer library knows spaCy's; how far the
-two differ is in docs/tokenizers.md. Needs the packages of the extra ``gpt1-tokenizer``; nothing else here does.
+``tokenizer.json`` uses other rules, as transformers does, because the tokenizers library does not implement
+spaCy's; docs/tokenizers.md shows the differences. Only this module needs the extra ``gpt1-tokenizer``.
 
-Source: openai/finetune-transformer-lm ``text_utils.py``, which used ftfy 4.4 and spaCy 2.0. Of spaCy's English model
-it used the tokenizer alone, which is rules without weights, so no model has to be downloaded.
+Source: openai/finetune-transformer-lm ``text_utils.py``, which used ftfy 4.4 and spaCy 2.0. It used only the
+tokenizer of spaCy's English model, which consists of rules, so that no model needs to be downloaded.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.targets.package.tokenizer_kinds import WORD_END
 
 EXTRA = "gpt1-tokenizer"
-#: Characters that the training text was not to have.
+#: Characters replaced in the training text.
 REPLACED = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
-#: Runs of one of these become words. The backslash is not among them: the original means it to be, but its pattern
-#: is no raw string, so what it says of the backslash reads as one more plus sign.
+#: Runs of one of these characters become words. The original also lists the backslash, but since its pattern is not a
+#: raw string, the backslash merely escapes the plus sign.
 RUNS = re.compile(r"""([-~!";?+,()/*\[\]{}|_])\1*""")
-#: How spaCy returns the newline between two lines, with the space that follows it.
+#: spaCy's token for a newline between lines, including the space after it.
 NEWLINE_AND_SPACE = "\n "
 
 
 def standardise(text: str) -> str:
-    """Dashes and dots in ASCII, punctuation apart from words, one space between words, lone newlines."""
+    """Replace dashes and ellipses with ASCII, space out punctuation, and collapse white space and newlines."""
     spaced = RUNS.sub(r" \g<0> ", text.translate(REPLACED))
     lines = re.sub(r"\s*\n\s*", " \n ", spaced)
     return re.sub(r"[^\S\n]+", " ", lines).strip()
@@ -37,7 +37,7 @@ class OriginalTokenizer:
     """Text → token ids, as OpenAI's code prepared GPT-1's training text.
 
     Args:
-        path: GPT-1's ``tokenizer.json``, as this project or transformers writes it.
+        path: GPT-1's ``tokenizer.json``, written by this project or transformers.
 
     Raises:
         InputError: the file is not GPT-1's tokenizer.
@@ -45,20 +45,20 @@ class OriginalTokenizer:
     """
 
     def __init__(self, path: str) -> None:
-        self._fix, self._cut = _fix_and_cut()
+        self._fix, self._split = _fix_and_split()
         self._model = _word_model(path)
 
     def words(self, text: str) -> list[str]:
-        """The words, marks and newlines of ``text``, in lower case."""
-        cut = (token.text for token in self._cut(standardise(self._fix(text))))
-        return ["\n" if word == NEWLINE_AND_SPACE else word.lower() for word in cut]
+        """The words, punctuation marks and newlines of ``text``, in lower case."""
+        tokens = (token.text for token in self._split(standardise(self._fix(text))))
+        return ["\n" if word == NEWLINE_AND_SPACE else word.lower() for word in tokens]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; what the vocabulary cannot write is ``<unk>``."""
+        """The ids of ``text``; symbols outside the vocabulary become ``<unk>``."""
         return [piece.id for word in self.words(text) for piece in self._model.tokenize(word)]
 
 
-def _fix_and_cut() -> tuple[Callable[[str], str], Callable[[str], Any]]:
+def _fix_and_split() -> tuple[Callable[[str], str], Callable[[str], Any]]:
     """ftfy's ``fix_text`` and spaCy's English tokenizer."""
     try:
         from ftfy import fix_text
@@ -71,7 +71,7 @@ def _fix_and_cut() -> tuple[Callable[[str], str], Callable[[str], Any]]:
 
 
 def _word_model(path: str) -> Any:
-    """The BPE of a tokenizer file, without the rules that cut text into words."""
+    """The BPE of a tokenizer file, without its rules for splitting text into words."""
     from tokenizers import Tokenizer
 
     try:

@@ -1,11 +1,11 @@
-"""The two kinds of BPE that GPTs use, as data: names of their files, special tokens, and how text is cut.
+"""The two kinds of BPE that GPTs use, as data: file names, special tokens, and rules for splitting text.
 
-Byte-level (GPT-2 and after; Radford et al. 2019; openai/gpt-2 ``src/encoder.py``): a regular expression cuts the
+Byte-level (GPT-2 and later; Radford et al. 2019; openai/gpt-2 ``src/encoder.py``): a regular expression splits the
 text, and the UTF-8 bytes of the pieces are written as 256 printable characters. Every text can be encoded.
 
-Word-end (GPT-1; Sennrich et al. 2016; openai/finetune-transformer-lm ``text_utils.py``): text is lower-cased and cut
-into words and punctuation, the last symbol of each carries ``</w>``, and white space is gone. The original cuts with
-spaCy (``tokenizer_gpt1``); here, as in transformers, with the rules of BERT's tokenizer.
+Word-end (GPT-1; Sennrich et al. 2016; openai/finetune-transformer-lm ``text_utils.py``): text is lower-cased and
+split into words and punctuation, whose last symbol carries ``</w>``; white space is lost. The original splits with
+spaCy (``tokenizer_gpt1``); this module, like transformers, uses the rules of BERT's tokenizer.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Settings = Mapping[str, object]
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
 WORD_END = "</w>"
-#: transformers' class that uses a tokenizer.json as it is; its other classes take the vocabulary and the merges out
-#: of the file and cut text by rules of their own.
+#: transformers' class that uses all of tokenizer.json; its other classes read only the vocabulary and the merges, and
+#: split text by their own rules.
 WHOLE_FILE = "PreTrainedTokenizerFast"
-#: What a BPE model may be told besides vocabulary and merges.
+#: Options of a BPE model besides vocabulary and merges.
 MODEL_OPTIONS = (
     "dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges"
 ).split()
@@ -40,10 +40,10 @@ class Kind:
         named: its special tokens, by their keys in tokenizer_config.json.
         vocabulary: names its vocabulary file may have.
         merges: names its merges file may have.
-        alphabet: symbols without which some text cannot be written.
-        build: vocabulary, merges and the source's tokenizer_config.json → ``tokenizers.Tokenizer``, special tokens
-            not yet in it.
-        settings: what tokenizer_config.json says beyond the special tokens.
+        alphabet: symbols needed to encode every text.
+        build: vocabulary, merges and the source's tokenizer_config.json → ``tokenizers.Tokenizer`` without special
+            tokens.
+        settings: keys of tokenizer_config.json other than the special tokens.
     """
 
     tokenizer_class: str
@@ -56,24 +56,24 @@ class Kind:
 
     @property
     def end(self) -> str | None:
-        """The token that ends a text; GPT-1 has none."""
+        """The end-of-text token; None for GPT-1."""
         return self.named.get("eos_token")
 
     def describes(self, tokenizer: Any, settings: Settings) -> bool:
-        """Whether ``tokenizer`` cuts and merges as ``tokenizer_class`` does when it is told ``settings``."""
+        """Whether ``tokenizer`` splits and merges as ``tokenizer_class`` does with ``settings``."""
         tokens = [*self.named.values(), *(_text(settings.get(key)) for key in self.named)]
         vocabulary = {token: number for number, token in enumerate(dict.fromkeys(filter(None, tokens)))}
         return _behaviour(self.build(vocabulary, (), settings)) == _behaviour(tokenizer)
 
 
 def _text(token: object) -> str | None:
-    """A special token's text; files hold it bare or with its stripping rules."""
+    """The text of a special token, which files store as a string or as an object with stripping rules."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
 def _byte_alphabet(_: Settings) -> list[str]:
-    """The 256 characters that stand for bytes."""
+    """The 256 characters that represent bytes."""
     from tokenizers import pre_tokenizers
 
     alphabet: list[str] = pre_tokenizers.ByteLevel.alphabet()
@@ -102,23 +102,23 @@ def _word_end(vocabulary: Vocabulary, merges: Merges, settings: Settings) -> Any
         vocab=dict(vocabulary),
         merges=list(merges),
         end_of_word_suffix=WORD_END,
-        unk_token=unknown if unknown in vocabulary else None,  # the library refuses text if it is not there
+        unk_token=unknown if unknown in vocabulary else None,  # the library fails if it is not in the vocabulary
     )
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # and so without accents
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # which also strips accents
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.BPEDecoder(suffix=WORD_END)
     return tokenizer
 
 
 def _behaviour(tokenizer: Any) -> tuple[object, ...]:
-    """What a tokenizer does to text, apart from vocabulary, merges and special tokens; comparable.
+    """A comparable description of a tokenizer, apart from vocabulary, merges and special tokens.
 
-    Not a part of it: the post-processor, which every class takes from the file, and whether offsets count spaces.
+    It excludes the post-processor, which every class takes from the file, and whether offsets count spaces.
     """
-    cutting = tuple(_state(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
+    splitting = tuple(_state(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
     options = tuple(getattr(tokenizer.model, name, None) or None for name in MODEL_OPTIONS)
-    return (type(tokenizer.model).__name__, *options, type(tokenizer.decoder).__name__, *cutting)
+    return (type(tokenizer.model).__name__, *options, type(tokenizer.decoder).__name__, *splitting)
 
 
 def _state(part: Any) -> dict[str, object] | None:
@@ -149,5 +149,5 @@ KINDS: Mapping[str, Kind] = {
         settings={"clean_up_tokenization_spaces": False},
     ),
 }
-#: What tokenizer_config.json says where the tokenizer is of no kind above.
+#: The same as ``Kind.settings``, for tokenizers of other kinds.
 OTHER_SETTINGS: Settings = {"clean_up_tokenization_spaces": False}

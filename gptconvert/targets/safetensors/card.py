@@ -1,4 +1,4 @@
-"""How transformers loads the safetensors of an export, for the model card."""
+"""The model card's transformers snippet for the safetensors of an export."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Safetensors in the Hugging Face layout: the files that transformers' ``save_pretrained`` would write.
 
-``{"format": "pt"}`` is the only metadata: transformers requires it, and the library writes several keys in random
+The metadata is only ``{"format": "pt"}``, which transformers requires; the library writes multiple keys in random
 order.
 """
 
@@ -31,7 +31,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     """One export: ``model.safetensors``, or its shards and their index.
 
     Raises:
-        UnsupportedError: a weight has a dtype that is not a float.
+        UnsupportedError: a weight does not have a float dtype.
     """
     checkpoint = encoded(checkpoint, options.dtype)
     config = checkpoint.config
@@ -53,7 +53,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
 
 
 def is_bare(config: GPTConfig) -> bool:
-    """Whether the model is the body alone, whose tensors transformers saves without a prefix."""
+    """Whether the model is a body without a head, whose tensors transformers saves without a prefix."""
     return config.task == "feature-extraction"
 
 
@@ -61,7 +61,7 @@ def safetensors_file(path: str, tensors: Iterable[tuple[str, LazyTensor, str | N
     """One safetensors file of (name, tensor, canonical weight), in any order.
 
     Raises:
-        UnsupportedError: a dtype that is not a float.
+        UnsupportedError: a tensor does not have a float dtype.
     """
     entries = list(tensors)
     by_name = {name: tensor for name, tensor, _ in entries}
@@ -76,7 +76,7 @@ def _refuse_integers(tensors: Mapping[str, LazyTensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype.newbyteorder("=") not in FLOATS:
             raise UnsupportedError(
-                "weights of this type are not written",
+                "weights of this type are not supported",
                 item=name,
                 expected=f"one of {', '.join(map(str, FLOATS))}",
                 found=tensor.dtype.newbyteorder("="),
@@ -84,7 +84,7 @@ def _refuse_integers(tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def _canonical_names(scheme: Scheme, config: GPTConfig, bare: bool) -> dict[str, str]:
-    """File name → canonical name, in the order of the model's modules: that is how transformers fills shards."""
+    """File name → canonical name, in the order of the model's modules, in which transformers fills shards."""
     layered = [k for k, row in enumerate(scheme.rows) if "{i}" in row.canonical]
     found: list[tuple[tuple[int, int, int], str, str]] = []
     for k, row in enumerate(scheme.rows):
@@ -93,11 +93,11 @@ def _canonical_names(scheme: Scheme, config: GPTConfig, bare: bool) -> dict[str,
             layer = int(bound.canonical.removeprefix(before).partition(".")[0]) if has_layers else 0
             part = 1 if has_layers else 0 if k < min(layered) else 2
             found += [((part, layer, k), name, bound.canonical) for name in bound.stored]
-    return {name: ours for _, name, ours in sorted(found, key=lambda entry: entry[0])}
+    return {name: canonical for _, name, canonical in sorted(found, key=lambda entry: entry[0])}
 
 
 def _split(tensors: Mapping[str, LazyTensor], max_shard_size: int) -> dict[str, list[str]]:
-    """Shard file → names, by the rule of huggingface_hub."""
+    """Shard file → tensor names, split by huggingface_hub."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     def nbytes(tensor: LazyTensor) -> int:

@@ -1,4 +1,4 @@
-"""The safetensors of an export, run one token after the other by the reference model."""
+"""Generation from the safetensors of an export, with the reference model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 
 
 class TorchRuntime:
-    """The safetensors of an export in the reference model."""
+    """The safetensors of an export, loaded in the reference model."""
 
     def __init__(self, directory: str, config: Mapping[str, object]) -> None:
         from gptconvert.verify.truth import tensor_of
@@ -31,7 +31,7 @@ class TorchRuntime:
         self.past: list[KeyValue] = []
 
     def close(self) -> None:
-        """Nothing is held that does not go by itself."""
+        """Do nothing; the model needs no cleanup."""
 
     def step(self, ids: Sequence[int]) -> Floats:
         import torch

@@ -1,4 +1,4 @@
-"""Rule 1 for safetensors: the directory read back as a checkpoint, and compared with the one it came from."""
+"""Rule 1 for safetensors: read the directory back as a checkpoint, and compare it with the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The openai-tf target: TensorFlow restores its files, they read back bit for bit, and nothing is lost silently."""
+"""The openai-tf target: TensorFlow restores its files, they read back bit for bit, and losses are refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_real_gpt1_round_trips_byte_for_byte(tmp_path: Path) -> None:
     "name", ["openai-tf", "openai-tf-sharded", "openai-tf-bf16", "openai-tf-f16", "openai-tf-adam"]
 )
 def test_tensorflows_files_round_trip(tmp_path: Path, name: str) -> None:
-    """From any layout to the plain one, as the Saver itself writes these weights."""
+    """Any layout is converted to the plain one, as the Saver writes these weights."""
     folder = published(TINY / name, tmp_path / "back")
     if name in ("openai-tf", "openai-tf-sharded"):
         for part in ("model.ckpt.data-00000-of-00001", "model.ckpt.index", "checkpoint"):
@@ -88,10 +88,10 @@ def test_tensorflows_files_round_trip(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("source", ["hf-safetensors", "hf-bin", "hf-bf16"])
 def test_round_trip_through_openais_layout(tmp_path: Path, source: str) -> None:
     """Hugging Face → OpenAI → Hugging Face gives the same file."""
-    folder = published(TINY / source, tmp_path / "there", ("openai-tf", "safetensors"))
+    folder = published(TINY / source, tmp_path / "first", ("openai-tf", "safetensors"))
     pipeline.convert(open_checkpoint(str(folder)), str(tmp_path / "back"), Options(targets=("safetensors",)))
-    there, back = (tmp_path / where / "model.safetensors" for where in ("there", "back"))
-    assert there.read_bytes() == back.read_bytes()
+    first, back = (tmp_path / where / "model.safetensors" for where in ("first", "back"))
+    assert first.read_bytes() == back.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_round_trip_through_openais_layout(tmp_path: Path, source: str) -> None:
     ],
 )
 def test_from_every_trainer(tmp_path: Path, source: str, request_: dict[str, Any]) -> None:
-    """Linear layers are transposed, so checksums are of computed bytes."""
+    """Linear layers are transposed, so checksums cover computed bytes."""
     folder = published(ORIGINALS / source, tmp_path / "back", **request_)
     original = open_checkpoint(str(ORIGINALS / source), Options(**request_))
     assert same_weights(open_checkpoint(str(folder), Options(n_head=3)), original)
 
 
 def test_tensorflow_restores_it(tmp_path: Path, tf: Any) -> None:
-    """By tf.train.load_checkpoint, and by the Saver into a graph's variables, from a transposed source."""
+    """With tf.train.load_checkpoint and with the Saver, from a transposed source."""
     folder = published(ORIGINALS / "llmc" / "gpt2_fp32.bin", tmp_path / "back")
     assert tf.train.latest_checkpoint(str(folder)) == str(folder / "model.ckpt")
     reader = tf.train.load_checkpoint(str(folder))
@@ -151,11 +151,11 @@ def plan_without_tokenizer(checkpoint: Checkpoint, **options: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_gpt1_of_another_type_reads_back(tmp_path: Path, dtype: str) -> None:
-    """Cast tensors are computed, including the parts of those that straddle two files."""
+    """Cast tensors are computed, including those that straddle two files."""
     checkpoint = encoded(gpt1(), dtype)
     write_planned(tmp_path, plan_without_tokenizer(checkpoint))
     found = open_checkpoint(str(tmp_path / FOLDER))
-    assert found.config.n_head == 3  # from hparams.json, needed because 24 / 64 is not a number of heads
+    assert found.config.n_head == 3  # from hparams.json, since 24 / 64 heads is invalid
     assert same_weights(found, checkpoint)
 
 
@@ -210,7 +210,7 @@ def damage_bytes(folder: Path) -> None:
 
 
 def swap_layers(folder: Path) -> None:
-    """Exchange the bytes of a weight in h0 and h1."""
+    """Swap the bytes of a weight in h0 and h1."""
     data = folder / "model.ckpt.index"
     content = data.read_bytes()
     data.write_bytes(content)
@@ -240,7 +240,7 @@ def test_planted_damage_is_found(tmp_path: Path, damage: Any, words: str) -> Non
 
 @pytest.mark.parametrize("bug", ["order", "transpose"])
 def test_writer_bug_prevents_publication(tmp_path: Path, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Square projections written untransposed, or two tensors exchanged, fail the gate."""
+    """Square projections written untransposed, or two swapped tensors, fail verification."""
     from gptconvert.targets.openai_tf import plan as openai_tf
 
     original = openai_tf._stored

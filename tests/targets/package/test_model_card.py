@@ -1,4 +1,4 @@
-"""The model card: valid YAML, honest words, snippets that run, nothing of the machine it was made on."""
+"""The model card: valid YAML, accurate claims, snippets that run, nothing specific to the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gptconvert.verify.report import ArtifactReport, Report
 from gptconvert.verify.weights import WeightReport
 from tests.helpers import FIXTURES, checkpoint_of, openai_checkpoint, openai_layout, tiny_gpt2, write_planned
 
-#: Where each target's artifact is, as a plan would say.
+#: Target → planned path of its artifact.
 PATHS = {"onnx": "onnx/model.onnx", "safetensors": "model.safetensors", "tf": "saved_model"}
 
 CHECKED: dict[str, Any] = {
@@ -129,13 +129,13 @@ def test_command_repeats_the_options() -> None:
     )
 
 
-def test_command_is_one_that_the_program_takes(tiny: Checkpoint) -> None:
+def test_command_is_accepted_by_the_command_line(tiny: Checkpoint) -> None:
     full = {"dtype": "fp16", "opset": 18, "kv_cache": False, "single_file": True, "max_shard_size": 7}
     words = command(text(tiny, "onnx", "safetensors", **full)).split()[2:]
     convert.make_context("convert", words, resilient_parsing=False)
 
 
-def test_heads_are_repeated_where_no_configuration_has_them(tmp_path: Path) -> None:
+def test_heads_are_repeated_if_no_configuration_records_them(tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2(n_inner=None)
     guessed = checkpoint_of(
         {}, openai_layout(arrays), tmp_path, scheme="openai-tf", request=Options(n_head=int(str(raw["n_head"])))
@@ -144,7 +144,7 @@ def test_heads_are_repeated_where_no_configuration_has_them(tmp_path: Path) -> N
     assert "--n-head" not in command(text(openai_checkpoint(tmp_path)))
 
 
-def test_unverified_is_said_plainly(tiny: Checkpoint) -> None:
+def test_skipped_verification_is_stated(tiny: Checkpoint) -> None:
     assert "Not verified" in text(tiny)
     assert "--no-verify" in command(text(tiny))
     checked = text(tiny, verification=CHECKED)
@@ -152,7 +152,7 @@ def test_unverified_is_said_plainly(tiny: Checkpoint) -> None:
     assert "--no-verify" not in checked
 
 
-def test_verdicts_are_shown_without_what_differs_from_run_to_run(tiny: Checkpoint) -> None:
+def test_verdicts_are_shown_without_figures(tiny: Checkpoint) -> None:
     checked = text(tiny, verification=CHECKED)
     assert "| `onnx/model.onnx` | 28 of 28 | 2 of 2 |" in checked
     assert "| `model.safetensors` | 29 of 29 | not computed |" in checked
@@ -165,8 +165,8 @@ def test_verdicts_are_shown_without_what_differs_from_run_to_run(tiny: Checkpoin
     assert "within rounding noise" not in failed
 
 
-def test_only_what_was_checked_is_claimed(tiny: Checkpoint) -> None:
-    """An artifact whose outputs were not computed is named, and the rule on outputs names only those that ran."""
+def test_claims_only_the_checks_that_ran(tiny: Checkpoint) -> None:
+    """Artifacts whose outputs were not computed are named; the rule on outputs names only the others."""
     onnx, safetensors = ({**CHECKED, "artifacts": [artifact]} for artifact in CHECKED["artifacts"])
     alone = text(tiny, "safetensors", verification=safetensors)
     assert "The outputs of `model.safetensors` were not computed" in alone
@@ -198,9 +198,9 @@ def test_architecture_and_files(tiny: Checkpoint) -> None:
 
 
 def test_nothing_of_the_machine(tmp_path: Path) -> None:
-    """Two directories, one card; no path, no date."""
+    """The card is the same in two directories, without paths or dates."""
     cards = []
-    for name in ("here", "there"):
+    for name in ("first", "second"):
         (tmp_path / name).mkdir()
         raw, arrays = tiny_gpt2()
         checkpoint = checkpoint_of(
@@ -244,7 +244,7 @@ def test_graph_and_type_are_those_planned(tiny: Checkpoint) -> None:
 def test_python_snippets_run(
     kv_cache: bool, tokenized: bool, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The onnxruntime and transformers snippets, as written, in the directory they stand in."""
+    """Run the onnxruntime and transformers snippets unchanged in the output directory."""
     found = {name: str(FIXTURES / "gpt2-stdlib" / name) for name in ("encoder.json", "vocab.bpe")}
     raw, arrays = tiny_gpt2(vocab_size=2003, bos_token_id=2002, eos_token_id=2002)
     checkpoint = checkpoint_of(raw, arrays, request=Options(task=task), tokenizer=found if tokenized else {})

@@ -1,4 +1,4 @@
-"""The JSON files beside the weights, read by those they are written for."""
+"""The JSON files beside the weights, loaded by the libraries that use them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKENIZER = FIXTURES / "gpt2-stdlib"
 def exports(
     checkpoint: Checkpoint, targets: tuple[str, ...] = BOTH, planned: tuple[str, ...] = ONNX
 ) -> tuple[Export, ...]:
-    """One export for each graph among the files ``planned``, and one for the other target."""
+    """One export per graph in ``planned``, and one for the other target."""
     graphs = [path for path in planned if path.endswith(".onnx")] if "onnx" in targets else []
     files = {path: [name for name in (path, f"{path}_data") if name in planned] for path in graphs}
     made = [
@@ -91,15 +91,15 @@ def test_form_is_that_of_transformers(tiny: Checkpoint) -> None:
         {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "resid_pdrop": 0.0},
     ],
 )
-def test_config_means_to_transformers_what_the_source_meant(changes: dict[str, object], tmp_path: Path) -> None:
+def test_transformers_reads_the_same_config_as_from_the_source(changes: dict[str, object], tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2(**changes)
     write_planned(tmp_path, sidecar_files(exports(checkpoint_of(raw, arrays)), Options()))
-    ours = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
-    theirs = transformers.GPT2Config(**raw).to_dict()
+    converted = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    reference = transformers.GPT2Config(**raw).to_dict()
     for key in ("transformers.js_config", "_name_or_path", "dtype", "n_ctx"):
-        ours.pop(key, None)
-        theirs.pop(key, None)
-    assert ours == theirs
+        converted.pop(key, None)
+        reference.pop(key, None)
+    assert converted == reference
     assert "transformers_version" not in json.loads((tmp_path / "config.json").read_text())
 
 
@@ -110,7 +110,7 @@ def test_a_second_conversion_changes_nothing(tiny: Checkpoint) -> None:
     assert written(again) == first
 
 
-def test_keys_of_the_source_are_passed_on_but_not_where_it_lay() -> None:
+def test_keys_of_the_source_are_kept_except_its_location() -> None:
     old = {
         "_name_or_path": "/home/me/runs/7",
         "transformers_version": "4.9.0",
@@ -209,13 +209,13 @@ def test_genai_config(tiny: Checkpoint) -> None:
     assert config["search"]["max_length"] == 40
 
 
-def test_genai_config_keeps_a_pad_token_of_its_own() -> None:
+def test_genai_config_keeps_a_distinct_pad_token() -> None:
     raw, arrays = tiny_gpt2(pad_token_id=4)
     assert parsed(checkpoint_of(raw, arrays), "genai_config.json")["model"]["pad_token_id"] == 4
 
 
-def test_genai_config_names_what_the_graph_has(tiny: Checkpoint) -> None:
-    """Every input and output of the planned ONNX graph, and no other, is named in genai_config.json."""
+def test_genai_config_names_the_inputs_and_outputs_of_the_graph(tiny: Checkpoint) -> None:
+    """genai_config.json names exactly the inputs and outputs of the planned ONNX graph."""
     files = plan(tiny, Options())[0].files
     graph = onnx.load_model_from_string(next(file.head for file in files if file.path.endswith(".onnx"))).graph
     config = parsed(tiny, "genai_config.json", planned=tuple(file.path for file in files))
@@ -229,7 +229,7 @@ def test_genai_config_names_what_the_graph_has(tiny: Checkpoint) -> None:
 
 @pytest.mark.parametrize("padding", [0, 45])
 def test_padded_vocabulary_does_not_move_the_end_token(padding: int, tmp_path: Path) -> None:
-    """OpenAI's hparams.json names no special ids; the last id is the end token only without padding."""
+    """OpenAI's hparams.json has no special ids; the last id is the end token only without padding."""
     found = {name: str(TOKENIZER / name) for name in ("encoder.json", "vocab.bpe")}
     tokens = len(json.loads((TOKENIZER / "encoder.json").read_text()))
     checkpoint = openai_checkpoint(tmp_path, tokenizer=found, vocab_size=tokens + padding)

@@ -1,4 +1,4 @@
-"""Tokenizer files against transformers' GPT-2 tokenizer and a plain writing of OpenAI's algorithm."""
+"""Tokenizer files compared with transformers' GPT-2 tokenizer and a plain implementation of OpenAI's algorithm."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def write_all(directory: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture(scope="module", params=["real", "stdlib"])
 def released(request: pytest.FixtureRequest) -> dict[str, str]:
-    """encoder.json and vocab.bpe: OpenAI's, and a small one in the same form."""
+    """encoder.json and vocab.bpe: OpenAI's, and a small pair of the same form."""
     directory = REAL_GPT2 if request.param == "real" else FIXTURES / "gpt2-stdlib"
     if not (directory / "vocab.bpe").exists():
         pytest.skip(NO_RELEASED_FILES)
@@ -96,21 +96,21 @@ def published(released: dict[str, str]) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def ours(published: dict[str, bytes]) -> Any:
+def converted(published: dict[str, bytes]) -> Any:
     return tokenizers.Tokenizer.from_str(published["tokenizer.json"].decode())
 
 
 @pytest.fixture(scope="module")
-def theirs(released: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers' tokenizer from the two released files, under the names it knows."""
-    directory = tmp_path_factory.mktemp("theirs")
+def reference(released: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers' tokenizer from the two released files, under Hugging Face's names."""
+    directory = tmp_path_factory.mktemp("reference")
     (directory / "vocab.json").write_bytes(Path(released["encoder.json"]).read_bytes())
     (directory / "merges.txt").write_bytes(Path(released["vocab.bpe"]).read_bytes())
     return transformers.GPT2TokenizerFast.from_pretrained(directory)
 
 
 class Plain:
-    """OpenAI's encoder, written from its description with the ``regex`` module and no other library."""
+    """OpenAI's encoder, implemented from its description with only the ``regex`` module."""
 
     words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
@@ -148,11 +148,13 @@ def plain(released: dict[str, str]) -> Plain:
 
 
 @pytest.mark.parametrize("text", CORPUS + WITH_END)
-def test_ids_equal_those_of_transformers_and_of_openai(text: str, ours: Any, theirs: Any, plain: Plain) -> None:
-    ids = ours.encode(text).ids
-    assert ids == theirs(text)["input_ids"]
+def test_ids_equal_those_of_transformers_and_of_openai(
+    text: str, converted: Any, reference: Any, plain: Plain
+) -> None:
+    ids = converted.encode(text).ids
+    assert ids == reference(text)["input_ids"]
     assert ids == plain.encode(text)
-    assert ours.decode(ids, skip_special_tokens=False) == text
+    assert converted.decode(ids, skip_special_tokens=False) == text
 
 
 ASSIGNED = st.characters(exclude_categories=("Cs", "Cn", "Co")).filter(lambda c: unicodedata.category(c) != "Cn")
@@ -160,13 +162,13 @@ ASSIGNED = st.characters(exclude_categories=("Cs", "Cn", "Co")).filter(lambda c:
 
 @given(st.text(ASSIGNED | st.sampled_from(" \t\n'strevmld0\u0301é<|>"), max_size=60))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_ids_equal_on_random_text(ours: Any, theirs: Any, plain: Plain, text: str) -> None:
-    ids = ours.encode(text).ids
-    assert ids == theirs(text)["input_ids"] == plain.encode(text)
-    assert ours.decode(ids, skip_special_tokens=False) == text
+def test_ids_equal_on_random_text(converted: Any, reference: Any, plain: Plain, text: str) -> None:
+    ids = converted.encode(text).ids
+    assert ids == reference(text)["input_ids"] == plain.encode(text)
+    assert converted.decode(ids, skip_special_tokens=False) == text
 
 
-def test_released_files_are_passed_on_byte_for_byte(released: dict[str, str], published: dict[str, bytes]) -> None:
+def test_released_files_are_copied_byte_for_byte(released: dict[str, str], published: dict[str, bytes]) -> None:
     assert set(published) == PUBLISHED
     assert published["vocab.json"] == Path(released["encoder.json"]).read_bytes()
     assert published["merges.txt"] == Path(released["vocab.bpe"]).read_bytes()
@@ -174,7 +176,7 @@ def test_released_files_are_passed_on_byte_for_byte(released: dict[str, str], pu
 
 @pytest.mark.parametrize("only_json", [False, True])
 def test_transformers_loads_the_directory(
-    only_json: bool, published: dict[str, bytes], theirs: Any, tmp_path: Path
+    only_json: bool, published: dict[str, bytes], reference: Any, tmp_path: Path
 ) -> None:
     files = {n: d for n, d in published.items() if not only_json or n.startswith("tokenizer")}
     raw, _ = tiny_gpt2()
@@ -182,18 +184,18 @@ def test_transformers_loads_the_directory(
         write_all(tmp_path, {**files, "config.json": json.dumps(raw).encode()})
     )
     assert type(loaded).__name__.startswith("GPT2Tokenizer")
-    assert len(loaded) == len(theirs)
+    assert len(loaded) == len(reference)
     assert (loaded.bos_token, loaded.eos_token, loaded.unk_token, loaded.pad_token) == (END, END, END, None)
     assert loaded.model_max_length == 40
     for text in CORPUS + WITH_END:
-        assert loaded(text)["input_ids"] == theirs(text)["input_ids"]
+        assert loaded(text)["input_ids"] == reference(text)["input_ids"]
         assert loaded.decode(loaded(text)["input_ids"]) == text
 
 
 def test_the_three_forms_of_one_tokenizer_give_the_same_files(
     released: dict[str, str], published: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """OpenAI's two files, Hugging Face's two, and a lone tokenizer.json, from which the two are derived."""
+    """OpenAI's two files, Hugging Face's two, and a lone tokenizer.json, from which both are derived."""
     directory = write_all(tmp_path, {name: data for name, data in published.items() if "token" not in name})
     assert tokenizer_files(with_tokenizer(files_of(directory), 10**5))[0] == published
     (tmp_path / "tokenizer.json").write_bytes(published["tokenizer.json"])
@@ -214,13 +216,13 @@ def test_old_tokenizer_json_with_merges_as_strings(published: dict[str, bytes], 
     assert files["vocab.json"] == published["vocab.json"]
 
 
-# A tokenizer small enough to read: the byte alphabet, four merges (two begin with #), the end token.
+# A small tokenizer: the byte alphabet, four merges (two begin with #), the end token.
 
 MERGES = [("t", "h"), ("#", "#"), ("##", "#"), ("th", "e")]
 
 
 def small(directory: Path, **changes: bytes) -> dict[str, str]:
-    """The small tokenizer in OpenAI's two files; ``changes`` (dots written ``__``) replace files or add some."""
+    """The small tokenizer in OpenAI's two files; ``changes`` (dots written ``__``) replace or add files."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     symbols = [*alphabet, *("".join(pair) for pair in MERGES), END]
     lines = "".join(f"{a} {b}\n" for a, b in MERGES)
@@ -248,11 +250,11 @@ TEXT = "the ### th###e ##"
         b"#version: 0.2\nt h\n# #\n## #\nth e\n\n",
     ],
 )
-def test_merges_files_of_every_make(form: bytes, tmp_path: Path) -> None:
+def test_merges_files_of_every_form(form: bytes, tmp_path: Path) -> None:
     assert parse_merges(form, "vocab.bpe") == MERGES
     plainly, _ = tokenizer_files(with_tokenizer(small(tmp_path / "a"), SMALL_SIZE))
     files, notes = tokenizer_files(with_tokenizer(small(tmp_path / "b", vocab__bpe=form), SMALL_SIZE))
-    if form.endswith(b"\n\n"):  # harmless, and so passed on
+    if form.endswith(b"\n\n"):  # harmless, and so copied unchanged
         assert files["merges.txt"] == form
     else:
         assert files == plainly
@@ -269,7 +271,7 @@ def test_the_end_token_is_special(tmp_path: Path) -> None:
     loaded = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     assert loaded.decode(loaded.encode(f"the{END}").ids, skip_special_tokens=True) == "the"
     config = json.loads(files["tokenizer_config.json"])
-    assert config["clean_up_tokenization_spaces"] is False  # what transformers 4 would do to "do n't"
+    assert config["clean_up_tokenization_spaces"] is False  # transformers 4 would change "do n't"
 
 
 def test_merges_that_begin_with_a_hash_are_merges(tmp_path: Path) -> None:
@@ -302,7 +304,7 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("case", CORRUPT)
-def test_corrupt_files_are_named(case: str, tmp_path: Path) -> None:
+def test_errors_name_corrupt_files(case: str, tmp_path: Path) -> None:
     name, data = CORRUPT[case]
     found = small(tmp_path, **{name.replace(".", "__"): data})
     with pytest.raises(InputError) as caught:
@@ -314,7 +316,7 @@ def test_corrupt_files_are_named(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"{", b"[]", b'{"version": "1.0"}', b"<html>", b'{"model": {"type": "BPE", "vocab": {"a": "b"}}}']
 )
-def test_corrupt_tokenizer_json_is_named(data: bytes, tmp_path: Path) -> None:
+def test_error_names_corrupt_tokenizer_json(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data)
     with pytest.raises(InputError) as caught:
@@ -333,28 +335,28 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "said"),
+    ("missing", "expected"),
     [
         (("encoder.json", "vocab.bpe"), "no tokenizer files"),
         (("encoder.json",), "vocab.json"),
         (("vocab.bpe",), "merges.txt"),
     ],
 )
-def test_a_missing_tokenizer_is_a_note(gone: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    found = {name: path for name, path in small(tmp_path).items() if name not in gone}
+def test_missing_tokenizer_is_noted(missing: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+    found = {name: path for name, path in small(tmp_path).items() if name not in missing}
     files, notes = tokenizer_files(with_tokenizer(found))
     assert files == {}
     assert len(notes) == 1
-    assert said in notes[0]
+    assert expected in notes[0]
 
 
 @pytest.mark.parametrize(
-    ("n_vocab", "said"), [(SMALL_SIZE, None), (SMALL_SIZE + 3, "padded"), (SMALL_SIZE - 1, "will fail")]
+    ("n_vocab", "expected"), [(SMALL_SIZE, None), (SMALL_SIZE + 3, "padded"), (SMALL_SIZE - 1, "will fail")]
 )
-def test_vocabulary_of_another_size_is_noted(n_vocab: int, said: str | None, tmp_path: Path) -> None:
+def test_vocabulary_of_another_size_is_noted(n_vocab: int, expected: str | None, tmp_path: Path) -> None:
     files, notes = tokenizer_files(with_tokenizer(small(tmp_path), n_vocab))
     assert set(files) == PUBLISHED
-    assert [said in note for note in notes] == ([] if said is None else [True])
+    assert [expected in note for note in notes] == ([] if expected is None else [True])
 
 
 def test_tokens_added_in_fine_tuning_keep_their_ids(tmp_path: Path) -> None:
@@ -422,7 +424,7 @@ def test_disagreeing_files_follow_tokenizer_json(tmp_path: Path) -> None:
     assert "disagrees" in notes[0]
 
 
-def test_other_tokenizers_are_passed_on(tmp_path: Path) -> None:
+def test_other_tokenizers_are_copied(tmp_path: Path) -> None:
     model = tokenizers.models.Unigram([("<unk>", 0.0), ("the", -1.0), ("t", -2.0)], 0, False)
     path = tmp_path / "tokenizer.json"
     tokenizers.Tokenizer(model).save(str(path))

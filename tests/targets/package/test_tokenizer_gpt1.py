@@ -1,6 +1,6 @@
-"""GPT-1's original pre-processing: ftfy and spaCy, from the extra ``gpt1-tokenizer``; most of it needs both.
+"""GPT-1's original tokenization with ftfy and spaCy, from the extra ``gpt1-tokenizer``.
 
-They weigh about 200 MB, so ``make test`` does not install them, and what needs them is skipped where they are not:
+They take about 200 MB, so ``make test`` does not install them, and tests that need them are skipped without them:
 ``pip install 'gptconvert[gpt1-tokenizer]'`` runs it all.
 """
 
@@ -60,7 +60,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("--!!-!", "-- !! - !"),
         ('say "hi", (now) [x] {y}', 'say " hi " , ( now ) [ x ] { y }'),
         ("a;b?c+d/e*f|g_h~i", "a ; b ? c + d / e * f | g _ h ~ i"),
-        ("C:\\dir \\\\x", "C:\\dir \\\\x"),  # what the original does, not what it says
+        ("C:\\dir \\\\x", "C:\\dir \\\\x"),  # as the original behaves, unlike its pattern suggests
         ("it's 3.5: a.b @c #d $e %f ^g &h =i <j> `k`", "it's 3.5: a.b @c #d $e %f ^g &h =i <j> `k`"),
     ],
 )
@@ -84,7 +84,7 @@ def test_the_extra_exists() -> None:
 
 
 class Words:
-    """Stands in for ftfy and spaCy where they are absent: text is cut at single spaces."""
+    """Replace ftfy and spaCy, which may be absent: split text at single spaces."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -96,7 +96,7 @@ class Words:
 
 @pytest.fixture
 def simple(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptconvert.targets.package.tokenizer_gpt1._fix_and_cut", lambda: (str, Words.cut))
+    monkeypatch.setattr("gptconvert.targets.package.tokenizer_gpt1._fix_and_split", lambda: (str, Words.cut))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_examples(text: str, words: str, same: bool, real: str) -> None:
 
 
 @needs_the_extra
-def test_merged_as_openai_merges(odd: str) -> None:
-    """Every word of a text, by the rule of the paper: again and again the best pair that is there."""
+def test_merges_as_openai_does(odd: str) -> None:
+    """Merge every word by the rule of the paper: repeatedly merge the best pair present."""
     original, ranks, ids = OriginalTokenizer(odd), {pair: rank for rank, pair in enumerate(MERGES)}, symbols()
     text = "The other ring isn't there. Anything? Aaaaaa! ##### résumés 0101 日 € n't\nthther inging"
     expected = [ids.get(part, ids[UNKNOWN]) for word in original.words(text) for part in merged(word, ranks)]
@@ -171,7 +171,7 @@ def merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
         parts[at : at + 2] = ["".join(parts[at : at + 2])]
 
 
-def test_the_documented_examples_are_the_tested_ones() -> None:
+def test_documented_examples_are_those_tested() -> None:
     table = (ROOT / "docs" / "tokenizers.md").read_text("utf-8")
     for text, words, same in EXAMPLES:
         row = f"| {json.dumps(text, ensure_ascii=False)} | {json.dumps(words, ensure_ascii=False)} |"

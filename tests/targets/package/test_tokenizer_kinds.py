@@ -1,4 +1,4 @@
-"""A source's own tokenizer.json: passed on as it is, and read by transformers as it is.
+"""A source's own tokenizer.json: copied unchanged, and used unchanged by transformers.
 
 GPT-NeoX's is the case in point. It is byte-level BPE like GPT-2's, but text is put into composed form first and runs
 of spaces are tokens, so that transformers' GPT-2 class, given its vocabulary and merges, makes other ids.
@@ -36,7 +36,7 @@ BYTE_LEVEL = KINDS["byte-level"]
 
 
 def neox() -> Any:
-    """A tokenizer of the form of GPT-NeoX-20B's: special tokens first, runs of 24 to 2 spaces added last."""
+    """A tokenizer like GPT-NeoX-20B's: special tokens first, runs of 24 to 2 spaces added last."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -57,7 +57,7 @@ PADDED = 307
 
 
 def gpt_neox(tokenizer: dict[str, str], directory: Path, n_vocab: int = PADDED, **config: object) -> Checkpoint:
-    """A tiny GPT-NeoX with these tokenizer files; its configuration names special ids only where ``config`` does."""
+    """A tiny GPT-NeoX with these tokenizer files; its configuration has special ids only if ``config`` does."""
     case = witness.Case("gpt_neox", keys={"vocab_size": n_vocab}, name=str(n_vocab))
     raw, arrays = witness.saved(case, directory)
     raw = {key: value for key, value in raw.items() if not key.endswith("_token_id")}
@@ -112,8 +112,8 @@ def test_neox_as_transformers_reads_it_from_the_output(
     assert loaded.decode(plain.encode(f"the{END}{PAD}").ids, skip_special_tokens=True) == "the"
 
 
-def test_the_class_of_gpt2_would_make_other_ids(source: dict[str, str], tmp_path: Path) -> None:
-    """Why the output does not name it."""
+def test_class_of_gpt2_would_give_other_ids(source: dict[str, str], tmp_path: Path) -> None:
+    """The reason why the output does not name this class."""
     files, _ = tokenizer_files(gpt_neox(with_config(source, {"tokenizer_class": "GPT2Tokenizer"}), tmp_path))
     loaded = transformers.AutoTokenizer.from_pretrained(write_all(tmp_path / "out", files))
     assert loaded("cafe\u0301")["input_ids"] != neox().encode("cafe\u0301").ids
@@ -124,13 +124,13 @@ def test_a_leading_space_in_the_file_stays(source: dict[str, str], tmp_path: Pat
     spaced.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     spaced.save(source["tokenizer.json"])
     files, _ = tokenizer_files(gpt_neox(source, tmp_path))
-    assert "add_prefix_space" not in json.loads(files["tokenizer_config.json"])  # nothing that denies it
+    assert "add_prefix_space" not in json.loads(files["tokenizer_config.json"])  # nothing that contradicts it
     loaded = transformers.AutoTokenizer.from_pretrained(write_all(tmp_path / "out", files))
     assert loaded("the")["input_ids"] == spaced.encode("the").ids == neox().encode(" the").ids
 
 
-def test_a_leading_space_that_the_source_asks_for(tmp_path: Path) -> None:
-    """In a vocabulary and merges with ``add_prefix_space`` beside them."""
+def test_leading_space_set_by_the_source(tmp_path: Path) -> None:
+    """A vocabulary and merges with ``add_prefix_space`` in tokenizer_config.json."""
     raw = json.loads(neox().to_str())["model"]
     contents = {
         "vocab.json": raw["vocab"],
@@ -150,29 +150,31 @@ def test_a_leading_space_that_the_source_asks_for(tmp_path: Path) -> None:
 
 
 def test_special_ids_come_from_the_tokenizer(source: dict[str, str], tmp_path: Path) -> None:
-    """The trainer's YAML names none, and id 0 is a good answer, not a missing one."""
+    """The trainer's YAML has none, and id 0 is a valid id, not a missing one."""
     checkpoint = gpt_neox(source, tmp_path)
     files, _ = tokenizer_files(checkpoint)
     assert end_token_id(checkpoint, files) == 0
     assert with_special_ids(checkpoint, files).config.eos_token_id == 0
-    told = gpt_neox(source, tmp_path, eos_token_id=5)
-    assert with_special_ids(told, files).config.eos_token_id == 5
+    stated = gpt_neox(source, tmp_path, eos_token_id=5)
+    assert with_special_ids(stated, files).config.eos_token_id == 5
 
 
-def test_vocabulary_and_merges_beside_it_say_the_same(source: dict[str, str], tmp_path: Path) -> None:
+def test_vocabulary_and_merges_beside_it_are_equal(source: dict[str, str], tmp_path: Path) -> None:
     files, _ = tokenizer_files(gpt_neox(source, tmp_path))
     model = json.loads(files["tokenizer.json"])["model"]
     assert json.loads(files["vocab.json"]) == model["vocab"]
     assert files["merges.txt"].decode().split("\n")[1:-1] == [" ".join(pair) for pair in model["merges"]]
 
 
-@pytest.mark.parametrize(("n_vocab", "said"), [(SIZE, ()), (SIZE - 1, ("will fail",)), (SIZE + 1, ("is padded",))])
+@pytest.mark.parametrize(
+    ("n_vocab", "expected"), [(SIZE, ()), (SIZE - 1, ("will fail",)), (SIZE + 1, ("is padded",))]
+)
 def test_vocabulary_of_another_size(
-    n_vocab: int, said: tuple[str, ...], source: dict[str, str], tmp_path: Path
+    n_vocab: int, expected: tuple[str, ...], source: dict[str, str], tmp_path: Path
 ) -> None:
     """Added tokens count."""
     _, notes = tokenizer_files(gpt_neox(source, tmp_path, n_vocab))
-    assert [words in note for words, note in zip(said, notes, strict=True)] == [True] * len(said)
+    assert [words in note for words, note in zip(expected, notes, strict=True)] == [True] * len(expected)
 
 
 def test_conversion(source: dict[str, str], tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_conversion(source: dict[str, str], tmp_path: Path) -> None:
 
 
 def gpt2(**changes: Any) -> Any:
-    """GPT-2's tokenizer as the hub's tokenizer.json has it, with ``changes`` to its parts."""
+    """GPT-2's tokenizer as in the hub's tokenizer.json, with ``changes`` to its parts."""
     raw = {
         "version": "1.0",
         "added_tokens": [],
@@ -211,7 +213,7 @@ def gpt2(**changes: Any) -> Any:
     return tokenizers.Tokenizer.from_str(json.dumps({**raw, **changes}))
 
 
-def test_gpt2s_own() -> None:
+def test_tokenizer_of_gpt2_is_described() -> None:
     assert BYTE_LEVEL.describes(gpt2(), {})
     assert BYTE_LEVEL.describes(gpt2(), {"add_prefix_space": False, "model_max_length": 7})
     offsets = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
@@ -234,11 +236,11 @@ def test_gpt2s_own() -> None:
         {"model": {"type": "WordLevel", "unk_token": "t", "merges": None}},
     ],
 )
-def test_anything_else_is_read_whole(changes: dict[str, Any]) -> None:
+def test_other_tokenizers_use_the_whole_file(changes: dict[str, Any]) -> None:
     assert not BYTE_LEVEL.describes(gpt2(**changes), {})
 
 
-def test_a_leading_space_that_is_asked_for() -> None:
+def test_leading_space_in_the_settings() -> None:
     spaced = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
     assert BYTE_LEVEL.describes(gpt2(pre_tokenizer=spaced), {"add_prefix_space": True})
     assert not BYTE_LEVEL.describes(gpt2(), {"add_prefix_space": True})

@@ -1,4 +1,4 @@
-"""GPT-1's tokenizer files against transformers' OpenAIGPTTokenizer, and what is made of them further on."""
+"""GPT-1's tokenizer files compared with transformers' OpenAIGPTTokenizer, and used in conversion and generation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CORPUS = [
 
 
 def gpt1(tokenizer: dict[str, str], n_vocab: int = SIZE, directory: Path | None = None) -> Checkpoint:
-    """A GPT-1 as OpenAI releases it (arrays without a configuration), with these tokenizer files; D 24, H 3."""
+    """A GPT-1 in OpenAI's release format (arrays without a configuration), with these tokenizer files; D 24, H 3."""
     width, context = 24, 40
     random = np.random.default_rng(0)
     arrays = {"positions_embed": (context, width), "tokens_embed": (n_vocab, width)}
@@ -65,7 +65,7 @@ def gpt1(tokenizer: dict[str, str], n_vocab: int = SIZE, directory: Path | None 
 
 @pytest.fixture(scope="module", params=["real", "odd"])
 def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The two files: OpenAI's, and a small pair in the same form."""
+    """The two files: OpenAI's, and a small pair of the same form."""
     if request.param == "odd":
         return write_pair(tmp_path_factory.mktemp("odd"))
     if not REAL.exists():
@@ -86,16 +86,16 @@ def published(released: dict[str, str], n_vocab: int) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def ours(published: dict[str, bytes]) -> Any:
+def converted(published: dict[str, bytes]) -> Any:
     return tokenizers.Tokenizer.from_str(published["tokenizer.json"].decode())
 
 
 @pytest.fixture(scope="module")
-def theirs(released: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers' tokenizer from the two released files, under the names it knows."""
-    directory = tmp_path_factory.mktemp("theirs")
-    for ours, name in zip(OPENAI, HUGGING_FACE, strict=True):
-        (directory / name).write_bytes(Path(released[ours]).read_bytes())
+def reference(released: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers' tokenizer from the two released files, under Hugging Face's names."""
+    directory = tmp_path_factory.mktemp("reference")
+    for released_name, name in zip(OPENAI, HUGGING_FACE, strict=True):
+        (directory / name).write_bytes(Path(released[released_name]).read_bytes())
     return transformers.OpenAIGPTTokenizerFast.from_pretrained(directory)
 
 
@@ -105,11 +105,11 @@ def decoded(tokenizer: Any, ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize("text", CORPUS)
-def test_ids_and_text_equal_those_of_transformers(text: str, ours: Any, theirs: Any) -> None:
-    encoding, ids = ours.encode(text), theirs(text)["input_ids"]
+def test_ids_and_text_equal_those_of_transformers(text: str, converted: Any, reference: Any) -> None:
+    encoding, ids = converted.encode(text), reference(text)["input_ids"]
     assert encoding.ids == ids
-    assert encoding.offsets == theirs(text, return_offsets_mapping=True)["offset_mapping"]
-    assert decoded(ours, ids) == decoded(theirs, ids)
+    assert encoding.offsets == reference(text, return_offsets_mapping=True)["offset_mapping"]
+    assert decoded(converted, ids) == decoded(reference, ids)
 
 
 ASSIGNED = st.characters(exclude_categories=("Cs", "Cn", "Co")).filter(lambda c: unicodedata.category(c) != "Cn")
@@ -117,43 +117,43 @@ ASSIGNED = st.characters(exclude_categories=("Cs", "Cn", "Co")).filter(lambda c:
 
 @given(st.text(ASSIGNED | st.sampled_from(" \t\n'streingaé#.<unk>\u0301İ日"), max_size=60))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_ids_equal_on_random_text(ours: Any, theirs: Any, text: str) -> None:
-    assert ours.encode(text).ids == theirs(text)["input_ids"]
+def test_ids_equal_on_random_text(converted: Any, reference: Any, text: str) -> None:
+    assert converted.encode(text).ids == reference(text)["input_ids"]
 
 
-def test_the_file_says_what_transformers_saves(published: dict[str, bytes], theirs: Any) -> None:
-    """All of it: transformers only adds a post-processor that changes nothing."""
-    mine, other = (json.loads(t) for t in (published["tokenizer.json"], theirs.backend_tokenizer.to_str()))
+def test_file_equals_the_one_transformers_saves(published: dict[str, bytes], reference: Any) -> None:
+    """Except for a post-processor without effect, which transformers adds."""
+    mine, other = (json.loads(t) for t in (published["tokenizer.json"], reference.backend_tokenizer.to_str()))
     changes_nothing = [{"Sequence": {"id": "A", "type_id": 0}}]
     assert other.pop("post_processor")["single"] == changes_nothing
     assert mine.pop("post_processor") is None
-    for document in (mine, other):  # None and "" both mean: no mark in front of a word's later parts
+    for document in (mine, other):  # None and "" both mean that later parts of a word have no prefix
         document["model"]["continuing_subword_prefix"] = document["model"]["continuing_subword_prefix"] or None
     assert mine == other
 
 
-def test_released_files_are_passed_on_byte_for_byte(released: dict[str, str], published: dict[str, bytes]) -> None:
+def test_released_files_are_copied_byte_for_byte(released: dict[str, str], published: dict[str, bytes]) -> None:
     assert set(published) == PUBLISHED
-    for theirs, name in zip(OPENAI, HUGGING_FACE, strict=True):
-        assert published[name] == Path(released[theirs]).read_bytes()
+    for released_name, name in zip(OPENAI, HUGGING_FACE, strict=True):
+        assert published[name] == Path(released[released_name]).read_bytes()
 
 
 @pytest.mark.parametrize("only_json", [False, True])
 def test_transformers_loads_the_directory(
-    only_json: bool, published: dict[str, bytes], theirs: Any, tmp_path: Path
+    only_json: bool, published: dict[str, bytes], reference: Any, tmp_path: Path
 ) -> None:
     files = {n: d for n, d in published.items() if not only_json or n.startswith("tokenizer")}
     loaded = transformers.AutoTokenizer.from_pretrained(
         write_all(tmp_path, {**files, "config.json": b'{"model_type": "openai-gpt"}'})
     )
-    assert type(loaded) is type(theirs)
-    assert len(loaded) == len(theirs)
+    assert type(loaded) is type(reference)
+    assert len(loaded) == len(reference)
     assert (loaded.bos_token, loaded.eos_token, loaded.unk_token, loaded.pad_token) == (None, None, UNKNOWN, None)
     assert loaded.model_max_length == 40
     for text in CORPUS:
         ids = loaded(text)["input_ids"]
-        assert ids == theirs(text)["input_ids"]
-        assert loaded.decode(ids) == decoded(theirs, ids)
+        assert ids == reference(text)["input_ids"]
+        assert loaded.decode(ids) == decoded(reference, ids)
 
 
 def test_the_three_forms_of_one_tokenizer_give_the_same_files(published: dict[str, bytes], tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_three_forms_of_one_tokenizer_give_the_same_files(published: dict[st
     assert tokenizer_files(gpt1({**lone, **pair}, 10**5))[0] == published
 
 
-def test_old_tokenizer_json_from_the_hub(published: dict[str, bytes], theirs: Any, tmp_path: Path) -> None:
+def test_old_tokenizer_json_from_the_hub(published: dict[str, bytes], reference: Any, tmp_path: Path) -> None:
     """Merges as strings, empty affixes and options that later versions added missing: the same class still."""
     raw = json.loads(published["tokenizer.json"])
     raw["model"]["merges"] = [" ".join(pair) for pair in raw["model"]["merges"]]
@@ -183,11 +183,11 @@ def test_old_tokenizer_json_from_the_hub(published: dict[str, bytes], theirs: An
         gpt1({"tokenizer.json": str(write_all(tmp_path, {"t": json.dumps(raw).encode()}) / "t")})
     )
     assert files["merges.txt"] == published["merges.txt"]
-    assert json.loads(files["tokenizer_config.json"])["tokenizer_class"] == type(theirs).__name__
+    assert json.loads(files["tokenizer_config.json"])["tokenizer_class"] == type(reference).__name__
 
 
-def test_no_token_ends_a_text(published: dict[str, bytes], released: dict[str, str], n_vocab: int) -> None:
-    """That is how GPT-1 is, and no reason for a note."""
+def test_without_an_end_token(published: dict[str, bytes], released: dict[str, str], n_vocab: int) -> None:
+    """As expected of GPT-1, and so not noted."""
     assert end_token_id(gpt1(released, n_vocab), published) is None
 
 
@@ -204,7 +204,7 @@ def test_a_missing_or_corrupt_file(name: str, tmp_path: Path) -> None:
 
 
 def test_tokens_added_in_fine_tuning(tmp_path: Path) -> None:
-    """As OpenAI's own fine-tuning appends them, and as Hugging Face stores such a vocabulary."""
+    """As appended by OpenAI's fine-tuning code, and as stored by Hugging Face."""
     added = {"_start_": SIZE, "_Delimiter_": SIZE + 1, "_classify_": SIZE + 2}
     source = tmp_path / "hf"
     found = write_pair(source, HUGGING_FACE)
@@ -241,7 +241,7 @@ def test_another_unknown_token(stated: object, tmp_path: Path) -> None:
 
 
 def test_vocabulary_without_an_unknown_token(tmp_path: Path) -> None:
-    """transformers would give it an id the model has no row for; here the text is lost, and that is said."""
+    """transformers would use an id beyond the model's embedding; here the text is lost, with a note."""
     vocabulary = {symbol: number for number, symbol in enumerate(s for s in symbols() if s != UNKNOWN)}
     files, notes = tokenizer_files(gpt1(write_pair(tmp_path, OPENAI, vocabulary), len(vocabulary)))
     assert [note.startswith("1 symbols of the alphabet") for note in notes] == [True]
@@ -255,25 +255,25 @@ def test_vocabulary_without_an_unknown_token(tmp_path: Path) -> None:
 # Further on: conversion, and text made with the result.
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_conversion_with_and_without_tokenizer_files(there: bool, tmp_path: Path) -> None:
-    tokenizer = write_pair(tmp_path / "source") if there else {}
+@pytest.mark.parametrize("has_files", [True, False])
+def test_conversion_with_and_without_tokenizer_files(has_files: bool, tmp_path: Path) -> None:
+    tokenizer = write_pair(tmp_path / "source") if has_files else {}
     (tmp_path / "weights").mkdir()
     checkpoint = gpt1(tokenizer, 101, tmp_path / "weights")
     options = pipeline.Options(targets=("onnx", "safetensors"))
     result = pipeline.convert(checkpoint, str(tmp_path / "out"), options)
     assert result.report is not None
     assert result.report.passed
-    assert PUBLISHED & {file.path for file in result.files} == (PUBLISHED if there else set())
-    said = "the vocabulary is padded" if there else "the checkpoint has no tokenizer files"
-    assert sum(note.startswith(said) for note in result.notes) == 1
+    assert PUBLISHED & {file.path for file in result.files} == (PUBLISHED if has_files else set())
+    expected = "the vocabulary is padded" if has_files else "the checkpoint has no tokenizer files"
+    assert sum(note.startswith(expected) for note in result.notes) == 1
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["eos_token_id"], config["vocab_size"]) == (None, 101)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A conversion of a GPT-1 with every id a token, so that any id can be generated."""
+    """A converted GPT-1 in which every id is a token, so that any id can be generated."""
     directory = tmp_path_factory.mktemp("gpt1")
     checkpoint = gpt1(write_pair(directory), SIZE, directory)
     pipeline.convert(checkpoint, str(directory / "out"), pipeline.Options(verify=None))
@@ -283,7 +283,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("prompt", ["The other thing", "the € in", f"in {UNKNOWN}", "#"])
 @pytest.mark.parametrize("seed", range(3))
 def test_generated_pieces_are_the_text(prompt: str, seed: int, exported: Path) -> None:
-    """The pieces continue the prompt as the tokenizer writes it: a word that follows a word has a space before it."""
+    """The pieces continue the prompt as the tokenizer decodes it, with spaces between words."""
     tokenizer = tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json"))
     running = generate(str(exported), prompt, Sampling(24, temperature=1.5, seed=seed))
     pieces = list(running.pieces)
@@ -306,7 +306,7 @@ def test_generate_on_the_command_line(exported: Path, capsys: Any) -> None:
     assert len(done.json["ids"]) == 5
 
 
-def test_a_prompt_of_nothing_but_space(exported: Path) -> None:
+def test_prompt_of_white_space_only(exported: Path) -> None:
     with pytest.raises(UsageError, match="the prompt is empty"):
         generate(str(exported), " \n ", Sampling(1))
 
@@ -316,7 +316,7 @@ def test_openais_own_directory(tmp_path: Path) -> None:
     checkpoint = pipeline.open_checkpoint(str(REAL), Options(n_head=4))
     pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(verify=None))
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert loaded("the president is")["input_ids"] == [481, 4735, 544]  # transformers' own test has these
+    assert loaded("the president is")["input_ids"] == [481, 4735, 544]  # from transformers' own test
     running = generate(str(tmp_path / "out"), "the president is", Sampling(5))
     pieces = list(running.pieces)
     assert "the president is" + "".join(pieces) == loaded.decode([*running.prompt, *running.ids])

@@ -1,4 +1,4 @@
-"""A GPT-1 tokenizer small enough to read, in any of its released forms."""
+"""A small GPT-1 tokenizer, in any of its released forms."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ REAL = ROOT.parent / "shared" / "data" / "openai-gpt1"
 UNKNOWN, NEWLINE = "<unk>", "\n</w>"
 OPENAI = ("encoder_bpe_40000.json", "vocab_40000.bpe")
 HUGGING_FACE = ("vocab.json", "merges.txt")
-#: Every one of them with and without the mark of a word's end. Accents are written whole, as in GPT-1's vocabulary.
+#: Each occurs with and without the end-of-word mark. Accented letters are composed, as in GPT-1's vocabulary.
 SYMBOLS = [*"abcdefghijklmnopqrstuvwxyz", *"013.,'\"!?-#", "é", "ñ", "日"]
-#: Pairs that meet in both orders, overlap, begin with a hash, and end words.
+#: Pairs that occur in both orders, overlap, begin with a hash, and end words.
 MERGES = [
     ("t", "h"),
     ("th", "e</w>"),
@@ -37,7 +37,7 @@ SIZE = 2 + 2 * len(SYMBOLS) + len(MERGES)
 
 
 def symbols() -> dict[str, int]:
-    """The vocabulary. Unlike OpenAI's, its unknown token is not id 0, and its symbols are in no order."""
+    """The vocabulary. Unlike OpenAI's, its unknown token is not id 0, and its symbols are not ordered."""
     merged = ["".join(pair) for pair in MERGES]
     every = [*SYMBOLS[::-1], UNKNOWN, *merged, *(f"{symbol}</w>" for symbol in SYMBOLS), NEWLINE]
     return {symbol: number for number, symbol in enumerate(every)}

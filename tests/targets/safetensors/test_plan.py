@@ -1,4 +1,4 @@
-"""The safetensors target against its references: the safetensors library (bytes) and transformers (logits)."""
+"""The safetensors target compared with the safetensors library (bytes) and transformers (logits)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.helpers import (
 )
 
 IDS = torch.tensor([[0, 96, 5, 17, 42, 3, 88], [96, 1, 2, 3, 50, 60, 70]])
-#: Configuration changes of the models that the checks below run on.
+#: Configuration changes of the tested models.
 VARIANTS: dict[str, dict[str, object]] = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -110,7 +110,7 @@ def test_weights_of_an_openai_checkpoint_are_copied_raw(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("limit", [5_000_000_000, 12_000, 1])
-def test_bytes_equal_the_librarys(variant: str, limit: int, tmp_path: Path) -> None:
+def test_bytes_equal_those_of_the_library(variant: str, limit: int, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(*tiny_gpt2(1, **VARIANTS[variant]), tmp_path)
     saved_by_library(TARGET.plan(checkpoint, Options(max_shard_size=limit))[0].files, tmp_path)
 
@@ -189,7 +189,7 @@ def test_shards_are_split_as_by_transformers(layers: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_kept_and_declared(dtype: str, tmp_path: Path) -> None:
+def test_half_precision_is_kept_and_recorded(dtype: str, tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2(4)
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     half = {name: array.astype(kind) for name, array in arrays.items()}
@@ -236,7 +236,7 @@ def test_planning_reads_no_weights(tmp_path: Path) -> None:
 
 
 def test_real_files_match_openais_logits(tmp_path: Path) -> None:
-    """A checkpoint in OpenAI's original format against logits computed by OpenAI's code."""
+    """A checkpoint in OpenAI's format, compared with logits computed by OpenAI's code."""
     if not REAL_GPT2.is_dir():
         pytest.skip(NO_RELEASED_FILES)
     from gptconvert.families.registry import understand

@@ -1,4 +1,4 @@
-"""An architecture in the words people use for it, for ``gptconvert inspect``."""
+"""A readable summary of an architecture, for ``gptconvert inspect``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-#: Names of the activations' formulas.
 ACTIVATIONS = {"gelu_tanh": "GELU (tanh approximation)", "gelu_erf": "GELU (exact, erf)"}
 RESIDUALS = {
     "serial": "attention then MLP",
@@ -15,13 +14,13 @@ RESIDUALS = {
 }
 
 
-def config_in_words(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(property, words) for what matters about an architecture.
+def config_summary(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(property, description) of an architecture.
 
     Args:
         config: ``GPTConfig.as_dict()``.
     """
-    return [(name, words(config)) for name, words in ROWS.items()]
+    return [(name, describe(config)) for name, describe in ROWS.items()]
 
 
 def _width(config: Mapping[str, Any]) -> str:
@@ -49,25 +48,25 @@ def _attention(config: Mapping[str, Any]) -> str:
 
 
 def _scale(config: Mapping[str, Any]) -> str:
-    """The factor of query·key."""
+    """The scale of the attention scores."""
     scales, head_dim = config["attn_scale"], config["n_embd"] // config["n_head"]
     usual = head_dim**-0.5
     if all(math.isclose(scale, usual) for scale in scales):
         return f"divided by √{head_dim}"
     if all(math.isclose(scale, usual / (i + 1)) for i, scale in enumerate(scales)):
-        return f"divided by √{head_dim} and by the layer's number (from 1)"
+        return f"divided by √{head_dim} and by the layer number (from 1)"
     return _per_layer(scales, lambda scale: "not scaled" if scale == 1 else f"times {scale:.4g}")
 
 
-def _per_layer(values: Sequence[Any], words: Callable[[Any], str]) -> str:
-    """A property of every layer: once if it is constant, else its period or how many layers have which value."""
+def _per_layer(values: Sequence[Any], describe: Callable[[Any], str]) -> str:
+    """A value per layer: one value if constant, the period if short, otherwise the number of layers per value."""
     period = next(p for p in range(1, len(values) + 1) if all(v == values[i % p] for i, v in enumerate(values)))
     if period == 1:
-        return words(values[0])
+        return describe(values[0])
     if period <= 4:
-        return f"{', '.join(map(words, values[:period]))}, in turn"
+        return f"{', '.join(map(describe, values[:period]))}, in turn"
     counts = {value: values.count(value) for value in values}
-    return ", ".join(f"{words(value)} in {n} {'layer' if n == 1 else 'layers'}" for value, n in counts.items())
+    return ", ".join(f"{describe(value)} in {n} {'layer' if n == 1 else 'layers'}" for value, n in counts.items())
 
 
 def _norms(config: Mapping[str, Any]) -> str:
@@ -83,7 +82,7 @@ def _head(config: Mapping[str, Any]) -> str:
             f"{config['n_labels']} labels" if config["n_labels"] else "none" if task == "feature-extraction" else task
         )
     bias = ", with bias" if config["head_bias"] else ""
-    return ("the token embedding (tied)" if config["tied_head"] else "weights of its own") + bias
+    return ("the token embedding (tied)" if config["tied_head"] else "separate weights") + bias
 
 
 ROWS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
