@@ -10,20 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gptconvert.errors import InputError
-from gptconvert.families import gptj
+from gptconvert.families import gptj, keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme
-from gptconvert.families.keys import (
-    ACTIVATION,
-    ALWAYS,
-    NORM_EPS,
-    SUMMARY_KEYS,
-    dropouts,
-    inner_key,
-    size_keys,
-    table,
-    vocabulary_keys,
-)
 from gptconvert.model.config_kinds import WHOLE
 from gptconvert.model.config_table import Key, Values
 from gptconvert.model.schemes import Drop, Row
@@ -63,33 +52,28 @@ def _rotary(values: Values) -> Rotary:
     return Rotary(values["rotary_dim"], interleaved=True)
 
 
-CONFIG = table(
-    *vocabulary_keys(50400, tied=False, bos=50256, eos=50256),
-    *size_keys(4096, 28, 16),
+CONFIG = keys.table(
+    *keys.vocabulary(50400, tied=False, bos=50256, eos=50256),
+    *keys.sizes(4096, 28, 16),
     Key("n_positions", "n_ctx", WHOLE, 2048, aliases=("max_position_embeddings",)),
-    inner_key("n_inner"),
-    NORM_EPS,
-    Key("activation_function", "activation", ACTIVATION, "gelu_new"),
+    keys.inner("n_inner"),
+    keys.NORM_EPS,
+    Key("activation_function", "activation", keys.ACTIVATION, "gelu_new"),
     Key("rotary_dim", "rotary_dim", WHOLE, 64, of=lambda c: c.rotary.dim if c.rotary else None),
-    harmless=(*SUMMARY_KEYS, "n_ctx"),  # transformers writes n_ctx and reads n_positions
+    harmless=(*keys.SUMMARY_KEYS, "n_ctx"),  # transformers writes n_ctx and reads n_positions
     unused={"scale_attn_weights": True},
-    writes={**dropouts(0.0), **ALWAYS},
+    writes={**keys.dropouts(0.0), **keys.ALWAYS},
     derived={"rotary": _rotary},
 )
 
-FAMILY = Family(
-    name="codegen",
-    title="CodeGen",
-    model_types=("codegen",),
-    heads={"text-generation": "CodeGenForCausalLM", "feature-extraction": "CodeGenModel"},
-    hf=hf_scheme(
-        *gptj.ROWS,
-        Row("h.{i}.attn.c_attn.weight", "h.{i}.attn.qkv_proj.weight", "3D D", (Ungroup(),)),
-        drops=(
-            Drop(r"h\.\d+\.attn\.causal_mask", "causal mask buffer"),
-            Drop(r"h\.\d+\.attn\.embed_positions", "table of rotary angles"),
-        ),
+HEADS = {"text-generation": "CodeGenForCausalLM", "feature-extraction": "CodeGenModel"}
+HF = hf_scheme(
+    *gptj.ROWS,
+    Row("h.{i}.attn.c_attn.weight", "h.{i}.attn.qkv_proj.weight", "3D D", (Ungroup(),)),
+    drops=(
+        Drop(r"h\.\d+\.attn\.causal_mask", "causal mask buffer"),
+        Drop(r"h\.\d+\.attn\.embed_positions", "table of rotary angles"),
     ),
-    keys=CONFIG,
-    fixed=gptj.FIXED,
 )
+
+FAMILY = Family("codegen", "CodeGen", ("codegen",), HEADS, HF, CONFIG, fixed=gptj.FIXED)

@@ -5,7 +5,7 @@ To add a family, write one file, ``gptconvert/families/NAME.py``, and list its `
 1. ``HF = hf_scheme(Row(canonical, stored, shape, steps), …)``: one row per body tensor in Hugging Face's
    files; ``hf_scheme`` adds heads, prefixes and mask buffers. The transforms of ``model/transforms.py`` turn linear
    weights into ``[out, in]`` and q, k, v into one tensor of three blocks.
-2. ``CONFIG = table(*vocabulary_keys(…), *size_keys(…), Key(name, field, kind, default), …)``: one line per key of
+2. ``CONFIG = keys.table(*keys.vocabulary(…), Key(name, field, kind, default), …)``: one line per key of
    config.json, used for reading and writing. ``harmless`` lists keys that do not affect the output, ``unused`` keys
    that must be off, ``writes`` keys that transformers always saves; ``derived`` computes fields from other values.
    Every other key is rejected by name.

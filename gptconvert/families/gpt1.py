@@ -9,9 +9,9 @@ openai/finetune-transformer-lm ``train.py`` (tanh-GELU, eps 1e-5, order of the r
 
 from __future__ import annotations
 
+from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, tied_lm_head
-from gptconvert.families.keys import ALWAYS, NORM_EPS, SUMMARY_KEYS, dropouts, size_keys, table, vocabulary_keys
 from gptconvert.families.rows import CONV1D_BLOCK
 from gptconvert.families.trainers import openai_gpt1
 from gptconvert.model.config_kinds import SIZE, WHOLE
@@ -49,26 +49,27 @@ HF = hf_scheme(
         Tied("tokens_embed.weight", "wte.weight", "V D", when=_embedding_is_head, head=False),
     ),
 )
-CONFIG = table(
-    *vocabulary_keys(40478, tied=True, bos=None, eos=None),
-    *size_keys(768, 12, 12),
+CONFIG = keys.table(
+    *keys.vocabulary(40478, tied=True, bos=None, eos=None),
+    *keys.sizes(768, 12, 12),
     # n_ctx is the length of the training texts; n_positions, where present, is the number of rows of the table.
     Key("n_ctx", "text_length", SIZE, None),
     Key("n_positions", "n_ctx", WHOLE, lambda v: v["text_length"] or 512, aliases=("max_position_embeddings",)),
-    NORM_EPS,
+    keys.NORM_EPS,
     openai_gpt1.AFN,
-    harmless=SUMMARY_KEYS,
-    writes={**dropouts(0.1), **SUMMARY_KEYS, "initializer_range": ALWAYS["initializer_range"]},
+    harmless=keys.SUMMARY_KEYS,
+    writes={**keys.dropouts(0.1), **keys.SUMMARY_KEYS, "initializer_range": keys.ALWAYS["initializer_range"]},
 )
+FIXED = {"norm_position": "post", "final_norm": False}
 
 FAMILY = Family(
-    name="gpt1",
-    title="GPT-1",
-    model_types=("openai-gpt",),
-    heads=HEADS,
-    hf=HF,
-    keys=CONFIG,
+    "gpt1",
+    "GPT-1",
+    ("openai-gpt",),
+    HEADS,
+    HF,
+    CONFIG,
     trainers=(openai_gpt1.LAYOUT,),
-    fixed={"norm_position": "post", "final_norm": False},
+    fixed=FIXED,
     tokenizer="word-end",
 )

@@ -7,19 +7,9 @@ Conv1D weights are [in, out] in both; canonical linear weights are [out, in].
 
 from __future__ import annotations
 
+from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme
-from gptconvert.families.keys import (
-    ACTIVATION,
-    ALWAYS,
-    NORM_EPS,
-    SUMMARY_KEYS,
-    dropouts,
-    inner_key,
-    size_keys,
-    table,
-    vocabulary_keys,
-)
 from gptconvert.families.rows import CONV1D_BLOCK, FINAL_NORM
 from gptconvert.families.trainers import llmc, megatron, nanogpt, openai_tf
 from gptconvert.model.config_kinds import FLAG, WHOLE
@@ -46,14 +36,14 @@ def _scale(values: Values) -> tuple[float, ...]:
 HF = hf_scheme(
     Row("wte.weight", "wte.weight", "V D"), Row("wpe.weight", "wpe.weight", "C D"), *CONV1D_BLOCK, *FINAL_NORM
 )
-CONFIG = table(
-    *vocabulary_keys(50257, tied=True, bos=50256, eos=50256),
-    *size_keys(768, 12, 12),
+CONFIG = keys.table(
+    *keys.vocabulary(50257, tied=True, bos=50256, eos=50256),
+    *keys.sizes(768, 12, 12),
     # llama.cpp reads n_ctx.
     Key("n_positions", "n_ctx", WHOLE, 1024, aliases=("max_position_embeddings",), repeats=("n_ctx",)),
-    inner_key("n_inner"),
-    NORM_EPS,
-    Key("activation_function", "activation", ACTIVATION, "gelu_new"),
+    keys.inner("n_inner"),
+    keys.NORM_EPS,
+    Key("activation_function", "activation", keys.ACTIVATION, "gelu_new"),
     Key("scale_attn_weights", "scaled", FLAG, True, of=lambda c: c.attn_scale[0] == c.head_dim**-0.5),
     Key(
         "scale_attn_by_inverse_layer_idx",
@@ -64,17 +54,17 @@ CONFIG = table(
     ),
     # The same mathematics, softmax kept in float32.
     Key("reorder_and_upcast_attn", None, FLAG, False, of=lambda c: False),
-    harmless=SUMMARY_KEYS,
-    writes={**dropouts(0.1), **SUMMARY_KEYS, **ALWAYS},
+    harmless=keys.SUMMARY_KEYS,
+    writes={**keys.dropouts(0.1), **keys.SUMMARY_KEYS, **keys.ALWAYS},
     derived={"attn_scale": _scale},
 )
 
 FAMILY = Family(
-    name="gpt2",
-    title="GPT-2, DistilGPT-2",
-    model_types=("gpt2",),
-    heads=HEADS,
-    hf=HF,
-    keys=CONFIG,
+    "gpt2",
+    "GPT-2, DistilGPT-2",
+    ("gpt2",),
+    HEADS,
+    HF,
+    CONFIG,
     trainers=(openai_tf.LAYOUT, nanogpt.LAYOUT, llmc.LAYOUT, *megatron.LAYOUTS),
 )

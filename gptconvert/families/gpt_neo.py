@@ -7,9 +7,9 @@ Conv1D names there. q, k and v are separate tensors without biases; the output p
 
 from __future__ import annotations
 
+from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme
-from gptconvert.families.keys import ACTIVATION, ALWAYS, NORM_EPS, SUMMARY_KEYS, inner_key, table, vocabulary_keys
 from gptconvert.families.pattern import attention_layers, attention_types, unscaled, window, windows
 from gptconvert.families.rows import FINAL_NORM
 from gptconvert.families.trainers import mesh_tf
@@ -45,30 +45,23 @@ HF = hf_scheme(
     drops=(Drop(r"h\.\d+\.attn\.attention\.bias", "attention mask buffer"),),
 )
 DROPOUTS = {"attention_dropout": 0.0, "embed_dropout": 0.0, "resid_dropout": 0.0, "classifier_dropout": 0.1}
-CONFIG = table(
-    *vocabulary_keys(50257, tied=True, bos=50256, eos=50256),
+CONFIG = keys.table(
+    *keys.vocabulary(50257, tied=True, bos=50256, eos=50256),
     Key("max_position_embeddings", "n_ctx", WHOLE, 2048),
     Key("hidden_size", "n_embd", WHOLE, 2048),
     Key("num_layers", "n_layer", WHOLE, 24, aliases=("num_hidden_layers",)),
     Key("num_heads", "n_head", WHOLE, 16, aliases=("num_attention_heads",)),
-    inner_key("intermediate_size"),
-    NORM_EPS,
-    Key("activation_function", "activation", ACTIVATION, "gelu_new"),
+    keys.inner("intermediate_size"),
+    keys.NORM_EPS,
+    Key("activation_function", "activation", keys.ACTIVATION, "gelu_new"),
     Key("window_size", "window", POSITIVE, 256, of=window),
     Key("attention_types", "attention_types", ANY, None, of=attention_types),
     Key("attention_layers", "attention_layers", ANY, None, of=attention_layers),
-    harmless=(*DROPOUTS, *SUMMARY_KEYS),
-    writes={**DROPOUTS, **ALWAYS},
+    harmless=(*DROPOUTS, *keys.SUMMARY_KEYS),
+    writes={**DROPOUTS, **keys.ALWAYS},
     derived={"attn_scale": unscaled, "attn_window": windows},
 )
 
 FAMILY = Family(
-    name="gpt_neo",
-    title="GPT-Neo",
-    model_types=("gpt_neo",),
-    heads=HEADS,
-    hf=HF,
-    keys=CONFIG,
-    trainers=(mesh_tf.LAYOUT,),
-    fixed={"qkv_bias": False},
+    "gpt_neo", "GPT-Neo", ("gpt_neo",), HEADS, HF, CONFIG, trainers=(mesh_tf.LAYOUT,), fixed={"qkv_bias": False}
 )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 
+from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, own_lm_head
-from gptconvert.families.keys import ACTIVATION, ALWAYS, table, vocabulary_keys
 from gptconvert.families.trainers import neox
 from gptconvert.model.config_kinds import FLAG, NUMBER, WHOLE, choice, flag
 from gptconvert.model.config_table import Key, Values
@@ -79,15 +79,15 @@ def _share(config: GPTConfig) -> float:
 
 DROPOUTS = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "classifier_dropout": 0.1}
 PLAIN = choice({"default": None})
-CONFIG = table(
-    *vocabulary_keys(50432, tied=False, bos=0, eos=2),
+CONFIG = keys.table(
+    *keys.vocabulary(50432, tied=False, bos=0, eos=2),
     Key("max_position_embeddings", "n_ctx", WHOLE, 2048),
     Key("hidden_size", "n_embd", WHOLE, 6144),
     Key("num_hidden_layers", "n_layer", WHOLE, 44),
     Key("num_attention_heads", "n_head", WHOLE, 64),
     Key("intermediate_size", "n_inner", WHOLE, 24576),
     Key("layer_norm_eps", "norm_eps", NUMBER, 1e-5),
-    Key("hidden_act", "activation", ACTIVATION, "gelu"),
+    Key("hidden_act", "activation", keys.ACTIVATION, "gelu"),
     Key("use_parallel_residual", "residual", flag("parallel", "serial"), True),
     Key("attention_bias", "qkv_bias", FLAG, True),
     # llama.cpp and transformers before 5 read rotary_pct and rotary_emb_base.
@@ -112,16 +112,8 @@ CONFIG = table(
     Key("rope_parameters.rope_type", None, PLAIN, "default", of=lambda c: None),
     Key("rope_parameters.type", None, PLAIN, "default"),
     harmless=(*DROPOUTS, "attention_probs_dropout_prob", "hidden_dropout_prob", "num_steps", "custom_pipelines"),
-    writes={**DROPOUTS, **ALWAYS, "is_decoder": False},
+    writes={**DROPOUTS, **keys.ALWAYS, "is_decoder": False},
     derived={"rotary": _rotary, "attn_out_bias": lambda v: v["qkv_bias"]},
 )
 
-FAMILY = Family(
-    name="gpt_neox",
-    title="GPT-NeoX, Pythia",
-    model_types=("gpt_neox",),
-    heads=HEADS,
-    hf=HF,
-    keys=CONFIG,
-    trainers=(neox.LAYOUT,),
-)
+FAMILY = Family("gpt_neox", "GPT-NeoX, Pythia", ("gpt_neox",), HEADS, HF, CONFIG, trainers=(neox.LAYOUT,))

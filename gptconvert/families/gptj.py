@@ -6,19 +6,9 @@ output projection have no bias; the head has a bias. The vocabulary of 50400 is 
 
 from __future__ import annotations
 
+from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, lm_head_bias
-from gptconvert.families.keys import (
-    ACTIVATION,
-    ALWAYS,
-    NORM_EPS,
-    SUMMARY_KEYS,
-    dropouts,
-    inner_key,
-    size_keys,
-    table,
-    vocabulary_keys,
-)
 from gptconvert.families.rows import FINAL_NORM
 from gptconvert.families.trainers import mesh_jax
 from gptconvert.model.config_kinds import WHOLE
@@ -52,29 +42,20 @@ HF = hf_scheme(
     Row("h.{i}.attn.c_attn.weight", QKV, "D D"),
     drops=(Drop(r"h\.\d+\.attn\.embed_positions", "table of rotary angles"),),
 )
-CONFIG = table(
-    *vocabulary_keys(50400, tied=False, bos=50256, eos=50256),
-    *size_keys(4096, 28, 16),
+CONFIG = keys.table(
+    *keys.vocabulary(50400, tied=False, bos=50256, eos=50256),
+    *keys.sizes(4096, 28, 16),
     Key("n_positions", "n_ctx", WHOLE, 2048, aliases=("n_ctx", "max_position_embeddings")),
-    inner_key("n_inner"),
-    NORM_EPS,
-    Key("activation_function", "activation", ACTIVATION, "gelu_new"),
+    keys.inner("n_inner"),
+    keys.NORM_EPS,
+    Key("activation_function", "activation", keys.ACTIVATION, "gelu_new"),
     Key("rotary_dim", "rotary_dim", WHOLE, 64, of=lambda c: c.rotary.dim if c.rotary else None),
-    harmless=SUMMARY_KEYS,
+    harmless=keys.SUMMARY_KEYS,
     # Present in the released files, but read by no code; a GPT-J with "false" does not exist.
     unused={"scale_attn_weights": True, "rotary": True},
-    writes={**dropouts(0.0), **ALWAYS},
+    writes={**keys.dropouts(0.0), **keys.ALWAYS},
     derived={"rotary": lambda v: Rotary(v["rotary_dim"], interleaved=True)},
 )
 FIXED = {"residual": "parallel_one_norm", "qkv_bias": False, "attn_out_bias": False, "head_bias": True}
 
-FAMILY = Family(
-    name="gptj",
-    title="GPT-J",
-    model_types=("gptj",),
-    heads=HEADS,
-    hf=HF,
-    keys=CONFIG,
-    trainers=(mesh_jax.LAYOUT,),
-    fixed=FIXED,
-)
+FAMILY = Family("gptj", "GPT-J", ("gptj",), HEADS, HF, CONFIG, trainers=(mesh_jax.LAYOUT,), fixed=FIXED)

@@ -73,7 +73,7 @@ def table(
     return ConfigTable(keys, HARMLESS | {*harmless}, {**UNUSED, **(unused or {})}, writes or {}, derived or {})
 
 
-def vocabulary_keys(size: int, *, tied: bool, bos: int | None, eos: int | None) -> tuple[Key, ...]:
+def vocabulary(size: int, *, tied: bool, bos: int | None, eos: int | None) -> tuple[Key, ...]:
     """config.json's vocabulary keys, with the defaults of one model type."""
     return (
         Key("vocab_size", "vocab_size", WHOLE, size),
@@ -84,7 +84,7 @@ def vocabulary_keys(size: int, *, tied: bool, bos: int | None, eos: int | None) 
     )
 
 
-def size_keys(width: int, layers: int, heads: int) -> tuple[Key, ...]:
+def sizes(width: int, layers: int, heads: int) -> tuple[Key, ...]:
     """config.json's width, depth and head-count keys under GPT-2's names, with the defaults of one model type."""
     return (
         Key("n_embd", "n_embd", WHOLE, width, aliases=("hidden_size",)),
@@ -93,7 +93,7 @@ def size_keys(width: int, layers: int, heads: int) -> tuple[Key, ...]:
     )
 
 
-def inner_key(name: str) -> Key:
+def inner(name: str) -> Key:
     """The inner width of the MLP; null means 4 D."""
     return Key(name, "n_inner", SIZE, None, of=_inner_width)
 

@@ -109,9 +109,9 @@ class Target:
     Attributes:
         name: as in ``--to``.
         title: in lists of formats.
-        short_title: in the model card.
         plan: returns its exports of a checkpoint, without reading weights.
         verify: compares an artifact with its checkpoint, from the bytes on disk.
+        short_title: in the model card, if not ``title``.
         runs: whether ``verify`` runs the artifact; if not, it only compares bytes.
         load: loads the artifact in a directory, with its config.json, as a :class:`Runtime`; None if nothing can.
         check_continuation: checks another artifact's greedy text with one of this target that has passed.
@@ -127,9 +127,9 @@ class Target:
 
     name: str
     title: str
-    short_title: str
     plan: Callable[[Checkpoint, Options], tuple[Export, ...]]
     verify: Verifier
+    short_title: str | None = None
     runs: bool = True
     load: Callable[[str, Mapping[str, object]], Runtime] | None = None
     check_continuation: Callable[[Continuation, Candidate, Sequence[Group]], Group] | None = None

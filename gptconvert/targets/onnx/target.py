@@ -1,21 +1,16 @@
 """The target ``onnx``."""
 
-from gptconvert.targets.onnx.card import SNIPPETS
-from gptconvert.targets.onnx.continuation import check_continuation
-from gptconvert.targets.onnx.plan import NAME, plan
-from gptconvert.targets.onnx.run import OnnxRuntime
-from gptconvert.targets.onnx.verify import verify
+from gptconvert.targets.onnx import card, continuation, plan, run, verify
 from gptconvert.targets.target import Target
 
 TARGET = Target(
-    name=NAME,
+    name=plan.NAME,
     title="ONNX",
-    short_title="ONNX",
-    plan=plan,
-    verify=verify,
-    load=OnnxRuntime,
-    check_continuation=check_continuation,
-    snippets=SNIPPETS,
+    plan=plan.plan,
+    verify=verify.verify,
+    load=run.OnnxRuntime,
+    check_continuation=continuation.check_continuation,
+    snippets=card.SNIPPETS,
     library="onnx",
     libraries=("onnx", "onnx_ir"),
 )

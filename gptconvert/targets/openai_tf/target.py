@@ -1,15 +1,14 @@
 """The target ``openai-tf``."""
 
-from gptconvert.targets.openai_tf.plan import NAME, TOKENIZER_NAMES, plan
-from gptconvert.targets.openai_tf.verify import verify
+from gptconvert.targets.openai_tf import plan, verify
 from gptconvert.targets.target import Target
 
 TARGET = Target(
-    name=NAME,
+    name=plan.NAME,
     title="OpenAI's own format (TensorFlow checkpoint; GPT-1: npy)",
     short_title="OpenAI's format",
-    plan=plan,
-    verify=verify,
+    plan=plan.plan,
+    verify=verify.verify,
     runs=False,
-    families=frozenset(TOKENIZER_NAMES),
+    families=frozenset(plan.TOKENIZER_NAMES),
 )

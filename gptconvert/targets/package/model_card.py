@@ -67,7 +67,7 @@ def _quoted(text: str) -> str:
 
 
 def _introduction(facts: CardFacts) -> str:
-    source, titles = facts.checkpoint.source, [target.short_title for target in _targets(facts)]
+    source, titles = facts.checkpoint.source, [target.short_title or target.title for target in _targets(facts)]
     origin = f"from `{printable(source.repo)}`" if source.repo else f"from a checkpoint ({source.format})"
     revision = f", revision `{printable(source.revision)}`" if source.revision else ""
     name = source.repo.rpartition("/")[2] if source.repo else family_named(facts.checkpoint.config.family).title

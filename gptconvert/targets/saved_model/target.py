@@ -1,17 +1,14 @@
 """The target ``tf``."""
 
-from gptconvert.targets.saved_model.plan import NAME, plan
-from gptconvert.targets.saved_model.run import TensorFlowRuntime
-from gptconvert.targets.saved_model.verify import verify
+from gptconvert.targets.saved_model import plan, run, verify
 from gptconvert.targets.target import Target
 
 TARGET = Target(
-    name=NAME,
+    name=plan.NAME,
     title="TensorFlow SavedModel",
-    short_title="TensorFlow SavedModel",
-    plan=plan,
-    verify=verify,
-    load=TensorFlowRuntime,
+    plan=plan.plan,
+    verify=verify.verify,
+    load=run.TensorFlowRuntime,
     requires=(("tensorflow", "tf"),),
     libraries=("tensorflow",),
 )
