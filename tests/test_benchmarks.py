@@ -1,4 +1,4 @@
-"""The scale benchmark measures what it says: checkpoints of the sizes it prints, converted, then deleted."""
+"""The scale benchmark converts checkpoints of the sizes that it prints, then deletes them."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_only_gptj_has_a_trainer_of_its_own(tmp_path: Path) -> None:
         scale.main(["--family", "gpt_neox", "--source", "mesh-jax", "--data", str(tmp_path)])
 
 
-def test_a_full_disk_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "SPARE_BYTES", 1 << 60)
-    with pytest.raises(SystemExit, match="GB needed"):
+    with pytest.raises(SystemExit, match="not enough disk space"):
         scale.main(["--data", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The programs in examples/, run as their README says, and held against the library."""
+"""The programs in examples/, run as in their README and compared with the library."""
 
 from __future__ import annotations
 
