@@ -1,4 +1,4 @@
-"""GPT-1, the first GPT: norms follow the residual sums, and the last block has no extra norm after it.
+"""GPT-1, the first GPT: post-norm blocks and no final norm.
 
 Sources: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training";
 openai/finetune-transformer-lm ``train.py`` (tanh-GELU, eps 1e-5, order of the released arrays); Hugging Face

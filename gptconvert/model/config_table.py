@@ -159,9 +159,9 @@ class Reading:
     def _refuse_unknown(self) -> None:
         handled, harmless, unused = self.table.handled, self.table.harmless, self.table.unused
         left = [key for key in self.raw if key not in handled and key not in harmless]
-        refused = [key for key in left if key not in unused or not _same(self.raw[key], unused[key])]
-        if refused:
-            listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in refused)
+        rejected = [key for key in left if key not in unused or not _same(self.raw[key], unused[key])]
+        if rejected:
+            listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in rejected)
             raise UnsupportedError(
                 f"configuration keys not implemented: {listed}",
                 hint="an unknown key could change the logits, so it is never ignored; "

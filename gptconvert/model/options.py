@@ -117,7 +117,7 @@ class Options:
         "Checkpoint",
         "Read the configuration from this file.",
         metavar="FILE",
-        default_text="next to the weights",
+        default_text="the file next to the weights",
         placeholder="HPARAMS",
     )
     weights_file: str | None = _option(

@@ -78,7 +78,7 @@ def by_head(fused: Any) -> Any:
 
 
 def grouped(fused: Any) -> Any:
-    """Three blocks q|k|v taken for four groups of them."""
+    """Treat three blocks q|k|v as four groups of triples."""
     return fused.reshape(4, 3, -1, *fused.shape[1:]).swapaxes(0, 1).reshape(fused.shape)
 
 
@@ -126,7 +126,7 @@ BUGS = tuple(
         ("tanh", "gpt_neox", _config(lambda c: {"activation": "gelu_tanh"})),
         ("not-deinterleaved", "gpt_neox", _weight(C_ATTN, by_head)),
         ("bias-not-deinterleaved", "gpt_neox", _weight("attn.c_attn.bias", by_head)),
-        ("padding-unknown", Case("gpt2", "text-classification"), _config(lambda c: {"pad_token_id": None})),
+        ("no-padding-token", Case("gpt2", "text-classification"), _config(lambda c: {"pad_token_id": None})),
         ("another-padding", Case("gpt_neox", "text-classification"), _config(lambda c: {"pad_token_id": 3})),
         ("start-end-swapped", Case("gptj", "question-answering"), _weight("qa_outputs.weight", lambda w: w[::-1])),
         (

@@ -50,7 +50,7 @@ def _gpt_neox(draw: Draw, sizes: Mapping[str, int]) -> dict[str, object]:
     }
 
 
-#: What a family may vary besides sizes, activation, tokens, head and task.
+#: Fields that vary within a family, besides sizes, activation, tokens, head and task.
 VARIED: Mapping[str, Callable[[Draw, Mapping[str, int]], dict[str, object]]] = {
     "gpt1": _gpt1,
     "gpt2": _gpt2,
@@ -71,7 +71,7 @@ def _rotated(draw: Draw, sizes: Mapping[str, int]) -> int:
 
 @st.composite
 def configs(draw: Draw, name: str, tasks: bool = True) -> GPTConfig:
-    """A configuration of the family ``name`` with a few small layers; ``tasks``: of any task the family has."""
+    """A small configuration of the family ``name``; ``tasks``: draw from all tasks of the family."""
     family: Family = family_named(name)
     heads, width = draw(st.integers(1, 5)), draw(st.integers(2, 9))
     sizes = {"n_embd": heads * width, "n_head": heads, "n_layer": draw(st.integers(1, 6))}

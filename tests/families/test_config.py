@@ -1,4 +1,4 @@
-"""Configurations: what each family reads, infers, refuses by name and writes."""
+"""Configurations: what each family reads, infers, rejects and writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = {family.name: family.model_types[0] for family in FAMILIES}
 
 
 def tensors(**shapes: tuple[int, ...]) -> dict[str, LazyTensor]:
-    """Tensors that are looked at for their shapes alone; ``__`` in a name stands for a dot."""
+    """Tensors of which only the shapes matter; ``__`` in a name stands for a dot."""
     arrays = {name.replace("__", "."): np.zeros(shape, np.float32) for name, shape in shapes.items()}
     return dict(computed_tensors(arrays))
 
@@ -30,7 +30,7 @@ def tensors(**shapes: tuple[int, ...]) -> dict[str, LazyTensor]:
 def read(
     family: str, request: Options | None = None, found: dict[str, LazyTensor] | None = None, **keys: object
 ) -> tuple[GPTConfig, dict[str, object], list[str]]:
-    """The configuration of a tiny model with ``keys`` on top; a key that is ... is left out."""
+    """The configuration of a tiny model, updated with ``keys``; a key set to ``...`` is removed."""
     raw = {"model_type": TYPES[family], **witness.TINY[family], **keys}
     raw = {key: value for key, value in raw.items() if value is not ...}
     return family_named(family).read_config("hf", raw, "config.json", found or {}, request or Options())
@@ -48,7 +48,7 @@ def written(family: str, made: GPTConfig) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_unknown_keys_are_refused_by_name(family: str) -> None:
+def test_unknown_keys_are_rejected_by_name(family: str) -> None:
     with pytest.raises(UnsupportedError, match="logit_softcap = 30") as error:
         read(family, logit_softcap=30, mystery="x")
     assert "mystery" in str(error.value)
@@ -56,7 +56,7 @@ def test_unknown_keys_are_refused_by_name(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_keys_that_change_nothing_are_passed_on(family: str) -> None:
+def test_harmless_keys_are_carried_over(family: str) -> None:
     harmless = {"use_cache": False, "torch_dtype": "float16", "id2label": {"0": "no", "1": "yes"}}
     _, carried, _ = read(family, **harmless)
     assert harmless.items() <= carried.items()
@@ -64,7 +64,7 @@ def test_keys_that_change_nothing_are_passed_on(family: str) -> None:
 
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("key", ["add_cross_attention", "is_encoder_decoder", "quantization_config"])
-def test_features_that_are_off_may_be_mentioned(family: str, key: str) -> None:
+def test_keys_of_switched_off_features_are_accepted(family: str, key: str) -> None:
     read(family, **{key: False})
     with pytest.raises(UnsupportedError, match=key):
         read(family, **{key: {"on": 1}})
@@ -72,7 +72,7 @@ def test_features_that_are_off_may_be_mentioned(family: str, key: str) -> None:
 
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("value", ["97", 97.0, True, -1, 0, 1 << 40, [97]], ids=repr)
-def test_impossible_sizes_are_refused_with_their_key(family: str, value: object) -> None:
+def test_invalid_sizes_are_rejected_with_their_key(family: str, value: object) -> None:
     with pytest.raises(InputError) as error:
         read(family, vocab_size=value)
     assert error.value.item == "vocab_size"
@@ -81,8 +81,8 @@ def test_impossible_sizes_are_refused_with_their_key(family: str, value: object)
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("value", [0, -3, 7, (1 << 30) + 1])
 @pytest.mark.parametrize("size", ["heads", "width", "layers"])
-def test_no_size_makes_it_stumble(family: str, size: str, value: int) -> None:
-    """Zero, negative and enormous sizes are refused by a named error, whatever is computed from them on the way."""
+def test_extreme_sizes_raise_a_named_error(family: str, size: str, value: int) -> None:
+    """Zero, negative and huge sizes never fail inside a computation that uses them."""
     names = {"heads": ("n_head", "num_heads", "num_attention_heads"), "width": ("n_embd", "hidden_size")}
     names["layers"] = ("n_layer", "num_layers", "num_hidden_layers")
     key = next(name for name in names[size] if name in witness.TINY[family])
@@ -93,8 +93,8 @@ def test_no_size_makes_it_stumble(family: str, size: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_missing_sizes_are_the_released_models(family: str) -> None:
-    """An empty config.json is what transformers' configuration class makes of it."""
+def test_missing_sizes_have_transformers_defaults(family: str) -> None:
+    """An empty config.json reads as in transformers' configuration class."""
     import transformers
 
     kind = getattr(transformers, family_named(family).heads["text-generation"]).config_class()
@@ -111,7 +111,7 @@ def test_missing_sizes_are_the_released_models(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_a_damaged_number_is_named(family: str) -> None:
+def test_an_invalid_number_is_rejected_with_its_key(family: str) -> None:
     key = "layer_norm_eps" if family == "gpt_neox" else "layer_norm_epsilon"
     for wrong in ("1e-5", math.nan, math.inf, None, True):
         with pytest.raises(InputError) as error:
@@ -130,7 +130,7 @@ def test_a_damaged_number_is_named(family: str) -> None:
     ],
 )
 def test_activations_by_formula(family: str, key: str, names: tuple[str, ...]) -> None:
-    """gelu_new is the tanh formula and gelu the one with erf; GPT-1's gelu is the tanh formula."""
+    """gelu_new is the tanh formula and gelu the erf formula; GPT-1's gelu is the tanh formula."""
     for name in names:
         with pytest.raises(UnsupportedError, match=name):
             read(family, **{key: name})
@@ -143,14 +143,14 @@ def test_activations_by_formula(family: str, key: str, names: tuple[str, ...]) -
 # --- GPT-1 ---------------------------------------------------------------------------------------------------------
 
 
-def test_gpt1_has_a_position_more_than_it_was_trained_with() -> None:
+def test_gpt1_may_have_more_positions_than_the_training_length() -> None:
     """n_positions 513 beside n_ctx 512 occurs in derived models: the table has 513 rows."""
     assert config("gpt1", n_positions=513, n_ctx=512).n_ctx == 513
     assert config("gpt1", n_positions=..., n_ctx=64).n_ctx == 64
     assert config("gpt1", n_positions=...).n_ctx == 512
 
 
-def test_gpt1_is_what_it_is() -> None:
+def test_gpt1_fixed_fields() -> None:
     made = config("gpt1")
     assert (made.norm_position, made.final_norm, made.tied_head, made.n_inner) == ("post", False, True, 96)
     assert written("gpt1", made)["afn"] == "gelu"
@@ -199,8 +199,8 @@ def test_neo_attention_patterns(types: object, layers: int, expected: tuple[int 
     ],
     ids=repr,
 )
-def test_neo_patterns_that_do_not_fit(types: object) -> None:
-    """Three layers: any other length, word or form is refused; None is the released pattern, which has 24."""
+def test_neo_invalid_patterns_are_rejected(types: object) -> None:
+    """The model has three layers: any other length, kind or form is rejected, as is None, the released 24 layers."""
     with pytest.raises(InputError) as error:
         read("gpt_neo", attention_types=types)
     assert error.value.item == "attention_types" or types is None
@@ -217,7 +217,7 @@ def test_neo_layers_may_be_listed() -> None:
 
 
 @pytest.mark.parametrize("window", [0, -5, 2.5, "256"])
-def test_neo_windows_that_are_none(window: object) -> None:
+def test_neo_invalid_windows_are_rejected(window: object) -> None:
     with pytest.raises(InputError) as error:
         read("gpt_neo", window_size=window)
     assert error.value.item == "window_size"
@@ -226,15 +226,15 @@ def test_neo_windows_that_are_none(window: object) -> None:
 # --- GPT-J ---------------------------------------------------------------------------------------------------------
 
 
-def test_gptj_rotates_what_it_says() -> None:
+def test_gptj_rotary_dim() -> None:
     assert config("gptj").rotary == Rotary(4, interleaved=True)
     for wrong in (None, 0, 3, 10, -2):
         with pytest.raises(InputError):
             read("gptj", rotary_dim=wrong)
 
 
-def test_gptj_mentions_what_it_always_does() -> None:
-    """The released config.json has both; no code reads them."""
+def test_gptj_keys_without_effect() -> None:
+    """The released config.json has both keys; no code reads them."""
     config("gptj", rotary=True, scale_attn_weights=True)
     for key in ("rotary", "scale_attn_weights"):
         with pytest.raises(UnsupportedError, match=key):
@@ -275,8 +275,8 @@ def rope(**inner: object) -> dict[str, object]:
     ],
     ids=repr,
 )
-def test_neox_rotary_keys_of_every_generation(keys: dict[str, object], expected: Rotary | None) -> None:
-    if expected is None:  # 0.99 of 8 is 7: no pairs
+def test_neox_rotary_keys_of_all_versions(keys: dict[str, object], expected: Rotary | None) -> None:
+    if expected is None:  # 0.99 of 8 truncates to 7, which is odd
         with pytest.raises(InputError):
             read("gpt_neox", **keys)
         return
@@ -293,7 +293,7 @@ def test_neox_rotary_keys_of_every_generation(keys: dict[str, object], expected:
     ],
     ids=repr,
 )
-def test_neox_other_rotary_kinds_are_refused_by_name(keys: dict[str, object]) -> None:
+def test_neox_other_rotary_kinds_are_rejected_by_name(keys: dict[str, object]) -> None:
     with pytest.raises(UnsupportedError, match=r"rope_(parameters|scaling)"):
         read("gpt_neox", **keys)
 
@@ -306,8 +306,8 @@ def test_neox_rotary_keys_must_agree() -> None:
         read("gpt_neox", rope_parameters=[1])
 
 
-def test_neox_shares_of_a_head_survive_writing() -> None:
-    """The share is written as a fraction and cut to a whole number on reading: no width may be lost by rounding."""
+def test_neox_rotary_shares_round_trip() -> None:
+    """The share is written as a fraction and truncated on reading; rounding must not change the width."""
     for head, dim in ((n, dim) for n in range(2, 200) for dim in range(2, n + 1, 2)):
         made = GPTConfig(
             family="gpt_neox",
@@ -364,7 +364,7 @@ def test_gpt1_sizes_come_from_the_shapes() -> None:
     assert gpt1_sizes(arrays(24), n_head=3)[0].n_head == 3
 
 
-def test_gpt1_heads_must_be_asked_for_where_they_cannot_be_told() -> None:
+def test_gpt1_requires_n_head_if_64_does_not_divide_the_width() -> None:
     with pytest.raises(UsageError, match="number of heads") as error:
         gpt1_sizes(arrays(24))
     assert "--n-head" in (error.value.hint or "")
@@ -373,7 +373,7 @@ def test_gpt1_heads_must_be_asked_for_where_they_cannot_be_told() -> None:
             gpt1_sizes(arrays(24), Options(n_head=wrong))
 
 
-def test_gpt1_without_its_tables() -> None:
+def test_gpt1_without_its_embedding_tables() -> None:
     with pytest.raises(InputError, match="tables"):
         gpt1_sizes({})
     with pytest.raises(InputError, match="tables"):
@@ -382,14 +382,14 @@ def test_gpt1_without_its_tables() -> None:
         gpt1_sizes(arrays(), dropout=0.5)
 
 
-def test_gpt1_arrays_hold_no_other_head() -> None:
+def test_gpt1_arrays_have_no_classification_head() -> None:
     assert gpt1_sizes(arrays(), Options(task="feature-extraction"))[0].task == "feature-extraction"
     with pytest.raises(UnsupportedError, match="no head for text-classification"):
         gpt1_sizes(arrays(), Options(task="text-classification"))
 
 
-def test_configurations_are_read_without_any_framework(tmp_path: Path) -> None:
-    """inspect must start in a blink."""
+def test_families_import_no_heavy_package(tmp_path: Path) -> None:
+    """``inspect`` must start fast."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""config.json both ways: what is written is read again as the same configuration, whatever it was spelt like."""
+"""config.json round trips: a written file reads as the same configuration, however the original was spelled."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from reference_model.config import GPTConfig
 from tests.families.configs import VARIED, any_config, configs
 
 NAMES = tuple(family.name for family in FAMILIES)
-#: Harmless keys that also say how many labels a head has, or which task it is for, or how it scores choices.
-SPEAKING = {"architectures", "id2label", "num_labels", "_num_labels", "label2id", "model_type", *SUMMARY_KEYS}
+#: Harmless keys that also determine the task, the number of labels or the choice scores.
+MEANINGFUL = {"architectures", "id2label", "num_labels", "_num_labels", "label2id", "model_type", *SUMMARY_KEYS}
 JSON = (
     st.none()
     | st.booleans()
@@ -32,12 +32,12 @@ JSON = (
     | st.text("ab", max_size=3)
     | st.lists(st.integers(0, 9), max_size=2)
 )
-#: Words that ACTIVATION takes for the formula of another.
+#: Activation → other names of the same formula.
 SYNONYMS = {"gelu_new": ("gelu_fast", "gelu_pytorch_tanh"), "gelu": ("gelu_python",), "silu": ("swish",)}
 
 
 def read(family: Family, raw: dict[str, object], task: str) -> ReadConfig:
-    """``raw`` as a file. A body alone must be asked for: it may be the body of a language model."""
+    """Read ``raw`` from JSON. A bare body must be requested: it could count as a language model."""
     options = Options(task=task if task == "feature-extraction" else None)
     return family.read_config("hf", json.loads(json.dumps(raw)), "config.json", {}, options)
 
@@ -45,7 +45,7 @@ def read(family: Family, raw: dict[str, object], task: str) -> ReadConfig:
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_what_is_written_is_read_again(name: str, data: Any) -> None:
+def test_written_configurations_round_trip(name: str, data: Any) -> None:
     config = data.draw(configs(name))
     family = family_named(name)
     found = read(family, family.write_config(config, {}), config.task)
@@ -53,27 +53,27 @@ def test_what_is_written_is_read_again(name: str, data: Any) -> None:
     assert family.write_config(found.config, found.carried) == family.write_config(config, {})
 
 
-def spelt_otherwise(draw: Any, family: Family, config: GPTConfig) -> dict[str, object]:
-    """config.json of ``config``: other names and words, keys that may be left out left out, others added."""
+def respelled(draw: Any, family: Family, config: GPTConfig) -> dict[str, object]:
+    """config.json of ``config`` with aliases, synonyms, omitted optional keys and added harmless keys."""
     raw: dict[str, Any] = family.write_config(config, {})
     flat = {key: value for key, value in raw.items() if not isinstance(value, dict) or key == "id2label"}
     for key in family.keys.keys:
         outer, _, inner = key.name.rpartition(".")
         if key.name not in flat and not (outer and inner in raw.get(outer, {})):
-            continue  # read, and not written
+            continue  # read but not written
         value = raw[outer][inner] if outer else flat.pop(key.name)
         for name in key.names:
             flat.pop(name, None)
         name = draw(st.sampled_from(key.names))
         target, _, inner = name.rpartition(".")
         place = flat.setdefault(target, {}) if target else flat
-        place[inner] = _respelt(draw, key, value, config)
-    flat |= draw(st.dictionaries(st.sampled_from(sorted({*family.keys.harmless} - SPEAKING)), JSON, max_size=4))
+        place[inner] = _respelled_value(draw, key, value, config)
+    flat |= draw(st.dictionaries(st.sampled_from(sorted({*family.keys.harmless} - MEANINGFUL)), JSON, max_size=4))
     off = draw(st.lists(st.sampled_from(sorted(family.keys.unused)), max_size=3))
     return {**flat, **{key: family.keys.unused[key] for key in off}}
 
 
-def _respelt(draw: Any, key: Key, value: Any, config: GPTConfig) -> object:
+def _respelled_value(draw: Any, key: Key, value: Any, config: GPTConfig) -> object:
     if key.kind is TOKEN and value is not None:
         return draw(st.sampled_from([value, [value, 5]]))
     if key.kind is SIZE and value is None:
@@ -87,23 +87,22 @@ def _respelt(draw: Any, key: Key, value: Any, config: GPTConfig) -> object:
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_every_key_keeps_its_meaning(name: str, data: Any) -> None:
-    """Under every alias and synonym, in or beside nested objects; harmless keys are handed on as they are."""
+    """Holds for every alias and synonym, nested or not; harmless keys are carried over unchanged."""
     config = data.draw(configs(name))
     family = family_named(name)
-    raw = data.draw(st.composite(spelt_otherwise)(family, config))
+    raw = data.draw(st.composite(respelled)(family, config))
     found = read(family, raw, config.task)
     assert found.config == config
     written = family.write_config(found.config, found.carried)
     assert read(family, written, config.task).config == config
-    untouched = {key for key in raw if key in family.keys.harmless and key not in SPEAKING}
+    untouched = {key for key in raw if key in family.keys.harmless and key not in MEANINGFUL}
     assert untouched <= written.keys()
     assert all(written[key] == raw[key] for key in untouched)
 
 
 @given(any_config(), st.data())
 @settings(max_examples=100, deadline=None)
-def test_another_configuration_is_another_file(config: GPTConfig, data: Any) -> None:
-    """No two configurations are written alike."""
+def test_different_configurations_give_different_files(config: GPTConfig, data: Any) -> None:
     other = data.draw(configs(config.family))
     family = family_named(config.family)
     same = family.write_config(config, {}) == family.write_config(other, {})
@@ -114,7 +113,7 @@ def test_another_configuration_is_another_file(config: GPTConfig, data: Any) -> 
 
 
 def tables() -> Iterator[Any]:
-    """Every table of every family, the trainers' included."""
+    """Every table of every family, including the trainers'."""
     for found in pkgutil.walk_packages(families.__path__, "gptconvert.families."):
         module = importlib.import_module(found.name)
         for name, value in vars(module).items():
@@ -143,7 +142,7 @@ def test_no_key_is_in_two_lists(table: ConfigTable) -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_field_is_set(table: ConfigTable) -> None:
-    """Fields are real ones, derived ones too, and each is set by one key."""
+    """Derived fields exist, and each field is set by only one key."""
     fields = [key.field for key in table.keys if key.field is not None]
     assert len(fields) == len(set(fields))
     assert {*table.derived, *USUAL} <= FIELDS

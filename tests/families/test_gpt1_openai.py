@@ -1,4 +1,4 @@
-"""GPT-1's released arrays: names in the order of the files, and the numbers OpenAI's own code computes from them."""
+"""GPT-1's released arrays: names in file order, and agreement with the outputs of OpenAI's code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.families.witness import Case
 from tests.helpers import NO_RELEASED_FILES, ROOT, Arrays, checkpoint_of, computed_tensors, source_of, write_planned
 
 REAL = ROOT.parent / "shared" / "data" / "openai-gpt1"
-#: Within a layer, in the order of params_shapes.json.
+#: Names within a layer, in the order of params_shapes.json.
 LAYER = (
     *("attn/c_attn/w", "attn/c_attn/b", "attn/c_proj/w", "attn/c_proj/b", "ln_1/g", "ln_1/b"),
     *("mlp/c_fc/w", "mlp/c_fc/b", "mlp/c_proj/w", "mlp/c_proj/b", "ln_2/g", "ln_2/b"),
@@ -30,7 +30,7 @@ def names(layers: int) -> list[str]:
 
 
 def released(directory: Path) -> Arrays:
-    """The ten files as one run of numbers, cut at the shapes."""
+    """The ten files, concatenated and cut by shape."""
     shapes = json.loads((directory / "params_shapes.json").read_text())
     flat = np.concatenate([np.load(directory / f"params_{i}.npy") for i in range(10)])
     cuts = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
@@ -39,7 +39,7 @@ def released(directory: Path) -> Arrays:
 
 
 def openai_layout(arrays: Arrays) -> Arrays:
-    """transformers' names and shapes → the released arrays'."""
+    """Convert transformers' names and shapes to the released arrays'."""
     renamed = {}
     for name, array in arrays.items():
         *path, kind = name.removeprefix("transformer.").split(".")
@@ -51,7 +51,7 @@ def openai_layout(arrays: Arrays) -> Arrays:
     return {name: renamed[name] for name in names(len(renamed) // 12)}
 
 
-def test_the_arrays_are_the_same_model_as_transformers(tmp_path: Path) -> None:
+def test_released_arrays_read_as_the_same_model_as_transformers_files(tmp_path: Path) -> None:
     raw, arrays = witness.saved(Case("gpt1"), tmp_path)
     expected = checkpoint_of(raw, arrays)
     found = checkpoint_of({}, openai_layout(arrays), scheme="openai-gpt1", request=Options(n_head=3))
@@ -68,14 +68,14 @@ def vars_of(config: Any) -> dict[str, Any]:
 
 
 def ids_of(config: Any) -> dict[str, Any]:
-    """Special tokens are in no released file."""
+    """The special tokens, which the released files do not contain."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     assert set(ids.values()) == {None}
     return ids
 
 
-def test_the_rows_are_in_the_order_of_the_files(tmp_path: Path) -> None:
-    """A reader that gives out names in the table's order gives them to the right arrays."""
+def test_rows_are_in_file_order(tmp_path: Path) -> None:
+    """Assigning names in table order must name the arrays correctly."""
     raw, arrays = witness.saved(Case("gpt1"), tmp_path)
     config = checkpoint_of(raw, arrays).config
     rows = family_named("gpt1").scheme("openai-gpt1").rows
@@ -88,8 +88,8 @@ def test_the_rows_are_in_the_order_of_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=NO_RELEASED_FILES)
-def test_openais_own_numbers(tmp_path: Path) -> None:
-    """Float64 against OpenAI's float32: nothing but its rounding; the ONNX graph likewise."""
+def test_outputs_match_openais_code(tmp_path: Path) -> None:
+    """The float64 reference and the ONNX graph differ from OpenAI's float32 outputs only by rounding."""
     import onnxruntime
 
     source = source_of({}, computed_tensors(released(REAL)), scheme="openai-gpt1")
@@ -109,7 +109,7 @@ def test_openais_own_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=NO_RELEASED_FILES)
-def test_a_wrong_number_of_heads_shows() -> None:
+def test_a_wrong_number_of_heads_changes_the_outputs() -> None:
     source = source_of({}, computed_tensors(released(REAL)), scheme="openai-gpt1")
     oracle = np.load(REAL / "oracle.npz")
     inputs = {"input_ids": oracle["ids"].astype(np.int64)}

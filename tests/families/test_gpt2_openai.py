@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 variables: what is a weight, what training left behind, and sizes without hparams.json."""
+"""OpenAI's GPT-2 variables: weights, training leftovers, and sizes without hparams.json."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def variables(**config: Any) -> Arrays:
 
 
 def understood(arrays: Arrays, request: Options | None = None, **config: Any) -> Checkpoint:
-    """``config`` {} → a checkpoint without hparams.json."""
+    """The checkpoint of ``arrays``; ``hparams=False``: without hparams.json."""
     raw = openai_hparams(tiny_gpt2(n_inner=None, **config)[0]) if config.pop("hparams", True) else {}
     return understand(source_of(raw, computed_tensors(arrays), scheme="openai-tf"), request or Options())
 
@@ -41,19 +41,19 @@ def with_names(names: Iterable[str], prefix: str = "") -> Arrays:
     return {**{prefix + name: array for name, array in variables().items()}, **extra}
 
 
-# --- fixtures that TensorFlow wrote -------------------------------------------------------------------------------
+# --- fixtures written by TensorFlow --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_all_layouts_hold_the_same_weights(folder: str) -> None:
-    """Sharded, partitioned or among slots: one model."""
+    """Sharded, partitioned or with optimizer slots, it is the same model."""
     weights = understand(opened(TINY / folder), Options()).weights
     first = understand(opened(TINY / "openai-tf"), Options()).weights
     assert list(weights) == list(first)
     assert all(weights[name].read().tobytes() == first[name].read().tobytes() for name in first)
 
 
-def test_what_adam_left_behind_is_dropped_by_name() -> None:
+def test_adam_state_is_dropped_by_name() -> None:
     checkpoint = understand(opened(TINY / "openai-tf-adam"), Options())
     counters = dict.fromkeys(("beta1_power", "beta2_power", "global_step"), "training counter")
     slots = {name for name in checkpoint.source.tensors if name.endswith(("/Adam", "/Adam_1"))}
@@ -67,7 +67,7 @@ def test_step_10_and_20_differ() -> None:
     assert any(early[name].read().tobytes() != late[name].read().tobytes() for name in early)
 
 
-# --- what else savers write ---------------------------------------------------------------------------------------
+# --- other training variables --------------------------------------------------------------------------------------
 
 LEFTOVERS = [
     "global_step",
@@ -96,14 +96,14 @@ LEFTOVERS = [
 
 
 @pytest.mark.parametrize("prefix", ["", "worker_0/"])
-def test_leftovers_of_training_are_dropped(prefix: str) -> None:
+def test_training_leftovers_are_dropped(prefix: str) -> None:
     names = [prefix + name if name.startswith("model/") else name for name in LEFTOVERS]
     checkpoint = understood(with_names(names, prefix))
     assert set(checkpoint.dropped) == set(names)
     assert checkpoint.prefix == prefix
 
 
-STRANGERS = [
+UNKNOWN = [
     "model/adapter/w",
     "model/lm_head",
     "model/wte_extra",
@@ -123,13 +123,13 @@ STRANGERS = [
 ]
 
 
-@pytest.mark.parametrize("name", STRANGERS, ids=repr)
-def test_strangers_inside_the_model_are_never_dropped(name: str) -> None:
+@pytest.mark.parametrize("name", UNKNOWN, ids=repr)
+def test_unknown_model_variables_are_rejected(name: str) -> None:
     with pytest.raises(InputError, match="unexpected"):
         understood(with_names([name]))
 
 
-def test_all_strangers_are_listed_at_once() -> None:
+def test_all_unknown_variables_are_listed() -> None:
     with pytest.raises(InputError) as caught:
         understood(with_names(["model/adapter/w", "model/h0/ln_3/g", "global_step"]))
     assert "model/adapter/w" in str(caught.value)
@@ -137,7 +137,7 @@ def test_all_strangers_are_listed_at_once() -> None:
     assert "global_step" not in str(caught.value)
 
 
-def test_layer_missing_or_left_over() -> None:
+def test_missing_and_extra_layers() -> None:
     arrays = variables()
     without = {name: array for name, array in arrays.items() if not name.startswith("model/h1/")}
     with pytest.raises(InputError, match=r"missing .*model/h1/"):
@@ -157,26 +157,26 @@ def test_sizes_from_the_shapes_and_heads_of_64() -> None:
     assert "n_head = 2 (128 / 64" in checkpoint.notes[0]
 
 
-def test_heads_as_asked() -> None:
+def test_n_head_option() -> None:
     checkpoint = understood(variables(), Options(n_head=3), hparams=False)
     assert checkpoint.config.n_head == 3
     assert "n_head = 3 (--n-head)" in checkpoint.notes[0]
 
 
-def test_heads_are_asked_for_where_64_does_not_divide() -> None:
+def test_n_head_is_required_if_64_does_not_divide_the_width() -> None:
     with pytest.raises(UsageError, match="24 is not a multiple of 64") as caught:
         understood(variables(), hparams=False)
     assert "--n-head" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("heads", [0, -3, 5, 48])
-def test_heads_that_cannot_be(heads: int) -> None:
+def test_n_head_must_divide_the_width(heads: int) -> None:
     with pytest.raises(UsageError, match=f"--n-head {heads} does not divide"):
         understood(variables(), Options(n_head=heads), hparams=False)
 
 
 def test_run_directory_without_hparams(tmp_path: Path) -> None:
-    """nshepperd's tool leaves hparams.json with the base model."""
+    """nshepperd's tool keeps hparams.json only with the base model."""
     for path in (TINY / "openai-tf-adam").iterdir():
         if path.name != "hparams.json":
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -198,7 +198,7 @@ def test_run_directory_without_hparams(tmp_path: Path) -> None:
     ],
     ids=lambda change: repr(*change)[:30],
 )
-def test_shapes_no_model_has(change: Arrays) -> None:
+def test_impossible_shapes_are_rejected(change: Arrays) -> None:
     with pytest.raises(GptConvertError):
         understood({**variables(), **change}, Options(n_head=3), hparams=False)
 
@@ -214,7 +214,7 @@ def test_no_wpe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"n_layer": 3}, "missing .*model/h2/"),
         ({"n_layer": 1}, "unexpected .*model/h1/"),
@@ -230,15 +230,15 @@ def test_no_wpe() -> None:
     ],
     ids=str,
 )
-def test_hparams_that_do_not_fit(tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_hparams_that_contradict_the_weights(tmp_path: Path, change: dict[str, object], message: str) -> None:
     for path in (TINY / "openai-tf").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     hparams = json.loads((tmp_path / "hparams.json").read_text()) | change
     (tmp_path / "hparams.json").write_text(json.dumps(hparams))
-    with pytest.raises(GptConvertError, match=said):
+    with pytest.raises(GptConvertError, match=message):
         understand(opened(tmp_path), Options())
 
 
-def test_heads_asked_against_hparams() -> None:
+def test_n_head_must_not_contradict_hparams() -> None:
     with pytest.raises(UsageError, match="contradicts"):
         understand(opened(TINY / "openai-tf"), Options(n_head=4))

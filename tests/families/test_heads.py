@@ -1,4 +1,4 @@
-"""Heads: which task a checkpoint is for, what is there for the task asked, and what is left out for it."""
+"""Heads: the choice of the task, and the tensors kept and dropped for it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def saved(case: Case, directory: Path) -> tuple[dict[str, Any], Arrays]:
 
 
 @pytest.mark.parametrize("case", HEADED, ids=str)
-def test_the_architecture_tells_the_task(case: Case, directory: Path) -> None:
+def test_the_task_comes_from_architectures(case: Case, directory: Path) -> None:
     raw, arrays = saved(case, directory)
     assert checkpoint_of(raw, arrays).config.task == case.task
     raw["architectures"] = [f"TF{raw['architectures'][0]}"]
@@ -40,23 +40,23 @@ def test_the_architecture_tells_the_task(case: Case, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("case", HEADED, ids=str)
-def test_so_do_the_tensors(case: Case, directory: Path) -> None:
+def test_without_architectures_the_task_comes_from_the_tensors(case: Case, directory: Path) -> None:
     raw, arrays = saved(case, directory)
-    for unsaid in (None, [], ["SomebodysModel"], "GPT2Model", [7]):
-        raw["architectures"] = unsaid
+    for unknown in (None, [], ["CustomModel"], "GPT2Model", [7]):
+        raw["architectures"] = unknown
         assert checkpoint_of(raw, arrays).config.task == case.task
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_body_is_a_language_model_if_its_head_is_its_embedding(family: Any, directory: Path) -> None:
+def test_a_body_with_a_tied_head_is_a_language_model(family: Any, directory: Path) -> None:
     raw, arrays = saved(Case(family.name, BODY), directory)
     tied = family.name in ("gpt1", "gpt2", "gpt_neo")
     assert checkpoint_of(raw, arrays).config.task == ("text-generation" if tied else BODY)
 
 
 @pytest.mark.parametrize("case", HEADED, ids=str)
-def test_the_body_can_be_taken_alone(case: Case, directory: Path) -> None:
-    """The head is then dropped by name, not lost."""
+def test_the_body_can_be_exported_alone(case: Case, directory: Path) -> None:
+    """The head is then dropped by name."""
     raw, arrays = saved(case, directory)
     checkpoint = checkpoint_of(raw, arrays, request=Options(task=BODY))
     body = {n: w.read().tobytes() for n, w in checkpoint.weights.items()}
@@ -70,7 +70,7 @@ def test_the_body_can_be_taken_alone(case: Case, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("case", HEADED, ids=str)
-def test_a_language_model_is_there_where_its_head_is(case: Case, directory: Path) -> None:
+def test_a_language_model_requires_its_head(case: Case, directory: Path) -> None:
     raw, arrays = saved(case, directory)
     request = Options(task="text-generation")
     if case.family in ("gptj", "gpt_neox") and case.task != "text-generation":
@@ -83,8 +83,8 @@ def test_a_language_model_is_there_where_its_head_is(case: Case, directory: Path
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_head_that_is_not_there(family: Any, task: str, directory: Path) -> None:
-    """Exit 4, and what is there."""
+def test_a_missing_head_is_rejected(family: Any, task: str, directory: Path) -> None:
+    """The error has exit code 4 and lists the available heads."""
     raw, arrays = saved(Case(family.name), directory)
     request = Options(task=task)
     if task in ("text-generation", BODY):
@@ -99,7 +99,7 @@ def test_a_head_that_is_not_there(family: Any, task: str, directory: Path) -> No
 
 
 def test_an_incomplete_head_is_named(directory: Path) -> None:
-    """config.json promises a classifier: its absence is a damaged checkpoint, not another task."""
+    """config.json names a classifier, so a missing classifier tensor means a damaged checkpoint, not another task."""
     raw, arrays = saved(Case("gpt2", "token-classification"), directory)
     for name in ("classifier.weight", "classifier.bias"):
         for architecture in ("GPT2ForTokenClassification", "TFGPT2ForTokenClassification"):
@@ -110,7 +110,7 @@ def test_an_incomplete_head_is_named(directory: Path) -> None:
 
 @pytest.mark.parametrize("case", [c for c in BY_TASK if c.task in LABELLED_TASKS], ids=str)
 def test_the_number_of_labels(case: Case, directory: Path) -> None:
-    """As the configuration says; where it says nothing, as many as the head has rows."""
+    """It comes from the configuration; by default, it is the number of rows of the head."""
     raw, arrays = saved(case, directory)
     named = raw.pop("id2label")
     raw.pop("label2id")
@@ -130,7 +130,7 @@ def test_the_number_of_labels(case: Case, directory: Path) -> None:
 
 
 def test_two_labels_need_no_names(directory: Path) -> None:
-    """transformers assumes two, and writes none."""
+    """Two is transformers' default, for which it writes no names."""
     raw, arrays = saved(Case("gpt2", "text-classification"), directory)
     del raw["id2label"], raw["label2id"]
     arrays["score.weight"] = arrays["score.weight"][:2]
@@ -145,14 +145,14 @@ def test_the_padding_token(directory: Path) -> None:
     assert not checkpoint_of(raw, arrays).notes
     assert checkpoint_of(raw, arrays, request=Options(pad_token_id=3)).config.pad_token_id == 3
     raw["pad_token_id"] = None
-    silent = checkpoint_of(raw, arrays)
-    assert silent.config.pad_token_id is None
-    assert any("--pad-token-id" in note for note in silent.notes)
+    unpadded = checkpoint_of(raw, arrays)
+    assert unpadded.config.pad_token_id is None
+    assert any("--pad-token-id" in note for note in unpadded.notes)
     assert not checkpoint_of(raw, arrays, request=Options(pad_token_id=0)).notes
 
 
 @pytest.mark.parametrize("family", ["gpt1", "gpt2"])
-def test_double_heads_of_another_make_are_refused(family: str, directory: Path) -> None:
+def test_unusual_double_heads_are_rejected(family: str, directory: Path) -> None:
     raw, arrays = saved(Case(family, "multiple-choice"), directory)
     unusual = {"summary_type": "mean", "summary_use_proj": False, "summary_activation": "tanh"}
     for key, value in {**unusual, "summary_proj_to_labels": False}.items():
@@ -164,7 +164,7 @@ def test_double_heads_of_another_make_are_refused(family: str, directory: Path) 
 
 
 def test_several_heads_in_one_file(directory: Path) -> None:
-    """All but the one asked for are dropped, each with its reason."""
+    """All but the requested head are dropped, each with a reason."""
     raw, arrays = saved(Case("gpt2", "text-classification"), directory)
     width = arrays["score.weight"].shape[1]
     arrays |= {

@@ -1,4 +1,4 @@
-"""Every family, read from what transformers saved and written back for transformers to load."""
+"""Every family: read files that transformers saved, and write files that transformers loads."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.families.witness import BY_TASK, CASES, Case, hf_outputs, inputs_of
 from tests.helpers import checkpoint_of, computed_tensors, source_of, write_planned
 
 NAMES = tuple(family.name for family in FAMILIES)
-#: What our config.json says beyond transformers' own, for older readers: it sets nothing.
+#: Extra keys of our config.json, for older readers; transformers ignores them.
 OLDER = {"n_ctx", "rotary_pct", "rotary_emb_base", "attention_layers"}
-#: Keys that some variants spell in another way than we do; what they mean is the same.
-SPELT = {"upcast": "reorder_and_upcast_attn", "mixed": "attention_types", "tanh": "hidden_act"}
+#: Variant → key that transformers spells differently, with the same meaning.
+SPELLED = {"upcast": "reorder_and_upcast_attn", "mixed": "attention_types", "tanh": "hidden_act"}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def read(case: Case, directory: Path) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_names_are_transformers_own(case: Case, directory: Path) -> None:
-    """Every saved tensor is used, none is missed, and all are written back as they were, byte by byte."""
+def test_names_match_transformers(case: Case, directory: Path) -> None:
+    """Every saved tensor is read, and written back with the same name and values."""
     _, arrays = witness.saved(case, directory)
     checkpoint = read(case, directory)
     assert not checkpoint.dropped
@@ -52,7 +52,7 @@ def test_the_names_are_transformers_own(case: Case, directory: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_reference_model_has_the_same_parameters(case: Case, directory: Path) -> None:
-    """Canonical names and shapes are the reference model's: two descriptions of one thing."""
+    """Canonical names and shapes match those of the reference model."""
     from reference_model.model import GPT, canonical_name
 
     config = read(case, directory).config
@@ -61,8 +61,8 @@ def test_the_reference_model_has_the_same_parameters(case: Case, directory: Path
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_config_json_means_what_transformers_wrote(case: Case, directory: Path) -> None:
-    """Read back by transformers, it is the configuration that was saved, dropouts and label names included."""
+def test_config_json_keeps_the_meaning_of_transformers_file(case: Case, directory: Path) -> None:
+    """transformers reads it as the configuration that it saved, including dropouts and label names."""
     checkpoint = read(case, directory)
     written = family_named(case.family).write_config(checkpoint.config, checkpoint.carried)
     kind = type(witness.hf_config(case))
@@ -70,7 +70,7 @@ def test_config_json_means_what_transformers_wrote(case: Case, directory: Path) 
     written_back = kind.from_dict(json.loads(json.dumps(written))).to_dict()
     added = set(written_back) - set(saved)
     assert added <= OLDER
-    ignored = added | {SPELT.get(case.name)}
+    ignored = added | {SPELLED.get(case.name)}
     for key in ignored:
         written_back.pop(key, None)
         saved.pop(key, None)
@@ -82,8 +82,8 @@ def test_config_json_means_what_transformers_wrote(case: Case, directory: Path) 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_transformers_loads_what_is_written(case: Case, directory: Path, tmp_path: Path) -> None:
-    """No tensor is missing, unexpected or of another shape, and the outputs are those of the original."""
+def test_transformers_loads_written_files(case: Case, directory: Path, tmp_path: Path) -> None:
+    """No tensor is missing, unexpected or mis-shaped, and the outputs equal the original's."""
     import transformers
 
     checkpoint = read(case, directory)
@@ -97,13 +97,13 @@ def test_transformers_loads_what_is_written(case: Case, directory: Path, tmp_pat
     inputs = inputs_of(case.task)
     for name, expected in hf_outputs(case, inputs, witness.hf_model(case)).items():
         found = hf_outputs(case, inputs, model)[name]
-        rounding = 1e-5 if case.name in SPELT else 0
+        rounding = 1e-5 if case.name in SPELLED else 0
         assert np.allclose(found, expected, rtol=0, atol=rounding, equal_nan=True), name
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_old_files_name_and_repeat_things_differently(family: str, directory: Path) -> None:
-    """Masks saved as tensors are dropped by name, a repeated tied head is compared, other prefixes are known."""
+def test_old_files_with_buffers_and_other_prefixes(family: str, directory: Path) -> None:
+    """Buffers saved as tensors are dropped by name, and other prefixes are accepted."""
     case = Case(family)
     raw, arrays = witness.saved(case, directory)
     extra = dict(arrays)
@@ -159,7 +159,7 @@ def test_a_tied_head_may_be_stored_too(case: Case, name: str, to: str, directory
     assert canonical_bytes(checkpoint) == canonical_bytes(checkpoint_of(raw, arrays))
 
 
-def test_neox_heads_go_by_either_name(directory: Path) -> None:
+def test_neox_head_is_read_under_either_name(directory: Path) -> None:
     raw, arrays = witness.saved(Case("gpt_neox"), directory)
     renamed = {n.replace("embed_out", "lm_head"): a for n, a in arrays.items()}
     assert canonical_bytes(checkpoint_of(raw, renamed)) == canonical_bytes(checkpoint_of(raw, arrays))
@@ -178,7 +178,7 @@ def test_gpt1_double_heads_with_the_embedding_under_its_own_name(under: str, dir
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_missing_and_misshaped_tensors_are_named(family: str, directory: Path) -> None:
+def test_missing_and_misshaped_tensors_are_listed(family: str, directory: Path) -> None:
     raw, arrays = witness.saved(Case(family), directory)
     scheme = family_named(family).scheme("hf")
     lost = next(name for name in sorted(arrays) if "mlp" in name)
@@ -192,8 +192,8 @@ def test_missing_and_misshaped_tensors_are_named(family: str, directory: Path) -
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_the_family_is_told_by_the_tensors_too(family: str, directory: Path) -> None:
-    """Without model_type the names say what it looks like; with a wrong one the error says so."""
+def test_tensor_names_suggest_the_family(family: str, directory: Path) -> None:
+    """Without model_type the hint names the family; a wrong model_type is an error."""
     raw, arrays = witness.saved(Case(family), directory)
     nameless = {key: value for key, value in raw.items() if key != "model_type"}
     with pytest.raises(InputError) as error:
@@ -204,14 +204,14 @@ def test_the_family_is_told_by_the_tensors_too(family: str, directory: Path) -> 
         understand(source_of({**nameless, "model_type": other}, computed_tensors(arrays)), Options())
 
 
-def test_unknown_model_types_are_refused_by_name() -> None:
+def test_unknown_model_types_are_rejected_by_name() -> None:
     with pytest.raises(UnsupportedError, match="llama") as error:
         understand(source_of({"model_type": "llama"}, computed_tensors({})), Options())
     assert all(kind in (error.value.expected or "") for family in FAMILIES for kind in family.model_types)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_the_registry_is_sound(family: Family) -> None:
+def test_the_registry_is_consistent(family: Family) -> None:
     import transformers
 
     assert family.name in witness.TINY
@@ -226,12 +226,12 @@ def test_the_registry_is_sound(family: Family) -> None:
     assert modelling == set(family.heads.values())
 
 
-#: How transformers' names of models end.
+#: Suffixes of transformers' model classes.
 KINDS = ("Model", "LM", "Classification", "QuestionAnswering")
 
 
-def test_no_head_of_transformers_is_forgotten() -> None:
-    """Whatever classes transformers has for these model types, a family lists."""
+def test_every_transformers_head_is_listed() -> None:
+    """The families list every model class that transformers has for these model types."""
     for family in FAMILIES:
         classes = {n for n in dir(witness.module(family)) if n.endswith(KINDS) and not n.endswith("PreTrainedModel")}
         own = {n for n in classes if getattr(witness.module(family), n).__module__ == witness.module(family).__name__}
@@ -239,8 +239,8 @@ def test_no_head_of_transformers_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("case", BY_TASK, ids=str)
-def test_rows_of_one_name_are_exclusive(case: Case, directory: Path) -> None:
-    """Two rows may hold one canonical tensor under different conditions, never at once."""
+def test_rows_with_the_same_canonical_name_are_exclusive(case: Case, directory: Path) -> None:
+    """Several rows may have one canonical name, but at most one applies to a configuration."""
     config = read(case, directory).config
     for scheme in family_named(case.family).schemes:
         bound = [b.canonical for b in expand(scheme.rows, config)]

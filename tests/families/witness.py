@@ -152,7 +152,7 @@ def hf_config(case: Case) -> Any:
 
 
 def hf_model(case: Case, seed: int = 0) -> Any:
-    """The transformers model of a case, in torch's default dtype, with random weights that float32 can hold."""
+    """The transformers model of a case, in torch's default dtype, with random weights exact in float32."""
     import torch
     import transformers
 
@@ -201,7 +201,7 @@ def reference(understood: Checkpoint, dtype: Any = None) -> Any:
     return GPT.from_weights(understood.config, torch_weights(understood, dtype))
 
 
-#: Masks of the test batch, one row per situation: nothing masked, padding left, right, holes. [4, 17]
+#: Masks of the test batch, one case per row: no padding, left padding, right padding, holes. [4, 17]
 MASK = np.array(
     [
         [1] * 17,
