@@ -399,7 +399,7 @@ def test_vocabulary_without_an_end_token(tmp_path: Path) -> None:
     checkpoint = with_tokenizer(small(tmp_path, encoder__json=json.dumps(symbols).encode()), len(symbols))
     files, notes = tokenizer_files(checkpoint)
     assert len(notes) == 1
-    assert "ends a text" in notes[0]
+    assert "end-of-text" in notes[0]
     assert end_token_id(checkpoint, files) is None
     loaded = transformers.AutoTokenizer.from_pretrained(write_all(tmp_path / "out", files))
     assert len(loaded) == len(symbols)
