@@ -79,11 +79,11 @@ class PrecisionPass:
 
     Args:
         dtype: the type to compute in.
-        scratch: buffer of :data:`PART_ELEMENTS` elements for converted parts of weights; passes may share it.
+        scratch: float64 buffer for converted parts of weights, as long as the longest part; passes may share it.
     """
 
     def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
-        self.dtype, self._scratch = dtype, scratch.view(dtype)
+        self.dtype, self._scratch, self._part_elements = dtype, scratch.view(dtype), len(scratch)
         self.pasts: dict[Part, KeyValue] = {}  # only those that are the same in every layer
 
     def fill(self, module: nn.Module, stored: Mapping[str, Tensor], config: GPTConfig, prefix: str) -> None:
@@ -109,7 +109,7 @@ class PrecisionPass:
         out = rows.new_zeros(len(rows), len(weight))  # (N, out)
         by_output = weight.is_contiguous()
         dense = weight if by_output else weight.T  # as stored: [out, in] or [in, out]
-        step = max(1, PART_ELEMENTS // dense.shape[1])
+        step = max(1, self._part_elements // dense.shape[1])
         for start in range(0, len(dense), step):
             some = slice(start, start + step)
             part = self._typed(dense[some])
@@ -156,17 +156,25 @@ class TruthPass:
         compute: the candidate's computing type (``float32``, ``float16``).
         presents: whether the candidate returns keys and values.
         taps: whether to keep every block's output.
+        head_tokens: tokens that the head runs on at once.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, probes: Sequence[Probe], compute: str, *, presents: bool, taps: bool = False
+        self,
+        checkpoint: Checkpoint,
+        probes: Sequence[Probe],
+        compute: str,
+        *,
+        presents: bool,
+        taps: bool = False,
+        head_tokens: int = HEAD_TOKENS,
     ) -> None:
         import torch
 
         self.config, self.weights = checkpoint.config, checkpoint.weights
         scratch = torch.empty(PART_ELEMENTS, dtype=torch.float64)
         self.passes = (PrecisionPass(torch.float64, scratch), PrecisionPass(getattr(torch, compute), scratch))
-        self.taps = taps
+        self.taps, self._head_tokens = taps, head_tokens
         windowed = any(window is not None for window in self.config.attn_window)
         self.truth = Truth(Pack(probes, windowed=windowed), {}, {})
         layers = self.config.n_layer if presents and any(probe.compare_presents for probe in probes) else 0
@@ -282,7 +290,7 @@ class TruthPass:
         return in_parts
 
     def _head(self, xs: list[Tensor]) -> None:
-        """Record the task's outputs for every token, :data:`HEAD_TOKENS` at a time."""
+        """Record the task's outputs for every token, a limited number at a time."""
         import torch
 
         from reference_model.model import Head, canonical_name
@@ -296,8 +304,8 @@ class TruthPass:
             heads.append(head)
         whole: dict[str, Tensor] = {}
         noise: dict[str, list[Errors]] = {}
-        for start in range(0, self.truth.pack.length, HEAD_TOKENS):
-            some = slice(start, start + HEAD_TOKENS)
+        for start in range(0, self.truth.pack.length, self._head_tokens):
+            some = slice(start, start + self._head_tokens)
             outs = [head.per_token(x[:, some]) for head, x in zip(heads, xs, strict=True)]
             for name in outs[0]:
                 exact, yardstick = (out[name][0] for out in outs)  # (n, width) each

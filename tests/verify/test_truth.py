@@ -112,12 +112,11 @@ def tiny_checkpoint() -> Checkpoint:
     return checkpoint_of(*tiny_gpt2(5))
 
 
-def test_head_on_some_tokens_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_on_some_tokens_at_a_time(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path, tie_word_embeddings=False)
     probes = make_probes(checkpoint.config, kv_cache=True)
     whole = truth_of(checkpoint, probes)
-    monkeypatch.setattr(truth_module, "HEAD_TOKENS", 7)
-    parts = truth_of(checkpoint, probes)
+    parts = truth_of(checkpoint, probes, head_tokens=7)
     assert np.allclose(whole.values["logits"], parts.values["logits"], rtol=0, atol=1e-14)
     assert np.allclose(whole.noise["logits"].largest, parts.noise["logits"].largest, rtol=0.5)
     assert whole.values["logits"].shape == (whole.pack.length, 97)
@@ -125,11 +124,10 @@ def test_head_on_some_tokens_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["[out, in]", "[in, out]"])
 @pytest.mark.parametrize("elements", [1, 50, 1 << 19])
-def test_linear_layers_in_parts(transposed: bool, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_layers_in_parts(transposed: bool, elements: int) -> None:
     import torch
     from torch import nn
 
-    monkeypatch.setattr(truth_module, "PART_ELEMENTS", elements)
     torch.manual_seed(0)
     weight = torch.randn(7, 24, dtype=torch.bfloat16)
     stored = {"weight": weight.T.contiguous().T if transposed else weight, "bias": torch.randn(7)}

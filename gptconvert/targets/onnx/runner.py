@@ -143,6 +143,7 @@ class OnnxRunner:
         taps: further values to return; only without optimisation, which may remove them.
         lent: weights stored in other files to use instead of the file's own, by name.
         threads: number of threads; 0 for one per core.
+        most_cache: bytes of keys and values that are computed even if a run does not request them.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class OnnxRunner:
         taps: Sequence[str] = (),
         lent: Mapping[str, LazyTensor] | None = None,
         threads: int = 0,
+        most_cache: int = MOST_CACHE,
     ) -> None:
         self.binding, self.config, self.taps = binding, config, tuple(taps)
         self.kv_cache, self.free_positions = bool(binding.past), "position_ids" in binding.inputs
@@ -164,6 +166,7 @@ class OnnxRunner:
         self._lent = {name: _value(tensor) for name, tensor in (lent or {}).items()}
         self._session = self._open([*file.outputs(), *taps] if taps else None)
         self._without_cache: Any = None
+        self._most_cache = most_cache
 
     def _open(self, outputs: Sequence[str] | None) -> Any:
         """A session on the file, or on its graph with other ``outputs``."""
@@ -212,7 +215,7 @@ class OnnxRunner:
     def _small_cache(self, feeds: Feeds) -> bool:
         """Whether to compute unrequested keys and values: they are small, or a second session would copy weights."""
         size = 2 * self.config.n_layer * feeds.attention_mask.size * self.config.n_embd * 4
-        return size <= MOST_CACHE or self._prepack or self._file.model.ByteSize() > MOST_GRAPH
+        return size <= self._most_cache or self._prepack or self._file.model.ByteSize() > MOST_GRAPH
 
     def _session_without_cache(self) -> Any:
         """A session on the same graph without its keys and values as outputs.

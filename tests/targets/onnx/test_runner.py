@@ -14,7 +14,6 @@ import pytest
 
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.transforms import cast
-from gptconvert.targets.onnx import runner as onnx_runner
 from gptconvert.targets.onnx.file import open_onnx
 from gptconvert.targets.onnx.runner import OnnxRunner, bind
 from gptconvert.verify.probes import make_probes
@@ -67,15 +66,14 @@ def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype:
     assert max(seen) - seen[0] < 18 * MIB
 
 
-def test_long_past_is_returned_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_past_is_returned_only_on_request(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     file = open_onnx(str(export(tmp_path, checkpoint)))
     binding = bind(file, checkpoint.config)
     probe = next(p for p in make_probes(checkpoint.config, kv_cache=True) if p.shared_past)
     feeds, answers = feeds_of(probe, checkpoint.config), []
     for most, returned in ((1 << 40, None), (0, ["logits"])):
-        monkeypatch.setattr(onnx_runner, "MOST_CACHE", most)
-        runner = OnnxRunner(file, binding, checkpoint.config)
+        runner = OnnxRunner(file, binding, checkpoint.config, most_cache=most)
         answers.append(runner.run(feeds, False))
         session = runner._without_cache
         assert returned == (session and [output.name for output in session.get_outputs()])
