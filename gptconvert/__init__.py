@@ -1,10 +1,9 @@
 """Convert GPT checkpoints to other formats, and prove that the results compute the same."""
 
-__version__ = "0.1.0"
-
 from typing import TYPE_CHECKING, Any
 
 from gptconvert import errors
+from gptconvert.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gptconvert.inspection import inspect, open_checkpoint

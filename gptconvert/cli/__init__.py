@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import click
 
-from gptconvert import __version__
 from gptconvert.cli.output import print_json
 from gptconvert.errors import GptConvertError, printable
+from gptconvert.version import __version__
 
 #: command → (module, one-line help). The module defines the command, or builds it with ``format_command``.
 COMMANDS: Mapping[str, tuple[str, str]] = {

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-from gptconvert import __version__
 from gptconvert.containers.json import dump_json
 from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from gptconvert.model.names import collapse
 from gptconvert.model.schema import SCHEMA_VERSION
 from gptconvert.publish.source_reader import FileDigest
 from gptconvert.publish.writer import Written, WrittenFile
+from gptconvert.version import __version__
 
 MANIFEST_FILE, SUMS_FILE = "manifest.json", "SHA256SUMS"
 

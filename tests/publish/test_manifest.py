@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert import __version__
 from gptconvert.errors import InputError
 from gptconvert.model.export import PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import Cast
 from gptconvert.publish.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
 from gptconvert.publish.writer import WrittenFile, write_and_digest, write_files
+from gptconvert.version import __version__
 from tests.helpers import checkpoint_of, openai_hparams, openai_layout, tiny_gpt2
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from gptconvert import __version__
 from gptconvert.containers.protobuf import varint
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from gptconvert.model.encodings import encoded
 from gptconvert.model.export import Export, Placed, PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
+from gptconvert.version import __version__
 
 #: The latest IR version that onnxruntime >= 1.17, onnxruntime-web and -genai all read.
 IR_VERSION = 10
