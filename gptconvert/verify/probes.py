@@ -229,8 +229,8 @@ def usual_amount(config: GPTConfig) -> Amount:
 def _masks(make: _Maker, length: int) -> Iterator[Probe]:
     """One batch: no, left and right padding; holes; everything masked out but one token.
 
-    Neighbouring rows differ in their tokens. Every other row has the same tokens in other places, so the truth about
-    them is computed once.
+    Even rows have the prompt's tokens and odd rows have others, so neighbours differ, and shared tokens are computed
+    once.
     """
     n = min(length, make.config.n_ctx)
     short = math.ceil(n / 2)
