@@ -193,7 +193,7 @@ def make_probes(
         config: the architecture; sizes are capped by its n_ctx.
         kv_cache: whether the candidate takes and returns keys and values.
         free_positions: whether the candidate lets its caller choose positions.
-        level: ``default``, about 100 tokens in all for any model; ``full``, sequences as long as the context too.
+        level: ``default``, about 100 tokens, or 55 for a large model; ``full``, sequences as long as the context too.
         seed: of all random values.
     """
     make = _Maker(config, seed)
