@@ -3,7 +3,7 @@
     python examples/verify_foreign_export.py CHECKPOINT EXPORT
 
 EXPORT is a directory or a graph file: ONNX from optimum or torch.onnx, safetensors from transformers, a TensorFlow
-SavedModel. A SavedModel is a program; verify only those whose origin you know. Exit code 0: it computes what the
+SavedModel. A SavedModel is a program; verify one only if you trust its origin. Exit code 0: it computes what the
 checkpoint computes. 5: it does not, and the report names the first difference.
 """
 

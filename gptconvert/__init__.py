@@ -1,4 +1,4 @@
-"""Convert GPT checkpoints to other formats, and prove that the results compute the same."""
+"""Convert GPT checkpoints to other formats, and prove that they compute what the checkpoint computes."""
 
 from typing import TYPE_CHECKING, Any
 

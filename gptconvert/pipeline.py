@@ -1,6 +1,6 @@
 """The flow, top to bottom: open, plan, write, verify, describe, publish. Only this module uses every package.
 
-Nothing is visible at the output before everything is written, verified and synced to disk; a failure at any point
+Nothing appears at the output path until everything is written, verified and synced to disk; a failure at any point
 leaves the output unchanged.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will write, before any weight is read.
+    """What a conversion will write, known before any weight is read.
 
     Attributes:
         checkpoint: as opened.

@@ -77,7 +77,7 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def group(ctx: click.Context, debug: bool) -> None:
-    """Convert GPT checkpoints to ONNX, safetensors and TensorFlow, and prove that the results compute the same."""
+    """Convert GPT checkpoints to ONNX, safetensors and TensorFlow, and prove each export equal to its checkpoint."""
     ctx.obj = {"debug": debug}
 
 

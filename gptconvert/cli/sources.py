@@ -126,8 +126,8 @@ Example:
         "Convert the Megatron-LM GPT-2 checkpoint SOURCE.",
         """\b
 SOURCE is a model_optim_rng.pt, its mp_rank_00, or the directory of a run.
-Only checkpoints of models that were not split over devices are supported,
-in checkpoint version 0 to 3.
+The model must not have been split over devices, and the checkpoint version
+must be 0 to 3.
 
 \b
 Example:

@@ -88,7 +88,7 @@ TOKEN: Final = Kind(_token, nullable=True)
 NUMBER: Final = Kind(_number)
 #: A string.
 TEXT: Final = Kind(_text)
-#: Any value, including null: checked by its user.
+#: Any value, including null: checked where it is used.
 ANY: Final = Kind(lambda key, value: value, nullable=True)
 
 

@@ -33,7 +33,7 @@ class Placed:
 
 
 #: Returns the bytes of a file. Its arguments are a function that returns the unmasked CRC-32C of a placed tensor,
-#: blocking until the tensor's file is written, and a cancellation event: once set, it should raise soon.
+#: blocking until the tensor's file is written, and a cancellation event; once it is set, the call should raise soon.
 Finish = Callable[[Callable[[Placed], int], threading.Event], bytes]
 
 

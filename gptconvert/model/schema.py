@@ -1,4 +1,4 @@
 """The version of the JSON that other programs read: the objects of ``--json`` and ``manifest.json``."""
 
-#: Raised when a key changes its meaning or goes away; a new key does not raise it.
+#: Incremented when a key changes its meaning or is removed; adding a key does not change it.
 SCHEMA_VERSION = 1

@@ -116,7 +116,7 @@ class Scheme:
         order: of the tensors in files without names; None: all files have names.
         renamed: (a file's names, its path) → the table's name for each, for trainers that number modules
             differently; raises InputError for inconsistent names.
-        variants: trainer options recognized by tensors outside the table. If set, every tensor outside the table is
+        variants: trainer options recognised by tensors outside the table. If set, every tensor outside the table is
             rejected, by the option's name, before the configuration is read.
     """
 

@@ -20,7 +20,7 @@ ALIGNMENT = 4096
 COPY_BYTES = 8 << 20
 #: Pages sampled to estimate whether a file is cached. The first pages of an open file always are.
 SAMPLES = 9
-#: Errors of a file system or kernel that does not support an operation, rather than fails at it.
+#: Errors which mean that the file system or kernel does not support an operation, not that the operation failed.
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTSOCK, errno.EPERM}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

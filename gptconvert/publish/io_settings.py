@@ -16,7 +16,7 @@ class IoSettings:
         block_bytes: size of a write: large enough for the disk, small enough for responsive Ctrl-C and progress.
         block_count: blocks in flight: one being filled, two being consumed, the others a buffer between the threads.
         copy_read_bytes: size of a read when copying: stays in a core's own cache while every consumer uses it.
-        read_bytes: size of other reads: fits the cache, and amortizes Python's overhead.
+        read_bytes: size of other reads: fits the cache, and amortises Python's overhead.
         direct_from: smallest file written with direct I/O if it will not be read next.
         cached_up_to: largest file written through the page cache if it will be read next.
         sha256_up_to: largest input hashed with SHA-256 without verification; larger ones get a CRC-32C.

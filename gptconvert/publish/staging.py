@@ -117,7 +117,7 @@ class Staging:
                 self._remove_replaced(replaced)
 
     def _clean_up_ancestors(self) -> None:
-        """Undo killed runs that staged in a directory further up because the parents did not exist yet."""
+        """Clean up after killed runs that staged further up the tree, because the parents did not exist yet."""
         above = self._workspace.parent
         while above != os.path.dirname(above):
             above = os.path.dirname(above)
@@ -221,7 +221,7 @@ class _Workspace:
         return lock
 
     def clean_up(self) -> None:
-        """Undo killed runs. The caller must hold the lock, so that no other process is using the files."""
+        """Clean up after killed runs. The caller must hold the lock, so that no other process is using the files."""
         if os.path.isdir(self.aside):
             # A run was killed between the two renames: restore the old output.
             if os.path.lexists(self.output):

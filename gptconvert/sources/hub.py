@@ -219,7 +219,7 @@ def _http_error(repo: str, options: Options, error: Any) -> InputError:
         what = "the hub denied access" if status == 403 else "no such repository, or it is private"
         return InputError(what, path=repo, found=f"HTTP {status}", hint=f"check the name; if it is private, {login}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        hint = "check the name; no local file or directory has it either"
+        hint = "check the name; there is no local file or directory of that name either"
         return InputError("no such repository on the hub", path=repo, found=f"HTTP {status}", hint=hint)
     return InputError("the hub returned an error", path=repo, found=f"HTTP {status}", hint="try again later")
 

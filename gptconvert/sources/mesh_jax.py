@@ -152,7 +152,7 @@ def _read_shard(folder: str, number: int) -> _Shard:
     wanted = [whole + (i < longer) for i in range(PIECES)]
     if counts != wanted:
         raise InputError(
-            "the arrays are not distributed over the files as the trainer does it",
+            "the arrays are not distributed over the files as the trainer distributes them",
             path=os.path.dirname(files[0]),
             expected=f"{wanted} arrays",
             found=f"{counts} arrays",

@@ -33,7 +33,7 @@ _VARIANTS = (
     (r"(?:.*/)?norm_rezero_\d+/g", "ReZero (rezero)"),
     (r"(?:.*/)?mlp_macaron/.*", "macaron layers (macaron)"),
     (r"(?:.*/)?mem_[kv]", "memory keys and values (num_mem_kv)"),
-    (r"(?:.*/)?wte_final_linear/.*", "a head of its own (no_weight_tie)"),
+    (r"(?:.*/)?wte_final_linear/.*", "an untied head (no_weight_tie)"),
     (r"(?:.*/)?activation-[0-9a-f]+", "a trained activation function"),
 )
 

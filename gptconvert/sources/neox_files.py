@@ -52,7 +52,7 @@ class Located:
         return tuple(self.layers.values()) or tuple(self.ranks.values())
 
     def configs(self, hparams: str | None) -> tuple[str, ...]:
-        """The YAML files that make up the configuration: ``hparams``, or all files of the first place that has any.
+        """The YAML files that make up the configuration: ``hparams``, or all in the first directory that has any.
 
         Raises:
             InputError: none found.

@@ -73,7 +73,7 @@ def read_openai_tf(located: TfCheckpoint | str, options: Options) -> Source:
 
 
 def _hparams(path: str) -> dict[str, object]:
-    """The file's keys. An empty object is refused: it would count as a missing file, whose sizes are inferred."""
+    """The file's keys. An empty object is refused: it would be taken for a missing file, and the sizes inferred."""
     config = read_json_object(path, MAX_HPARAMS_BYTES, HPARAMS)
     if not config:
         raise InputError("hparams.json is empty", path=path, hint="remove it to infer the sizes from the tensors")

@@ -46,7 +46,7 @@ def _file(path: str) -> Iterator[Found]:
 def _in_directory(path: str) -> Iterator[Found]:
     found = [*_graphs_and_weights(path), *_saved_models(path)]
     yield from found
-    # A directory may itself hold OpenAI's files; beside another artifact they are part of that one.
+    # A directory may hold OpenAI's files directly; if it also holds another artifact, they belong to that artifact.
     for folder in (os.path.join(path, "openai-tf"), *([] if found else [path])):
         if is_openai_folder(folder):
             yield "openai-tf", folder, os.path.basename(folder)

@@ -114,7 +114,7 @@ class Target:
         short_title: in the model card, if not ``title``.
         runs: whether ``verify`` runs the artifact; if not, it only compares bytes.
         load: loads the artifact in a directory, with its config.json, as a :class:`Runtime`; None if nothing can.
-        check_continuation: checks another artifact's greedy text with one of this target that has passed.
+        check_continuation: checks another artifact's greedy text against a verified artifact of this target.
         snippets: for the model card.
         library: the hub's name of the library that loads it.
         requires: (module, extra) pairs that must be installed.

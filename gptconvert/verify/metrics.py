@@ -2,7 +2,7 @@
 
 t is the truth (float64), e the yardstick (the reference model in the candidate's computing type), c the candidate.
 The principle comes from ``torch._dynamo.utils.same``: compare with a float64 run, not with a hand-picked tolerance.
-A correct export measures a ratio of 1 to 2; the mildest real bug known measures 271.
+Correct exports measure ratios between 0.7 and 1.6; the mildest planted bug measures 271.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ TINY = 2.0**-1022
 MAX_RMSE_RATIO = 4.0
 #: max|c - t| may be this many times max|e - t|.
 MAX_ABS_RATIO = 8.0
-#: Added to both limits, in roundings of the typical value: a yardstick of few numbers can be zero by luck.
+#: Added to both limits, in roundings of the typical value: a yardstick of few numbers can be zero by chance.
 FLOOR_ROUNDINGS = 8.0
-#: With fewer tokens than this the yardstick may be lucky: one rounding of a large attention score (thousands in
-#: GPT-Neo, which does not scale them) outweighs all others, and may go one way in the candidate and the other in the
-#: yardstick. The yardstick's error over all probes then counts if it is larger.
+#: With fewer tokens than this, the yardstick's error may be small by chance: one rounding of a large attention score
+#: (thousands in GPT-Neo, which does not scale them) outweighs all others, and may go one way in the candidate and the
+#: other in the yardstick. The yardstick's error over all probes then counts if it is larger.
 FEW_TOKENS = 8
 #: Distance from 1 to the next number; unit roundoff is half of it.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -68,7 +68,7 @@ class Measure:
     Attributes:
         tensor: its name (``logits``, ``present.3.key``, ``h.3``).
         epsilon: of the computing type.
-        typical: root mean square of the truth over all probes. The few numbers of one group may be small by luck,
+        typical: root mean square of the truth over all probes. The few numbers of one group may be small by chance,
             while rounding errors scale with the terms of a sum, not with the sum.
         usual_rmse: the yardstick's rmse over all probes.
         usual_max: the yardstick's largest error over all probes.

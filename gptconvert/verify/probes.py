@@ -193,7 +193,7 @@ def make_probes(
         config: the architecture; sizes are capped by its n_ctx.
         kv_cache: whether the candidate takes and returns keys and values.
         free_positions: whether the candidate lets its caller choose positions.
-        level: ``default``, about 100 tokens in all for any model; ``full``, sequences as long as the context too.
+        level: ``default``, about 100 tokens, or 55 for a large model; ``full``, sequences as long as the context too.
         seed: of all random values.
     """
     make = _Maker(config, seed)
@@ -229,8 +229,8 @@ def usual_amount(config: GPTConfig) -> Amount:
 def _masks(make: _Maker, length: int) -> Iterator[Probe]:
     """One batch: no, left and right padding; holes; everything masked out but one token.
 
-    Neighbouring rows differ in their tokens. Every other row has the same tokens in other places, so the truth about
-    them is computed once.
+    Even rows have the prompt's tokens and odd rows have others, so neighbours differ, and shared tokens are computed
+    once.
     """
     n = min(length, make.config.n_ctx)
     short = math.ceil(n / 2)

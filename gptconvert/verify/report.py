@@ -13,7 +13,7 @@ from gptconvert.verify.weights import WeightReport
 if TYPE_CHECKING:
     from gptconvert.verify.greedy import Continuation
 
-#: Of a long list of problems, people are shown this many.
+#: The table shows at most this many of a list of problems.
 MOST_SHOWN = 8
 
 
@@ -111,8 +111,8 @@ class Report:
         """Plain values for JSON.
 
         Args:
-            figures: with everything that was measured. Without, what is left is the same on every machine: the
-                verdicts, the rule, the probes; that is what a manifest may hold.
+            figures: include everything that was measured. The rest (verdicts, rule, probes) is the same on every
+                machine, so a manifest can hold it.
         """
         return {
             "passed": self.passed,
@@ -127,10 +127,10 @@ class Report:
         }
 
     def table(self, *, verbose: bool = False) -> str:
-        """For people: one line per artifact and runtime, or every probe group.
+        """Readable text: one line per artifact and runtime, or every probe group.
 
         Args:
-            verbose: with every probe group; a verification that failed always shows them.
+            verbose: show every probe group; a failed verification always does.
         """
         verbose = verbose or not self.passed
         lines = [line for artifact in self.artifacts for line in _artifact_lines(artifact, verbose)]

@@ -210,7 +210,7 @@ class TruthPass:
         small = dataclasses.replace(self.config, vocab_size=len(ids), n_ctx=len(positions))
         xs = []
         for pass_ in self.passes:
-            embedding = Embedding(small)  # too small for a meta device to pay for the import of its kernels
+            embedding = Embedding(small)  # too small to justify importing the meta device's kernels
             pass_.fill(embedding, tables, small, "embedding.")
             xs.append(embedding(torch.from_numpy(token[None]), torch.from_numpy(position[None])))  # (1, N, D)
         self._tap("embedding", xs)

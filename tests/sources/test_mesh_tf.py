@@ -135,7 +135,7 @@ def test_equivalent_configurations(tmp_path: Path) -> None:
         ("gpt2/axial_wpe_1", "axial positions"),
         ("gpt2/h0/norm_rezero_1/g", "ReZero"),
         ("gpt2/h0/attn/memory_key_values/mem_k", "memory keys"),
-        ("gpt2/wte_final_linear/conv1d_main/linear_out/kernel", "head of its own"),
+        ("gpt2/wte_final_linear/conv1d_main/linear_out/kernel", "untied head"),
     ],
 )
 def test_variants_are_recognised_by_their_variables(tmp_path: Path, name: str, words: str) -> None:

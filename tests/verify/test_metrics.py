@@ -111,7 +111,7 @@ def test_significant() -> None:
 
 
 def test_few_numbers_are_judged_by_the_typical_value() -> None:
-    """An error that is usual elsewhere must not fail because a number or the yardstick's error is small by luck."""
+    """An error that is usual elsewhere must not fail because a number or the yardstick's error is small by chance."""
     small = np.full((1, 1), 0.01)
     found = measure(np.full((1, 1), 5e-7), np.full((1, 1), 1e-8), small)
     assert not found.ok

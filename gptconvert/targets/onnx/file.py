@@ -68,7 +68,7 @@ def open_onnx(path: str) -> OnnxFile:
     file_size(path)
     try:
         model = onnx.load_model(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no stable home
+    except Exception as error:  # protobuf's DecodeError moves between modules
         raise InputError("is not an ONNX model", path=path, found=str(error)[:200] or type(error).__name__) from error
     if not model.graph.node:
         raise InputError("is not an ONNX model", path=path, found="no nodes")
@@ -93,7 +93,7 @@ def _is_external(tensor: Any) -> bool:
 
 
 def _worst(problems: list[GptConvertError], path: str) -> GptConvertError:
-    """One error for all problems; unsafe outranks invalid."""
+    """One error for all problems: UnsafeInputError if any is unsafe, otherwise InputError."""
     unsafe = [p for p in problems if isinstance(p, UnsafeInputError)]
     shown = (unsafe or problems)[:10]
     lines = "\n".join(f"{p.item}: {p.message}" for p in shown)
@@ -121,7 +121,9 @@ def _locate(model_path: str, tensor: Any) -> Segment:
     name, nbytes = tensor.name, _nbytes(tensor)
     unknown = sorted(set(entries) - EXTERNAL_KEYS)
     if unknown or "location" not in entries:
-        raise InputError(f"external data keys {unknown or 'lack location'}", item=name)
+        raise InputError(
+            f"external data {f'has unknown keys {unknown}' if unknown else 'has no location'}", item=name
+        )
     numbers = {key: entries.get(key, default) for key, default in (("offset", "0"), ("length", str(nbytes)))}
     if not all(value.isascii() and value.isdigit() for value in numbers.values()):
         raise InputError(f"external data offset or length is not a number: {numbers}", item=name)

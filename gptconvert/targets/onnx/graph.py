@@ -49,7 +49,7 @@ def flattened(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> 
 def visible(b: Builder, input_ids: ir.Value, attention_mask: ir.Value, window: int | None) -> ir.Value:
     """Bias added to scores, [B, 1, S, T]: 0 where a query sees a key, else the lowest float.
 
-    A query at absolute index q sees key k iff k <= q, the mask has k, and q - k < window.
+    A query at absolute index q sees key k iff k <= q, the mask includes k, and q - k < window.
     """
     name = "bias" if window is None else f"bias.window_{window}"
     zero, one, axis = b.constant(0), b.constant(1), b.constant([1])

@@ -1,4 +1,4 @@
-"""Locates an error: the first block whose output leaves the rounding noise.
+"""Locates an error: the first block whose output exceeds rounding noise.
 
 Our graphs name every block's output ``h.{i}``. A copy of the graph that returns them runs without optimisation on a
 failing probe; if the copy is correct, the optimiser is at fault. Graphs without these names are judged by the keys
@@ -75,7 +75,7 @@ def _in_block(tap: str, bad_presents: list[str]) -> str:
 
 
 def _from_presents(name: str, taps: list[str]) -> str:
-    """The block whose keys or values are wrong, where no block's output is known to be."""
+    """The block whose keys or values are wrong, when no block's output is known to be wrong."""
     layer = _layer(name)
     if taps:
         return f"block {layer}: {name}, as returned"

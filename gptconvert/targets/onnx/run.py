@@ -32,7 +32,7 @@ class OnnxRuntime:
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         if "logits" not in self.outputs:
-            raise UnsupportedError("the graph has no output `logits`, so it cannot generate", path=path)
+            raise UnsupportedError("the graph has no output `logits`, so it cannot generate text", path=path)
         self.seen: list[int] = []
         self.past: dict[str, Floats] = {
             name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)

@@ -41,8 +41,8 @@ class OnnxVerifier:
     """Verifies one graph file and its external data.
 
     Weights are compared while the graph runs. A small model runs with the weights in the file; a large one with the
-    source's, which count only if they turn out to be equal: they are cached already, and reading a second copy into
-    memory takes longer than all runs together.
+    source's, and its run counts only if the two prove equal: the source's are cached already, and reading a second
+    copy into memory takes longer than all runs together.
 
     Attributes:
         small_model: up to this many bytes of weights, a model runs in a plain session, which copies them.

@@ -33,7 +33,7 @@ class TensorFlowRuntime:
         if "logits" not in loaded["signatures"].get("decode", {}).get("outputs", {}):
             self.close()
             raise UnsupportedError(
-                "the SavedModel has no signature `decode` with logits, so it cannot generate", path=path
+                "the SavedModel has no signature `decode` with logits, so it cannot generate text", path=path
             )
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ CASES: list[tuple[str, Callable[[Any], None], type[GptConvertError], str]] = [
     ("drive", put("location", "C:secret"), UnsafeInputError, "leaves"),
     ("directory", put("location", "."), UnsafeInputError, "not a regular file"),
     ("missing", put("location", "gone"), InputError, "is missing"),
-    ("no location", drop_location, InputError, "lack location"),
+    ("no location", drop_location, InputError, "has no location"),
     ("beyond the end", put("offset", "99999999"), InputError, "truncated"),
     ("negative", put("offset", "-64"), InputError, "not a number"),
     ("words", put("offset", "abc"), InputError, "not a number"),
