@@ -49,7 +49,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A function that registers a target ``dummy`` with a given verifier."""
 
     def register(verify: Any, **fields: Any) -> None:
-        target = Target("dummy", "dummy", "dummy", plan=plan, verify=verify, runs=False, **fields)
+        target = Target("dummy", "dummy", plan=plan, verify=verify, runs=False, **fields)
         monkeypatch.setitem(registry.TARGETS, "dummy", "a module")  # type: ignore[arg-type]
         real = registry._imported
         monkeypatch.setattr(registry, "_imported", lambda module: target if module == "a module" else real(module))
@@ -93,7 +93,7 @@ def test_messages_do_not_contain_the_staging_directory(register: Any, tmp_path: 
 @pytest.mark.parametrize("verify", [None, "verify", 3])
 def test_target_needs_a_verifier(verify: Any) -> None:
     with pytest.raises(TypeError, match=r"dummy.*no verifier"):
-        Target("dummy", "dummy", "dummy", plan=plan, verify=verify)
+        Target("dummy", "dummy", plan=plan, verify=verify)
 
 
 def test_every_registered_target_has_a_verifier() -> None:
