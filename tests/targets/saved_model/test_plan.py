@@ -51,7 +51,7 @@ PLANTED = (
     "gpt1-text-generation-norm-first gpt1-text-generation-square-transposed gpt2-text-generation-erf "
     "gpt2-text-generation-eps gpt_neo-text-generation-scaled gpt_neo-text-generation-window-one-more "
     "gptj-text-generation-half-split gpt_neox-text-generation-serial gpt_neo-text-generation-q-k-swapped "
-    "gptj-question-answering-start-end-swapped gpt2-text-classification-padding-unknown"
+    "gptj-question-answering-start-end-swapped gpt2-text-classification-no-padding-token"
 ).split()
 
 
