@@ -9,8 +9,8 @@ import json
 import os
 import struct
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -87,11 +87,15 @@ class Large:
         family: a key of :data:`LARGE`.
         source: ``hf`` (safetensors shards) or ``mesh-jax`` (the shards of GPT-J's trainer).
         layers: number of layers.
+        sizes: keys of config.json to use instead of the full-size model's.
+        shard_bytes: size of the safetensors shards.
     """
 
     family: str
     source: str
     layers: int
+    sizes: Mapping[str, object] = field(default_factory=dict)
+    shard_bytes: int = SHARD_BYTES
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -116,15 +120,15 @@ class Large:
 
     def _raw(self) -> dict[str, object]:
         fixed, key = LARGE[self.family]
-        return {**fixed, key: self.layers}
+        return {**fixed, **self.sizes, key: self.layers}
 
     def _write_hf(self, folder: Path) -> None:
-        shards, room = [dict[str, Shape]()], SHARD_BYTES
+        shards, room = [dict[str, Shape]()], self.shard_bytes
         for name, shape in self.shapes.items():
             nbytes = 2 * prod(shape)
             if nbytes > room and shards[-1]:
                 shards.append({})
-                room = SHARD_BYTES
+                room = self.shard_bytes
             shards[-1][name], room = shape, room - nbytes
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards):

@@ -10,7 +10,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.checkpoints import LARGE, Large
@@ -21,14 +21,16 @@ MODES: dict[str, list[str]] = {"unverified": ["--no-verify"], "verified": []}
 SPARE_BYTES = 512 << 20
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Measure and print one row at a time."""
+def main(
+    arguments: Sequence[str], model_of: Callable[[str, str, int], Large] = Large, spare_bytes: int = SPARE_BYTES
+) -> None:
+    """Measure and print one row at a time. ``model_of(family, source, layers)`` is the model to measure."""
     parser = _parser()
     given = parser.parse_args(arguments)
     if (given.family, given.source) == ("gpt_neox", "mesh-jax"):
         parser.error("--source mesh-jax requires --family gptj")
-    models = [Large(given.family, given.source, layers) for layers in sorted(given.layers)]
-    _require_space(2 * models[-1].nbytes + SPARE_BYTES, given.data)
+    models = [model_of(given.family, given.source, layers) for layers in sorted(given.layers)]
+    _require_space(2 * models[-1].nbytes + spare_bytes, given.data)
     title = f"layers of {given.family}, {given.source} → {given.to}, bfloat16"
     print(f"| {title} | GB | seconds | RssAnon peak, MiB | RssFile peak, MiB | MiB per added layer |")
     print("|" + " --- |" * 6, flush=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import checkpoints, scale
+from benchmarks import scale
 from benchmarks.checkpoints import Large
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.pipeline import open_checkpoint
 
-SMALL = {
+SMALL: dict[str, dict[str, object]] = {
     "gptj": {"vocab_size": 96, "n_positions": 40, "n_embd": 64, "n_head": 4, "rotary_dim": 8},
     "gpt_neox": {
         "vocab_size": 96,
@@ -24,16 +24,14 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrunk = {family: ({**raw, **SMALL[family]}, key) for family, (raw, key) in checkpoints.LARGE.items()}
-    monkeypatch.setattr(checkpoints, "LARGE", shrunk)
-    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 30_000)
+def small(family: str, source: str, layers: int) -> Large:
+    """A model of a family at sizes that take no time."""
+    return Large(family, source, layers, SMALL[family], shard_bytes=30_000)
 
 
 @pytest.mark.parametrize(("family", "source"), [("gptj", "hf"), ("gptj", "mesh-jax"), ("gpt_neox", "hf")])
 def test_checkpoints_are_whole(family: str, source: str, tmp_path: Path) -> None:
-    model = Large(family, source, 3)
+    model = small(family, source, 3)
     model.write(tmp_path / "made")
     checkpoint = open_checkpoint(str(tmp_path / "made"), format=source)
     assert (checkpoint.config.family, checkpoint.config.n_layer) == (family, 3)
@@ -45,7 +43,7 @@ def test_checkpoints_are_whole(family: str, source: str, tmp_path: Path) -> None
 
 
 def test_a_row_for_each_conversion_and_nothing_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scale.main(["--layers", "2", "1", "--mode", "unverified", "--to", "safetensors", "--data", str(tmp_path)])
+    scale.main(["--layers", "2", "1", "--mode", "unverified", "--to", "safetensors", "--data", str(tmp_path)], small)
     title, _, first, second = capsys.readouterr().out.splitlines()
     assert "gptj, hf → safetensors" in title
     assert first.startswith("| 1 × unverified |") and first.endswith("| – |")
@@ -55,11 +53,10 @@ def test_a_row_for_each_conversion_and_nothing_left(tmp_path: Path, capsys: pyte
 
 def test_only_gptj_has_a_trainer_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        scale.main(["--family", "gpt_neox", "--source", "mesh-jax", "--data", str(tmp_path)])
+        scale.main(["--family", "gpt_neox", "--source", "mesh-jax", "--data", str(tmp_path)], small)
 
 
-def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale, "SPARE_BYTES", 1 << 60)
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="not enough disk space"):
-        scale.main(["--data", str(tmp_path)])
+        scale.main(["--data", str(tmp_path)], small, spare_bytes=1 << 60)
     assert list(tmp_path.iterdir()) == []
