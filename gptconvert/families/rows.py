@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from gptconvert.model.schemes import Row
-from gptconvert.model.transforms import Transpose
+from gptconvert.model.transforms import DropLeadingAxis, Transpose
 
 CONV1D = (Transpose(),)
+#: OpenAI's linear layers: convolutions of width 1, [1, in, out].
+CONV_TF = (DropLeadingAxis(), *CONV1D)
 #: A block of GPT-1 or GPT-2 in Hugging Face's files, whose Conv1D weights are [in, out].
 CONV1D_BLOCK = (
     Row("h.{i}.ln_1.weight", "h.{i}.ln_1.weight", "D"),

@@ -8,13 +8,11 @@ from __future__ import annotations
 from gptconvert.errors import InputError
 from gptconvert.families.family import ConfigInput, Layout, ReadConfig
 from gptconvert.families.keys import table
+from gptconvert.families.rows import CONV_TF
 from gptconvert.families.trainers.sizes import heads_of_width, table_sizes
 from gptconvert.model.config_kinds import WHOLE, choice
 from gptconvert.model.config_table import Key
 from gptconvert.model.schemes import Order, Row, Scheme
-from gptconvert.model.transforms import DropLeadingAxis, Transpose
-
-CONV_TF = (DropLeadingAxis(), Transpose())
 
 #: Names for the released arrays, which have none, in the order in which the original program created its variables
 #: (position table first; within a layer attention, ln_1, MLP, ln_2).

@@ -8,13 +8,11 @@ from __future__ import annotations
 from gptconvert.errors import InputError, UsageError
 from gptconvert.families.family import ConfigInput, Layout, ReadConfig
 from gptconvert.families.keys import table
+from gptconvert.families.rows import CONV_TF
 from gptconvert.families.trainers.sizes import heads_of_width, table_sizes
 from gptconvert.model.config_kinds import WHOLE
 from gptconvert.model.config_table import Key, Values
 from gptconvert.model.schemes import Drop, Row, Scheme
-from gptconvert.model.transforms import DropLeadingAxis, Transpose
-
-CONV_TF = (DropLeadingAxis(), Transpose())
 
 #: Last part of a slot variable's name: the optimizer's name or a moment's.
 OPTIMIZER_SLOT = (
