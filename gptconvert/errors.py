@@ -14,6 +14,21 @@ UNFINISHED = "the download or copy did not finish"
 FETCH_AGAIN = f"{UNFINISHED}: fetch the file again"
 
 
+#: Optional packages, by extra of the distribution. Hints name the packages, not the extra: that also works in a
+#: checkout that was never installed.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "tf": ("tensorflow>=2.18",),
+    "h5": ("h5py>=3.11",),
+    "flax": ("msgpack>=1.1",),
+    "gpt1-tokenizer": ("ftfy>=6.1", "spacy>=3.7"),
+}
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs the packages of an extra."""
+    return "pip install " + " ".join(f"'{requirement}'" for requirement in EXTRAS[extra])
+
+
 def printable(text: object) -> str:
     """``text`` on one line, with control characters escaped: names come from untrusted files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
@@ -103,10 +118,6 @@ class VerificationError(GptConvertError):
     kind = "verification"
     #: The report as plain values, for ``--json``.
     report: dict[str, object] | None = None
-
-    def as_dict(self) -> dict[str, object]:
-        """The error's fields and the report's."""
-        return {**super().as_dict(), "verification": self.report}
 
 
 class OutputError(GptConvertError):

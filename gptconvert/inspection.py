@@ -47,11 +47,11 @@ def inspect(source: str | os.PathLike[str], options: Options | None = None) -> d
         "revision": checkpoint.source.revision,
         "prefix": checkpoint.prefix,
         "parameters": sum(weight.size for weight in weights.values()),
-        "bytes": checkpoint.nbytes,
+        "size": checkpoint.nbytes,
         "dtypes": sorted({weight.dtype.name for weight in weights.values()}),
         "config": checkpoint.config.as_dict(),
         "tensors": [
-            {"name": name, "dtype": t.dtype.name, "shape": list(t.shape), "bytes": t.nbytes}
+            {"name": name, "dtype": t.dtype.name, "shape": list(t.shape), "size": t.nbytes}
             for name, t in stored.items()
         ],
         "dropped": dict(checkpoint.dropped),

@@ -21,12 +21,19 @@ from gptconvert.model.progress import Progress, Silent
 from gptconvert.model.resolution import tied_pairs
 from gptconvert.model.transforms import take_rows
 from gptconvert.publish import signals
-from gptconvert.publish.manifest import Recipe, check_inputs_unchanged, manifest_files, snapshot
+from gptconvert.publish.manifest import (
+    MANIFEST_FILE,
+    SUMS_FILE,
+    Recipe,
+    check_inputs_unchanged,
+    manifest_files,
+    snapshot,
+)
 from gptconvert.publish.source_scan import sha256_of
 from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
 from gptconvert.sources.detect import FORMATS
-from gptconvert.targets.package.model_card import model_card
+from gptconvert.targets.package.model_card import CARD_FILE, model_card
 from gptconvert.targets.package.sidecars import sidecar_files
 from gptconvert.targets.package.tokenizer import tokenizer_files
 from gptconvert.targets.registry import TARGETS, target_named, targets_for
@@ -34,6 +41,10 @@ from gptconvert.targets.target import CardFacts
 
 if TYPE_CHECKING:
     from gptconvert.verify.report import Report
+
+
+#: Files written last, because they describe the others.
+DESCRIBED = (CARD_FILE, MANIFEST_FILE, SUMS_FILE)
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,15 @@ class Plan:
         return sum(file.nbytes for file in self.files)
 
     def as_dict(self) -> dict[str, object]:
-        """The output of ``--dry-run --json``."""
-        return {"bytes": self.nbytes, "files": [_file_plan(file) for file in self.files], "notes": list(self.notes)}
+        """The output of ``--dry-run --json``. The files that describe the others have no size yet."""
+        described: list[dict[str, object]] = [
+            {"path": path, "size": None, "tensors": 0, "copied": 0, "transformed": []} for path in DESCRIBED
+        ]
+        files = [*(_file_plan(file) for file in self.files), *described]
+        return {"size": self.nbytes, "files": files, "notes": list(self.notes)}
+
+    def __repr__(self) -> str:
+        return f"<Plan: {', '.join(export.path for export in self.exports)}, {len(self.files)} files>"
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,22 @@ def plan(checkpoint: Checkpoint, options: Options | None = None) -> Plan:
     return Plan(checkpoint, options, exports, sidecar_files(exports, options, tokenizer), notes)
 
 
+def check_output(planned: Plan, output: str | os.PathLike[str]) -> None:
+    """Check that a plan could be published at ``output``; write nothing.
+
+    Raises:
+        OutputError: the output is refused, or the files would not fit.
+    """
+    staging = Staging(output, inputs=_inputs(planned.checkpoint), force=planned.options.force)
+    staging.require_space(planned.nbytes)
+
+
+def _inputs(checkpoint: Checkpoint) -> list[str]:
+    """The files and directories that an output must not replace."""
+    source = checkpoint.source
+    return [*source.files, *([source.directory] if source.directory else [])]
+
+
 def _refuse_notes(notes: Sequence[str], options: Options) -> None:
     """Treat notes as errors if ``options.strict`` is set."""
     if notes and options.strict:
@@ -160,8 +194,7 @@ def convert(
     planned = plan(checkpoint, options)
     options = planned.options
     check_tied(checkpoint)
-    inputs = [*source.files, *([source.directory] if source.directory else [])]
-    with signals.raising(), Staging(output, inputs=inputs, force=options.force) as staging:
+    with signals.raising(), Staging(output, inputs=_inputs(checkpoint), force=options.force) as staging:
         staging.require_space(planned.nbytes)
         progress.stage("writing", planned.nbytes)
         written = write_and_digest(
@@ -237,7 +270,7 @@ def _describe(planned: Plan, written: Written, directory: str, report: Report | 
     verification = report.as_dict(figures=False) if report else {}
     checkpoint, options = planned.exports[0].checkpoint, planned.options
     facts = CardFacts(checkpoint, planned.exports, options, {file.path: file.nbytes for file in written.files})
-    readme = write_files(directory, [PlannedFile.of_bytes("README.md", model_card(facts, verification))])
+    readme = write_files(directory, [PlannedFile.of_bytes(CARD_FILE, model_card(facts, verification))])
     libraries = [library for name in options.targets for library in target_named(name).libraries]
     manifest = manifest_files(
         checkpoint,
@@ -273,15 +306,15 @@ def check_tied(checkpoint: Checkpoint) -> None:
 
 def matrix() -> dict[str, Any]:
     """Supported sources, targets and families, from the registries."""
-    targets = [target_named(name) for name in TARGETS]
+    targets, command = [target_named(name) for name in TARGETS], {f.name: f.command for f in FORMATS}
     return {
-        "sources": [{"name": f.name, "title": f.title} for f in FORMATS],
+        "sources": [{"name": f.name, "command": f.command, "title": f.title} for f in FORMATS],
         "targets": [{"name": t.name, "title": t.title} for t in targets],
         "families": [
             {
                 "name": family.name,
                 "title": family.title,
-                "sources": sorted({scheme.name.partition(":")[0] for scheme in family.schemes}),
+                "sources": sorted({command[scheme.name.partition(":")[0]] for scheme in family.schemes}),
                 "targets": [t.name for t in targets if not t.families or family.name in t.families],
                 "tasks": sorted(family.heads),
             }
@@ -291,13 +324,13 @@ def matrix() -> dict[str, Any]:
 
 
 def _file_plan(file: PlannedFile) -> dict[str, object]:
-    """One file of a dry run: its size, the bytes copied unchanged, and the tensors computed."""
+    """One file of a dry run: its size, the bytes copied unchanged, and the names of the tensors computed."""
     raw = [placed.tensor.nbytes for placed in file.tensors if placed.tensor.segments() is not None]
     computed = [placed.name for placed in file.tensors if placed.tensor.segments() is None]
     return {
         "path": file.path,
-        "bytes": file.nbytes,
+        "size": file.nbytes,
         "tensors": len(file.tensors),
-        "copied_bytes": sum(raw),
+        "copied": sum(raw),
         "transformed": computed,
     }

@@ -31,3 +31,21 @@ def test_errors_carry_their_exit_codes() -> None:
     errors = gptconvert.errors
     codes = {e.exit_code for e in errors.GptConvertError.__subclasses__()}
     assert codes == {2, 3, 4, 5, 6, 7}
+
+
+def test_values_have_short_representations(tmp_path: Path) -> None:
+    checkpoint = gptconvert.open_checkpoint(TINY / "openai-tf")
+    planned = gptconvert.plan(checkpoint)
+    result = gptconvert.convert(checkpoint, tmp_path / "out", gptconvert.Options(verify=None))
+    for value in (checkpoint, checkpoint.source, planned, result):
+        assert len(repr(value)) < 200 + len(str(tmp_path)) + len(str(TINY)), type(value)
+
+
+def test_convert_opens_a_path(tmp_path: Path) -> None:
+    for number, source in enumerate((TINY / "openai-tf", str(TINY / "openai-tf"))):
+        result = gptconvert.convert(source, tmp_path / str(number), gptconvert.Options(verify=None))
+        assert result.checkpoint.config.family == "gpt2"
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert {*gptconvert.__all__, "__version__"} <= set(dir(gptconvert))

@@ -19,7 +19,7 @@ from tests.helpers import ROOT
 LEFT_OUT = ("tensorflow*", "keras*", "tensorboard*", "tf_keras*", "*.pth", "__editable__*", "__pycache__")
 pytestmark = pytest.mark.slow
 
-EXTRA = "pip install 'gptconvert[tf]'"
+EXTRA = "pip install 'tensorflow>=2.18'"
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from gptconvert.cli.output import print_json
-from gptconvert.errors import GptConvertError, printable
+from gptconvert.errors import GptConvertError, UnsupportedError, VerificationError, printable
 from gptconvert.version import __version__
 
 #: command → (module, one-line help). The module defines the command, or builds it with ``format_command``.
@@ -30,6 +30,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("generate", "Continue a text with an exported model."),
     "formats": ("formats", "List the supported formats, models and targets."),
 }
+#: Import name → distribution, where they differ.
+PACKAGES: Mapping[str, str] = {"yaml": "pyyaml", "google_crc32c": "google-crc32c"}
 EPILOG = """\b
 Exit codes: 0 ok, 2 usage, 3 input invalid, 4 unsupported, 5 verification failed
 (nothing published), 6 output, 7 unsafe input refused, 130/143 interrupted.
@@ -39,6 +41,9 @@ Examples:
   gptconvert openai-tf ./model.ckpt --to onnx
   gptconvert hf distilgpt2 --to onnx --to safetensors -o distilgpt2-export
   gptconvert inspect ./models/124M
+
+\b
+Documentation: https://github.com/gptconvert/gptconvert/tree/main/docs
 """
 
 
@@ -89,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """Run a command line; returns its exit code. Every error becomes one message on stderr."""
-    debug = "--debug" in args or os.environ.get("GPTCONVERT_DEBUG", "") not in ("", "0")
-    as_json = "--json" in args
+    debug = _given("--debug", args) or _is_on("GPTCONVERT_DEBUG")
+    as_json = _given("--json", args)
     args = _bare_verify([arg for arg in args if arg != "--debug"])
     try:
         done = group.main(args, prog_name="gptconvert", standalone_mode=False, auto_envvar_prefix="GPTCONVERT")
@@ -125,10 +130,33 @@ def run(args: list[str]) -> int:
         # Not Exception: some libraries raise other classes (pyo3's PanicException).
         if debug:
             raise
-        what = f"{type(error).__name__}: {error}"
+        missing = _missing_package(error)
         hint = "this is a bug in gptconvert; please rerun with --debug and report it"
-        _report(GptConvertError(what, hint=hint), 1, as_json)
-        return 1
+        reported = missing or GptConvertError(f"{type(error).__name__}: {error}", hint=hint)
+        code = UnsupportedError.exit_code if missing else 1
+        _report(reported, code, as_json)
+        return code
+
+
+def _missing_package(error: BaseException) -> UnsupportedError | None:
+    """The error for a package that is missing or broken; None for any other exception."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if package in ("", "gptconvert", "reference_model"):
+        return None
+    what = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
+    return UnsupportedError(
+        f"the Python package {package} {what}", hint=f"pip install {PACKAGES.get(package, package)}"
+    )
+
+
+def _given(flag: str, args: Sequence[str]) -> bool:
+    """Whether a flag is among the arguments, or set by its command's variable."""
+    command = next((arg for arg in args if arg in COMMANDS), "")
+    return flag in args or _is_on(f"GPTCONVERT_{command}_{flag.strip('-')}".replace("-", "_").upper())
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off", "f", "n")
 
 
 def _bare_verify(args: list[str]) -> list[str]:
@@ -144,7 +172,9 @@ def _report(error: GptConvertError, code: int, as_json: bool, kind: str | None =
     """Print the error on stderr; with ``--json``, also as the JSON object on stdout."""
     if as_json:
         fields = {**error.as_dict(), "exit_code": code, **({"kind": kind} if kind else {})}
-        print_json({"ok": False, "error": fields})
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        report = {"verification": error.report} if isinstance(error, VerificationError) else {}
+        print_json({"ok": False, "error": fields, **report})
+    color = False if os.environ.get("NO_COLOR") else None  # None: colors on terminals only
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True, color=color)
     if error.hint:
         click.echo(f"  hint: {printable(error.hint)}", err=True)

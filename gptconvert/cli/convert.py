@@ -74,6 +74,7 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(source, chosen, format=format)
     if given["dry_run"]:
         planned = pipeline.plan(checkpoint)
+        pipeline.check_output(planned, output)
         for text in planned.notes:
             note(text, quiet)
         if as_json:
@@ -114,9 +115,9 @@ def describe_plan(planned: Plan, output: str) -> str:
         rows.append(
             (
                 entry["path"],
-                human_bytes(entry["bytes"]),
+                "" if entry["size"] is None else human_bytes(entry["size"]),
                 str(entry["tensors"]) if has_tensors else "",
-                human_bytes(entry["copied_bytes"]) if has_tensors else "",
+                human_bytes(entry["copied"]) if has_tensors else "",
                 str(len(entry["transformed"])) if has_tensors else "",
             )
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 import click
 
 from gptconvert.cli.options import DEBUG, DISPLAY, JSON, Command, own
-from gptconvert.cli.output import print_json, table
+from gptconvert.cli.output import print_json
 
 
 @click.command(cls=Command)
@@ -20,11 +24,33 @@ def formats(as_json: bool, markdown: bool) -> None:
     if as_json:
         print_json({"ok": True, **found})
         return
-    sources, targets = found["sources"], found["targets"]
-    names = [target["name"] for target in targets]
+    click.echo(_markdown_tables(found) if markdown else "\n\n".join(_sections(found)))
+
+
+def _sections(found: Mapping[str, Any]) -> Iterator[str]:
+    """The lists for a terminal, at most 80 columns wide."""
+    yield "Formats, by command\n" + _described([(source["command"], source["title"]) for source in found["sources"]])
+    yield "Targets of --to\n" + _described([(target["name"], target["title"]) for target in found["targets"]])
+    for family in found["families"]:
+        rows = [(key, ", ".join(family[key])) for key in ("sources", "targets", "tasks")]
+        yield f"{family['title']} ({family['name']})\n" + _described(rows)
+
+
+def _described(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(key) for key, _ in rows)
+    lines = []
+    for key, text in rows:
+        first, rest = f"  {key.ljust(width)}  ", " " * (width + 4)
+        # Names such as openai-tf stay whole.
+        lines.append(textwrap.fill(text, 80, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False))
+    return "\n".join(lines)
+
+
+def _markdown_tables(found: Mapping[str, Any]) -> str:
+    names = [target["name"] for target in found["targets"]]
     mark = {True: "yes", False: "–"}
-    rows: list[tuple[str, ...]] = [("family", "model", "read from", *names, "tasks")]
-    rows += [
+    families: list[tuple[str, ...]] = [("family", "model", "read from", *names, "tasks")]
+    families += [
         (
             f["name"],
             f["title"],
@@ -34,13 +60,11 @@ def formats(as_json: bool, markdown: bool) -> None:
         )
         for f in found["families"]
     ]
-    formats_rows: list[tuple[str, ...]] = [("source", "files"), *((s["name"], s["title"]) for s in sources)]
-    for part in (rows, formats_rows):
-        click.echo(_markdown(part) if markdown else table(part))
-        click.echo()
+    sources = [("command", "files"), *((s["command"], s["title"]) for s in found["sources"])]
+    return f"{_markdown(families)}\n\n{_markdown(sources)}\n"
 
 
-def _markdown(rows: list[tuple[str, ...]]) -> str:
+def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     return "\n".join(lines)

@@ -48,7 +48,7 @@ def inspect(source: str, tensors: bool | None, as_json: bool, quiet: bool, **giv
 
 
 def _sections(found: Mapping[str, Any], tensors: bool | None) -> list[str]:
-    size = f"{found['parameters']:,} parameters, {human_bytes(found['bytes'])}, {', '.join(found['dtypes'])}"
+    size = f"{found['parameters']:,} parameters, {human_bytes(found['size'])}, {', '.join(found['dtypes'])}"
     revision = f", revision {printable(found['revision'])}" if found["revision"] else ""
     head = f"{found['title']}  ({found['format']}{revision})\n  {size}"
     rows = [*config_summary(found["config"]), ("tokenizer", ", ".join(found["tokenizer"]) or "none")]
@@ -63,7 +63,7 @@ def _tensor_table(tensors: Sequence[Mapping[str, Any]], *, every: bool) -> str:
 
     kinds: dict[tuple[str, str], dict[str, int]] = {}
     for t in tensors:
-        kinds.setdefault((t["dtype"], "×".join(map(str, t["shape"])) or "scalar"), {})[t["name"]] = t["bytes"]
+        kinds.setdefault((t["dtype"], "×".join(map(str, t["shape"])) or "scalar"), {})[t["name"]] = t["size"]
     lines = {}  # first name → line; used to keep the order of the file
     for (dtype, shape), sizes in kinds.items():
         for name, names in ({n: [n] for n in sizes} if every else grouped(sizes, to="..")).items():

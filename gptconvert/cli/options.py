@@ -7,14 +7,15 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from gptconvert.errors import UsageError
-from gptconvert.model.options import DEFAULTS, FIELDS, INFO, Group, OptionInfo, Options, Stage
+from gptconvert.model.options import DEFAULTS, FIELDS, INFO, Group, OptionInfo, Options, Stage, parse_size
 from gptconvert.targets.registry import TARGETS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -26,7 +27,6 @@ GROUPS: tuple[str, ...] = (*get_args(Group), "Runtime", "Sampling", DISPLAY)
 FLAGS_WIDTH = 24
 #: Replaces "-" while lines are wrapped, so that flags and names are not split.
 UNBROKEN_HYPHEN = "\N{NON-BREAKING HYPHEN}"
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 class Option(click.Option):
@@ -35,6 +35,11 @@ class Option(click.Option):
     def __init__(self, *args: Any, group: str, default_text: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group, self.default_text = group, default_text
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The value of the option's variable, which is named after its flag: ``--to`` is ``GPTCONVERT_HF_TO``."""
+        flag = max(self.opts, key=len)
+        return os.environ.get(variable(ctx.auto_envvar_prefix or "", flag)) or None
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """The text in brackets: only the default. The help text states ranges where they matter."""
@@ -63,17 +68,39 @@ class Command(click.Command):
         formatter.buffer = [text.replace(UNBROKEN_HYPHEN, "-") for text in formatter.buffer]
 
 
+def variable(prefix: str, flag: str) -> str:
+    """The environment variable of an option."""
+    return f"{prefix}_{flag.lstrip('-').replace('-', '_').upper()}"
+
+
+class Targets(click.ParamType):  # type: ignore[type-arg]  # click 8.1 cannot subscript it
+    """Target names, one or several separated by commas."""
+
+    name = "target"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(TARGETS)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = tuple(value.replace(",", " ").split())
+        wrong = next((name for name in names if name not in TARGETS), None if names else value)
+        if wrong is not None:
+            self.fail(f"{wrong!r} is not one of {', '.join(TARGETS)}", param, ctx)
+        return names
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        return [rv]
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in TARGETS if name.startswith(incomplete)]
+
+
 def size_in_bytes(value: str | int) -> int:
     """Parse ``5GB``, ``500MB``, ``1GiB`` or a number of bytes."""
-    text = str(value).strip()
-    number = text.rstrip("KMGIBkmgib")
     try:
-        size = int(float(number) * UNITS[text[len(number) :].upper()])
-    except (KeyError, ValueError, OverflowError):
-        raise click.BadParameter("a size is a number and KB, MB, GB, KiB, MiB or GiB, such as 5GB") from None
-    if size < 1:
-        raise click.BadParameter("must be positive")
-    return size
+        return parse_size(str(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def stack(*decorators: Decorator) -> Decorator:
@@ -99,7 +126,7 @@ def option(name: str) -> Decorator:
         flag = f"{flag}/{_negated(flag)}" if default else flag
         settings |= {"is_flag": True, "show_default": default}
     elif name == "targets":
-        settings |= {"multiple": True, "type": click.Choice(list(TARGETS))}
+        settings |= {"multiple": True, "type": Targets()}
     elif name == "verify":  # the level is optional
         settings |= {"is_flag": False, "flag_value": default, "type": _type(info)}
     else:
@@ -143,7 +170,7 @@ def chosen(given: dict[str, Any], **more: object) -> Options:
     """
     values = {name: given[name] for name in FIELDS if name in given} | more
     if "targets" in values:
-        values["targets"] = tuple(dict.fromkeys(values["targets"]))
+        values["targets"] = tuple(dict.fromkeys(name for names in values["targets"] for name in names))
     named = _named_on_the_command_line()
     if given.get("no_verify"):
         if "verify" in named:

@@ -45,6 +45,13 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ", right: Iterable[int
     return "\n".join(line(row) for row in rows)
 
 
+#: Progress bars that leave room for the bar in 80 columns.
+BYTES = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt}B, {rate_fmt}"
+STEPS = "{desc} |{bar}| {n} of {total}"
+#: A stage with a larger total counts bytes, not steps (layers, probes).
+MAX_STEPS = 10_000
+
+
 class Progress:
     """A progress bar in bytes, shown only on a terminal."""
 
@@ -53,24 +60,24 @@ class Progress:
         self.bar: Any = None
 
     def stage(self, name: str, total: int = 0) -> None:
-        """Begin a stage of ``total`` bytes (0 if unknown)."""
+        """Begin a stage of ``total`` bytes or steps (0 if unknown)."""
         self.close()
         if self.shown:
             from tqdm import tqdm
 
-            form = None if total else "{desc} [{elapsed}]"
             self.bar = tqdm(
                 desc=name,
                 total=total or None,
                 unit="B",
                 unit_scale=True,
                 leave=False,
-                bar_format=form,
+                dynamic_ncols=True,
+                bar_format=BYTES if total > MAX_STEPS else STEPS if total else "{desc} [{elapsed}]",
                 file=sys.stderr,
             )
 
     def advance(self, count: int) -> None:
-        """Add ``count`` bytes to the current stage."""
+        """Add ``count`` bytes or steps to the current stage."""
         if self.bar is not None:
             self.bar.update(count)
 

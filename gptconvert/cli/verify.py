@@ -8,6 +8,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, note, print_json
+from gptconvert.errors import VerificationError
 
 
 @click.command(cls=options.Command)
@@ -38,9 +39,11 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
         progress.close()
     for text in report.notes:
         note(text, quiet)
+    error = VerificationError("the artifact does not compute what the checkpoint computes", path=artifact)
     if as_json:
-        print_json({"ok": report.passed, "verification": report.as_dict()})
+        failed = {} if report.passed else {"error": error.as_dict()}
+        print_json({"ok": report.passed, **failed, "verification": report.as_dict()})
     else:
         click.echo(report.table(verbose=verbose))
     if not report.passed:
-        raise click.exceptions.Exit(5)
+        raise click.exceptions.Exit(error.exit_code)

@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 
 from gptconvert.containers.untrusted import explain_file, file_size
-from gptconvert.errors import FETCH_AGAIN, InputError, UnsafeInputError, UnsupportedError
+from gptconvert.errors import FETCH_AGAIN, InputError, UnsafeInputError, UnsupportedError, install_hint
 from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
 
-#: The extra that installs h5py.
-EXTRA = "h5"
 #: Filters built into HDF5. All others are plug-ins, and plug-ins are code.
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32"}
 #: Limits on an attribute: names, and characters per name.
@@ -47,7 +45,7 @@ def open_hdf5(path: str) -> Iterator[Any]:
         import h5py
     except ImportError as error:
         raise UnsupportedError(
-            "reading HDF5 files requires the h5py package", path=path, hint=f"pip install 'gptconvert[{EXTRA}]'"
+            "reading HDF5 files requires the h5py package", path=path, hint=install_hint("h5")
         ) from error
     if not h5py.is_hdf5(path):
         explained = explain_file(path, allow={"hdf5"}) or "has no HDF5 signature, or is damaged"

@@ -35,6 +35,9 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.source.path!r}: {self.config.family}, {len(self.weights)} weights>"
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as stored."""

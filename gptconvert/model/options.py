@@ -8,6 +8,7 @@ card's command, the manifest and the check for inapplicable options are all deri
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -97,8 +98,10 @@ class Options:
         allow_nonfinite: convert weights that contain NaN or infinities.
         strict: treat notes as errors.
 
+    Paths may be :class:`os.PathLike`, and sizes text such as ``5GB``; both are converted.
+
     Raises:
-        UsageError: a value is not among its field's choices.
+        UsageError: a value is of the wrong type, too small, or not among its field's choices.
     """
 
     step: int | None = _option(
@@ -201,7 +204,7 @@ class Options:
         default_text="all",
     )
     targets: tuple[str, ...] = _option(
-        ("onnx",), "--to", "output", "Output", "Write this format; repeat for several."
+        ("onnx",), "--to", "output", "Output", "Write this format; repeat, or separate by commas, for several."
     )
     dtype: str | None = _option(
         None,
@@ -275,13 +278,14 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, info, value in self._entries():
-            if info.choices and value is not None and value not in info.choices:
+            if value is None and (DEFAULTS[name] is None or name == "verify"):
+                continue
+            try:
+                object.__setattr__(self, name, _checked(info, DEFAULTS[name], value))
+            except ValueError as error:
                 raise UsageError(
-                    f"invalid value of {name}",
-                    item=info.flag,
-                    expected=f"one of {', '.join(map(str, info.choices))}",
-                    found=repr(value),
-                )
+                    f"invalid value of {name}", item=info.flag, expected=str(error), found=repr(value)[:80]
+                ) from None
 
     def given(self, *stages: Stage) -> dict[str, OptionInfo]:
         """Fields of these stages (default: all) whose value is not the default, with their metadata."""
@@ -348,6 +352,53 @@ class Options:
 INFO: Mapping[str, OptionInfo] = {f.name: f.metadata["info"] for f in dataclasses.fields(Options)}
 FIELDS: tuple[str, ...] = tuple(INFO)
 DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(Options)}
+
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """The bytes in ``5GB``, ``500MB``, ``1GiB`` or a number of bytes.
+
+    Raises:
+        ValueError: not a size, or not positive.
+    """
+    number = text.strip().rstrip("KMGIBkmgib")
+    try:
+        size = int(float(number) * UNITS[text.strip()[len(number) :].upper()])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ValueError("a positive number, alone or with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+    return size
+
+
+def _checked(info: OptionInfo, default: object, value: Any) -> Any:
+    """The value of an option, in its field's type.
+
+    Raises:
+        ValueError: it is invalid; the message describes valid values.
+    """
+    if info.metavar == "SIZE" and isinstance(value, str):
+        return parse_size(value)
+    if info.metavar in ("FILE", "DIR") and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if info.choices:
+        if value not in info.choices:
+            raise ValueError(f"one of {', '.join(map(str, info.choices))}")
+        return value
+    kind = bool if isinstance(default, bool) else int if info.metavar in ("N", "SIZE") else str
+    if isinstance(default, tuple):
+        if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
+            raise ValueError("a tuple of text")
+        return tuple(value)
+    if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
+        value = operator.index(value)  # NumPy's integers too
+    if type(value) is not kind:
+        raise ValueError({bool: "True or False", int: "a whole number", str: "text"}[kind])
+    if isinstance(value, int) and value < info.minimum:
+        raise ValueError(f"at least {info.minimum}")
+    return value
 
 
 def _words(info: OptionInfo, value: object) -> list[str]:

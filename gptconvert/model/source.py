@@ -60,6 +60,9 @@ class Source:
     notes: tuple[str, ...] = ()
     directory: str | None = None
 
+    def __repr__(self) -> str:
+        return f"<Source {self.path!r}: {self.format}, {len(self.tensors)} tensors>"
+
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that has been or will be read, once each."""

@@ -25,7 +25,7 @@ class Format(Generic[Located]):
     for it (an index read, a pickle parsed) is passed to ``read``.
 
     Attributes:
-        name: the naming scheme, and the command if the format has one (``openai-tf``, ``hf``).
+        name: the naming scheme (``openai-tf``, ``hf``), and the command unless ``shares_command`` names another.
         title: name shown to users.
         locate: cheap check; returns the input of ``read``, or None if the path does not look like this format.
             Raises if the path can only be this format but is unusable. Formats whose files differ only in the names
@@ -34,6 +34,7 @@ class Format(Generic[Located]):
         read: reads headers and returns the :class:`Source`.
         claims: whether the result of ``locate`` belongs to this format rather than to another that shares ``locate``.
         accepts: names of the options that it reads, besides those in :data:`ALWAYS`.
+        shares_command: command of another format that also opens this one.
     """
 
     name: str
@@ -43,6 +44,12 @@ class Format(Generic[Located]):
     read: Callable[[Located, Options], Source]
     claims: Callable[[Located], bool] = lambda located: True
     accepts: frozenset[str] = frozenset()
+    shares_command: str | None = None
+
+    @property
+    def command(self) -> str:
+        """The command that opens the format."""
+        return self.shares_command or self.name
 
     def open(self, path: str, options: Options) -> Source:
         """Open the checkpoint at ``path``, reading only headers.
@@ -74,6 +81,7 @@ def path_format(
     recognises: Callable[[str], bool],
     read: Callable[[str, Options], Source],
     accepts: frozenset[str] = frozenset(),
+    shares_command: str | None = None,
 ) -> Format[str]:
     """A format recognised by file names and first bytes, whose ``read`` takes the path itself."""
 
@@ -83,4 +91,4 @@ def path_format(
     def find(path: str, options: Options) -> str:
         return path
 
-    return Format(name, title, locate, find, read, accepts=accepts)
+    return Format(name, title, locate, find, read, accepts=accepts, shares_command=shares_command)

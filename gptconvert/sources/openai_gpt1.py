@@ -163,5 +163,10 @@ def _cut(arrays: list[Stored], shapes: list[Shape]) -> tuple[Stored, ...]:
 
 
 FORMAT = path_format(
-    name="openai-gpt1", title=TITLE, recognises=recognises, read=open_gpt1, accepts=frozenset({"hparams", "n_head"})
+    name="openai-gpt1",
+    title=TITLE,
+    recognises=recognises,
+    read=open_gpt1,
+    accepts=frozenset({"hparams", "n_head"}),
+    shares_command="openai-tf",
 )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from gptconvert.errors import UnsupportedError, UsageError
+from gptconvert.errors import UnsupportedError, UsageError, install_hint
 
 if TYPE_CHECKING:  # the command line reads the names below, and must start fast
     from gptconvert.model.checkpoint import Checkpoint
@@ -58,9 +58,7 @@ def targets_for(names: Iterable[str], checkpoint: Checkpoint) -> list[Target]:
 def _require(target: Target, checkpoint: Checkpoint) -> None:
     for module, extra in target.requires:
         if importlib.util.find_spec(module) is None:
-            raise UnsupportedError(
-                f"--to {target.name} needs the package {module}", hint=f"pip install 'gptconvert[{extra}]'"
-            )
+            raise UnsupportedError(f"--to {target.name} needs the package {module}", hint=install_hint(extra))
     if target.families and checkpoint.config.family not in target.families:
         raise UnsupportedError(
             f"{checkpoint.config.family} cannot be written as {target.title}",

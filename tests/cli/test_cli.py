@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
 from gptconvert.cli import COMMANDS, run
@@ -113,7 +115,7 @@ def test_dry_run_shows_the_plan_without_writing(capsys: Capture, tmp_path: Path)
     files = {file["path"]: file for file in plan["files"]}
     data = files["onnx/model.onnx_data"]
     assert data["transformed"] == []
-    assert data["copied_bytes"] > 0.9 * data["bytes"]
+    assert data["copied"] > 0.9 * data["size"]
     human = command(capsys, *args)
     assert "onnx/model.onnx_data" in human.out
     half = command(capsys, *args, "--dtype", "bf16", "--json").json
@@ -124,8 +126,29 @@ def test_planned_sizes_equal_written_sizes(capsys: Capture, tmp_path: Path) -> N
     args = ("hf", TINY / "hf-variant", "--to", "onnx", "--to", "safetensors", "-o", tmp_path / "out", "--json")
     planned = command(capsys, *args, "--dry-run").json
     command(capsys, *args, "--no-verify")
+    assert {file["path"] for file in planned["files"]} == set(tree(tmp_path / "out"))
+    assert planned["size"] == sum(file["size"] or 0 for file in planned["files"])
     for file in planned["files"]:
-        assert (tmp_path / "out" / file["path"]).stat().st_size == file["bytes"], file["path"]
+        if file["size"] is None:
+            assert file["path"] in ("README.md", "manifest.json", "SHA256SUMS")
+        else:
+            assert (tmp_path / "out" / file["path"]).stat().st_size == file["size"], file["path"]
+
+
+@pytest.mark.parametrize("make", [lambda out: (out / "x").mkdir(parents=True), lambda out: out.write_text("")])
+def test_dry_run_fails_where_the_conversion_would(
+    capsys: Capture, tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    make(tmp_path / "out")
+    args = ("convert", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify")
+    real, dry = command(capsys, *args), command(capsys, *args, "--dry-run")
+    assert (dry.code, dry.out, dry.err) == (6, "", real.err)
+    assert "output exists" in dry.err
+
+
+def test_dry_run_lists_the_files_of_unknown_size(capsys: Capture, tmp_path: Path) -> None:
+    done = command(capsys, "convert", TINY / "openai-tf", "-o", tmp_path / "out", "--dry-run")
+    assert [line.split() for line in done.out.splitlines()][-3:] == [["README.md"], ["manifest.json"], ["SHA256SUMS"]]
 
 
 def test_only_force_replaces_an_existing_output(capsys: Capture, tmp_path: Path) -> None:
@@ -198,7 +221,7 @@ def test_formats_is_generated_from_the_registries(capsys: Capture) -> None:
 def test_commands_cover_the_formats() -> None:
     from gptconvert.sources.detect import FORMATS
 
-    assert {f.name for f in FORMATS} - {"openai-gpt1"} <= set(COMMANDS)  # both of OpenAI's GPTs have one command
+    assert {f.command for f in FORMATS} <= set(COMMANDS)
 
 
 def test_target_choices_equal_the_registry() -> None:
@@ -206,7 +229,9 @@ def test_target_choices_equal_the_registry() -> None:
     from gptconvert.targets.registry import TARGETS
 
     (to,) = (p for p in convert.params if p.name == "targets")
-    assert list(to.type.choices) == list(TARGETS)  # type: ignore[attr-defined]
+    context = click.Context(convert)
+    assert [item.value for item in to.type.shell_complete(context, to, "")] == list(TARGETS)
+    assert to.type.get_metavar(to, context) == f"[{'|'.join(TARGETS)}]"
 
 
 def test_task_choices_equal_the_models() -> None:

@@ -52,7 +52,7 @@ def test_all_tensors_or_none(capsys: Any) -> None:
 def test_layers_of_different_types_are_not_folded_together(capsys: Any) -> None:
     from gptconvert.cli.inspect import _tensor_table
 
-    tensors = [{"name": f"h.{i}.w", "dtype": dtype, "shape": [2, 3], "bytes": 10} for i, dtype in enumerate("aab")]
+    tensors = [{"name": f"h.{i}.w", "dtype": dtype, "shape": [2, 3], "size": 10} for i, dtype in enumerate("aab")]
     lines = [line.split() for line in _tensor_table(tensors, every=False).splitlines()]
     assert lines[1:] == [["h.{0..1}.w", "a", "2×3", "20", "B"], ["h.2.w", "b", "2×3", "10", "B"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gptconvert.cli.output import print_json
+from gptconvert.cli.output import Progress, print_json
 from gptconvert.model import schema
 from tests.commands import TINY, TRAINED, command
 
@@ -68,3 +69,37 @@ def test_a_failed_verification_shows_every_probe_group(capsys: Any, tmp_path: Pa
     assert failed.code == 5
     assert "probe groups within noise" not in failed.out
     assert failed.out.rstrip().endswith("VERIFICATION FAILED")
+
+
+def test_a_failed_verification_has_an_error_in_json(capsys: Any, tmp_path: Path) -> None:
+    command(capsys, "convert", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify")
+    failed = command(capsys, "verify", TINY / "openai-tf-bf16", tmp_path / "out", "--json")
+    assert (failed.code, failed.json["ok"], failed.json["error"]["exit_code"]) == (5, False, 5)
+    assert failed.json["verification"]["passed"] is False
+    passed = command(capsys, "verify", TINY / "openai-tf", tmp_path / "out", "--json")
+    assert passed.json["ok"]
+    assert "error" not in passed.json
+
+
+def test_lists_fit_80_columns(capsys: Any) -> None:
+    for line in command(capsys, "formats").out.splitlines():
+        assert len(line) <= 80, line
+
+
+@pytest.mark.parametrize(("total", "shown"), [(9, "4 of 9"), (3_000_000, "of 3.00MB"), (0, "[00:00")])
+def test_progress_fits_80_columns(monkeypatch: pytest.MonkeyPatch, total: int, shown: str) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(quiet=False)
+    progress.stage("running onnxruntime, default options", total)
+    progress.advance(4)
+    progress.bar.ncols, progress.bar.dynamic_ncols = 80, None
+    text = str(progress.bar)
+    progress.close()
+    assert len(text) <= 80
+    assert shown in text
+    assert ("|" in text) == (total > 0)

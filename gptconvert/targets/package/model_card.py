@@ -16,6 +16,8 @@ from gptconvert.families.registry import family_named
 from gptconvert.targets.registry import target_named
 from gptconvert.targets.target import CardFacts, Target
 
+#: Name of the card.
+CARD_FILE = "README.md"
 #: Targets whose library the hub's front matter names, the preferred one first.
 LIBRARY_OF = ("safetensors", "onnx")
 

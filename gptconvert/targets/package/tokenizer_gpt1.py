@@ -13,10 +13,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.errors import InputError, UnsupportedError, install_hint
 from gptconvert.targets.package.tokenizer_kinds import WORD_END
 
-EXTRA = "gpt1-tokenizer"
 #: Characters replaced in the training text.
 REPLACED = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
 #: Runs of one of these characters become words. The original also lists the backslash, but since its pattern is not a
@@ -65,7 +64,7 @@ def _fix_and_split() -> tuple[Callable[[str], str], Callable[[str], Any]]:
         from spacy.lang.en import English
     except ImportError as error:
         raise UnsupportedError(
-            f"GPT-1's original tokenization needs the package {error.name}", hint=f"pip install 'gptconvert[{EXTRA}]'"
+            f"GPT-1's original tokenization needs the package {error.name}", hint=install_hint("gpt1-tokenizer")
         ) from error
     return fix_text, English().tokenizer
 

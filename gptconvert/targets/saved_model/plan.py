@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptconvert.errors import UnsupportedError
+from gptconvert.errors import UnsupportedError, install_hint
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.encodings import encoded
@@ -106,7 +106,7 @@ def build_graph(
     except TensorFlowError as error:
         raise UnsupportedError(
             f"TensorFlow could not build the graph: {error}",
-            hint="install TensorFlow 2.18 to 2.21: pip install 'gptconvert[tf]'",
+            hint=f"install TensorFlow 2.18 to 2.21: {install_hint('tf')}",
         ) from error
     return BuiltGraph(saved_model, objects, answer["keys"])
 

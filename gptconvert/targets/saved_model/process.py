@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gptconvert.errors import UnsupportedError
+from gptconvert.errors import UnsupportedError, install_hint
 from gptconvert.model.tensors import Array
 
 WORKER = "gptconvert.targets.saved_model.worker"
@@ -32,7 +32,7 @@ def require_tensorflow() -> None:
     if importlib.util.find_spec("tensorflow") is None:
         raise UnsupportedError(
             "TensorFlow is not installed, but is needed to build and run SavedModels",
-            hint="pip install 'gptconvert[tf]'",
+            hint=install_hint("tf"),
         )
 
 

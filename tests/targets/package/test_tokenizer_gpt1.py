@@ -73,7 +73,7 @@ def test_the_extra_is_named(missing: str, odd: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UnsupportedError) as caught:
         OriginalTokenizer(odd)
-    assert "pip install 'gptconvert[gpt1-tokenizer]'" in str(caught.value.hint)
+    assert "pip install 'ftfy>=6.1' 'spacy>=3.7'" in str(caught.value.hint)
 
 
 def test_the_extra_exists() -> None:

@@ -307,7 +307,7 @@ def test_without_tensorflow(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UnsupportedError) as caught:
         plan(understood(LM, saved), Options())
     assert caught.value.exit_code == 4
-    assert "pip install 'gptconvert[tf]'" in str(caught.value.hint)
+    assert "pip install 'tensorflow>=2.18'" in str(caught.value.hint)
     assert TARGET.requires == (("tensorflow", "tf"),)
 
 
