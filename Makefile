@@ -47,8 +47,8 @@ bench: $(VENV)/dev  ## Compare speed with cp and PyTorch; needs about 30 GB of d
 bench-scale: $(VENV)/dev  ## Measure memory against the number of layers at GPT-J 6B's shapes; SCALE="--layers 28" runs the whole model
 	$(BIN)/python -m benchmarks scale $(SCALE)
 
-fixtures: $(VENV)/dev  ## Regenerate gpt2-stdlib and tiny-gpt2
-	$(BIN)/python -m fixtures.make all
+fixtures: $(VENV)/dev  ## Regenerate the fixtures; a few minutes, most of them training
+	$(BIN)/python -m fixtures.make
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUTPUT) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -6,12 +6,13 @@ leaves the output unchanged.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptconvert.errors import InputError, VerificationError
+from gptconvert.errors import InputError, UnsupportedError, VerificationError
 from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.inspection import open_checkpoint
 from gptconvert.model.checkpoint import Checkpoint
@@ -193,6 +194,8 @@ def convert(
     before = snapshot(source.files)
     planned = plan(checkpoint, options)
     options = planned.options
+    if options.verify is not None:
+        require_torch("or convert with --no-verify")
     check_tied(checkpoint)
     with signals.raising(), Staging(output, inputs=_inputs(checkpoint), force=options.force) as staging:
         staging.require_space(planned.nbytes)
@@ -234,6 +237,7 @@ def verify_export(
         InputError: the source, or a file of the artifact, is damaged.
         UnsupportedError: nothing in the artifact can be verified.
     """
+    require_torch()
     from gptconvert.targets.foreign import find_candidates
     from gptconvert.targets.verification import verify
 
@@ -241,6 +245,19 @@ def verify_export(
     checkpoint = open_checkpoint(source, options)
     check_tied(checkpoint)
     return verify(find_candidates(checkpoint, os.fspath(artifact)), options.verify or "default", progress)
+
+
+def require_torch(otherwise: str = "") -> None:
+    """Check that PyTorch, which computes the truth, is installed; do not import it.
+
+    Raises:
+        UnsupportedError: it is not. ``otherwise`` ends the hint.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UnsupportedError(
+            "verification needs the Python package torch, which is not installed",
+            hint=", ".join(filter(None, ("pip install torch", otherwise))),
+        )
 
 
 def _verified(planned: Plan, directory: str, progress: Progress) -> Report | None:

@@ -23,16 +23,25 @@ def test_api_page_is_up_to_date() -> None:
     assert module.PAGE.read_text(encoding="utf-8") == module.render(), "run `make docs`"
 
 
+#: Links in the README are absolute, because PyPI shows it too.
+BLOB = "https://github.com/gptconvert/gptconvert/blob/main/"
+
+
+def test_readme_links_are_absolute() -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [target for target in targets if not target.startswith(BLOB)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    targets = [target.partition("#")[0].removeprefix(BLOB) for target in re.findall(r"\]\(([^)\s]+)\)", text)]
     local = [target for target in targets if target and not target.startswith(("https://", "http://", "mailto:"))]
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
-    linked = set(re.findall(r"\]\((docs/[^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    linked = set(re.findall(rf"\]\({BLOB}(docs/[^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked
 
 
