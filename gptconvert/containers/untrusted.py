@@ -151,14 +151,24 @@ def entries(folder: str, *, files_only: bool = False, quiet: bool = False) -> li
         raise InputError(f"directory cannot be read ({_reason(error)})", path=folder) from error
 
 
-def no_such_path(path: str) -> InputError:
-    """The error for a path that does not exist. Its hint suggests similar names in the deepest existing directory."""
+def no_such_path(path: str, *, hub: bool = True) -> InputError:
+    """The error for a path that does not exist.
+
+    Args:
+        path: the path.
+        hub: whether a hub repository could be given instead.
+    """
+    hint = similar_path(path) or ("or name a hub repository: org/name" if hub else None)
+    return InputError("no such file or directory", path=path, hint=hint)
+
+
+def similar_path(path: str) -> str | None:
+    """A hint with names similar to a missing path's in its deepest existing directory; None if there are none."""
     parent, name = os.path.split(path.rstrip("/"))
     while parent and not os.path.isdir(parent):
         parent, name = os.path.split(parent.rstrip("/"))
     similar = difflib.get_close_matches(name, entries(parent or ".", quiet=True), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(os.path.join(parent, n) for n in similar)}?" if similar else None
-    return InputError("no such file or directory", path=path, hint=hint or "or name a hub repository: org/name")
+    return f"did you mean {' or '.join(os.path.join(parent, n) for n in similar)}?" if similar else None
 
 
 def is_plain_name(name: str) -> bool:

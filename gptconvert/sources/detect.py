@@ -52,6 +52,8 @@ def open_source(path: str | os.PathLike[str], options: Options, format: str | No
         UnsafeInputError: not a regular file, or a file that tries to run code.
     """
     path = os.fspath(path)
+    if format in (None, openai_tf.FORMAT.name):
+        path = _own_output(path)
     if format is not None:
         return _format_named(format).open(path, options)
     found = detect(path, options)
@@ -80,6 +82,15 @@ def detect(path: str, options: Options) -> tuple[Format[Any], Any] | None:
         if found is not None and each.claims(found):
             return each, found
     return None
+
+
+def _own_output(path: str) -> str:
+    """The checkpoint inside an output directory of this program that holds OpenAI's format; otherwise ``path``."""
+    inside = os.path.join(path, openai_tf.FORMAT.name)
+    if not os.path.isfile(os.path.join(path, "manifest.json")) or not os.path.isdir(inside):
+        return path
+    names = entries(path, files_only=True, quiet=True)
+    return path if any(weights_named(name) for name in names) else inside
 
 
 def _format_named(name: str) -> Format[Any]:

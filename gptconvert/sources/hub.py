@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gptconvert.containers.untrusted import entries
+from gptconvert.containers.untrusted import entries, similar_path
 from gptconvert.errors import GptConvertError, InputError, OutputError
 from gptconvert.model.options import Options
 from gptconvert.sources.hf.files import CONFIG, Weights, choose_weights
@@ -185,11 +185,8 @@ def _translated(repo: str, options: Options) -> Iterator[None]:
     except GptConvertError:
         raise
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise InputError(
-            f"offline, and revision {options.revision or 'main'} is not in the local cache",
-            path=repo,
-            hint="run once without --offline and with HF_HUB_OFFLINE unset",
-        ) from error
+        what = f"offline, and revision {options.revision or 'main'} is not in the local cache"
+        raise _not_local(repo, what, "run once without --offline and with HF_HUB_OFFLINE unset") from error
     except errors.HfHubHTTPError as error:
         raise _http_error(repo, options, error) from error
     except errors.HFValidationError as error:
@@ -217,17 +214,22 @@ def _http_error(repo: str, options: Options, error: Any) -> InputError:
         return InputError(f"the repository has no revision {options.revision!r}", path=repo, hint=hint)
     if status in (401, 403):
         what = "the hub denied access" if status == 403 else "no such repository, or it is private"
-        return InputError(what, path=repo, found=f"HTTP {status}", hint=f"check the name; if it is private, {login}")
+        return _not_local(repo, what, f"check the name; if it is private, {login}", found=f"HTTP {status}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        hint = "check the name; there is no local file or directory of that name either"
-        return InputError("no such repository on the hub", path=repo, found=f"HTTP {status}", hint=hint)
+        return _not_local(repo, "no such repository on the hub", "check the name", found=f"HTTP {status}")
     return InputError("the hub returned an error", path=repo, found=f"HTTP {status}", hint="try again later")
 
 
 def _unreachable(repo: str, error: Exception) -> InputError:
+    hint = "check the network, HF_ENDPOINT and proxies; to use a cached copy, pass --offline"
+    return _not_local(repo, "the hub cannot be reached", hint, found=str(error)[:120] or type(error).__name__)
+
+
+def _not_local(repo: str, what: str, hint: str, *, found: str | None = None) -> InputError:
+    """The error for a name that is not on the hub, and may be a mistyped path: that comes first."""
     return InputError(
-        "the hub cannot be reached",
+        f"no such file or directory, and as a hub repository: {what}",
         path=repo,
-        found=str(error)[:120] or type(error).__name__,
-        hint="check the network, HF_ENDPOINT and proxies; to use a cached copy, pass --offline",
+        found=found,
+        hint="; ".join(filter(None, (similar_path(repo), hint))),
     )

@@ -88,7 +88,7 @@ def open_llmc(path: str, options: Options) -> Source:
 def _model_file(path: str, options: Options) -> str:
     """The file at ``path``; in a directory, the file the options name or the only model file."""
     if not os.path.lexists(path):
-        raise no_such_path(path)
+        raise no_such_path(path, hub=False)
     if not os.path.isdir(path):
         if options.weights_file is not None:
             hint = "pass the directory, or omit --weights-file"

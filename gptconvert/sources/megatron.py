@@ -78,7 +78,7 @@ def find_megatron(path: str, options: Options) -> TorchFile:
         UsageError: a step was given for a path that is not a run's directory.
     """
     if not os.path.lexists(path):
-        raise no_such_path(path)
+        raise no_such_path(path, hub=False)
     return read_torch_pickle(locate(path, options.step))
 
 

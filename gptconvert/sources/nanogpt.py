@@ -62,7 +62,7 @@ def find_nanogpt(path: str, options: Options) -> TorchFile:
 
 def _checkpoint_file(path: str, options: Options) -> str:
     if not os.path.lexists(path):
-        raise no_such_path(path)
+        raise no_such_path(path, hub=False)
     if os.path.isdir(path):
         return os.path.join(path, options.weights_file or CHECKPOINT)
     if options.weights_file is not None:

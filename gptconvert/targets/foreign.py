@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from gptconvert.containers.untrusted import no_such_path
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.openai_tf.verify import is_openai_folder
@@ -25,8 +26,11 @@ def find_candidates(checkpoint: Checkpoint, path: str) -> list[Candidate]:
     """Artifacts at ``path`` that can be compared with a checkpoint: a file, or those in a directory.
 
     Raises:
+        InputError: no such path.
         UnsupportedError: there are none.
     """
+    if not os.path.lexists(path):
+        raise no_such_path(path, hub=False)
     found = list(_in_directory(path) if os.path.isdir(path) else _file(path))
     if not found:
         raise UnsupportedError(

@@ -287,3 +287,12 @@ def test_unexpected_error_is_reported_without_a_traceback(capsys: Capture, monke
     assert "Traceback" not in outcome.err
     with pytest.raises(RuntimeError):
         run(["--debug", "inspect", str(TINY / "openai-tf")])
+
+
+def test_verify_of_a_missing_artifact(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    done = command(capsys, "verify", TINY / "openai-tf", tmp_path / "exprt")
+    assert done.code == 3
+    assert f"{tmp_path}/exprt: no such file or directory" in done.err
+    assert f"did you mean {tmp_path}/export?" in done.err
+    assert "hub" not in done.err

@@ -190,6 +190,7 @@ def test_similar_names_are_suggested_for_a_missing_path(tmp_path: Path) -> None:
         assert f"{tmp_path}/gpt2-small?" in str(no_such_path(str(path)).hint)
     assert "hub repository" in str(no_such_path(str(tmp_path / "other")).hint)
     assert "hub repository" in str(no_such_path("nul\0byte").hint)
+    assert no_such_path(str(tmp_path / "other"), hub=False).hint is None
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", "C:a", "/a"])

@@ -311,3 +311,27 @@ def test_54_names_are_escaped(tmp_path: Path) -> None:
     for name in ("x" * 300, "a\0b", os.fsdecode(b"\xff")):
         with pytest.raises(InputError):
             open_source(f"{tmp_path}/{name}", PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "first"),
+    [("gpt2-stdlib", {}, "model/h0/attn/c_attn/b"), ("openai/gpt1-small", {"n_head": 3}, None)],
+)
+@pytest.mark.parametrize("form", [None, "openai-tf"])
+def test_output_in_openai_format_is_a_source(
+    tmp_path: Path, source: str, options: dict[str, Any], first: str | None, form: str | None
+) -> None:
+    from gptconvert.pipeline import convert
+
+    chosen = Options(targets=("onnx", "openai-tf"), verify=None, **options)
+    convert(FIXTURES / source, tmp_path / "out", chosen)
+    back = open_source(tmp_path / "out", PLAIN, form)
+    assert back.path.startswith(str(tmp_path / "out" / "openai-tf"))
+    assert first is None or first in back.tensors
+
+
+def test_output_with_safetensors_is_read_from_them(tmp_path: Path) -> None:
+    from gptconvert.pipeline import convert
+
+    convert(FIXTURES / "gpt2-stdlib", tmp_path / "out", Options(targets=("safetensors", "openai-tf"), verify=None))
+    assert open_source(tmp_path / "out", PLAIN).scheme == "hf"

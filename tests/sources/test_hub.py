@@ -189,6 +189,7 @@ def test_59_no_such_repository(client: Client) -> None:
     found = client.open("org/absent")
     assert found["error"] == "InputError"
     assert "no such repository, or it is private; found HTTP 401" in found["text"]
+    assert "org/absent: no such file or directory, and as a hub repository: " in found["text"]
     client.token = "other"
     found = client.open("org/absent")
     assert "no such repository on the hub; found HTTP 404" in found["text"]
@@ -243,7 +244,15 @@ def test_59_offline_with_a_partial_copy(hub: Hub, client: Client) -> None:
 def test_59_no_server(tmp_path: Path) -> None:
     found = Client(tmp_path, "http://127.0.0.1:9").open()
     assert found["error"] == "InputError"
-    assert "cannot be reached" in found["text"]
+    assert "no such file or directory, and as a hub repository: the hub cannot be reached" in found["text"]
+
+
+def test_mistyped_path_suggests_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "distilgpt2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = Client(tmp_path, "http://127.0.0.1:9").open("models/distillgpt2")
+    assert "no such file or directory" in found["text"]
+    assert found["hint"].startswith("did you mean models/distilgpt2?")
 
 
 def test_cache_dir(hub: Hub, client: Client, tmp_path: Path) -> None:
