@@ -8,7 +8,7 @@ To add a family, write one file, ``gptconvert/families/NAME.py``, and list its `
 2. ``CONFIG = keys.table(*keys.vocabulary(…), Key(name, field, kind, default), …)``: one line per key of
    config.json, used for reading and writing. ``harmless`` lists keys that do not affect the output, ``unused`` keys
    that must be off, ``writes`` keys that transformers always saves; ``derived`` computes fields from other values.
-   Every other key is rejected by name.
+   Every other key is rejected by name. ``precedence.py`` decides between keys with one meaning.
 3. ``FAMILY = Family(…, fixed={…})``: the model types, the architecture for each task, and the fields of
    ``GPTConfig`` that are the same for all models of the family.
 4. For each format of the original trainer, add a file to ``trainers/`` whose ``LAYOUT`` the family lists.
@@ -173,7 +173,8 @@ def read_config_json(given: ConfigInput) -> ReadConfig:
     config = reading.config(**family.common, **decided)
     for key, value in sorted(unread.items()):
         if value is not None and not family.unread[key](config, value):
-            notes.append(f"{key} = {value!r} is ignored: transformers' {family.title} does not read it")
+            name = family.title.partition(",")[0]
+            notes.append(f"{key} = {value!r} is ignored: transformers' {name} does not read it")
     return ReadConfig(config, reading.carried, [*notes, *more])
 
 
