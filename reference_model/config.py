@@ -12,8 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-#: Activations, named by formula: frameworks use the same name for different formulas.
-ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "silu", "tanh")
+#: Activations, named by formula (``reference_model/model.py``): frameworks use the same name for different formulas.
+ACTIVATIONS = (
+    "gelu_tanh",
+    "gelu_erf",
+    "gelu_erf_10",
+    "gelu_sigmoid",
+    "relu",
+    "relu_squared",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "hardswish",
+    "mish",
+    "tanh",
+    "sigmoid",
+    "laplace",
+    "sqrt_softplus",
+    "linear",
+)
 #: Outputs of each task, as named by Hugging Face's ONNX exporter. All graphs and the verifier use this table.
 OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "text-generation": ("logits",),  # [B, S, V]

@@ -27,9 +27,21 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, KeyValue | None], tuple[Tenso
 ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu_erf": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_erf_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": torch.relu,
+    "relu_squared": lambda x: torch.relu(x) ** 2,
+    "relu6": F.relu6,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.01),
     "silu": F.silu,
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "mish": F.mish,
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    # The normal distribution function with mean √(1/2) and standard deviation √(1/4π), as rounded in MEGA's code.
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "sqrt_softplus": lambda x: F.softplus(x).sqrt(),
+    "linear": lambda x: x,
 }
 
 

@@ -109,7 +109,14 @@ class ConfigTable:
         for key in self.keys:
             if key.of is None and key.field not in FIELDS:
                 continue
-            value = key.kind.write(key.of(config) if key.of is not None else getattr(config, key.field or ""))
+            meaning = key.of(config) if key.of is not None else getattr(config, key.field or "")
+            value = key.kind.write(meaning)
+            if (
+                key.kind.has_synonyms
+                and key.name in carried
+                and key.kind.read(key.name, carried[key.name]) == meaning
+            ):
+                value = carried[key.name]
             for name in (key.name, *key.repeats):
                 outer, _, inner = name.rpartition(".")
                 if outer:
@@ -138,9 +145,13 @@ class Reading:
 
     @property
     def carried(self) -> dict[str, object]:
-        """The harmless keys to carry over."""
+        """The harmless keys to carry over, and the words of the file that have synonyms."""
         table = self.table
-        return {k: v for k, v in self.raw.items() if k in table.harmless and k not in table.handled}
+        harmless = {k: v for k, v in self.raw.items() if k in table.harmless and k not in table.handled}
+        named = {
+            key.name: [name for name in key.names if name in self.raw] for key in table.keys if key.kind.has_synonyms
+        }
+        return {**harmless, **{name: self.raw[found[0]] for name, found in named.items() if found}}
 
     def config(self, **decided: object) -> GPTConfig:
         """The configuration; ``decided`` adds to or overrides the values read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -122,11 +123,11 @@ def test_an_invalid_number_is_rejected_with_its_key(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "key", "names"),
     [
-        ("gpt2", "activation_function", ("gelu_10", "quick_gelu", "gelu_accurate")),
-        ("gpt_neo", "activation_function", ("mish",)),
-        ("gptj", "activation_function", ("relu2",)),
-        ("gpt_neox", "hidden_act", ("laplace",)),
-        ("gpt1", "afn", ("gelu_new", "tanh")),
+        ("gpt2", "activation_function", ("gelu_approx", "softsign")),
+        ("gpt_neo", "activation_function", ("Mish",)),
+        ("gptj", "activation_function", ("prelu",)),
+        ("gpt_neox", "hidden_act", ("xielu",)),
+        ("gpt1", "afn", ("gelu_new", "tanh", "mish")),
     ],
 )
 def test_activations_by_formula(family: str, key: str, names: tuple[str, ...]) -> None:
@@ -136,8 +137,12 @@ def test_activations_by_formula(family: str, key: str, names: tuple[str, ...]) -
             read(family, **{key: name})
     assert config(family, **{key: "gelu"}).activation == ("gelu_tanh" if family == "gpt1" else "gelu_erf")
     if family != "gpt1":
-        for name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
-            assert config(family, **{key: name}).activation == "gelu_tanh"
+        for name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"):
+            made, carried, _ = read(family, **{key: name})
+            assert made.activation == "gelu_tanh"
+            assert family_named(family).write_config(made, carried)[key] == name
+            changed = dataclasses.replace(made, activation="relu")
+            assert family_named(family).write_config(changed, carried)[key] == "relu"
 
 
 # --- GPT-1 ---------------------------------------------------------------------------------------------------------

@@ -149,6 +149,10 @@ def test_equivalent_configurations(tmp_path: Path) -> None:
     assert difference(understood(folder), SEQUENTIAL) < NOISE
 
 
+def test_mish(tmp_path: Path) -> None:
+    assert understood(reconfigured(tmp_path, "neox-sequential", activation='"mish"')).config.activation == "mish"
+
+
 def test_harmless_keys_are_harmless() -> None:
     """No key is in both lists, and no key that affects the model is called harmless."""
     from gptconvert.families.trainers.neox import HARMLESS, UNUSED

@@ -126,7 +126,7 @@ NEOX = Scheme(
 )
 
 #: Values of ``activation``; with ``gelu``, ``bias_gelu_fusion`` selects the tanh formula instead.
-ACTIVATIONS = {"gelu": "gelu_erf", "relu": "relu", "silu": "silu", "swish": "silu"}
+ACTIVATIONS = {"gelu": "gelu_erf", "relu": "relu", "silu": "silu", "swish": "silu", "mish": "mish"}
 #: Kind of tokenizer → id of ``<|endoftext|>`` in its usual vocabulary.
 END_OF_TEXT = {"HFTokenizer": 0, "GPT2BPETokenizer": 50256, "HFGPT2Tokenizer": 50256}
 #: Options that change the architecture → the value that switches them off.

@@ -71,9 +71,20 @@ ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
     # TensorFlow's own forms, which its CPU kernels recognise and fuse with the matrix product.
     "gelu_tanh": lambda x: tf.nn.gelu(x, approximate=True),
     "gelu_erf": lambda x: tf.nn.gelu(x, approximate=False),
+    "gelu_erf_10": lambda x: tf.clip_by_value(tf.nn.gelu(x, approximate=False), -10.0, 10.0),
+    "gelu_sigmoid": lambda x: x * tf.sigmoid(1.702 * x),
     "relu": tf.nn.relu,
+    "relu_squared": lambda x: tf.square(tf.nn.relu(x)),
+    "relu6": tf.nn.relu6,
+    "leaky_relu": lambda x: tf.nn.leaky_relu(x, 0.01),
     "silu": lambda x: x * tf.sigmoid(x),
+    "hardswish": lambda x: x * tf.nn.relu6(x + 3) / 6,
+    "mish": lambda x: x * tf.tanh(tf.math.softplus(x)),
     "tanh": tf.tanh,
+    "sigmoid": tf.sigmoid,
+    "laplace": lambda x: 0.5 * (1 + tf.math.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "sqrt_softplus": lambda x: tf.sqrt(tf.math.softplus(x)),
+    "linear": tf.identity,
 }
 
 
