@@ -65,22 +65,23 @@ def visible(attention_mask: Tensor, new_tokens: int, window: int | None) -> Tens
 
 
 def rotary_angles(rotary: Rotary, position_ids: Tensor, dtype: torch.dtype) -> KeyValue:
-    """(cos, sin), each [B, 1, S, dim], laid out for the pairing of ``rotary``."""
-    exponent = torch.arange(0, rotary.dim, 2, dtype=torch.float64) / rotary.dim  # (dim/2)
-    angle = position_ids[:, None, :, None].double() * rotary.base**-exponent  # (B, 1, S, dim/2)
+    """(cos, sin), each [B, 1, S, width], laid out for the pairing of ``rotary``."""
+    frequency = torch.tensor(rotary.frequencies, dtype=torch.float64)  # (width/2)
+    angle = position_ids[:, None, :, None].double() * frequency  # (B, 1, S, width/2)
     angle = angle.repeat_interleave(2, -1) if rotary.interleaved else torch.cat((angle, angle), -1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)  # (B, 1, S, dim) each
+    cos, sin = angle.cos() * rotary.magnitude, angle.sin() * rotary.magnitude  # (B, 1, S, width) each
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
-    """Rotate the first ``dim`` features of each head: [B, H, S, hd] → [B, H, S, hd]."""
-    turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]  # (B, H, S, dim), (B, H, S, hd - dim)
+    """Rotate the first ``width`` features of each head: [B, H, S, hd] → [B, H, S, hd]."""
+    turned, rest = x[..., : rotary.width], x[..., rotary.width :]  # (B, H, S, width), (B, H, S, hd - width)
     if rotary.interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]  # (B, H, S, dim/2) each
-        other = torch.stack((-b, a), -1).flatten(-2)  # (B, H, S, dim)
+        a, b = turned[..., ::2], turned[..., 1::2]  # (B, H, S, width/2) each
+        other = torch.stack((-b, a), -1).flatten(-2)  # (B, H, S, width)
     else:
-        a, b = turned.chunk(2, -1)  # (B, H, S, dim/2) each
-        other = torch.cat((-b, a), -1)  # (B, H, S, dim)
+        a, b = turned.chunk(2, -1)  # (B, H, S, width/2) each
+        other = torch.cat((-b, a), -1)  # (B, H, S, width)
     cos, sin = angles
     return torch.cat((turned * cos + other * sin, rest), -1)  # (B, H, S, hd)
 

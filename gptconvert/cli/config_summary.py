@@ -49,7 +49,11 @@ def _positions(config: Mapping[str, Any]) -> str:
         return "learned"
     pairs = "interleaved pairs" if rotary["interleaved"] else "split in halves"
     head_dim = config["n_embd"] // config["n_head"]
-    return f"rotary on {rotary['dim']} of {head_dim} features, {pairs}, base {rotary['base']:g}"
+    if not rotary["dim"]:
+        return "none (rotary on 0 features)"
+    scaling = rotary["scaling"]
+    scaled = f", {scaling['kind']} scaling by {scaling['factor']:g}" if scaling else ""
+    return f"rotary on {rotary['dim']} of {head_dim} features, {pairs}, base {rotary['base']:g}{scaled}"
 
 
 def _attention(config: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gptconvert.errors import UsageError
+from gptconvert.families import rope
 from gptconvert.families.heads import choose_task, head_config, head_fields
 from gptconvert.model.config_table import ConfigTable, Reading
 from gptconvert.model.options import Options
@@ -163,7 +164,8 @@ def read_config_json(given: ConfigInput) -> ReadConfig:
     family = given.family
     reading = family.keys.read(given.raw, given.path)
     decided, notes = head_fields(family.heads, reading, given.tensors, given.options)
-    return ReadConfig(reading.config(**family.common, **decided), reading.carried, notes)
+    config = reading.config(**family.common, **decided)
+    return ReadConfig(config, reading.carried, [*notes, *rope.notes(reading.values, config)])
 
 
 #: Canonical tensors with one row, or element, per token id.

@@ -42,6 +42,7 @@ class Key:
         aliases: other names, read but not written. If several names are present, their values must agree.
         repeats: aliases that are also written, because other programs read them.
         of: value to write, if it is not the field itself. A key with neither is not written.
+        sparse: whether it is left out of the file if its value is None.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Key:
     aliases: tuple[str, ...] = ()
     repeats: tuple[str, ...] = ()
     of: Callable[[GPTConfig], object] | None = None
+    sparse: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,13 +112,11 @@ class ConfigTable:
             if key.of is None and key.field not in FIELDS:
                 continue
             meaning = key.of(config) if key.of is not None else getattr(config, key.field or "")
-            value = key.kind.write(meaning)
-            if (
-                key.kind.has_synonyms
-                and key.name in carried
-                and key.kind.read(key.name, carried[key.name]) == meaning
-            ):
-                value = carried[key.name]
+            if meaning is None and key.sparse:
+                continue
+            value, word = key.kind.write(meaning), carried.get(key.name)
+            if key.kind.has_synonyms and word is not None and key.kind.read(key.name, word) == meaning:
+                value = word
             for name in (key.name, *key.repeats):
                 outer, _, inner = name.rpartition(".")
                 if outer:
@@ -148,10 +148,13 @@ class Reading:
         """The harmless keys to carry over, and the words of the file that have synonyms."""
         table = self.table
         harmless = {k: v for k, v in self.raw.items() if k in table.harmless and k not in table.handled}
-        named = {
-            key.name: [name for name in key.names if name in self.raw] for key in table.keys if key.kind.has_synonyms
+        words = {
+            key.name: self.raw[name]
+            for key in table.keys
+            for name in reversed(key.names)
+            if key.kind.has_synonyms and name in self.raw
         }
-        return {**harmless, **{name: self.raw[found[0]] for name, found in named.items() if found}}
+        return {**harmless, **words}
 
     def config(self, **decided: object) -> GPTConfig:
         """The configuration; ``decided`` adds to or overrides the values read.

@@ -128,6 +128,7 @@ def reconfigured(tmp_path: Path, name: str, **changes: object) -> Path:
         ({"num_layers": 3}, InputError, r"missing +layers\.2\."),
         ({"num_layers": 1}, InputError, r"unexpected +layers\.1\."),
         ({"num_attention_heads": 5}, InputError, "does not divide"),
+        ({"rotary_pct": 0.4}, InputError, "an even number of features"),
         ({"model_parallel_size": 2}, InputError, "expected 2, found 3 ranks"),
         ({"hidden_size": "wide"}, InputError, "hidden_size: wrong value"),
     ],

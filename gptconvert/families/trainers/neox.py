@@ -227,7 +227,10 @@ def _plain_attention(key: str, pattern: object) -> None:
 
 def _rotary(values: Values) -> Rotary:
     width, heads = values["n_embd"], values["n_head"]
-    return Rotary(dim=int(width // heads * values["share"]) if heads > 0 else 0, base=values["base"])
+    dim = int(width // heads * values["share"]) if heads > 0 else 0
+    if dim % 2:
+        raise InputError("wrong value", item="rotary_pct", expected="an even number of features", found=str(dim))
+    return Rotary(dim, values["base"])
 
 
 def _activation(values: Values) -> str:

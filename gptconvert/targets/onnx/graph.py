@@ -71,10 +71,9 @@ def visible(b: Builder, input_ids: ir.Value, attention_mask: ir.Value, window: i
 
 
 def rotary_angles(b: Builder, rotary: Rotary, position_ids: ir.Value) -> KeyValue:
-    """(cos, sin), each [B, S, 1, dim], laid out for the pairing of ``rotary``."""
-    exponent = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim  # (dim/2)
-    frequency = rotary.base**-exponent  # (dim/2)
-    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (dim)
+    """(cos, sin), each [B, S, 1, width], laid out for the pairing of ``rotary``."""
+    frequency = np.array(rotary.frequencies)  # (width/2)
+    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (width)
     # Large positions times a float32 frequency would lose bits, so the angle is computed in float64.
     position = b.op("Cast", position_ids, name="rotary.position_2d", to=ir.DataType.DOUBLE.value)  # (B, S)
     position = b.op("Unsqueeze", position, b.constant([2, 3]), name="rotary.position")  # (B, S, 1, 1)
@@ -84,15 +83,19 @@ def rotary_angles(b: Builder, rotary: Rotary, position_ids: ir.Value) -> KeyValu
     whole = b.op("Mul", turns, b.constant(2 * math.pi, np.float64), name="rotary.whole")
     rest = b.op("Sub", angle, whole, name="rotary.rest")  # (B, S, 1, dim), in [0, 2π)
     angle = b.op("Cast", rest, name="rotary.angle", to=FLOAT.value)  # (B, S, 1, dim)
-    return b.op("Cos", angle, name="rotary.cos"), b.op("Sin", angle, name="rotary.sin")
+    cos, sin = b.op("Cos", angle, name="rotary.cos"), b.op("Sin", angle, name="rotary.sin")
+    if rotary.magnitude == 1:
+        return cos, sin
+    factor = b.constant(rotary.magnitude, np.float32)
+    return b.op("Mul", cos, factor, name="rotary.scaled_cos"), b.op("Mul", sin, factor, name="rotary.scaled_sin")
 
 
 def rotate(b: Builder, config: GPTConfig, x: ir.Value, angles: KeyValue, name: str) -> ir.Value:
-    """Rotate the first ``dim`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
+    """Rotate the first ``width`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
     rotary = config.rotary
     if rotary is None:
         return x
-    dim, rest_dim = rotary.dim, config.head_dim - rotary.dim
+    dim, rest_dim = rotary.width, config.head_dim - rotary.width
     turned, rest = x, None
     if rest_dim:
         turned, rest = b.ops(
@@ -123,7 +126,8 @@ class Once:
         self.batch_and_new = b.op("Shape", ids, name="shape.tokens")  # [B, S]
         heads = b.constant([config.n_head, config.head_dim])
         self.per_head = b.op("Concat", self.batch_and_new, heads, name="shape.heads", axis=0)  # [B, S, H, hd]
-        self.angles = rotary_angles(b, config.rotary, inputs["position_ids"]) if config.rotary else None
+        rotary = config.rotary if config.rotary and config.rotary.dim else None
+        self.angles = rotary_angles(b, rotary, inputs["position_ids"]) if rotary else None
 
 
 def attention(

@@ -111,19 +111,19 @@ def visible(attention_mask: Tensor, new_tokens: Tensor, window: int | None) -> T
 
 
 def rotary_angles(rotary: Rotary, position_ids: Tensor) -> KeyValue:
-    """(cos, sin), each [B, S, 1, dim], laid out for the pairing of ``rotary``."""
-    exponent = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim  # (dim/2)
-    frequency = rotary.base**-exponent  # (dim/2)
-    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (dim)
+    """(cos, sin), each [B, S, 1, width], laid out for the pairing of ``rotary``."""
+    frequency = np.array(rotary.frequencies)  # (width/2)
+    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (width)
     # Large positions times a float32 frequency would lose bits, so the angle is computed in float64.
     position = tf.cast(position_ids, tf.float64)[:, :, tf.newaxis, tf.newaxis]  # (B, S, 1, 1)
     angle = tf.cast(tf.math.floormod(position * frequency, 2 * math.pi), tf.float32)  # (B, S, 1, dim)
-    return tf.cos(angle), tf.sin(angle)
+    cos, sin = tf.cos(angle), tf.sin(angle)
+    return (cos, sin) if rotary.magnitude == 1 else (cos * rotary.magnitude, sin * rotary.magnitude)
 
 
 def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
-    """Rotate the first ``dim`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
-    turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]  # (B, S, H, dim), (B, S, H, hd - dim)
+    """Rotate the first ``width`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
+    turned, rest = x[..., : rotary.width], x[..., rotary.width :]  # (B, S, H, width), (B, S, H, hd - width)
     if rotary.interleaved:
         a, b = turned[..., ::2], turned[..., 1::2]  # (B, S, H, dim/2) each
         other = tf.reshape(tf.stack((-b, a), -1), tf.shape(turned))  # (B, S, H, dim)
@@ -331,7 +331,8 @@ def body(
     past_tokens = tf.shape(pasts[0][0])[2]  # P
     with tf.control_dependencies(checks(config, input_ids, attention_mask, position_ids, past_tokens)):
         x = embedding(w, config, input_ids, position_ids)  # (N, D)
-    angles = rotary_angles(config.rotary, position_ids) if config.rotary else None  # (B, S, 1, dim) each
+    rotary = config.rotary if config.rotary and config.rotary.dim else None
+    angles = rotary_angles(rotary, position_ids) if rotary else None  # (B, S, 1, width) each
     new = tf.shape(input_ids)[1]
     bias = {window: visible(attention_mask, new, window) for window in dict.fromkeys(config.attn_window)}
     blocks, presents = Blocks(w, config), []
