@@ -12,6 +12,7 @@ import math
 from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, own_lm_head
+from gptconvert.families.precedence import NEOX_UNREAD, neox_rope
 from gptconvert.families.trainers import neox
 from gptconvert.model.config_kinds import FLAG, NUMBER, WHOLE, choice, flag
 from gptconvert.model.config_table import Key, Values
@@ -96,7 +97,6 @@ CONFIG = keys.table(
         "share",
         NUMBER,
         0.25,
-        aliases=("partial_rotary_factor",),
         repeats=("rotary_pct",),
         of=_share,
     ),
@@ -105,15 +105,23 @@ CONFIG = keys.table(
         "base",
         NUMBER,
         10000.0,
-        aliases=("rope_theta",),
         repeats=("rotary_emb_base",),
         of=lambda c: c.rotary.base if c.rotary else 10000.0,
     ),
     Key("rope_parameters.rope_type", None, PLAIN, "default", of=lambda c: None),
-    Key("rope_parameters.type", None, PLAIN, "default"),
     harmless=(*DROPOUTS, "attention_probs_dropout_prob", "hidden_dropout_prob", "num_steps", "custom_pipelines"),
     writes={**DROPOUTS, **keys.ALWAYS, "is_decoder": False},
     derived={"rotary": _rotary, "attn_out_bias": lambda v: v["qkv_bias"]},
 )
 
-FAMILY = Family("gpt_neox", "GPT-NeoX, Pythia", ("gpt_neox",), HEADS, HF, CONFIG, trainers=(neox.LAYOUT,))
+FAMILY = Family(
+    "gpt_neox",
+    "GPT-NeoX, Pythia",
+    ("gpt_neox",),
+    HEADS,
+    HF,
+    CONFIG,
+    trainers=(neox.LAYOUT,),
+    precedence=neox_rope,
+    unread=NEOX_UNREAD,
+)
