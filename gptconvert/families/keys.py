@@ -36,6 +36,7 @@ HARMLESS = frozenset(
     num_assistant_tokens assistant_early_exit watermarking_config token_healing cache_implementation cache_config
     output_logits encoder_repetition_penalty use_mems
     badwordsids newlinemode antemplate welcome formatoptns nobreakmodel sampler_order rep_pen
+    rep_pen_slope rep_pen_range temp tfs typical top_a adventure chatmode dynamicscan compat
     apply_query_key_layer_scaling use_flash_attention use_flash_attn use_sdpa fused_attention
     reorder_and_upcast_attn""".split()
 )

@@ -167,19 +167,16 @@ class Reading:
     def _refuse_unknown(self) -> None:
         table, unused = self.table, self.table.unused
         left = [key for key in self.raw if key not in table.handled and not table.is_harmless(key)]
-        unknown = [key for key in left if key not in unused and self.raw[key] is not None]
-        rejected = [
-            key for key in left if key in unknown or (key in unused and not _same(self.raw[key], unused[key]))
-        ]
+        unknown = {key for key in left if key not in unused and self.raw[key] is not None}
+        selected = [key for key in left if key in unused and not _same(self.raw[key], unused[key])]
+        rejected = [key for key in left if key in unknown.union(selected)]
         if rejected:
             listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in rejected)
-            flags = " ".join(f"--ignore-key {key}" for key in unknown)
+            flags = " ".join(f"--ignore-key {key}" for key in rejected)
+            known = f"{', '.join(selected)} would change the logits"
             raise UnsupportedError(
                 f"configuration keys not implemented: {listed}",
-                hint=f"an unknown key could change the logits, so it is never ignored by default; if it has no effect, "
-                f"pass {flags}"
-                if len(unknown) == len(rejected)
-                else "these keys select features that change the logits",
+                hint=known if selected else f"an unknown key could change the logits; if it does not, pass {flags}",
             )
 
 

@@ -1,7 +1,7 @@
-"""Which key of config.json wins: the reference model against transformers, in float64, on files of old and new style.
+"""Which key of config.json wins: the reference model against transformers in float64, on old and new files.
 
-transformers 5 is the witness. Where version 4.57 reads a file differently, the row says how; the facts were taken from
-that version's models.
+transformers 5 is the witness. Where version 4.57 reads a file differently, the row says how, as observed in that
+version's models.
 """
 
 from __future__ import annotations
