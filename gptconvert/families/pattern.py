@@ -48,8 +48,8 @@ def windows(values: Values, key: str = "window_size") -> tuple[int | None, ...]:
         )
     if "local" in kinds and values["window"] < 1:
         raise InputError(
-            "a local layer with a window below 1 attends to no key; transformers then averages over all tokens, later "
-            "ones too, so the model is not autoregressive",
+            "a local layer with a window below 1 attends to no key; transformers then averages over all tokens, "
+            "later ones too, so the model is not autoregressive",
             item=key,
             expected="at least 1",
             found=values["window"],

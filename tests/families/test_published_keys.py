@@ -43,6 +43,8 @@ ADDED: dict[str, dict[str, object]] = {
         "newlinemode": "s",
         "antemplate": "x",
         "welcome": "Hello",
+        "rep_pen": 1.1,
+        "chatmode": False,
         "formatoptns": {},
     },
     "Megatron-LM, converted": {"apply_query_key_layer_scaling": True, "normalize_attention_scores": True},
