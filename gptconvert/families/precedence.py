@@ -147,8 +147,9 @@ def _same_base(config: GPTConfig, value: object) -> bool:
 
 
 def _same_share(config: GPTConfig, value: object) -> bool:
-    is_number = isinstance(value, int | float)
-    return config.rotary is not None and is_number and int(config.head_dim * value) == config.rotary.dim
+    if config.rotary is None or not isinstance(value, int | float):
+        return False
+    return int(config.head_dim * value) == config.rotary.dim
 
 
 #: Key → whether its value agrees with the configuration; if not, a note says that it is not read.
