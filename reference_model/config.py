@@ -61,6 +61,8 @@ LABELLED_TASKS = frozenset({"text-classification", "token-classification"})
 NormPosition = Literal["pre", "post"]
 Residual = Literal["serial", "parallel", "parallel_one_norm"]
 MAX_SIZE = 1 << 31
+#: Largest epsilon: its square root, and so every norm, stays far from float32's limits.
+MAX_EPS = 1e30
 
 
 class ConfigError(ValueError):
@@ -132,8 +134,8 @@ class GPTConfig:
             raise ConfigError("n_layer", self.n_layer, "no GPT has more than 10000 layers")
         if self.n_embd % self.n_head:
             raise ConfigError("n_head", self.n_head, f"does not divide n_embd = {self.n_embd}")
-        if not 0 < self.norm_eps < 1:
-            raise ConfigError("norm_eps", self.norm_eps, "must be between 0 and 1")
+        if not 0 <= self.norm_eps <= MAX_EPS:
+            raise ConfigError("norm_eps", self.norm_eps, f"must be from 0 to {MAX_EPS:g}")
         if self.activation not in ACTIVATIONS:
             raise ConfigError("activation", self.activation, f"must be one of {', '.join(ACTIVATIONS)}")
         if self.task not in TASKS:

@@ -127,6 +127,8 @@ def option(name: str) -> Decorator:
         settings |= {"is_flag": True, "show_default": default}
     elif name == "targets":
         settings |= {"multiple": True, "type": Targets()}
+    elif isinstance(default, tuple):
+        settings |= {"multiple": True, "type": _type(info), "metavar": info.metavar, "show_default": False}
     elif name == "verify":  # the level is optional
         settings |= {"is_flag": False, "flag_value": default, "type": _type(info)}
     else:

@@ -29,6 +29,9 @@ ALWAYS = frozenset({"task", "trim_vocab"})
 #: Options of downloads; only ``hf`` downloads.
 HUB = frozenset({"revision", "cache_dir", "offline"})
 
+#: Options of formats that have a configuration and name their tensors.
+EDITS = frozenset({"ignore_key", "ignore_tensor", "set_key"})
+
 FORMAT_COMMANDS: Mapping[str, FormatCommand] = {
     "openai-tf": FormatCommand(
         "Convert the OpenAI checkpoint SOURCE.",
@@ -41,7 +44,7 @@ too, as does GPT-1's directory (params_0.npy …).
 Example:
   gptconvert openai-tf ./models/124M --to onnx --to safetensors -o gpt2
 """,
-        frozenset({"step", "hparams", "n_head"}),
+        frozenset({"step", "hparams", "n_head"}) | EDITS,
     ),
     "hf": FormatCommand(
         "Convert the Hugging Face checkpoint SOURCE: a directory or a hub repository.",
@@ -54,7 +57,7 @@ repositories is never run, and pickles are never executed.
 Example:
   gptconvert hf distilgpt2 --to onnx -o distilgpt2-onnx
 """,
-        frozenset({"hparams", "weights_file", "pad_token_id"}) | HUB,
+        frozenset({"hparams", "weights_file", "pad_token_id"}) | HUB | EDITS,
     ),
     "mesh-tf": FormatCommand(
         "Convert GPT-Neo's original checkpoint SOURCE.",
@@ -66,7 +69,7 @@ with the model's config.json beside it (or --hparams FILE).
 Example:
   gptconvert mesh-tf ./GPT3_XL --to onnx
 """,
-        frozenset({"step", "hparams"}),
+        frozenset({"step", "hparams"}) | EDITS,
     ),
     "mesh-jax": FormatCommand(
         "Convert GPT-J's original checkpoint SOURCE.",
@@ -79,7 +82,7 @@ checkpoint with the sizes of GPT-J 6B is read as GPT-J 6B.
 Example:
   gptconvert mesh-jax ./step_383500 --to safetensors --dtype fp16
 """,
-        frozenset({"step", "hparams"}),
+        frozenset({"step", "hparams"}) | EDITS,
     ),
     "neox": FormatCommand(
         "Convert the GPT-NeoX checkpoint SOURCE.",
@@ -93,7 +96,7 @@ configs/*.yml, or --hparams FILE. The vocabulary stays padded unless
 Example:
   gptconvert neox ./20B_checkpoints --to safetensors
 """,
-        frozenset({"step", "hparams"}),
+        frozenset({"step", "hparams"}) | EDITS,
     ),
     "nanogpt": FormatCommand(
         "Convert the nanoGPT checkpoint SOURCE.",
@@ -106,7 +109,7 @@ parsed without executing it; meta.pkl is not opened.
 Example:
   gptconvert nanogpt ./out-shakespeare/ckpt.pt --to onnx --activation erf
 """,
-        frozenset({"weights_file", "n_head", "activation"}),
+        frozenset({"weights_file", "n_head", "activation"}) | EDITS,
     ),
     "llmc": FormatCommand(
         "Convert the llm.c model SOURCE.",
@@ -133,6 +136,6 @@ must be 0 to 3.
 Example:
   gptconvert megatron ./release/mp_rank_00/model_optim_rng.pt --to onnx
 """,
-        frozenset({"step", "n_head", "activation"}),
+        frozenset({"step", "n_head", "activation"}) | EDITS,
     ),
 }

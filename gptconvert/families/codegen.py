@@ -13,6 +13,7 @@ from gptconvert.errors import InputError
 from gptconvert.families import gptj, keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme
+from gptconvert.families.precedence import GPTJ_UNREAD
 from gptconvert.model.config_kinds import WHOLE
 from gptconvert.model.config_table import Key, Values
 from gptconvert.model.schemes import Drop, Row
@@ -76,4 +77,17 @@ HF = hf_scheme(
     ),
 )
 
-FAMILY = Family("codegen", "CodeGen", ("codegen",), HEADS, HF, CONFIG, fixed=gptj.FIXED)
+#: n_ctx is written, and so carried over.
+UNREAD = {key: agrees for key, agrees in GPTJ_UNREAD.items() if key != "n_ctx"}
+
+FAMILY = Family(
+    "codegen",
+    "CodeGen",
+    ("codegen",),
+    HEADS,
+    HF,
+    CONFIG,
+    precedence=gptj.PRECEDENCE,
+    unread=UNREAD,
+    fixed=gptj.FIXED,
+)

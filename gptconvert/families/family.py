@@ -27,6 +27,7 @@ from typing import NamedTuple
 from gptconvert.errors import UsageError
 from gptconvert.families import rope
 from gptconvert.families.heads import choose_task, head_config, head_fields
+from gptconvert.families.precedence import Agrees, Rule, without_default_scaling
 from gptconvert.model.config_table import ConfigTable, Reading
 from gptconvert.model.options import Options
 from gptconvert.model.schemes import Scheme
@@ -102,6 +103,8 @@ class Family:
         hf: name table of Hugging Face's files.
         keys: keys of config.json.
         trainers: the formats that trainers write.
+        precedence: which of several keys of config.json with one meaning is read.
+        unread: keys that transformers does not read, and whether a value agrees with the configuration.
         fixed: fields of :class:`GPTConfig` that are the same for all models of the family.
         tokenizer: kind of BPE: ``byte-level`` or ``word-end``.
     """
@@ -113,6 +116,8 @@ class Family:
     hf: Scheme
     keys: ConfigTable
     trainers: tuple[Layout, ...] = ()
+    precedence: Rule = without_default_scaling
+    unread: Mapping[str, Agrees] = field(default_factory=dict)
     fixed: Mapping[str, object] = field(default_factory=dict)
     tokenizer: str = "byte-level"
 
@@ -162,10 +167,15 @@ class Family:
 def read_config_json(given: ConfigInput) -> ReadConfig:
     """Hugging Face's config.json. Raises: see :meth:`Family.read_config`."""
     family = given.family
-    reading = family.keys.read(given.raw, given.path)
-    decided, notes = head_fields(family.heads, reading, given.tensors, given.options)
+    chosen, notes = family.precedence(given.raw, given.tensors)
+    unread = {key: chosen.pop(key) for key in family.unread.keys() & chosen.keys()}
+    reading = family.keys.read(chosen, given.path)
+    decided, more = head_fields(family.heads, reading, given.tensors, given.options)
     config = reading.config(**family.common, **decided)
-    return ReadConfig(config, reading.carried, [*notes, *rope.notes(reading.values, config)])
+    for key, value in sorted(unread.items()):
+        if value is not None and not family.unread[key](config, value):
+            notes.append(f"{key} = {value!r} is ignored: transformers' {family.title} does not read it")
+    return ReadConfig(config, reading.carried, [*notes, *more, *rope.notes(reading.values, config)])
 
 
 #: Canonical tensors with one row, or element, per token id.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, tied_lm_head
+from gptconvert.families.precedence import COMMON_NAMES, common_names_win, in_turn, without_default_scaling
 from gptconvert.families.rows import CONV1D_BLOCK
 from gptconvert.families.trainers import openai_gpt1
 from gptconvert.model.config_kinds import SIZE, WHOLE
@@ -70,6 +71,7 @@ FAMILY = Family(
     HF,
     CONFIG,
     trainers=(openai_gpt1.LAYOUT,),
+    precedence=in_turn(common_names_win(COMMON_NAMES), without_default_scaling),
     fixed=FIXED,
     tokenizer="word-end",
 )

@@ -10,6 +10,13 @@ from __future__ import annotations
 from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme
+from gptconvert.families.precedence import (
+    COMMON_NAMES,
+    common_names_win,
+    in_turn,
+    positions_from_the_table,
+    without_default_scaling,
+)
 from gptconvert.families.rows import CONV1D_BLOCK, FINAL_NORM
 from gptconvert.families.trainers import llmc, megatron, nanogpt, openai_tf
 from gptconvert.model.config_kinds import FLAG, WHOLE
@@ -67,4 +74,5 @@ FAMILY = Family(
     HF,
     CONFIG,
     trainers=(openai_tf.LAYOUT, nanogpt.LAYOUT, llmc.LAYOUT, *megatron.LAYOUTS),
+    precedence=in_turn(common_names_win(COMMON_NAMES), positions_from_the_table, without_default_scaling),
 )

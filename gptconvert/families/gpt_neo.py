@@ -11,9 +11,17 @@ from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme
 from gptconvert.families.pattern import attention_layers, attention_types, unscaled, window, windows
+from gptconvert.families.precedence import (
+    NEO_NAMES,
+    NEO_UNREAD,
+    common_names_win,
+    in_turn,
+    listed_layers_win,
+    without_default_scaling,
+)
 from gptconvert.families.rows import FINAL_NORM
 from gptconvert.families.trainers import mesh_tf
-from gptconvert.model.config_kinds import ANY, POSITIVE, WHOLE
+from gptconvert.model.config_kinds import ANY, WHOLE
 from gptconvert.model.config_table import Key
 from gptconvert.model.schemes import Drop, Row
 
@@ -54,7 +62,7 @@ CONFIG = keys.table(
     keys.inner("intermediate_size"),
     keys.NORM_EPS,
     Key("activation_function", "activation", keys.ACTIVATION, "gelu_new"),
-    Key("window_size", "window", POSITIVE, 256, of=window),
+    Key("window_size", "window", WHOLE, 256, of=window),
     Key("attention_types", "attention_types", ANY, None, of=attention_types),
     Key("attention_layers", "attention_layers", ANY, None, of=attention_layers),
     harmless=(*DROPOUTS, *keys.SUMMARY_KEYS),
@@ -63,5 +71,14 @@ CONFIG = keys.table(
 )
 
 FAMILY = Family(
-    "gpt_neo", "GPT-Neo", ("gpt_neo",), HEADS, HF, CONFIG, trainers=(mesh_tf.LAYOUT,), fixed={"qkv_bias": False}
+    "gpt_neo",
+    "GPT-Neo",
+    ("gpt_neo",),
+    HEADS,
+    HF,
+    CONFIG,
+    trainers=(mesh_tf.LAYOUT,),
+    precedence=in_turn(common_names_win(NEO_NAMES), listed_layers_win, without_default_scaling),
+    unread=NEO_UNREAD,
+    fixed={"qkv_bias": False},
 )

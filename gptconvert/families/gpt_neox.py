@@ -12,6 +12,7 @@ import math
 from gptconvert.families import keys, rope
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, own_lm_head
+from gptconvert.families.precedence import NEOX_UNREAD, neox_rope
 from gptconvert.families.trainers import neox
 from gptconvert.model.config_kinds import FLAG, NUMBER, WHOLE, flag
 from gptconvert.model.config_table import Key, Values
@@ -96,7 +97,6 @@ CONFIG = keys.table(
         "share",
         NUMBER,
         0.25,
-        aliases=("partial_rotary_factor",),
         repeats=("rotary_pct",),
         of=_share,
     ),
@@ -105,7 +105,6 @@ CONFIG = keys.table(
         "base",
         NUMBER,
         10000.0,
-        aliases=("rope_theta",),
         repeats=("rotary_emb_base",),
         of=lambda c: c.rotary.base if c.rotary else 10000.0,
     ),
@@ -115,4 +114,14 @@ CONFIG = keys.table(
     derived={"rotary": _rotary, "attn_out_bias": lambda v: v["qkv_bias"]},
 )
 
-FAMILY = Family("gpt_neox", "GPT-NeoX, Pythia", ("gpt_neox",), HEADS, HF, CONFIG, trainers=(neox.LAYOUT,))
+FAMILY = Family(
+    "gpt_neox",
+    "GPT-NeoX, Pythia",
+    ("gpt_neox",),
+    HEADS,
+    HF,
+    CONFIG,
+    trainers=(neox.LAYOUT,),
+    precedence=neox_rope,
+    unread=NEOX_UNREAD,
+)

@@ -9,6 +9,13 @@ from __future__ import annotations
 from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, lm_head_bias
+from gptconvert.families.precedence import (
+    COMMON_NAMES,
+    GPTJ_UNREAD,
+    common_names_win,
+    in_turn,
+    without_default_scaling,
+)
 from gptconvert.families.rows import FINAL_NORM
 from gptconvert.families.trainers import mesh_jax
 from gptconvert.model.config_kinds import WHOLE
@@ -45,7 +52,7 @@ HF = hf_scheme(
 CONFIG = keys.table(
     *keys.vocabulary(50400, tied=False, bos=50256, eos=50256),
     *keys.sizes(4096, 28, 16),
-    Key("n_positions", "n_ctx", WHOLE, 2048, aliases=("n_ctx", "max_position_embeddings")),
+    Key("n_positions", "n_ctx", WHOLE, 2048, aliases=("max_position_embeddings",)),
     keys.inner("n_inner"),
     keys.NORM_EPS,
     Key("activation_function", "activation", keys.ACTIVATION, "gelu_new"),
@@ -58,4 +65,18 @@ CONFIG = keys.table(
 )
 FIXED = {"residual": "parallel_one_norm", "qkv_bias": False, "attn_out_bias": False, "head_bias": True}
 
-FAMILY = Family("gptj", "GPT-J", ("gptj",), HEADS, HF, CONFIG, trainers=(mesh_jax.LAYOUT,), fixed=FIXED)
+#: Also CodeGen's.
+PRECEDENCE = in_turn(common_names_win(COMMON_NAMES), without_default_scaling)
+
+FAMILY = Family(
+    "gptj",
+    "GPT-J",
+    ("gptj",),
+    HEADS,
+    HF,
+    CONFIG,
+    trainers=(mesh_jax.LAYOUT,),
+    precedence=PRECEDENCE,
+    unread=GPTJ_UNREAD,
+    fixed=FIXED,
+)

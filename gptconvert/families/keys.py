@@ -8,7 +8,8 @@ from gptconvert.model.config_kinds import FLAG, NUMBER, SIZE, TOKEN, WHOLE, choi
 from gptconvert.model.config_table import ConfigTable, Key, Values
 from reference_model.config import GPTConfig
 
-#: Keys of any model type that do not affect a forward pass.
+#: Keys of any model type that do not affect a forward pass: bookkeeping, training, tokenizer, generation, and choices
+#: among equal implementations.
 HARMLESS = frozenset(
     """architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path task_specific_params
     id2label label2id num_labels problem_type output_attentions output_hidden_states return_dict use_return_dict
@@ -20,13 +21,31 @@ HARMLESS = frozenset(
     top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens sep_token_id decoder_start_token_id""".split()
+    begin_suppress_tokens sep_token_id decoder_start_token_id
+    author created_date date description comment tags datasets version url homepage citation model_name base_model
+    model_id name line_by_line seed unsloth_fixed unsloth_version generator_version xla_device trust_remote_code
+    is_decoder is_composition keys_to_ignore_at_inference model_parallel loss_type fp16 bf16
+    learning_rate lr batch_size train_batch_size eval_batch_size per_device_train_batch_size num_train_epochs epochs
+    n_epochs weight_decay warmup_steps max_steps train_steps eval_steps gradient_accumulation_steps optimizer
+    scheduler lr_scheduler neftune_noise_alpha gradient_checkpointing_kwargs
+    unk_token_id cls_token_id mask_token_id additional_special_tokens tokenizer_name tokenizer_type tokenizer_file
+    model_max_length padding_side truncation_side add_bos_token add_eos_token add_prefix_space special_tokens_map
+    max_seq_length max_sequence_length seq_length
+    max_new_tokens min_new_tokens max_time penalty_alpha guidance_scale force_words_ids constraints
+    forced_decoder_ids renormalize_logits sequence_bias eta_cutoff epsilon_cutoff min_p low_memory stop_strings
+    num_assistant_tokens assistant_early_exit watermarking_config token_healing cache_implementation cache_config
+    output_logits encoder_repetition_penalty use_mems
+    badwordsids newlinemode antemplate welcome formatoptns nobreakmodel sampler_order rep_pen
+    rep_pen_slope rep_pen_range temp tfs typical top_a adventure chatmode dynamicscan compat
+    apply_query_key_layer_scaling use_flash_attention use_flash_attn use_sdpa fused_attention
+    reorder_and_upcast_attn""".split()
 )
+#: Further harmless keys: transformers' private attributes, and dropout, which is off at inference.
+PATTERN = r"_[a-z]\w*|(?:\w+_)?(?:dropout|pdrop|layerdrop)(?:_(?:p|prob|rate))?"
 #: Features not implemented for any family → the value that switches them off.
 UNUSED: Mapping[str, object] = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
-    "is_decoder": False,
     "tie_encoder_decoder": False,
     "cross_attention_hidden_size": None,
     "chunk_size_feed_forward": 0,
@@ -35,6 +54,9 @@ UNUSED: Mapping[str, object] = {
     "quantization_config": None,
     "rope_scaling": None,
     "auto_map": None,
+    "scale_attn_by_inverse_layer_idx": False,
+    "normalize_attention_scores": True,
+    "adapters": None,
 }
 #: How a double-heads model scores each choice. Only these values are implemented.
 SUMMARY_KEYS: Mapping[str, object] = {
@@ -80,12 +102,26 @@ ACTIVATION = choice(
 def table(
     *keys: Key,
     harmless: Collection[str] = (),
+    also: str = "",
     unused: Mapping[str, object] | None = None,
     writes: Mapping[str, object] | None = None,
     derived: Mapping[str, Callable[[Values], object]] | None = None,
 ) -> ConfigTable:
-    """A table of these keys, plus the harmless and unused keys common to all families."""
-    return ConfigTable(keys, HARMLESS | {*harmless}, {**UNUSED, **(unused or {})}, writes or {}, derived or {})
+    """A table of these keys, plus the harmless and unused keys common to all families.
+
+    Args:
+        keys: keys that affect the model.
+        harmless: further harmless keys.
+        also: regular expression of further harmless keys.
+        unused: further keys of features that must be off.
+        writes: see :class:`ConfigTable`.
+        derived: see :class:`ConfigTable`.
+    """
+    handled = {name for key in keys for name in key.names}
+    off = {key: value for key, value in {**UNUSED, **(unused or {})}.items() if key not in handled}
+    carried = (HARMLESS | {*harmless}) - handled - off.keys()
+    pattern = f"{PATTERN}|{also}" if also else PATTERN
+    return ConfigTable(keys, carried, pattern, off, writes or {}, derived or {})
 
 
 def vocabulary(size: int, *, tied: bool, bos: int | None, eos: int | None) -> tuple[Key, ...]:

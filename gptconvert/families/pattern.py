@@ -19,24 +19,40 @@ def unscaled(values: Values) -> tuple[float, ...]:
     return per_layer(1.0, values["n_layer"])
 
 
-def windows(values: Values) -> tuple[int | None, ...]:
+def windows(values: Values, key: str = "window_size") -> tuple[int | None, ...]:
     """The window of each layer (None: global), from ``attention_types``, ``attention_layers`` and ``window``.
 
+    Args:
+        values: the values read.
+        key: the window's key, used in error messages.
+
     Raises:
-        InputError: a pattern is malformed, does not have one entry per layer, or contradicts the other.
+        InputError: a pattern is malformed, does not have one entry per layer, or contradicts the other; or local
+            layers have no window.
     """
     types, listed, layers = values["attention_types"], values["attention_layers"], values["n_layer"]
     if types is None and listed is None:
         types = DEFAULT
     kinds = expanded(types, layers) if types is not None else listed
     if listed is not None and listed != kinds:
-        raise InputError("attention_types and attention_layers contradict each other")
+        raise InputError(
+            "attention_types and attention_layers contradict each other",
+            hint="if attention_types is right, pass --ignore-key attention_layers",
+        )
     if not isinstance(kinds, list) or not all(kind in ("global", "local") for kind in kinds) or len(kinds) != layers:
         raise InputError(
             "wrong attention pattern",
             item="attention_types" if types is not None else "attention_layers",
             expected=f"{layers} layers of 'global' or 'local'",
             found=repr(types if types is not None else listed)[:80],
+        )
+    if "local" in kinds and values["window"] < 1:
+        raise InputError(
+            "a local layer with a window below 1 attends to no key; transformers then averages over all tokens, "
+            "later ones too, so the model is not autoregressive",
+            item=key,
+            expected="at least 1",
+            found=values["window"],
         )
     return tuple(None if kind == "global" else values["window"] for kind in kinds)
 

@@ -10,6 +10,7 @@ from gptconvert.families import codegen, gpt1, gpt2, gpt_neo, gpt_neox, gptj
 from gptconvert.families.family import Family, trim_vocabulary
 from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.edits import edit_config
 from gptconvert.model.options import Options
 from gptconvert.model.resolution import find_prefix, resolve
 from gptconvert.model.source import Source
@@ -77,10 +78,11 @@ def understand(source: Source, options: Options) -> Checkpoint:
         UnsupportedError: a configuration key or the family is not implemented.
         UsageError: an option is required, or contradicts the files.
     """
+    source = edit_config(source, options)
     family = family_of(source)
     scheme = family.scheme(source.scheme)
     try:
-        named = assemble(scheme, source)
+        named = assemble(scheme, source, options)
         config, carried, notes = family.read_config(source.scheme, source.config, source.config_path, named, options)
         tensors = named if source.run is None else cut(scheme, config, source.run)
         resolved = resolve(scheme, config, tensors, path=source.path)
@@ -99,7 +101,7 @@ def understand(source: Source, options: Options) -> Checkpoint:
         weights=weights,
         source=replace(source, tensors=found, unnamed=(), run=None),
         prefix=resolved.prefix,
-        dropped=resolved.dropped,
+        dropped={**resolved.dropped, **named.ignored},
         carried=carried,
         notes=(*source.notes, *found.notes, *notes, *_mixed_types(weights)),
         options=options,

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from gptconvert.errors import FETCH_AGAIN, InputError, UnsupportedError
+from gptconvert.model.edits import without_ignored
+from gptconvert.model.options import Options
 from gptconvert.model.resolution import find_prefix
 from gptconvert.model.schemes import Order, Row, Scheme, concrete, sizes_of
 from gptconvert.model.shards import Parts
@@ -36,7 +38,7 @@ def in_order(scheme: Scheme, layers: int) -> list[tuple[Row, str]]:
     return [(named[name], name) for name in (sorted(named) if order.by == "name" else named)]
 
 
-def assemble(scheme: Scheme, source: Source) -> TensorSet:
+def assemble(scheme: Scheme, source: Source, options: Options | None = None) -> TensorSet:
     """The source's tensors under the names of ``scheme``, as far as possible without the configuration.
 
     Parts are not merged yet, but have the shape of the merged tensor. A :class:`Run` is not cut yet.
@@ -44,11 +46,14 @@ def assemble(scheme: Scheme, source: Source) -> TensorSet:
     Raises:
         InputError: the number of unnamed arrays fits no model, or parts are missing or inconsistent.
         UnsupportedError: tensors of an option that is not implemented.
+        UsageError: a pattern of ``options.ignore_tensor`` matches no tensor.
     """
-    found = _named(scheme, source) if source.unnamed else source.tensors
+    found, stored = (_named(scheme, source) if source.unnamed else source.tensors), dict[str, str]()
     if scheme.renamed is not None:
         names = scheme.renamed(found.keys(), source.path)
+        stored = {new: old for old, new in names.items()}
         found = replace(found, tensors={names[name]: tensor for name, tensor in found.items()})
+    found = without_ignored(found, options or Options(), source.path, stored=stored)
     prefix = find_prefix(scheme, found) or ""
     if scheme.variants:
         _refuse_variants(scheme, found, prefix, source.path)

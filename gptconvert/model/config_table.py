@@ -8,6 +8,7 @@ change the logits, so none is ignored.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class ConfigTable:
     Attributes:
         keys: keys that affect the model, in reading order.
         harmless: keys that do not affect the output; they are carried over.
+        pattern: regular expression of further harmless keys.
         unused: key of a feature that is not implemented → the value that switches it off, the only one accepted.
         writes: harmless or unused key → value to write if none is carried over.
         derived: field of :class:`GPTConfig` → function of the values read. Overrides :data:`USUAL`.
@@ -74,6 +76,7 @@ class ConfigTable:
 
     keys: tuple[Key, ...]
     harmless: Collection[str] = ()
+    pattern: str = "(?!)"
     unused: Mapping[str, object] = field(default_factory=dict)
     writes: Mapping[str, object] = field(default_factory=dict)
     derived: Mapping[str, Callable[[Values], object]] = field(default_factory=dict)
@@ -82,6 +85,11 @@ class ConfigTable:
     def handled(self) -> frozenset[str]:
         """All names of all keys."""
         return frozenset(name for key in self.keys for name in key.names)
+
+    def is_harmless(self, key: str) -> bool:
+        """Whether a key does not affect the output."""
+        is_known = key in self.handled or key in self.unused
+        return key in self.harmless or (not is_known and re.fullmatch(self.pattern, key) is not None)
 
     def read(
         self, raw: Mapping[str, object], path: str | None, *, defaults: Mapping[str, object] | None = None
@@ -147,7 +155,7 @@ class Reading:
     def carried(self) -> dict[str, object]:
         """The harmless keys to carry over, and the words of the file that have synonyms."""
         table = self.table
-        harmless = {k: v for k, v in self.raw.items() if k in table.harmless and k not in table.handled}
+        harmless = {k: v for k, v in self.raw.items() if table.is_harmless(k) and k not in table.handled}
         words = {
             key.name: self.raw[name]
             for key in table.keys
@@ -171,15 +179,18 @@ class Reading:
         return config
 
     def _refuse_unknown(self) -> None:
-        handled, harmless, unused = self.table.handled, self.table.harmless, self.table.unused
-        left = [key for key in self.raw if key not in handled and key not in harmless]
-        rejected = [key for key in left if key not in unused or not _same(self.raw[key], unused[key])]
+        table, unused = self.table, self.table.unused
+        left = [key for key in self.raw if key not in table.handled and not table.is_harmless(key)]
+        unknown = {key for key in left if key not in unused and self.raw[key] is not None}
+        selected = [key for key in left if key in unused and not _same(self.raw[key], unused[key])]
+        rejected = [key for key in left if key in unknown.union(selected)]
         if rejected:
             listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in rejected)
+            flags = " ".join(f"--ignore-key {key}" for key in rejected)
+            known = f"{', '.join(selected)} would change the logits"
             raise UnsupportedError(
                 f"configuration keys not implemented: {listed}",
-                hint="an unknown key could change the logits, so it is never ignored; "
-                "remove it if you know that it has no effect",
+                hint=known if selected else f"an unknown key could change the logits; if it does not, pass {flags}",
             )
 
 

@@ -23,7 +23,7 @@ Stage = Literal["source", "checkpoint", "output", "run"]
 #: Section of the help text.
 Group = Literal["Source", "Checkpoint", "Output", "ONNX", "safetensors and TensorFlow", "Verification"]
 #: Kind of value of an option; the command line shows this word and checks the value accordingly.
-Metavar = Literal["N", "SIZE", "FILE", "DIR", "NAME", "REVISION", "TASK"]
+Metavar = Literal["N", "SIZE", "FILE", "DIR", "NAME", "REVISION", "TASK", "PATTERN", "KEY=VALUE"]
 
 #: ONNX operator sets that the graphs are written for.
 OPSETS = range(17, 22)
@@ -86,6 +86,9 @@ class Options:
         pad_token_id: token that text classification treats as padding; None: from the configuration.
         activation: GELU formula, ``tanh`` or ``erf``, for formats that do not record it.
         trim_vocab: number of token ids to keep, to remove vocabulary padding.
+        ignore_key: keys of the source's configuration to ignore; ``outer.inner`` for a key of a nested object.
+        ignore_tensor: patterns of the names of tensors to ignore (``*`` and ``?``).
+        set_key: ``KEY=VALUE``, keys to set in the source's configuration before it is read; VALUE is JSON, else text.
         targets: names of the formats to write, as in ``--to``.
         dtype: storage type: ``fp32``, ``fp16`` or ``bf16``; None: each weight as stored.
         opset: ONNX operator set.
@@ -202,6 +205,30 @@ class Options:
         metavar="N",
         minimum=1,
         default_text="all",
+    )
+    ignore_key: tuple[str, ...] = _option(
+        (),
+        "--ignore-key",
+        "checkpoint",
+        "Checkpoint",
+        "Ignore this key of the source's configuration; repeat for several.",
+        metavar="NAME",
+    )
+    ignore_tensor: tuple[str, ...] = _option(
+        (),
+        "--ignore-tensor",
+        "checkpoint",
+        "Checkpoint",
+        "Ignore tensors whose names match, such as 'v_head.*'; repeat for several.",
+        metavar="PATTERN",
+    )
+    set_key: tuple[str, ...] = _option(
+        (),
+        "--set",
+        "checkpoint",
+        "Checkpoint",
+        "Set a key of the source's configuration before it is read; repeat for several.",
+        metavar="KEY=VALUE",
     )
     targets: tuple[str, ...] = _option(
         ("onnx",), "--to", "output", "Output", "Write this format; repeat, or separate by commas, for several."
@@ -389,8 +416,10 @@ def _checked(info: OptionInfo, default: object, value: Any) -> Any:
         return value
     kind = bool if isinstance(default, bool) else int if info.metavar in ("N", "SIZE") else str
     if isinstance(default, tuple):
-        if not isinstance(value, tuple | list) or not all(isinstance(each, str) for each in value):
+        if not isinstance(value, tuple | list) or not all(isinstance(each, str) and each for each in value):
             raise ValueError("a tuple of text")
+        if info.metavar == "KEY=VALUE" and not all(each.partition("=")[0] and "=" in each for each in value):
+            raise ValueError("KEY=VALUE, such as n_head=12")
         return tuple(value)
     if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
         value = operator.index(value)  # NumPy's integers too
@@ -407,4 +436,6 @@ def _words(info: OptionInfo, value: object) -> list[str]:
         return [info.flag.replace("--", "--no-", 1)]
     if value is True:
         return [info.flag]
+    if isinstance(value, tuple):
+        return [word for each in value for word in (info.flag, str(each))]
     return [info.flag, info.placeholder or str(value)]

@@ -347,12 +347,14 @@ class TensorSet(Mapping[str, LazyTensor]):
         files: every file that stores tensors (for digests, and to detect changes during the run).
         notes: what the user should know, one sentence each.
         checksums: recorded checksums of the tensors' bytes, not yet verified.
+        ignored: name → reason, for tensors left out at the user's request.
     """
 
     tensors: Mapping[str, LazyTensor]
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
     checksums: tuple[FileChecksum, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]

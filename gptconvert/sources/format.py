@@ -12,6 +12,8 @@ from gptconvert.model.source import Source
 
 #: Options that apply to every format.
 ALWAYS = frozenset({"cache_dir", "offline", "task", "trim_vocab"})
+#: Options of formats that have a configuration and name their tensors.
+EDITS = frozenset({"ignore_key", "ignore_tensor", "set_key"})
 
 #: What ``locate`` and ``find`` return and ``read`` takes.
 Located = TypeVar("Located")

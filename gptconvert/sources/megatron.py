@@ -17,7 +17,7 @@ from gptconvert.containers.untrusted import entries, no_such_path, read_small
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
-from gptconvert.sources.format import Format
+from gptconvert.sources.format import EDITS, Format
 from gptconvert.sources.tokenizer_files import find_tokenizer
 
 NAME, TITLE = "megatron", "Megatron-LM GPT-2 (model_optim_rng.pt)"
@@ -253,5 +253,5 @@ FORMAT = Format(
     locate=locate_megatron,
     find=find_megatron,
     read=read_megatron,
-    accepts=frozenset({"step", "n_head", "activation"}),
+    accepts=frozenset({"step", "n_head", "activation"}) | EDITS,
 )

@@ -21,7 +21,7 @@ from gptconvert.model.options import Options
 from gptconvert.model.shards import Parts
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import FileChecksum, LazyTensor, TensorSet
-from gptconvert.sources.format import path_format
+from gptconvert.sources.format import EDITS, path_format
 from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "GPT-J original (mesh-transformer-jax shards)"
@@ -212,5 +212,9 @@ def _is_second_layout(folder: str) -> bool:
 
 
 FORMAT = path_format(
-    name="mesh-jax", title=TITLE, recognises=recognises, read=open_mesh_jax, accepts=frozenset({"step", "hparams"})
+    name="mesh-jax",
+    title=TITLE,
+    recognises=recognises,
+    read=open_mesh_jax,
+    accepts=frozenset({"step", "hparams"}) | EDITS,
 )

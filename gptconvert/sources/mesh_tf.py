@@ -15,7 +15,7 @@ from gptconvert.containers.tf_bundle import bundle_tensors
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
-from gptconvert.sources.format import Format
+from gptconvert.sources.format import EDITS, Format
 from gptconvert.sources.tf_checkpoint import TfCheckpoint, find_checkpoint, locate_checkpoint
 from gptconvert.sources.tokenizer_files import find_tokenizer
 
@@ -92,5 +92,5 @@ FORMAT = Format(
     find=find_checkpoint,
     read=read_mesh_tf,
     claims=lambda checkpoint: is_gpt_neo(checkpoint.index.tensors),
-    accepts=frozenset({"step", "hparams"}),
+    accepts=frozenset({"step", "hparams"}) | EDITS,
 )

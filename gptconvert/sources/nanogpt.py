@@ -15,7 +15,7 @@ from gptconvert.containers.untrusted import no_such_path
 from gptconvert.errors import InputError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
-from gptconvert.sources.format import Format
+from gptconvert.sources.format import EDITS, Format
 from gptconvert.sources.tokenizer_files import find_tokenizer
 
 TITLE = "nanoGPT (ckpt.pt)"
@@ -118,5 +118,5 @@ FORMAT = Format(
     locate=locate_nanogpt,
     find=find_nanogpt,
     read=read_nanogpt,
-    accepts=frozenset({"weights_file", "n_head", "activation"}),
+    accepts=frozenset({"weights_file", "n_head", "activation"}) | EDITS,
 )

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from gptconvert.containers.torch import TorchFile, read_torch_pickle, tensors_of
 from gptconvert.containers.yaml import read_yaml_configs
 from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.model.edits import edited_config
 from gptconvert.model.options import Options
 from gptconvert.model.shards import Parts
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import FileChecksum, LazyTensor, TensorSet
-from gptconvert.sources.format import path_format
+from gptconvert.sources.format import EDITS, path_format
 from gptconvert.sources.neox_files import Located, locate, looks_like_neox
 
 TITLE = "GPT-NeoX original (DeepSpeed layers or ranks, YAML configuration)"
@@ -41,7 +42,7 @@ def open_neox(path: str, options: Options) -> Source:
     (_read_layers if located.layers else _read_ranks)(located, held)
     paths = located.configs(options.hparams)
     config = read_yaml_configs(paths)
-    tensors = held.parts(_count_ranks(located, config))
+    tensors = held.parts(_count_ranks(located, edited_config(config, options)))
     return Source(
         scheme=FORMAT.name,
         format=TITLE,
@@ -49,7 +50,7 @@ def open_neox(path: str, options: Options) -> Source:
         tensors=TensorSet(tensors, (*located.files, *paths[1:]), tuple(held.notes), tuple(held.checksums)),
         config=config,
         config_path=paths[0],
-        tokenizer=located.tokenizer(config),
+        tokenizer=located.tokenizer(edited_config(config, options)),
         notes=located.notes,
     )
 
@@ -145,5 +146,9 @@ def _count_ranks(located: Located, config: Mapping[str, object]) -> int:
 
 
 FORMAT = path_format(
-    name="neox", title=TITLE, recognises=looks_like_neox, read=open_neox, accepts=frozenset({"step", "hparams"})
+    name="neox",
+    title=TITLE,
+    recognises=looks_like_neox,
+    read=open_neox,
+    accepts=frozenset({"step", "hparams"}) | EDITS,
 )

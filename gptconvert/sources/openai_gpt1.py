@@ -19,7 +19,7 @@ from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor, Shape, Stored, TensorSet, merge_segments
-from gptconvert.sources.format import path_format
+from gptconvert.sources.format import EDITS, path_format
 from gptconvert.sources.tokenizer_files import GPT1, find_tokenizer
 
 TITLE = "OpenAI's GPT-1 arrays (params_0..9.npy)"
@@ -167,6 +167,6 @@ FORMAT = path_format(
     title=TITLE,
     recognises=recognises,
     read=open_gpt1,
-    accepts=frozenset({"hparams", "n_head"}),
+    accepts=frozenset({"hparams", "n_head"}) | EDITS,
     shares_command="openai-tf",
 )

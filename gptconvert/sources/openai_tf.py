@@ -15,7 +15,7 @@ from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.sources import mesh_tf, openai_gpt1
-from gptconvert.sources.format import Format
+from gptconvert.sources.format import EDITS, Format
 from gptconvert.sources.tf_checkpoint import TfCheckpoint, find_checkpoint, locate_checkpoint
 from gptconvert.sources.tokenizer_files import find_tokenizer
 
@@ -100,5 +100,5 @@ FORMAT: Format[TfCheckpoint | str] = Format(
     locate=locate_checkpoint,
     find=find_openai,
     read=read_openai_tf,
-    accepts=frozenset({"step", "hparams", "n_head"}),
+    accepts=frozenset({"step", "hparams", "n_head"}) | EDITS,
 )

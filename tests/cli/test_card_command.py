@@ -50,6 +50,17 @@ def with_a_nan(directory: Path) -> Path:
     return directory / "nan"
 
 
+def with_a_value_head(directory: Path) -> Path:
+    """Weights with a head that no model has, and a space in its name."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(TINY / "hf-safetensors", directory / "valued")
+    path = directory / "valued" / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "v head.weight": weights["transformer.ln_f.weight"]}, path, {"format": "pt"})
+    return directory / "valued"
+
+
 def with_a_space(directory: Path) -> Path:
     """A directory with two model files, one with a space in its name."""
     (directory / "models").mkdir()
@@ -69,6 +80,9 @@ CASES: dict[str, Case] = {
     "n_head": Case(without_hparams, ("--n-head", 3)),
     "pad_token_id": Case(HF, ("--pad-token-id", 5, "--to", "safetensors")),
     "activation": Case(NANOGPT, ("--activation", "tanh")),
+    "ignore_key": Case(HF, ("--ignore-key", "initializer_range", "--ignore-key", "use_cache", "--to", "safetensors")),
+    "ignore_tensor": Case(with_a_value_head, ("--ignore-tensor", "v head.*", "--to", "safetensors")),
+    "set_key": Case(HF, ("--set", "layer_norm_epsilon=0.5", "--set", "bos_token_id=7", "--to", "safetensors")),
     "trim_vocab": Case(NANOGPT, ("--trim-vocab", 90)),
     "targets": Case(OPENAI, ("--to", "safetensors", "--to", "openai-tf")),
     "dtype": Case(OPENAI, ("--dtype", "fp16", "--to", "onnx", "--to", "safetensors")),

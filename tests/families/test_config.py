@@ -214,15 +214,15 @@ def test_neo_invalid_patterns_are_rejected(types: object) -> None:
 def test_neo_layers_may_be_listed() -> None:
     kinds = ["local", "local", "global"]
     assert config("gpt_neo", attention_types=..., attention_layers=kinds).attn_window == (5, 5, None)
-    with pytest.raises(InputError, match="contradict"):
-        read("gpt_neo", attention_layers=kinds)
+    assert config("gpt_neo", attention_layers=kinds).attn_window == (5, 5, None)
+    assert config("gpt_neo", attention_layers=[*kinds, "local"]).attn_window == (5, 5, None)
     for wrong in (kinds[:2], "global", [["global"], ["local"], []]):
         with pytest.raises(InputError):
             read("gpt_neo", attention_types=..., attention_layers=wrong)
 
 
 @pytest.mark.parametrize("window", [0, -5, 2.5, "256"])
-def test_neo_invalid_windows_are_rejected(window: object) -> None:
+def test_neo_invalid_windows_of_local_layers_are_rejected(window: object) -> None:
     with pytest.raises(InputError) as error:
         read("gpt_neo", window_size=window)
     assert error.value.item == "window_size"
@@ -272,7 +272,7 @@ def rope(**inner: object) -> dict[str, object]:
         ({"rope_parameters": ...}, Rotary(2, 10000.0)),
         ({"rope_parameters": None}, Rotary(2, 10000.0)),
         ({"rope_parameters": ..., "rotary_pct": 0.5, "rotary_emb_base": 500}, Rotary(4, 500.0)),
-        ({"rope_parameters": ..., "partial_rotary_factor": 1.0, "rope_theta": 9.0}, Rotary(8, 9.0)),
+        ({"rope_parameters": ..., "partial_rotary_factor": 1.0, "rope_theta": 9.0}, Rotary(2, 10000.0)),
         (rope(rope_theta=1e6, partial_rotary_factor=0.99, rope_type="default"), Rotary(7, 1e6)),
         (rope(rope_theta=1e6, partial_rotary_factor=0.75, type="default"), Rotary(6, 1e6)),
         ({**rope(partial_rotary_factor=0.5), "rotary_pct": 0.5, "rotary_emb_base": 77}, Rotary(4, 77.0)),
@@ -284,10 +284,12 @@ def test_neox_rotary_keys_of_all_versions(keys: dict[str, object], expected: Rot
     assert config("gpt_neox", **keys).rotary == expected
 
 
-def test_neox_rotary_keys_must_agree() -> None:
+def test_neox_rotary_parameters_win() -> None:
+    """tests/families/test_precedence.py compares this with transformers."""
     for keys in ({"rotary_pct": 0.25}, {"rotary_emb_base": 10000}, {"rope_theta": 5.0}):
-        with pytest.raises(InputError, match="disagree"):
-            read("gpt_neox", **keys)
+        made, _, notes = read("gpt_neox", **keys)
+        assert made.rotary == Rotary(4, 1000.0)
+        assert any(f"{next(iter(keys))} = " in note for note in notes)
     with pytest.raises(InputError):
         read("gpt_neox", rope_parameters=[1])
 
@@ -364,8 +366,8 @@ def test_gpt1_without_its_embedding_tables() -> None:
         gpt1_sizes({})
     with pytest.raises(InputError, match="tables"):
         gpt1_sizes(arrays(tokens_embed=(3,)))
-    with pytest.raises(UnsupportedError, match="dropout"):
-        gpt1_sizes(arrays(), dropout=0.5)
+    with pytest.raises(UnsupportedError, match="n_special"):
+        gpt1_sizes(arrays(), n_special_rows=3)
 
 
 def test_gpt1_arrays_have_no_classification_head() -> None:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -162,13 +163,26 @@ def hf_config(case: Case) -> Any:
 
 def hf_model(case: Case, seed: int = 0) -> Any:
     """The transformers model of a case, in torch's default dtype, with random weights exact in float32."""
+    return _with_weights(family_named(case.family).heads[case.task], hf_config(case), seed)
+
+
+def hf_model_of(family: str, raw: Mapping[str, object]) -> Any:
+    """The transformers language model of a config.json, with random weights."""
+    import transformers
+
+    name = family_named(family).heads["text-generation"]
+    config = getattr(transformers, name).config_class.from_dict(deepcopy(raw), attn_implementation="eager")
+    return _with_weights(name, config, 0)
+
+
+def _with_weights(name: str, config: Any, seed: int) -> Any:
     import torch
     import transformers
 
     torch.set_num_threads(1)  # for models this small, threads only wait for each other
     transformers.utils.logging.disable_progress_bar()
 
-    model = getattr(transformers, family_named(case.family).heads[case.task])(hf_config(case)).eval()
+    model = getattr(transformers, name)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         values = torch.randn(weight.shape, generator=generator, dtype=torch.float32) * 0.2

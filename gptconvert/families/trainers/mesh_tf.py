@@ -12,7 +12,7 @@ from gptconvert.errors import UnsupportedError
 from gptconvert.families.family import ConfigInput, Layout, ReadConfig, read_config_json
 from gptconvert.families.keys import table
 from gptconvert.families.pattern import expanded, unscaled, windows
-from gptconvert.model.config_kinds import ANY, POSITIVE, TOKEN, WHOLE, choice
+from gptconvert.model.config_kinds import ANY, TOKEN, WHOLE, choice
 from gptconvert.model.config_table import Key, Values
 from gptconvert.model.resolution import find_prefix
 from gptconvert.model.schemes import Drop, Row, Scheme
@@ -67,7 +67,8 @@ HARMLESS = frozenset(
     res_dropout scale_by_depth scale_by_in mesh_shape layout auto_layout auto_layout_and_mesh_shape recompute_grad
     num_microbatches tokens_per_mb_per_replica precision use_tpu activation_function z_loss moe_params
     stop_at_token remove_partial_sequences sampling_use_entmax slow_sampling entmax_loss_function
-    export_dir train predict eval text_only log_grads""".split()
+    export_dir train predict eval text_only log_grads encoder_path max_steps data_path input predict_path beta1_adam
+    scale layer_offset fixed_attn_block_size""".split()
 )
 #: Trainer options that change the architecture → the value that switches them off.
 UNUSED: Mapping[str, object] = {
@@ -102,7 +103,7 @@ def _released_windows(values: Values) -> tuple[int | None, ...]:
             item="attention_types",
             expected="global and local",
         )
-    return windows(values)
+    return windows(values, "local_attention_radius")
 
 
 PARAMS = table(
@@ -112,7 +113,7 @@ PARAMS = table(
     Key("n_layer", "n_layer", WHOLE),
     Key("n_head", "n_head", WHOLE),
     Key("activation_fn", "activation", choice(ACTIVATIONS), "gelu"),
-    Key("local_attention_radius", "window", POSITIVE, 256),
+    Key("local_attention_radius", "window", WHOLE, 256),
     Key("attention_types", "attention_types", replace(ANY, nullable=False)),
     Key("attention_layers", "attention_layers", ANY, None),
     Key("eos_id", "end", TOKEN, 50256),

@@ -145,6 +145,7 @@ UNUSED: Mapping[str, object] = {
     "num_unique_layers": None,
     "soft_prompt_tuning": None,
     "adapter": None,
+    "adapter_config": None,
     "lora": None,
     "compression_training": None,
     "moe_num_experts": 1,
@@ -156,10 +157,17 @@ UNUSED: Mapping[str, object] = {
     "te_layernorm_mlp": False,
     "te_mha": False,
     "te_fp8_format": None,
+    "te_fp8_mha": False,
 }
+#: Groups of options that only training, logging, storage and data use.
+GROUPS = (
+    r"(?:wandb|comet|tensorboard|zero|train|valid|test|eval|checkpoint|log|lr|profile|memory_profiling|slurm|deepspeed"
+    r"|save|load|no_load|no_save|distributed|dpo|kto|fim|autotuning|te_fp8_(?:amax|wgrad|margin))(?:_\w+)?"
+)
 #: All other options of a training run, which do not affect a forward pass.
 HARMLESS = frozenset(
-    """pipe_parallel_size model_parallel_size pipe_partition_method world_size is_pipe_parallel sequence_parallel
+    """gas extra_sentinel_tokens
+    pipe_parallel_size model_parallel_size pipe_partition_method world_size is_pipe_parallel sequence_parallel
     expert_interval precision intermediate_size feedforward_size expansion_factor mlp_multiple_of seq_length
     layernorm_fusion rmsnorm_fusion rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance
     param_sharing_style make_vocab_size_divisible_by padded_vocab_size use_flashattn_swiglu
@@ -253,7 +261,8 @@ OPTIONS = table(
     Key("num_layers", "n_layer", WHOLE),
     Key("num_attention_heads", "n_head", WHOLE),
     Key("num_kv_heads", "kv_heads", OPTIONAL_WHOLE, None),
-    Key("attention_config", None, Kind(_plain_attention, nullable=True), None),
+    # One of Pythia's files spells it attention-configs.
+    Key("attention_config", None, Kind(_plain_attention, nullable=True), None, aliases=("attention_configs",)),
     Key("pos_emb", None, choice({"rotary": None}), "learned"),
     Key("rotary_pct", "share", NUMBER, 1.0),
     Key("rotary_emb_base", "base", NUMBER, 10000.0),
@@ -266,6 +275,7 @@ OPTIONS = table(
     Key("no_weight_tying", "tied_head", flag(False, True), False),
     Key("tokenizer_type", "tokenizer", TEXT, "GPT2BPETokenizer"),
     harmless=HARMLESS,
+    also=GROUPS,
     unused=UNUSED,
     derived={
         "activation": _activation,

@@ -61,13 +61,18 @@ def _last_id(values: Values) -> object:
     return values["vocab_size"] - 1
 
 
+#: Training options that ConnorJL/GPT2 stores in the same file; ``scale`` scales the initial weights.
+TRAINING = frozenset(
+    """dtype precision encoder_path opt_name opt_params beta1 beta2 epsilon predict_batch_size iterations data_path
+    predict_path input model model_path model_dir scale scale_by_depth scale_by_in train_steps""".split()
+)
 HPARAMS = table(
     Key("n_vocab", "vocab_size", WHOLE),
     Key("n_ctx", "n_ctx", WHOLE, 1024),
     Key("n_embd", "n_embd", WHOLE, 768),
     Key("n_head", "n_head", WHOLE, 12),
     Key("n_layer", "n_layer", WHOLE, 12),
-    harmless=("res_dropout", "attn_dropout", "embed_dropout", "dtype"),
+    harmless=TRAINING,
     derived={"bos_token_id": _last_id, "eos_token_id": _last_id},
 )
 

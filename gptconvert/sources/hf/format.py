@@ -11,7 +11,7 @@ from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import TensorSet
 from gptconvert.sources import hub
-from gptconvert.sources.format import path_format
+from gptconvert.sources.format import EDITS, path_format
 from gptconvert.sources.hf.files import (
     CONFIG,
     KINDS,
@@ -144,5 +144,5 @@ FORMAT = path_format(
     title="Hugging Face transformers (safetensors, .bin, tf_model.h5, flax_model.msgpack; directory or hub)",
     recognises=recognises,
     read=open_hf,
-    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id"}),
+    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id"}) | EDITS,
 )
