@@ -202,6 +202,21 @@ def test_every_opset(opset: int, directory: Path, tmp_path: Path) -> None:
         assert model.ir_version == IR_VERSION
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in BY_TASK or case.task in CACHED_TASKS], ids=str
+)
+def test_graph_computes_nothing_in_float64(case: Case, directory: Path, tmp_path: Path) -> None:
+    """onnxruntime's default builds for browsers have no float64 kernels, and refuse the whole graph."""
+    import onnx
+
+    write_planned(tmp_path, plan(understood(case, directory), Options())[0].files)
+    model = onnx.shape_inference.infer_shapes(onnx_model(tmp_path / "onnx/model.onnx"), strict_mode=True)
+    values = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    values |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert len(values) > len(model.graph.node), "every value has a type"
+    assert [name for name, kind in values.items() if kind == onnx.TensorProto.DOUBLE] == []
+
+
 def onnx_model(path: Path) -> Any:
     import onnx
 
