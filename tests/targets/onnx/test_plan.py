@@ -18,7 +18,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import OPSETS, Options
 from gptconvert.model.transforms import cast
-from gptconvert.targets.onnx.plan import IR_VERSION, plan
+from gptconvert.targets.onnx.plan import IR_VERSIONS, plan
 from gptconvert.targets.onnx.target import TARGET
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS
 from tests.families import witness
@@ -199,7 +199,7 @@ def test_every_opset(opset: int, directory: Path, tmp_path: Path) -> None:
         assert gap(actual, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
         model = onnx_model(where / "onnx/model.onnx")
         assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
-        assert model.ir_version == IR_VERSION
+        assert model.ir_version == IR_VERSIONS[opset]
 
 
 @pytest.mark.parametrize(
