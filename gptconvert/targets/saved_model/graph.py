@@ -13,9 +13,9 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
+from gptconvert.targets.rotary import BASE, POSITIONS, rotary_tables
 from reference_model.config import OUTPUTS, GPTConfig, Rotary
 
 #: TensorFlow ships no types.
@@ -111,14 +111,23 @@ def visible(attention_mask: Tensor, new_tokens: Tensor, window: int | None) -> T
 
 
 def rotary_angles(rotary: Rotary, position_ids: Tensor) -> KeyValue:
-    """(cos, sin), each [B, S, 1, width], laid out for the pairing of ``rotary``."""
-    frequency = np.array(rotary.frequencies)  # (width/2)
-    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (width)
-    # Large positions times a float32 frequency would lose bits, so the angle is computed in float64.
-    position = tf.cast(position_ids, tf.float64)[:, :, tf.newaxis, tf.newaxis]  # (B, S, 1, 1)
-    angle = tf.cast(tf.math.floormod(position * frequency, 2 * math.pi), tf.float32)  # (B, S, 1, dim)
-    cos, sin = tf.cos(angle), tf.sin(angle)
-    return (cos, sin) if rotary.magnitude == 1 else (cos * rotary.magnitude, sin * rotary.magnitude)
+    """(cos, sin), each [B, S, 1, width], laid out for the pairing of ``rotary``.
+
+    The angles of the position's digits, looked up and added (see ``targets/rotary.py``).
+    """
+    tables, rest = rotary_tables(rotary), tf.cast(position_ids, tf.int32)  # rest: (B, S)
+    looked_up = []
+    for cos, sin in tables:
+        digit = tf.math.floormod(rest, BASE)  # (B, S)
+        looked_up.append((tf.gather(cos, digit), tf.gather(sin, digit)))  # (B, S, 1, width) each
+        rest = tf.math.floordiv(rest, BASE)  # (B, S)
+    return functools.reduce(angle_sum, looked_up)
+
+
+def angle_sum(x: KeyValue, y: KeyValue) -> KeyValue:
+    """(cos, sin) of the sum of two angles given by their (cos, sin)."""
+    (cos_x, sin_x), (cos_y, sin_y) = x, y
+    return cos_x * cos_y - sin_x * sin_y, sin_x * cos_y + cos_x * sin_y
 
 
 def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
@@ -302,9 +311,10 @@ def checks(
         require(fits, "attention_mask must have the batch of input_ids and a column for every past and new token"),
         require(alike, "position_ids must be shaped as input_ids"),
     ]
-    limits = {"input_ids": (input_ids, config.vocab_size)}
-    if config.rotary is None:
-        limits["position_ids"] = (position_ids, config.n_ctx)
+    limits = {
+        "input_ids": (input_ids, config.vocab_size),
+        "position_ids": (position_ids, config.n_ctx if config.rotary is None else POSITIONS),
+    }
     for name, (ids, size) in limits.items():
         inside = tf.reduce_all((ids >= 0) & (ids < size))
         found.append(require(inside, f"{name} must lie between 0 and {size - 1}"))
