@@ -113,7 +113,7 @@ def neox_rope(raw: Raw, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, ob
     if not isinstance(chosen, Mapping):
         return {**read, name: chosen}, []  # the table rejects it
     notes = []
-    if scaling and isinstance(parameters, Mapping) and parameters and whole(scaling) != whole(parameters):
+    if scaling and isinstance(parameters, Mapping) and parameters and whole(chosen) != whole(parameters):
         notes.append("rope_parameters is ignored beside rope_scaling, as in transformers")
     for old, new, value in (("rotary_emb_base", "rope_theta", base), ("rotary_pct", "partial_rotary_factor", share)):
         if old in raw and chosen.get(new, value) != value:
