@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEMO_SOURCE := fixtures/gpt2-stdlib
 DEMO_OUTPUT := demo-out
+OLD_ONNXRUNTIME := $(addprefix $(VENV)/onnxruntime-,1.16.3 1.17.3 1.18.1)
+space := $(subst ,, )
 
-.PHONY: demo test test-fast lint docs bench bench-scale fixtures clean
+.PHONY: demo test test-fast test-old-onnxruntime lint docs bench bench-scale fixtures clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/base: pyproject.toml constraints.txt
@@ -37,6 +39,15 @@ test: lint  ## Lint, then run all tests
 
 test-fast: $(VENV)/dev  ## Run the tests that are not marked slow, in under 90 s
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+
+$(VENV)/onnxruntime-%:
+	@test -x $@.part/bin/python || $(PYTHON) -m venv $@.part
+	@$@.part/bin/pip --disable-pip-version-check install --quiet onnxruntime==$* 'numpy<2'
+	@mv $@.part $@
+
+test-old-onnxruntime: $(VENV)/dev $(OLD_ONNXRUNTIME)  ## Run exports in old versions of onnxruntime; needs Python 3.11
+	GPTCONVERT_OLD_ONNXRUNTIME=$(subst $(space),:,$(addsuffix /bin/python,$(OLD_ONNXRUNTIME))) \
+		$(BIN)/python -m pytest tests/targets/onnx/test_old_onnxruntime.py
 
 docs: $(VENV)/dev  ## Write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py

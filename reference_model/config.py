@@ -12,8 +12,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-#: Activations, named by formula: frameworks use the same name for different formulas.
-ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "silu", "tanh")
+from reference_model.rotary import Rotary as Rotary
+
+#: Activations, named by formula (``reference_model/model.py``): frameworks use the same name for different formulas.
+ACTIVATIONS = (
+    "gelu_tanh",
+    "gelu_erf",
+    "gelu_erf_10",
+    "gelu_sigmoid",
+    "relu",
+    "relu_squared",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "hardswish",
+    "mish",
+    "tanh",
+    "sigmoid",
+    "laplace",
+    "sqrt_softplus",
+    "linear",
+)
 #: Outputs of each task, as named by Hugging Face's ONNX exporter. All graphs and the verifier use this table.
 OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "text-generation": ("logits",),  # [B, S, V]
@@ -58,21 +77,6 @@ class ConfigError(ValueError):
     def __init__(self, key: str, value: object, why: str) -> None:
         super().__init__(f"{key} = {value!r}: {why}")
         self.key, self.value, self.why = key, value, why
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary positions (Su et al. 2021) on the first ``dim`` features of each head.
-
-    Attributes:
-        dim: number of rotated features, even.
-        base: of the frequencies.
-        interleaved: whether pairs are (0,1), (2,3) … as in GPT-J, or (0, dim/2), (1, dim/2+1) … as in GPT-NeoX.
-    """
-
-    dim: int
-    base: float = 10000.0
-    interleaved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +144,8 @@ class GPTConfig:
             raise ConfigError("n_labels", self.n_labels, f"{self.task} needs at least one label")
         if len(self.attn_scale) != self.n_layer or len(self.attn_window) != self.n_layer:
             raise ConfigError("n_layer", self.n_layer, "attn_scale and attn_window need one entry per layer")
-        if self.rotary is not None and (self.rotary.dim % 2 or not 0 < self.rotary.dim <= self.head_dim):
-            raise ConfigError("rotary.dim", self.rotary.dim, f"must be even and at most {self.head_dim}")
+        if self.rotary is not None and (problem := self.rotary.problem(self.head_dim)):
+            raise ConfigError(*problem)
 
     @property
     def head_dim(self) -> int:

@@ -27,9 +27,21 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, KeyValue | None], tuple[Tenso
 ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu_erf": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_erf_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": torch.relu,
+    "relu_squared": lambda x: torch.relu(x) ** 2,
+    "relu6": F.relu6,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.01),
     "silu": F.silu,
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "mish": F.mish,
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    # The normal distribution function with mean √(1/2) and standard deviation √(1/4π), as rounded in MEGA's code.
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "sqrt_softplus": lambda x: F.softplus(x).sqrt(),
+    "linear": lambda x: x,
 }
 
 
@@ -53,22 +65,23 @@ def visible(attention_mask: Tensor, new_tokens: int, window: int | None) -> Tens
 
 
 def rotary_angles(rotary: Rotary, position_ids: Tensor, dtype: torch.dtype) -> KeyValue:
-    """(cos, sin), each [B, 1, S, dim], laid out for the pairing of ``rotary``."""
-    exponent = torch.arange(0, rotary.dim, 2, dtype=torch.float64) / rotary.dim  # (dim/2)
-    angle = position_ids[:, None, :, None].double() * rotary.base**-exponent  # (B, 1, S, dim/2)
+    """(cos, sin), each [B, 1, S, width], laid out for the pairing of ``rotary``."""
+    frequency = torch.tensor(rotary.frequencies, dtype=torch.float64)  # (width/2)
+    angle = position_ids[:, None, :, None].double() * frequency  # (B, 1, S, width/2)
     angle = angle.repeat_interleave(2, -1) if rotary.interleaved else torch.cat((angle, angle), -1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)  # (B, 1, S, dim) each
+    cos, sin = angle.cos() * rotary.magnitude, angle.sin() * rotary.magnitude  # (B, 1, S, width) each
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
-    """Rotate the first ``dim`` features of each head: [B, H, S, hd] → [B, H, S, hd]."""
-    turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]  # (B, H, S, dim), (B, H, S, hd - dim)
+    """Rotate the first ``width`` features of each head: [B, H, S, hd] → [B, H, S, hd]."""
+    turned, rest = x[..., : rotary.width], x[..., rotary.width :]  # (B, H, S, width), (B, H, S, hd - width)
     if rotary.interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]  # (B, H, S, dim/2) each
-        other = torch.stack((-b, a), -1).flatten(-2)  # (B, H, S, dim)
+        a, b = turned[..., ::2], turned[..., 1::2]  # (B, H, S, width/2) each
+        other = torch.stack((-b, a), -1).flatten(-2)  # (B, H, S, width)
     else:
-        a, b = turned.chunk(2, -1)  # (B, H, S, dim/2) each
-        other = torch.cat((-b, a), -1)  # (B, H, S, dim)
+        a, b = turned.chunk(2, -1)  # (B, H, S, width/2) each
+        other = torch.cat((-b, a), -1)  # (B, H, S, width)
     cos, sin = angles
     return torch.cat((turned * cos + other * sin, rest), -1)  # (B, H, S, hd)
 

@@ -281,7 +281,7 @@ CASES: list[tuple[str, Make, int, str]] = [
     ("46 untied but tied", retensored(lambda t: t.update({"lm_head.weight": t[WTE] + 1})), 3, "lm_head.weight"),
     ("47 lying model_type", config(model_type="gptj"), 3, "gpt2"),
     ("47 unknown model_type", config(model_type="llama"), 4, "llama"),
-    ("48 activation", config(activation_function="mish"), 4, "mish"),
+    ("48 activation", config(activation_function="prelu"), 4, "trained parameters"),
     ("48 rope_scaling", config(rope_scaling={"type": "linear"}), 4, "rope_scaling"),
     ("48 unknown key", config(use_magic=True), 4, "use_magic"),
     ("48 cross-attention", config(add_cross_attention=True), 4, "add_cross_attention"),

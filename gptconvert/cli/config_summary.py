@@ -6,7 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-ACTIVATIONS = {"gelu_tanh": "GELU (tanh approximation)", "gelu_erf": "GELU (exact, erf)"}
+#: Activations whose formula the name does not tell.
+ACTIVATIONS = {
+    "gelu_tanh": "GELU (tanh approximation)",
+    "gelu_erf": "GELU (exact, erf)",
+    "gelu_erf_10": "GELU (exact, erf), clipped to ±10",
+    "gelu_sigmoid": "GELU (sigmoid approximation)",
+    "relu_squared": "squared ReLU",
+    "leaky_relu": "leaky ReLU, slope 0.01",
+    "sqrt_softplus": "square root of softplus",
+    "linear": "none (linear)",
+}
 RESIDUALS = {
     "serial": "attention then MLP",
     "parallel": "attention and MLP in parallel",
@@ -39,7 +49,11 @@ def _positions(config: Mapping[str, Any]) -> str:
         return "learned"
     pairs = "interleaved pairs" if rotary["interleaved"] else "split in halves"
     head_dim = config["n_embd"] // config["n_head"]
-    return f"rotary on {rotary['dim']} of {head_dim} features, {pairs}, base {rotary['base']:g}"
+    if not rotary["dim"]:
+        return "none (rotary on 0 features)"
+    scaling = rotary["scaling"]
+    scaled = f", {scaling['kind']} scaling by {scaling['factor']:g}" if scaling else ""
+    return f"rotary on {rotary['dim']} of {head_dim} features, {pairs}, base {rotary['base']:g}{scaled}"
 
 
 def _attention(config: Mapping[str, Any]) -> str:

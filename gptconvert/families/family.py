@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gptconvert.errors import UsageError
+from gptconvert.families import rope
 from gptconvert.families.heads import choose_task, head_config, head_fields
 from gptconvert.families.precedence import Agrees, Rule, without_default_scaling
 from gptconvert.model.config_table import ConfigTable, Reading
@@ -175,7 +176,7 @@ def read_config_json(given: ConfigInput) -> ReadConfig:
         if value is not None and not family.unread[key](config, value):
             name = family.title.partition(",")[0]
             notes.append(f"{key} = {value!r} is ignored: transformers' {name} does not read it")
-    return ReadConfig(config, reading.carried, [*notes, *more])
+    return ReadConfig(config, reading.carried, [*notes, *more, *rope.notes(reading.values, config)])
 
 
 #: Canonical tensors with one row, or element, per token id.

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 
-from gptconvert.families import keys
+from gptconvert.families import keys, rope
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, own_lm_head
 from gptconvert.families.precedence import NEOX_UNREAD, neox_rope
 from gptconvert.families.trainers import neox
-from gptconvert.model.config_kinds import FLAG, NUMBER, WHOLE, choice, flag
+from gptconvert.model.config_kinds import FLAG, NUMBER, WHOLE, flag
 from gptconvert.model.config_table import Key, Values
 from gptconvert.model.schemes import Drop, Row
 from gptconvert.model.transforms import DeinterleaveHeads
@@ -68,7 +68,8 @@ HF = hf_scheme(
 
 def _rotary(values: Values) -> Rotary:
     width, heads = values["n_embd"], values["n_head"]
-    return Rotary(dim=int((width // heads if heads > 0 else 0) * values["share"]), base=values["base"])
+    dim = int((width // heads if heads > 0 else 0) * values["share"])
+    return Rotary(dim, values["base"], scaling=rope.scaling(values))
 
 
 def _share(config: GPTConfig) -> float:
@@ -79,7 +80,6 @@ def _share(config: GPTConfig) -> float:
 
 
 DROPOUTS = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "classifier_dropout": 0.1}
-PLAIN = choice({"default": None})
 CONFIG = keys.table(
     *keys.vocabulary(50432, tied=False, bos=0, eos=2),
     Key("max_position_embeddings", "n_ctx", WHOLE, 2048),
@@ -108,7 +108,7 @@ CONFIG = keys.table(
         repeats=("rotary_emb_base",),
         of=lambda c: c.rotary.base if c.rotary else 10000.0,
     ),
-    Key("rope_parameters.rope_type", None, PLAIN, "default", of=lambda c: None),
+    *rope.KEYS,
     harmless=(*DROPOUTS, "attention_probs_dropout_prob", "hidden_dropout_prob", "num_steps", "custom_pipelines"),
     writes={**DROPOUTS, **keys.ALWAYS, "is_decoder": False},
     derived={"rotary": _rotary, "attn_out_bias": lambda v: v["qkv_bias"]},

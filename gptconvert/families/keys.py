@@ -68,19 +68,34 @@ SUMMARY_KEYS: Mapping[str, object] = {
 }
 #: Keys that transformers writes for every model.
 ALWAYS: Mapping[str, object] = {"initializer_range": 0.02, "use_cache": True}
-#: Hugging Face's activations, by exact formula.
+#: Hugging Face's activations (``transformers.activations.ACT2FN``), by formula. Names that differ only in rounding
+#: share a formula: gelu_fast rounds √(2/π) to ten digits, which changes no result by more than 1e-12.
 ACTIVATION = choice(
     {
         "gelu_new": "gelu_tanh",
         "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_python_tanh": "gelu_tanh",
+        "gelu_accurate": "gelu_tanh",
         "gelu_fast": "gelu_tanh",
         "gelu": "gelu_erf",
         "gelu_python": "gelu_erf",
+        "gelu_10": "gelu_erf_10",
+        "quick_gelu": "gelu_sigmoid",
         "relu": "relu",
+        "relu2": "relu_squared",
+        "relu6": "relu6",
+        "leaky_relu": "leaky_relu",
         "silu": "silu",
         "swish": "silu",
+        "hardswish": "hardswish",
+        "mish": "mish",
         "tanh": "tanh",
-    }
+        "sigmoid": "sigmoid",
+        "laplace": "laplace",
+        "sqrtsoftplus": "sqrt_softplus",
+        "linear": "linear",
+    },
+    refused=dict.fromkeys(("prelu", "xielu"), "it has trained parameters in every layer"),
 )
 
 

@@ -101,25 +101,30 @@ def neox_rope(raw: Raw, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, ob
     read = dict(raw)
     scaling, parameters = read.pop("rope_scaling", None), read.pop("rope_parameters", None)
     base, share = read.pop("rotary_emb_base", DEFAULT_BASE), read.pop("rotary_pct", DEFAULT_SHARE)
+
+    def whole(rope: Raw) -> dict[str, object]:
+        """The object with what it lacks, and its kind under its newer name."""
+        named = {key: value for key, value in rope.items() if key != "type"}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        return {"rope_theta": base, "partial_rotary_factor": share, **named, "rope_type": kind}
+
     name = "rope_scaling" if scaling else "rope_parameters"
     chosen = scaling or parameters or {}
     if not isinstance(chosen, Mapping):
         return {**read, name: chosen}, []  # the table rejects it
     notes = []
-    if scaling and parameters and scaling != parameters:
+    if scaling and isinstance(parameters, Mapping) and parameters and whole(chosen) != whole(parameters):
         notes.append("rope_parameters is ignored beside rope_scaling, as in transformers")
     for old, new, value in (("rotary_emb_base", "rope_theta", base), ("rotary_pct", "partial_rotary_factor", share)):
         if old in raw and chosen.get(new, value) != value:
             instead = f"{name}.{new} = {chosen[new]!r} is used, as in transformers 5 (transformers 4 reads {old})"
             notes.append(_ignored(raw, old, instead))
-    kind = chosen.get("rope_type", chosen.get("type", "default"))
-    whole = {"rope_theta": base, "partial_rotary_factor": share, **chosen, "rope_type": kind}
-    whole.pop("type", None)
-    if kind == "default":
-        extra = sorted(key for key, value in whole.items() if key not in DEFAULT_ROPE and value is not None)
-        whole = {key: whole[key] for key in DEFAULT_ROPE}
+    found = whole(chosen)
+    if found["rope_type"] == "default":
+        extra = sorted(key for key, value in found.items() if key not in DEFAULT_ROPE and value is not None)
+        found = {key: found[key] for key in DEFAULT_ROPE}
         notes += [f"{name}.{key} = {chosen[key]!r} has no effect: the rope type is default" for key in extra]
-    return {**read, "rope_parameters": whole}, notes
+    return {**read, "rope_parameters": found}, notes
 
 
 def without_default_scaling(raw: Raw, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, object], list[str]]:

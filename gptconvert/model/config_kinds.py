@@ -19,11 +19,13 @@ class Kind:
             kind, :class:`UnsupportedError` for a feature that is not implemented; neither needs to set the path.
         write: value in a configuration → value in the file.
         nullable: whether null is allowed and means None.
+        has_synonyms: whether several values in a file mean the same; the file's own is then carried over.
     """
 
     read: Callable[[str, object], Any]
     write: Callable[[Any], object] = lambda value: value
     nullable: bool = False
+    has_synonyms: bool = False
 
 
 def wrong(key: str, expected: str, found: object) -> InputError:
@@ -106,18 +108,24 @@ def flag(on: object, off: object, *, nullable: bool = False) -> Kind:
 FLAG: Final = flag(True, False)
 
 
-def choice(table: Mapping[str, object]) -> Kind:
-    """A word of ``table``, read as its meaning; of several words with one meaning, the first is written."""
+def choice(table: Mapping[str, object], *, refused: Mapping[str, str] | None = None) -> Kind:
+    """A word of ``table``, read as its meaning; of several words with one meaning, the first is written.
+
+    Args:
+        table: word → meaning.
+        refused: other words → the reason why they are not implemented.
+    """
     words = {meaning: word for word, meaning in reversed([*table.items()])}
 
     def read(key: str, value: object) -> object:
         if _text(key, value) not in table:
+            reason = (refused or {}).get(str(value))
             raise UnsupportedError(
-                f"{key} {value!r} is not implemented",
+                f"{key} {value!r} is not implemented" + (f": {reason}" if reason else ""),
                 item=key,
                 expected=f"one of {', '.join(table)}",
                 found=value,
             )
         return table[str(value)]
 
-    return Kind(read, lambda meaning: words[meaning])
+    return Kind(read, lambda meaning: words[meaning], has_synonyms=len(words) < len(table))

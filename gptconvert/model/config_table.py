@@ -43,6 +43,7 @@ class Key:
         aliases: other names, read but not written. If several names are present, their values must agree.
         repeats: aliases that are also written, because other programs read them.
         of: value to write, if it is not the field itself. A key with neither is not written.
+        sparse: whether it is left out of the file if its value is None.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Key:
     aliases: tuple[str, ...] = ()
     repeats: tuple[str, ...] = ()
     of: Callable[[GPTConfig], object] | None = None
+    sparse: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,7 +119,12 @@ class ConfigTable:
         for key in self.keys:
             if key.of is None and key.field not in FIELDS:
                 continue
-            value = key.kind.write(key.of(config) if key.of is not None else getattr(config, key.field or ""))
+            meaning = key.of(config) if key.of is not None else getattr(config, key.field or "")
+            if meaning is None and key.sparse:
+                continue
+            value, word = key.kind.write(meaning), carried.get(key.name)
+            if key.kind.has_synonyms and word is not None and key.kind.read(key.name, word) == meaning:
+                value = word
             for name in (key.name, *key.repeats):
                 outer, _, inner = name.rpartition(".")
                 if outer:
@@ -146,9 +153,16 @@ class Reading:
 
     @property
     def carried(self) -> dict[str, object]:
-        """The harmless keys to carry over."""
+        """The harmless keys to carry over, and the words of the file that have synonyms."""
         table = self.table
-        return {k: v for k, v in self.raw.items() if table.is_harmless(k) and k not in table.handled}
+        harmless = {k: v for k, v in self.raw.items() if table.is_harmless(k) and k not in table.handled}
+        words = {
+            key.name: self.raw[name]
+            for key in table.keys
+            for name in reversed(key.names)
+            if key.kind.has_synonyms and name in self.raw
+        }
+        return {**harmless, **words}
 
     def config(self, **decided: object) -> GPTConfig:
         """The configuration; ``decided`` adds to or overrides the values read.

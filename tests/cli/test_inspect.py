@@ -8,6 +8,7 @@ import pytest
 
 from gptconvert.cli.config_summary import config_summary
 from reference_model.config import GPTConfig, Rotary
+from reference_model.rotary import RopeScaling
 from tests.commands import ORIGINALS, TINY, TRAINED, command
 
 
@@ -84,6 +85,12 @@ def test_layer_names_of_other_trainers_are_folded(capsys: Any) -> None:
         ({"activation": "relu"}, "activation", "relu"),
         ({}, "positions", "learned"),
         ({"rotary": Rotary(4)}, "positions", "rotary on 4 of 8 features, split in halves, base 10000"),
+        ({"rotary": Rotary(0)}, "positions", "none (rotary on 0 features)"),
+        (
+            {"rotary": Rotary(4, scaling=RopeScaling("linear", 2.5))},
+            "positions",
+            "rotary on 4 of 8 features, split in halves, base 10000, linear scaling by 2.5",
+        ),
         ({"rotary": Rotary(8, 1e6, True)}, "positions", "rotary on 8 of 8 features, interleaved pairs, base 1e+06"),
         ({}, "attention", "full; scores divided by √8"),
         ({"attn_scale": (1.0, 1.0)}, "attention", "full; scores not scaled"),

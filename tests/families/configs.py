@@ -41,9 +41,9 @@ def _codegen(draw: Draw, sizes: Mapping[str, int]) -> dict[str, object]:
 
 
 def _gpt_neox(draw: Draw, sizes: Mapping[str, int]) -> dict[str, object]:
-    bias = draw(st.booleans())
+    bias, width = draw(st.booleans()), sizes["n_embd"] // sizes["n_head"]
     return {
-        "rotary": Rotary(_rotated(draw, sizes), base=draw(st.floats(1.0, 1e8))),
+        "rotary": Rotary(draw(st.integers(0, width - width % 2)), base=draw(st.floats(1.0, 1e8))),
         "residual": draw(st.sampled_from(["serial", "parallel"])),
         "qkv_bias": bias,
         "attn_out_bias": bias,

@@ -33,7 +33,11 @@ JSON = (
     | st.lists(st.integers(0, 9), max_size=2)
 )
 #: Activation → other names of the same formula.
-SYNONYMS = {"gelu_new": ("gelu_fast", "gelu_pytorch_tanh"), "gelu": ("gelu_python",), "silu": ("swish",)}
+SYNONYMS = {
+    "gelu_new": ("gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"),
+    "gelu": ("gelu_python",),
+    "silu": ("swish",),
+}
 
 
 def read(family: Family, raw: dict[str, object], task: str) -> ReadConfig:
@@ -98,6 +102,8 @@ def test_every_key_keeps_its_meaning(name: str, data: Any) -> None:
     untouched = {key for key in raw if key in family.keys.harmless and key not in MEANINGFUL}
     assert untouched <= written.keys()
     assert all(written[key] == raw[key] for key in untouched)
+    spelled = {key.name for key in family.keys.keys if key.kind is ACTIVATION}
+    assert all(written[key] == raw[key] for key in spelled)
 
 
 @given(any_config(), st.data())

@@ -25,7 +25,7 @@ NAMES = tuple(family.name for family in FAMILIES)
 #: Extra keys of our config.json, for older readers; transformers ignores them.
 OLDER = {"n_ctx", "rotary_pct", "rotary_emb_base", "attention_layers"}
 #: Variant → key that transformers spells differently, with the same meaning.
-SPELLED = {"upcast": "reorder_and_upcast_attn", "mixed": "attention_types", "tanh": "hidden_act"}
+SPELLED = {"upcast": "reorder_and_upcast_attn", "mixed": "attention_types"}
 
 
 @pytest.fixture(scope="module")

@@ -70,8 +70,8 @@ class Case:
         return "-".join(part for part in (self.family, self.task, self.name) if part)
 
 
-def _rope(theta: float, factor: float) -> dict[str, object]:
-    return {"rope_parameters": {"rope_theta": theta, "partial_rotary_factor": factor, "rope_type": "default"}}
+def rope(theta: float, share: float, kind: str = "default", **scaling: object) -> dict[str, object]:
+    return {"rope_parameters": {"rope_theta": theta, "partial_rotary_factor": share, "rope_type": kind, **scaling}}
 
 
 #: Every family with each of its heads.
@@ -98,10 +98,17 @@ VARIANTS = tuple(
         ("gpt_neox", "tied", {"tie_word_embeddings": True}),
         ("gpt_neox", "no-bias", {"attention_bias": False}),
         ("gpt_neox", "tanh", {"hidden_act": "gelu_fast"}),
+        ("gpt2", "quick-gelu", {"activation_function": "quick_gelu"}),
+        ("gpt_neo", "mish", {"activation_function": "mish"}),
+        ("gpt_neox", "linear", {"hidden_act": "linear"}),
         ("gpt_neox", "eps", {"layer_norm_eps": 1e-2}),
-        ("gpt_neox", "24-of-96", {"hidden_size": 192, "num_attention_heads": 2, **_rope(10000.0, 0.25)}),
-        ("gpt_neox", "20-of-80", {"hidden_size": 160, "num_attention_heads": 2, **_rope(10000.0, 0.25)}),
-        ("gpt_neox", "whole-head", _rope(1000.0, 1.0)),
+        ("gpt_neox", "24-of-96", {"hidden_size": 192, "num_attention_heads": 2, **rope(10000.0, 0.25)}),
+        ("gpt_neox", "20-of-80", {"hidden_size": 160, "num_attention_heads": 2, **rope(10000.0, 0.25)}),
+        ("gpt_neox", "whole-head", rope(1000.0, 1.0)),
+        ("gpt_neox", "odd", rope(1000.0, 0.375)),
+        ("gpt_neox", "no-positions", rope(1000.0, 0.0)),
+        ("gpt_neox", "linear-scaling", rope(1000.0, 0.5, "linear", factor=4.0)),
+        ("gpt_neox", "yarn", rope(40.0, 1.0, "yarn", factor=4.0, original_max_position_embeddings=10)),
     )
 )
 CASES = (*BY_TASK, *VARIANTS)
@@ -125,7 +132,9 @@ def in_float64() -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-    modules = [module(family) for family in FAMILIES]
+    from transformers import modeling_rope_utils
+
+    modules = [modeling_rope_utils, *(module(family) for family in FAMILIES)]
     to_float, default = torch.Tensor.float, torch.get_default_dtype()
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     torch.set_default_dtype(torch.float64)

@@ -11,6 +11,7 @@ import pytest
 
 from gptconvert.model.options import Options
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, TASKS, ConfigError, GPTConfig, Rotary
+from reference_model.rotary import RopeScaling
 from tests.families import witness
 from tests.families.bugs import BUGS, Bug
 from tests.families.witness import CASES, PAD, VARIANTS, Case, gap, hf_outputs, inputs_of, our_outputs
@@ -185,9 +186,14 @@ SOUND: dict[str, Any] = {
         ("norm_eps", 0.0),
         ("activation", "gelu"),
         ("task", "translation"),
-        ("rotary", Rotary(3)),
-        ("rotary", Rotary(6)),
-        ("rotary", Rotary(0)),
+        ("rotary", Rotary(5)),
+        ("rotary", Rotary(-1)),
+        ("rotary", Rotary(3, interleaved=True)),
+        ("rotary", Rotary(0, interleaved=True)),
+        ("rotary", Rotary(4, base=0.0)),
+        ("rotary", Rotary(4, scaling=RopeScaling("stretched", 2.0))),
+        ("rotary", Rotary(4, scaling=RopeScaling("linear", -2.0))),
+        ("rotary", Rotary(4, scaling=RopeScaling("llama3", 2.0, 8, low_freq_factor=2.0, high_freq_factor=2.0))),
     ],
 )
 def test_impossible_configurations_are_rejected(key: str, value: object) -> None:

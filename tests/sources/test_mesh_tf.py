@@ -88,7 +88,7 @@ def with_config(tmp_path: Path, **changes: Any) -> Path:
         ({"num_mem_kv": 4}, UnsupportedError, "num_mem_kv"),
         ({"no_weight_tie": True}, UnsupportedError, "no_weight_tie"),
         ({"mlm_training": True}, UnsupportedError, "mlm_training"),
-        ({"activation_fn": "mish"}, UnsupportedError, "'mish' is not implemented"),
+        ({"activation_fn": "selu"}, UnsupportedError, "'selu' is not implemented"),
         ({"attention_types": [[["global", "linear", "none"], 1]]}, UnsupportedError, "of kind linear, none"),
         ({"attention_types": [[["global"], 2]]}, InputError, "wrong attention pattern"),
         ({"attention_types": ...}, InputError, "attention_types: required key is missing"),
@@ -104,6 +104,11 @@ def test_configurations_that_are_refused(
 ) -> None:
     with pytest.raises(kind, match=words):
         understood(with_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(("name", "formula"), [("id", "linear"), ("lrelu001", "leaky_relu"), ("mish", "mish")])
+def test_activations(tmp_path: Path, name: str, formula: str) -> None:
+    assert understood(with_config(tmp_path, activation_fn=name)).config.activation == formula
 
 
 def test_equivalent_configurations(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def reconfigured(tmp_path: Path, name: str, **changes: object) -> Path:
         ({"num_layers": 3}, InputError, r"missing +layers\.2\."),
         ({"num_layers": 1}, InputError, r"unexpected +layers\.1\."),
         ({"num_attention_heads": 5}, InputError, "does not divide"),
+        ({"rotary_pct": 0.4}, InputError, "an even number of features"),
         ({"model_parallel_size": 2}, InputError, "expected 2, found 3 ranks"),
         ({"hidden_size": "wide"}, InputError, "hidden_size: wrong value"),
     ],
@@ -147,6 +148,10 @@ def test_equivalent_configurations(tmp_path: Path) -> None:
         opened(folder)
     shutil.copy(SEQUENTIAL / YML["neox-sequential"], folder / "mine.yml")
     assert difference(understood(folder), SEQUENTIAL) < NOISE
+
+
+def test_mish(tmp_path: Path) -> None:
+    assert understood(reconfigured(tmp_path, "neox-sequential", activation='"mish"')).config.activation == "mish"
 
 
 def test_harmless_keys_are_harmless() -> None:

@@ -48,7 +48,16 @@ MESH_TF = Scheme(
     ),
 )
 #: Values of ``activation_fn``; the trainer does not read ``activation_function``, though its configurations have it.
-ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "tanh": "tanh", "silu": "silu"}
+ACTIVATIONS = {
+    "gelu": "gelu_tanh",
+    "relu": "relu",
+    "lrelu001": "leaky_relu",
+    "silu": "silu",
+    "mish": "mish",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+    "id": "linear",
+}
 #: Options of data, schedule and performance.
 HARMLESS = frozenset(
     """name model mode model_path dataset_ids datasets dataset_configs no_dataset data_seed padding_id n_words

@@ -126,7 +126,7 @@ NEOX = Scheme(
 )
 
 #: Values of ``activation``; with ``gelu``, ``bias_gelu_fusion`` selects the tanh formula instead.
-ACTIVATIONS = {"gelu": "gelu_erf", "relu": "relu", "silu": "silu", "swish": "silu"}
+ACTIVATIONS = {"gelu": "gelu_erf", "relu": "relu", "silu": "silu", "swish": "silu", "mish": "mish"}
 #: Kind of tokenizer → id of ``<|endoftext|>`` in its usual vocabulary.
 END_OF_TEXT = {"HFTokenizer": 0, "GPT2BPETokenizer": 50256, "HFGPT2Tokenizer": 50256}
 #: Options that change the architecture → the value that switches them off.
@@ -235,7 +235,10 @@ def _plain_attention(key: str, pattern: object) -> None:
 
 def _rotary(values: Values) -> Rotary:
     width, heads = values["n_embd"], values["n_head"]
-    return Rotary(dim=int(width // heads * values["share"]) if heads > 0 else 0, base=values["base"])
+    dim = int(width // heads * values["share"]) if heads > 0 else 0
+    if dim % 2:
+        raise InputError("wrong value", item="rotary_pct", expected="an even number of features", found=str(dim))
+    return Rotary(dim, values["base"])
 
 
 def _activation(values: Values) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptconvert.model.options import OPSETS
 from gptconvert.targets.onnx.file import OnnxFile
-from gptconvert.targets.onnx.plan import IR_VERSION
+from gptconvert.targets.onnx.plan import IR_VERSIONS
 from gptconvert.targets.onnx.runner import element_type
 from reference_model.config import GPTConfig
 
@@ -20,8 +20,8 @@ def check_contract(file: OnnxFile, config: GPTConfig) -> list[str]:
     """Violations of the contract, one line each. Only two tasks have tables of inputs and outputs."""
     problems = [f"operator domain {o.domain!r}" for o in file.model.opset_import if o.domain not in ("", "ai.onnx")]
     problems += [f"opset {o.version} > {OPSETS[-1]}" for o in file.model.opset_import if o.version > OPSETS[-1]]
-    if file.model.ir_version > IR_VERSION:
-        problems.append(f"IR version {file.model.ir_version} > {IR_VERSION}")
+    if file.model.ir_version > max(IR_VERSIONS.values()):
+        problems.append(f"IR version {file.model.ir_version} > {max(IR_VERSIONS.values())}")
     if config.task not in ("text-generation", "feature-extraction"):
         return problems
     cached = any(name.startswith("past_key_values.") for name in file.inputs())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any
 
-from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.model.transforms import transpose
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.verify.weights import Pair, WeightReport
@@ -14,8 +14,13 @@ from gptconvert.verify.weights import Pair, WeightReport
 MOST_CONSTANT_ELEMENTS = 4096
 
 
-def pair_up(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightReport, list[Pair]]:
-    """Pair weights and initializers of one of our own files by name; unmatched ones are problems of the report."""
+def pair_up(
+    file: OnnxFile, weights: Mapping[str, LazyTensor], tables: Collection[Array] = ()
+) -> tuple[WeightReport, list[Pair]]:
+    """Pair weights and initializers of one of our own files by name; unmatched ones are problems of the report.
+
+    ``tables`` as in :func:`unplanned`.
+    """
     report, pairs = WeightReport(len(weights)), list[Pair]()
     flips = orientations(file.model.graph)
     for name, weight in weights.items():
@@ -26,16 +31,17 @@ def pair_up(file: OnnxFile, weights: Mapping[str, LazyTensor]) -> tuple[WeightRe
             report.problems.append(f"{name}: used both as stored and transposed")
         else:
             pairs.append(Pair(name, name, transpose(weight) if uses == {True} else weight, found))
-    report.problems += unplanned(file, weights)
+    report.problems += unplanned(file, weights, tables)
     return report, pairs
 
 
-def unplanned(file: OnnxFile, weights: Container[str]) -> list[str]:
-    """One line for each initializer that is neither a weight nor a small constant."""
+def unplanned(file: OnnxFile, weights: Container[str], tables: Collection[Array] = ()) -> list[str]:
+    """One line for each initializer that is neither a weight, nor small, nor one of the graph's own ``tables``."""
+    known = {table.tobytes() for table in tables}
     return [
         f"{name}: not a weight of this model"
         for name, tensor in file.initializers.items()
-        if name not in weights and tensor.size > MOST_CONSTANT_ELEMENTS
+        if name not in weights and tensor.size > MOST_CONSTANT_ELEMENTS and tensor.read().tobytes() not in known
     ]
 
 

@@ -4,14 +4,13 @@ Read it beside ``reference_model/model.py``: the same functions in the same orde
 Only ai.onnx operators, opset 17 to 21. The hidden state stays 2-D, [N, D] with N = B * S, so that every linear
 layer is one Gemm that takes its weight as stored in the checkpoint; masks and shapes are computed once per run.
 
-The runtime's Gather rejects ids from vocab_size on and learned positions from n_ctx on. Rotary positions are
-computed, not looked up: they continue past n_ctx, where the model was never trained. Negative ids and positions are
-accepted: ONNX counts them from the end of the table.
+The runtime's Gather rejects ids from vocab_size on and learned positions from n_ctx on. Rotary positions continue
+past n_ctx, where the model was never trained, up to the limit of ``targets/rotary.py``. Negative ids and positions
+are not rejected: ONNX counts them from the end of the table.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ import onnx_ir as ir
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.targets.onnx.activations import ACTIVATION
 from gptconvert.targets.onnx.builder import Builder, Dim, as_output, graph_input
+from gptconvert.targets.rotary import BASE, rotary_tables
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, GPTConfig, Rotary
 
 BATCH, CHOICES, NEW, PAST = "batch_size", "num_choices", "sequence_length", "past_sequence_length"
@@ -71,28 +71,42 @@ def visible(b: Builder, input_ids: ir.Value, attention_mask: ir.Value, window: i
 
 
 def rotary_angles(b: Builder, rotary: Rotary, position_ids: ir.Value) -> KeyValue:
-    """(cos, sin), each [B, S, 1, dim], laid out for the pairing of ``rotary``."""
-    exponent = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim  # (dim/2)
-    frequency = rotary.base**-exponent  # (dim/2)
-    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (dim)
-    # Large positions times a float32 frequency would lose bits, so the angle is computed in float64.
-    position = b.op("Cast", position_ids, name="rotary.position_2d", to=ir.DataType.DOUBLE.value)  # (B, S)
-    position = b.op("Unsqueeze", position, b.constant([2, 3]), name="rotary.position")  # (B, S, 1, 1)
-    angle = b.op("Mul", position, b.constant(frequency, np.float64), name="rotary.angle_64")  # (B, S, 1, dim)
-    turns = b.op("Mul", angle, b.constant(1 / (2 * math.pi), np.float64), name="rotary.turns")
-    turns = b.op("Floor", turns, name="rotary.whole_turns")
-    whole = b.op("Mul", turns, b.constant(2 * math.pi, np.float64), name="rotary.whole")
-    rest = b.op("Sub", angle, whole, name="rotary.rest")  # (B, S, 1, dim), in [0, 2π)
-    angle = b.op("Cast", rest, name="rotary.angle", to=FLOAT.value)  # (B, S, 1, dim)
-    return b.op("Cos", angle, name="rotary.cos"), b.op("Sin", angle, name="rotary.sin")
+    """(cos, sin), each [B, S, 1, width], laid out for the pairing of ``rotary``.
+
+    The angles of the position's digits, looked up and added (see ``targets/rotary.py``).
+    """
+    tables, rest = rotary_tables(rotary), position_ids  # rest: (B, S)
+    looked_up = []
+    for place, (cos, sin) in enumerate(tables):
+        name, digit = f"rotary.{place}", rest  # the highest digit: what is left, so that Gather rejects too much
+        if place < len(tables) - 1:
+            digit = b.op("Mod", rest, b.constant(BASE), name=f"{name}.digit")  # (B, S)
+            rest = b.op("Div", rest, b.constant(BASE), name=f"{name}.rest")  # (B, S)
+        pair = [
+            b.op("Gather", b.constant(table, np.float32), digit, name=f"{name}.{part}")  # (B, S, 1, width)
+            for part, table in (("cos", cos), ("sin", sin))
+        ]
+        looked_up.append((pair[0], pair[1]))
+    angle = looked_up[0]
+    for place, digit_angle in enumerate(looked_up[1:], 1):
+        angle = angle_sum(b, angle, digit_angle, f"rotary.{place}.sum")  # (B, S, 1, width) each
+    return angle
+
+
+def angle_sum(b: Builder, x: KeyValue, y: KeyValue, name: str) -> KeyValue:
+    """(cos, sin) of the sum of two angles given by their (cos, sin)."""
+    (cos_x, sin_x), (cos_y, sin_y) = x, y
+    cc, ss = b.op("Mul", cos_x, cos_y, name=f"{name}.cc"), b.op("Mul", sin_x, sin_y, name=f"{name}.ss")
+    sc, cs = b.op("Mul", sin_x, cos_y, name=f"{name}.sc"), b.op("Mul", cos_x, sin_y, name=f"{name}.cs")
+    return b.op("Sub", cc, ss, name=f"{name}.cos"), b.op("Add", sc, cs, name=f"{name}.sin")
 
 
 def rotate(b: Builder, config: GPTConfig, x: ir.Value, angles: KeyValue, name: str) -> ir.Value:
-    """Rotate the first ``dim`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
+    """Rotate the first ``width`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
     rotary = config.rotary
     if rotary is None:
         return x
-    dim, rest_dim = rotary.dim, config.head_dim - rotary.dim
+    dim, rest_dim = rotary.width, config.head_dim - rotary.width
     turned, rest = x, None
     if rest_dim:
         turned, rest = b.ops(
@@ -123,7 +137,8 @@ class Once:
         self.batch_and_new = b.op("Shape", ids, name="shape.tokens")  # [B, S]
         heads = b.constant([config.n_head, config.head_dim])
         self.per_head = b.op("Concat", self.batch_and_new, heads, name="shape.heads", axis=0)  # [B, S, H, hd]
-        self.angles = rotary_angles(b, config.rotary, inputs["position_ids"]) if config.rotary else None
+        rotary = config.rotary if config.rotary and config.rotary.dim else None
+        self.angles = rotary_angles(b, rotary, inputs["position_ids"]) if rotary else None
 
 
 def attention(

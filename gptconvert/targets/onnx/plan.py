@@ -20,8 +20,8 @@ from gptconvert.model.options import Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
 from gptconvert.version import __version__
 
-#: The latest IR version that onnxruntime >= 1.17, onnxruntime-web and -genai all read.
-IR_VERSION = 10
+#: Opset → the lowest IR version that allows it. A runtime refuses later IR versions than its own, whatever the opset.
+IR_VERSIONS: Mapping[int, int] = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
 NAME = "onnx"
 #: Size limit of protobuf messages, and so of single-file models.
 PROTOBUF_LIMIT = (1 << 31) - 1
@@ -73,7 +73,8 @@ def _serialise(graph: object) -> bytes:
     """A deterministic ModelProto."""
     import onnx_ir as ir
 
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="gptconvert", producer_version=__version__)
+    version = IR_VERSIONS[graph.opset_imports[""]]  # type: ignore[attr-defined]
+    model = ir.Model(graph, ir_version=version, producer_name="gptconvert", producer_version=__version__)
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return content
 

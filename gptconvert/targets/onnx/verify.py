@@ -18,6 +18,7 @@ from gptconvert.targets.onnx.foreign import pair_up, unplanned
 from gptconvert.targets.onnx.localise import first_bad_block
 from gptconvert.targets.onnx.plan import NAME
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
+from gptconvert.targets.rotary import rotary_tables
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.background import half_the_cores, in_background, torch_threads
 from gptconvert.verify.foreign import as_stored, match_by_content
@@ -101,15 +102,17 @@ verify = OnnxVerifier()
 
 def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightReport, list[Pair]]:
     """The checkpoint as stored, and the pairs to compare: matched by plan, else by name, else by content."""
+    rotary = candidate.checkpoint.config.rotary
+    tables = [table for pair in rotary_tables(rotary) for table in pair] if rotary else []
     if candidate.export is not None:
         report = WeightReport(len(candidate.checkpoint.weights))
         pairs = pairs_of(candidate.export, file.initializers, report)
         planned = {placed.name for placed in candidate.export.placed}
-        report.problems += unplanned(file, planned)
+        report.problems += unplanned(file, planned, tables)
         return candidate.checkpoint, report, pairs
     checkpoint = as_stored(candidate.checkpoint, file.initializers.values())
     if file.is_own:
-        return checkpoint, *pair_up(file, checkpoint.weights)
+        return checkpoint, *pair_up(file, checkpoint.weights, tables)
     return checkpoint, match_by_content(file.initializers, checkpoint.weights), []
 
 

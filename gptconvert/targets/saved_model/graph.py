@@ -13,9 +13,9 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
+from gptconvert.targets.rotary import BASE, POSITIONS, rotary_tables
 from reference_model.config import OUTPUTS, GPTConfig, Rotary
 
 #: TensorFlow ships no types.
@@ -71,9 +71,20 @@ ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
     # TensorFlow's own forms, which its CPU kernels recognise and fuse with the matrix product.
     "gelu_tanh": lambda x: tf.nn.gelu(x, approximate=True),
     "gelu_erf": lambda x: tf.nn.gelu(x, approximate=False),
+    "gelu_erf_10": lambda x: tf.clip_by_value(tf.nn.gelu(x, approximate=False), -10.0, 10.0),
+    "gelu_sigmoid": lambda x: x * tf.sigmoid(1.702 * x),
     "relu": tf.nn.relu,
+    "relu_squared": lambda x: tf.square(tf.nn.relu(x)),
+    "relu6": tf.nn.relu6,
+    "leaky_relu": lambda x: tf.nn.leaky_relu(x, 0.01),
     "silu": lambda x: x * tf.sigmoid(x),
+    "hardswish": lambda x: x * tf.nn.relu6(x + 3) / 6,
+    "mish": lambda x: x * tf.tanh(tf.math.softplus(x)),
     "tanh": tf.tanh,
+    "sigmoid": tf.sigmoid,
+    "laplace": lambda x: 0.5 * (1 + tf.math.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "sqrt_softplus": lambda x: tf.sqrt(tf.math.softplus(x)),
+    "linear": tf.identity,
 }
 
 
@@ -100,19 +111,28 @@ def visible(attention_mask: Tensor, new_tokens: Tensor, window: int | None) -> T
 
 
 def rotary_angles(rotary: Rotary, position_ids: Tensor) -> KeyValue:
-    """(cos, sin), each [B, S, 1, dim], laid out for the pairing of ``rotary``."""
-    exponent = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim  # (dim/2)
-    frequency = rotary.base**-exponent  # (dim/2)
-    frequency = np.repeat(frequency, 2) if rotary.interleaved else np.tile(frequency, 2)  # (dim)
-    # Large positions times a float32 frequency would lose bits, so the angle is computed in float64.
-    position = tf.cast(position_ids, tf.float64)[:, :, tf.newaxis, tf.newaxis]  # (B, S, 1, 1)
-    angle = tf.cast(tf.math.floormod(position * frequency, 2 * math.pi), tf.float32)  # (B, S, 1, dim)
-    return tf.cos(angle), tf.sin(angle)
+    """(cos, sin), each [B, S, 1, width], laid out for the pairing of ``rotary``.
+
+    The angles of the position's digits, looked up and added (see ``targets/rotary.py``).
+    """
+    tables, rest = rotary_tables(rotary), tf.cast(position_ids, tf.int32)  # rest: (B, S)
+    looked_up = []
+    for cos, sin in tables:
+        digit = tf.math.floormod(rest, BASE)  # (B, S)
+        looked_up.append((tf.gather(cos, digit), tf.gather(sin, digit)))  # (B, S, 1, width) each
+        rest = tf.math.floordiv(rest, BASE)  # (B, S)
+    return functools.reduce(angle_sum, looked_up)
+
+
+def angle_sum(x: KeyValue, y: KeyValue) -> KeyValue:
+    """(cos, sin) of the sum of two angles given by their (cos, sin)."""
+    (cos_x, sin_x), (cos_y, sin_y) = x, y
+    return cos_x * cos_y - sin_x * sin_y, sin_x * cos_y + cos_x * sin_y
 
 
 def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
-    """Rotate the first ``dim`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
-    turned, rest = x[..., : rotary.dim], x[..., rotary.dim :]  # (B, S, H, dim), (B, S, H, hd - dim)
+    """Rotate the first ``width`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
+    turned, rest = x[..., : rotary.width], x[..., rotary.width :]  # (B, S, H, width), (B, S, H, hd - width)
     if rotary.interleaved:
         a, b = turned[..., ::2], turned[..., 1::2]  # (B, S, H, dim/2) each
         other = tf.reshape(tf.stack((-b, a), -1), tf.shape(turned))  # (B, S, H, dim)
@@ -291,9 +311,10 @@ def checks(
         require(fits, "attention_mask must have the batch of input_ids and a column for every past and new token"),
         require(alike, "position_ids must be shaped as input_ids"),
     ]
-    limits = {"input_ids": (input_ids, config.vocab_size)}
-    if config.rotary is None:
-        limits["position_ids"] = (position_ids, config.n_ctx)
+    limits = {
+        "input_ids": (input_ids, config.vocab_size),
+        "position_ids": (position_ids, config.n_ctx if config.rotary is None else POSITIONS),
+    }
     for name, (ids, size) in limits.items():
         inside = tf.reduce_all((ids >= 0) & (ids < size))
         found.append(require(inside, f"{name} must lie between 0 and {size - 1}"))
@@ -320,7 +341,8 @@ def body(
     past_tokens = tf.shape(pasts[0][0])[2]  # P
     with tf.control_dependencies(checks(config, input_ids, attention_mask, position_ids, past_tokens)):
         x = embedding(w, config, input_ids, position_ids)  # (N, D)
-    angles = rotary_angles(config.rotary, position_ids) if config.rotary else None  # (B, S, 1, dim) each
+    rotary = config.rotary if config.rotary and config.rotary.dim else None
+    angles = rotary_angles(rotary, position_ids) if rotary else None  # (B, S, 1, width) each
     new = tf.shape(input_ids)[1]
     bias = {window: visible(attention_mask, new, window) for window in dict.fromkeys(config.attn_window)}
     blocks, presents = Blocks(w, config), []

@@ -19,6 +19,7 @@ import tensorflow as tf
 from gptconvert.targets.saved_model.graph import Weights
 from gptconvert.targets.saved_model.signatures import signatures
 from reference_model.config import GPTConfig, Rotary
+from reference_model.rotary import RopeScaling
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
@@ -58,7 +59,10 @@ def config_of(fields: Mapping[str, Any]) -> GPTConfig:
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
     rotary = plain.pop("rotary")
-    plain["rotary"] = None if rotary is None else Rotary(**rotary)
+    if rotary is not None:
+        scaling = rotary.pop("scaling")
+        rotary = Rotary(**rotary, scaling=None if scaling is None else RopeScaling(**scaling))
+    plain["rotary"] = rotary
     return GPTConfig(**plain)
 
 

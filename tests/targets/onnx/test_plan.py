@@ -18,7 +18,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import OPSETS, Options
 from gptconvert.model.transforms import cast
-from gptconvert.targets.onnx.plan import IR_VERSION, plan
+from gptconvert.targets.onnx.plan import IR_VERSIONS, plan
 from gptconvert.targets.onnx.target import TARGET
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS
 from tests.families import witness
@@ -199,7 +199,22 @@ def test_every_opset(opset: int, directory: Path, tmp_path: Path) -> None:
         assert gap(actual, expected, inputs["attention_mask"]) < TIMES * noise(checkpoint, inputs, expected) + ULPS
         model = onnx_model(where / "onnx/model.onnx")
         assert [(o.domain, o.version) for o in model.opset_import] == [("", opset)]
-        assert model.ir_version == IR_VERSION
+        assert model.ir_version == IR_VERSIONS[opset]
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in BY_TASK or case.task in CACHED_TASKS], ids=str
+)
+def test_graph_computes_nothing_in_float64(case: Case, directory: Path, tmp_path: Path) -> None:
+    """onnxruntime's default builds for browsers have no float64 kernels, and refuse the whole graph."""
+    import onnx
+
+    write_planned(tmp_path, plan(understood(case, directory), Options())[0].files)
+    model = onnx.shape_inference.infer_shapes(onnx_model(tmp_path / "onnx/model.onnx"), strict_mode=True)
+    values = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    values |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert len(values) > len(model.graph.node), "every value has a type"
+    assert [name for name, kind in values.items() if kind == onnx.TensorProto.DOUBLE] == []
 
 
 def onnx_model(path: Path) -> Any:

@@ -186,3 +186,23 @@ def test_nan_in_the_checkpoint_is_an_input_error(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(raw, arrays, tmp_path, request=Options())
     with pytest.raises(InputError, match="checkpoint itself computes NaN"):
         report_on(checkpoint, export(tmp_path, checkpoint))
+
+
+def test_large_rotary_tables_are_known(tmp_path: Path) -> None:
+    """128 rotated features: tables of 8192 numbers, which are not mistaken for stray weights unless altered."""
+    from tests.families import witness
+    from tests.verify.exports import edit
+
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "rope_type": "default"}
+    sizes = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 1, "rope_parameters": rope}
+    checkpoint = witness.checkpoint(witness.Case("gpt_neox", keys=sizes, name="128"), tmp_path, Options())
+    path = export(tmp_path, checkpoint)
+    assert report_on(checkpoint, path).passed
+
+    def alter(model: Any) -> None:
+        (table, *_) = (t for t in model.graph.initializer if list(t.dims) == [64, 1, 128])
+        table.raw_data = table.raw_data[:-4] + b"\0\0\0\0"
+
+    edit(path, alter)
+    problems = report_on(checkpoint, path).artifacts[0].weights.problems
+    assert len(problems) == 1 and problems[0].endswith(": not a weight of this model")

@@ -44,7 +44,9 @@ BY_NAME = {str(case): case for case in CASES}
 CHOSEN = (
     "gpt1-text-generation gpt2-text-generation gpt_neo-text-generation gptj-text-generation gpt_neox-text-generation "
     "gpt2-feature-extraction gpt2-text-classification gpt_neo-text-classification gpt2-token-classification "
-    "gptj-question-answering gpt1-multiple-choice gpt2-text-generation-untied gpt_neox-text-generation-serial"
+    "gptj-question-answering gpt1-multiple-choice gpt2-text-generation-untied gpt_neox-text-generation-serial "
+    "gpt2-text-generation-quick-gelu gpt_neo-text-generation-mish gpt_neox-text-generation-odd "
+    "gpt_neox-text-generation-no-positions gpt_neox-text-generation-yarn"
 ).split()
 #: Wrong configurations and weights to build a graph with.
 PLANTED = (

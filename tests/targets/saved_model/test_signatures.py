@@ -173,6 +173,20 @@ def test_decode_rejects(changes: dict[str, Any], message: str, loaded: TensorFlo
         loaded.run("decode", decode_feeds(**changes))
 
 
+def test_rotary_positions_continue_past_the_context(
+    saved: Path, tensorflow: TensorFlowProcess, tmp_path: Path
+) -> None:
+    """To the limit of their tables."""
+    tensorflow.ask("load", path=str(build(understood(Case("gptj"), saved), tensorflow, tmp_path)))
+    near, far = (
+        tensorflow.run("decode", decode_feeds(position_ids=[[start + 3, start + 4]]))["logits"]
+        for start in (0, 100_000)
+    )
+    assert np.isfinite(far).all() and not np.allclose(near, far, atol=1e-3), "the past has other positions"
+    with pytest.raises(TensorFlowError, match="position_ids must lie between 0 and 262143"):
+        tensorflow.run("decode", decode_feeds(position_ids=[[3, 262_144]]))
+
+
 def test_serving_rejects_more_than_the_context(loaded: TensorFlowProcess) -> None:
     ids = np.ones((1, CONTEXT + 1), np.int64)
     with pytest.raises(TensorFlowError, match="position_ids must lie between 0 and 39"):
