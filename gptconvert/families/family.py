@@ -35,7 +35,7 @@ from reference_model.config import GPTConfig
 
 
 class ReadConfig(NamedTuple):
-    """A configuration, the harmless keys and special ids to carry over, and notes for the user (one sentence each)."""
+    """A configuration, the harmless keys and special ids to carry over, and notes (one sentence each)."""
 
     config: GPTConfig
     carried: dict[str, object]

@@ -180,22 +180,15 @@ def _body_notes(
 ) -> list[str]:
     """A note if a bare model is exported as a language model, or the other way round."""
     declared = _declared_task(heads, raw)
-    if declared == BARE and task == "text-generation":
-        return [
-            f"config.json names the bare model {heads[BARE]}: it is exported with a language-model head, as "
-            f"{heads[task]} (--task {task})"
-        ]
-    if task != BARE:
-        return []
-    if declared == "text-generation":
-        return [f"config.json names {heads[declared]}: its language-model head is left out (--task {BARE})"]
     stored = any(_ends_with(name, end) for end in HEAD_TENSORS["text-generation"] for name in tensors)
-    if declared == BARE and request.task is None and stored:
-        return [
-            f"config.json names the bare model {heads[BARE]}: the language-model head in the files is left out "
-            "(--task text-generation exports it)"
-        ]
-    return []
+    note = ""
+    if declared == BARE and task == "text-generation":
+        note = f"it is exported with a language-model head, as {heads[task]} (--task {task})"
+    elif declared == "text-generation" and task == BARE:
+        note = f"its language-model head is left out (--task {BARE})"
+    elif declared == BARE and request.task is None and stored:
+        note = "the language-model head in the files is left out (--task text-generation exports it)"
+    return [f"config.json names {heads[declared]}: {note}"] if declared is not None and note else []
 
 
 def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor]) -> int:

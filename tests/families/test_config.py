@@ -234,7 +234,7 @@ def test_gptj_rotary_dim() -> None:
 
 
 def test_gptj_rotary_dim_null_rotates_the_whole_head() -> None:
-    """transformers 4 runs such a model with a single head, and fails with several; 5 reads the number written here."""
+    """transformers 4 runs such a model with a single head only; 5 needs the number, which is written."""
     made = config("gptj", rotary_dim=None, n_head=1)
     assert made.rotary == Rotary(made.n_embd, interleaved=True)
     assert written("gptj", made)["rotary_dim"] == made.n_embd

@@ -28,7 +28,8 @@ NOT_CARRIED = frozenset(
 )
 #: The target whose graphs config.json and genai_config.json name.
 ONNX = "onnx"
-#: Written if no graph has a cache: optimum's ``generate`` would request it. transformers reads generation_config.json.
+#: Written if no graph has a cache, which optimum's ``generate`` would request. transformers' ``generate`` reads only
+#: generation_config.json.
 UNCACHED: Mapping[str, object] = {"use_cache": False}
 
 
