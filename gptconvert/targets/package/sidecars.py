@@ -53,7 +53,7 @@ def sidecar_files(
     graphs = {export.path: len(export.files) > 1 for export in exports if export.target == ONNX}
     generates = checkpoint.config.task == "text-generation"
     uncached = bool(graphs) and generates and not options.kv_cache
-    files = {"config.json": dump_json(config_json(checkpoint, graphs) | (UNCACHED if uncached else {}))}
+    files = {"config.json": dump_json({**config_json(checkpoint, graphs), **(UNCACHED if uncached else {})})}
     if generates or GENERATION_CONFIG in checkpoint.source.tokenizer:
         alone = uncached and all(export.target == ONNX for export in exports)
         files[GENERATION_CONFIG] = dump_json({**checkpoint.generation, **(UNCACHED if alone else {})})

@@ -214,7 +214,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "both": ({"top_k": 7, "eos_token_id": 5}, {"eos_token_id": [96, 62], "pad_token_id": 62, "do_sample": True}),
     "from transformers": (
         {"top_k": 7},
-        {"_from_model_config": True, "eos_token_id": 96, "transformers_version": "4.1"},
+        {"_from_model_config": True, "eos_token_id": 96, "top_p": 0.5},
     ),
     "no ids": ({}, {"temperature": 0.5, "do_sample": True}),
 }
