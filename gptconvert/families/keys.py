@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-from gptconvert.model.config_kinds import FLAG, NUMBER, SIZE, TOKEN, WHOLE, choice
+from gptconvert.model.config_kinds import FLAG, NUMBER, SIZE, TOKEN, TOKENS, WHOLE, choice
 from gptconvert.model.config_table import ConfigTable, Key, Values
+from gptconvert.model.generation import GENERATION_DEFAULTS
 from reference_model.config import GPTConfig
 
 #: Keys of any model type that do not affect a forward pass.
@@ -16,12 +17,8 @@ HARMLESS = frozenset(
     tokenizer_class prefix license _commit_hash _num_labels transformers.js_config use_bfloat16 n_special
     predict_special_tokens embd_pdrop resid_pdrop attn_pdrop
     attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens sep_token_id decoder_start_token_id""".split()
-)
+    sep_token_id""".split()
+) | frozenset(GENERATION_DEFAULTS)
 #: Features not implemented for any family → the value that switches them off.
 UNUSED: Mapping[str, object] = {
     "add_cross_attention": False,
@@ -79,7 +76,7 @@ def vocabulary(size: int, *, tied: bool, bos: int | None, eos: int | None) -> tu
         Key("vocab_size", "vocab_size", WHOLE, size),
         Key("tie_word_embeddings", "tied_head", FLAG, tied),
         Key("bos_token_id", "bos_token_id", TOKEN, bos),
-        Key("eos_token_id", "eos_token_id", TOKEN, eos),
+        Key("eos_token_id", "eos_token_id", TOKENS, eos),
         Key("pad_token_id", "pad_token_id", TOKEN, None),
     )
 
