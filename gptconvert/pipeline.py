@@ -240,12 +240,17 @@ def verify_export(
     """
     require_torch()
     from gptconvert.targets.foreign import find_candidates
+    from gptconvert.targets.package.verify import verify_package
     from gptconvert.targets.verification import verify
 
-    options = options or Options()
+    options, artifact = options or Options(), os.fspath(artifact)
     checkpoint = with_special_ids(open_checkpoint(source, options))
+    candidates = find_candidates(checkpoint, artifact)
+    package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None
     check_tied(checkpoint)
-    return verify(find_candidates(checkpoint, os.fspath(artifact)), options.verify or "default", progress)
+    report = verify(candidates, options.verify or "default", progress)
+    report.package, report.notes = package, (*(package.notes if package else ()), *report.notes)
+    return report
 
 
 def require_torch(otherwise: str = "") -> None:
