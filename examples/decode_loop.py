@@ -2,9 +2,9 @@
 
     python examples/decode_loop.py EXPORT PROMPT [PROMPT ...]
 
-EXPORT is a directory that gptconvert wrote: ``onnx/model.onnx``, ``tokenizer.json`` and ``config.json``. Decoding is
-greedy. Prompts of different lengths are padded on the left, so that the last token of every row is in the last column
-and one decode step serves the whole batch.
+EXPORT is a directory that gptconvert wrote: ``onnx/model.onnx``, ``tokenizer.json`` and ``generation_config.json``.
+Decoding is greedy. Prompts of different lengths are padded on the left, so that the last token of every row is in the
+last column and one decode step serves the whole batch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def pad_left(rows: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(
-    session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray, stop: int | None, new_tokens: int
+    session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray, stops: list[int], new_tokens: int
 ) -> np.ndarray:
-    """Greedy continuation of a left-padded batch, [B, at most new_tokens]; ended rows are filled with ``stop``.
+    """Greedy continuation of a left-padded batch, [B, at most new_tokens]; ended rows are filled with ``stops[0]``.
 
     Args:
         session: graph with KV cache.
         ids: prompts, [B, S].
         mask: 0 at padding, [B, S].
-        stop: token that ends a row; None: rows do not end.
+        stops: tokens that end a row; empty: rows do not end.
         new_tokens: upper bound. The longest prompt and these must fit the model's context.
     """
     names = [output.name for output in session.get_outputs()]  # logits, present.0.key, present.0.value, …
@@ -54,9 +54,9 @@ def decode(
         outputs = dict(zip(names, session.run(names, {**feed, **cache}), strict=True))
         cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
         chosen = outputs["logits"][:, -1].argmax(-1)  # [B]: left-padded rows end in the last column
-        if stop is not None:
-            chosen[ended] = stop
-            ended |= chosen == stop
+        if stops:
+            chosen[ended] = stops[0]
+            ended |= np.isin(chosen, stops)
         written.append(chosen)
         if ended.all():
             break
@@ -69,11 +69,12 @@ def decode(
 def main(directory: str, *prompts: str, new_tokens: int = NEW_TOKENS) -> list[str]:
     """Print and return every prompt with its continuation."""
     tokenizer = Tokenizer.from_file(str(Path(directory, "tokenizer.json")))
-    stop = json.loads(Path(directory, "config.json").read_text()).get("eos_token_id")
+    end = json.loads(Path(directory, "generation_config.json").read_text()).get("eos_token_id", [])
+    stops = end if isinstance(end, list) else [end]
     session = onnxruntime.InferenceSession(Path(directory, "onnx/model.onnx"), providers=["CPUExecutionProvider"])
     rows = [tokenizer.encode(prompt).ids for prompt in prompts]
-    ids, mask = pad_left(rows, pad=0 if stop is None else stop)
-    written = decode(session, ids, mask, stop, new_tokens)
+    ids, mask = pad_left(rows, pad=stops[0] if stops else 0)
+    written = decode(session, ids, mask, stops, new_tokens)
     texts = [tokenizer.decode([*row, *new]) for row, new in zip(rows, written.tolist(), strict=True)]
     print("\n".join(texts))
     return texts

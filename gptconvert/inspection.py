@@ -50,6 +50,7 @@ def inspect(source: str | os.PathLike[str], options: Options | None = None) -> d
         "size": checkpoint.nbytes,
         "dtypes": sorted({weight.dtype.name for weight in weights.values()}),
         "config": checkpoint.config.as_dict(),
+        "special_ids": dataclasses.asdict(checkpoint.special_ids),
         "tensors": [
             {"name": name, "dtype": t.dtype.name, "shape": list(t.shape), "size": t.nbytes}
             for name, t in stored.items()

@@ -35,7 +35,7 @@ from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
 from gptconvert.sources.detect import FORMATS
 from gptconvert.targets.package.model_card import CARD_FILE, model_card
-from gptconvert.targets.package.sidecars import sidecar_files
+from gptconvert.targets.package.sidecars import sidecar_files, with_special_ids
 from gptconvert.targets.package.tokenizer import tokenizer_files
 from gptconvert.targets.registry import TARGETS, target_named, targets_for
 from gptconvert.targets.target import CardFacts
@@ -137,8 +137,9 @@ def plan(checkpoint: Checkpoint, options: Options | None = None) -> Plan:
     options = checkpoint.options if options is None else options.opened_with(checkpoint.options)
     targets = targets_for(options.targets, checkpoint)
     options.check_targets()
-    exports = tuple(export for target in targets for export in target.plan(checkpoint, options))
     tokenizer, notes = tokenizer_files(checkpoint)
+    checkpoint = with_special_ids(checkpoint, tokenizer)
+    exports = tuple(export for target in targets for export in target.plan(checkpoint, options))
     notes = (*checkpoint.notes, *notes)
     _refuse_notes(notes, options)
     return Plan(checkpoint, options, exports, sidecar_files(exports, options, tokenizer), notes)
@@ -239,12 +240,17 @@ def verify_export(
     """
     require_torch()
     from gptconvert.targets.foreign import find_candidates
+    from gptconvert.targets.package.verify import verify_package
     from gptconvert.targets.verification import verify
 
-    options = options or Options()
-    checkpoint = open_checkpoint(source, options)
+    options, artifact = options or Options(), os.fspath(artifact)
+    checkpoint = with_special_ids(open_checkpoint(source, options))
+    candidates = find_candidates(checkpoint, artifact)
+    package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None
     check_tied(checkpoint)
-    return verify(find_candidates(checkpoint, os.fspath(artifact)), options.verify or "default", progress)
+    report = verify(candidates, options.verify or "default", progress)
+    report.package, report.notes = package, (*(package.notes if package else ()), *report.notes)
+    return report
 
 
 def require_torch(otherwise: str = "") -> None:

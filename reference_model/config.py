@@ -121,8 +121,6 @@ class GPTConfig:
     head_bias: bool = False
     task: str = "text-generation"
     n_labels: int = 0
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:

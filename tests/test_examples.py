@@ -93,14 +93,14 @@ def test_decode_loop_ends_a_row_and_goes_on_with_the_others(export: Path) -> Non
     tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
     session = onnxruntime.InferenceSession(export / "onnx/model.onnx", providers=["CPUExecutionProvider"])
     ids, mask = loop.pad_left([tokenizer.encode(prompt).ids for prompt in PROMPTS[:2]], pad=0)
-    endless = loop.decode(session, ids, mask, None, 9)
+    endless = loop.decode(session, ids, mask, [], 9)
     assert endless.shape == (2, 9)
     stop = endless[0, 2]  # a token that the first row writes third, and the second never
     assert stop not in endless[1] and stop not in endless[0, :2]
-    ended = loop.decode(session, ids, mask, stop, 9)
+    ended = loop.decode(session, ids, mask, [stop, -1], 9)
     assert np.array_equal(ended[0], [*endless[0, :3], *[stop] * 6])
     assert np.array_equal(ended[1], endless[1])
-    assert loop.decode(session, ids[:1], mask[:1], stop, 9).shape == (1, 3)
+    assert loop.decode(session, ids[:1], mask[:1], [stop], 9).shape == (1, 3)
 
 
 @pytest.mark.parametrize(("artifact", "code"), [("hf-safetensors", 0), ("hf-variant", 5), ("missing", 4)])

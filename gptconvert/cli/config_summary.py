@@ -24,13 +24,15 @@ RESIDUALS = {
 }
 
 
-def config_summary(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def config_summary(config: Mapping[str, Any], special_ids: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(property, description) of an architecture.
 
     Args:
         config: ``GPTConfig.as_dict()``.
+        special_ids: ``bos``, ``eos`` (several) and ``pad``.
     """
-    return [(name, describe(config)) for name, describe in ROWS.items()]
+    known = {**config, "special_ids": special_ids}
+    return [(name, describe(known)) for name, describe in ROWS.items()]
 
 
 def _width(config: Mapping[str, Any]) -> str:
@@ -39,8 +41,10 @@ def _width(config: Mapping[str, Any]) -> str:
 
 
 def _vocabulary(config: Mapping[str, Any]) -> str:
-    special = [(name, config[f"{name}_token_id"]) for name in ("bos", "eos", "pad")]
-    return ", ".join([f"{config['vocab_size']} tokens", *(f"{n} {i}" for n, i in special if i is not None)])
+    bos, eos, pad = (config["special_ids"][name] for name in ("bos", "eos", "pad"))
+    special = {"bos": bos, "eos": " or ".join(map(str, eos)) or None, "pad": pad}
+    named = [f"{name} {token}" for name, token in special.items() if token is not None]
+    return ", ".join([f"{config['vocab_size']} tokens", *named])
 
 
 def _positions(config: Mapping[str, Any]) -> str:

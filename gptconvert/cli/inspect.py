@@ -51,7 +51,8 @@ def _sections(found: Mapping[str, Any], tensors: bool | None) -> list[str]:
     size = f"{found['parameters']:,} parameters, {human_bytes(found['size'])}, {', '.join(found['dtypes'])}"
     revision = f", revision {printable(found['revision'])}" if found["revision"] else ""
     head = f"{found['title']}  ({found['format']}{revision})\n  {size}"
-    rows = [*config_summary(found["config"]), ("tokenizer", ", ".join(found["tokenizer"]) or "none")]
+    tokenizer = ", ".join(found["tokenizer"]) or "none"
+    rows = [*config_summary(found["config"], found["special_ids"]), ("tokenizer", tokenizer)]
     summary = table([(key, printable(text)) for key, text in rows])
     listed = "" if tensors is False else _tensor_table(found["tensors"], every=bool(tensors))
     return [head, summary, listed, _dropped(found["dropped"], every=bool(tensors))]

@@ -20,7 +20,7 @@ registry; add a tiny configuration to ``tests/families/witness.py``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from reference_model.config import GPTConfig
 
 
 class ReadConfig(NamedTuple):
-    """A configuration, the harmless keys to carry over, and notes for the user (one sentence each)."""
+    """A configuration, the harmless keys and special ids to carry over, and notes (one sentence each)."""
 
     config: GPTConfig
     carried: dict[str, object]
@@ -76,6 +76,13 @@ class ConfigInput:
         """
         task = choose_task(self.family.heads, {}, self.path, self.tensors, self.options, tied=tied)
         return reading.config(**{**self.family.common, "task": task, **decided})
+
+    def read(
+        self, reading: Reading, notes: Sequence[str] = (), *, tied: bool = True, **decided: object
+    ) -> ReadConfig:
+        """:meth:`config` with its special ids and ``notes``."""
+        config = self.config(reading, tied=tied, **decided)
+        return ReadConfig(config, reading.special_ids(config), [*notes])
 
 
 @dataclass(frozen=True)
@@ -170,13 +177,15 @@ def read_config_json(given: ConfigInput) -> ReadConfig:
     chosen, notes = family.precedence(given.raw, given.tensors)
     unread = {key: chosen.pop(key) for key in family.unread.keys() & chosen.keys()}
     reading = family.keys.read(chosen, given.path)
-    decided, more = head_fields(family.heads, reading, given.tensors, given.options)
+    bias = bool(family.fixed.get("head_bias", False))
+    decided, more = head_fields(family.heads, reading, given.tensors, given.options, head_bias=bias)
     config = reading.config(**family.common, **decided)
     for key, value in sorted(unread.items()):
         if value is not None and not family.unread[key](config, value):
             name = family.title.partition(",")[0]
             notes.append(f"{key} = {value!r} is ignored: transformers' {name} does not read it")
-    return ReadConfig(config, reading.carried, [*notes, *more, *rope.notes(reading.values, config)])
+    carried = {**reading.carried, **reading.special_ids(config)}
+    return ReadConfig(config, carried, [*notes, *more, *rope.notes(reading.values, config)])
 
 
 #: Canonical tensors with one row, or element, per token id.
@@ -184,16 +193,22 @@ BY_ID = ("wte.weight", "lm_head.weight", "lm_head.bias")
 
 
 def trim_vocabulary(
-    config: GPTConfig, weights: Mapping[str, LazyTensor], size: int
+    config: GPTConfig, weights: Mapping[str, LazyTensor], size: int, special: Iterable[int] = ()
 ) -> tuple[GPTConfig, dict[str, LazyTensor], list[str]]:
     """The model cut to the first ``size`` token ids, and a note for the user.
+
+    Args:
+        config: of the whole model.
+        weights: of the whole model.
+        size: number of ids to keep.
+        special: ids that must be kept if the model has them.
 
     Raises:
         UsageError: the vocabulary is smaller, or the cut would remove a special token.
     """
     if not 0 < size <= config.vocab_size:
         raise UsageError(f"--trim-vocab {size}", expected=f"1 to {config.vocab_size}, the model's vocabulary")
-    lost = [i for i in (config.bos_token_id, config.eos_token_id, config.pad_token_id) if i is not None and i >= size]
+    lost = [token for token in special if size <= token < config.vocab_size]
     if lost:
         raise UsageError(
             f"--trim-vocab {size} removes the special token {lost[0]}", expected=f"at least {max(lost) + 1}"

@@ -18,7 +18,6 @@ from gptconvert.families.trainers import openai_gpt1
 from gptconvert.model.config_kinds import SIZE, WHOLE
 from gptconvert.model.config_table import Key
 from gptconvert.model.schemes import Drop, Row, Tied
-from reference_model.config import GPTConfig
 
 HEADS = {
     "text-generation": "OpenAIGPTLMHeadModel",
@@ -27,28 +26,15 @@ HEADS = {
     "multiple-choice": "OpenAIGPTDoubleHeadsModel",
 }
 
-
-def _embedding_is_head(config: GPTConfig) -> bool:
-    """Whether the shared matrix is stored under the head's name, as transformers does for double-heads GPT-1 only."""
-    return config.tied_head and config.task == "multiple-choice"
-
-
-def _embedding_is_itself(config: GPTConfig) -> bool:
-    return config.tied_head and config.task != "multiple-choice"
-
-
 HF = hf_scheme(
     Row("wte.weight", "tokens_embed.weight", "V D", when=lambda c: not c.tied_head),
-    Row("wte.weight", "tokens_embed.weight", "V D", when=_embedding_is_itself, aliases=("lm_head.weight",)),
-    Row("wte.weight", "lm_head.weight", "V D", when=_embedding_is_head, head=True, aliases=("tokens_embed.weight",)),
+    # transformers 5 saves double heads under the head's name only, which transformers 4 cannot load.
+    Row("wte.weight", "tokens_embed.weight", "V D", when=lambda c: c.tied_head, aliases=("lm_head.weight",)),
     Row("wpe.weight", "positions_embed.weight", "C D"),
     *CONV1D_BLOCK,
     anchor="positions_embed.weight",
     drops=(Drop(r"position_ids", "position buffer"),),
-    tied=(
-        Tied("lm_head.weight", "wte.weight", "V D", when=lambda c: tied_lm_head(c) and _embedding_is_itself(c)),
-        Tied("tokens_embed.weight", "wte.weight", "V D", when=_embedding_is_head, head=False),
-    ),
+    tied=(Tied("lm_head.weight", "wte.weight", "V D", when=tied_lm_head),),
 )
 CONFIG = keys.table(
     *keys.vocabulary(40478, tied=True, bos=None, eos=None),

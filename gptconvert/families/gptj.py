@@ -6,6 +6,7 @@ output projection have no bias; the head has a bias. The vocabulary of 50400 is 
 
 from __future__ import annotations
 
+from gptconvert.errors import UnsupportedError
 from gptconvert.families import keys
 from gptconvert.families.family import Family
 from gptconvert.families.heads import hf_scheme, lm_head_bias
@@ -18,8 +19,8 @@ from gptconvert.families.precedence import (
 )
 from gptconvert.families.rows import FINAL_NORM
 from gptconvert.families.trainers import mesh_jax
-from gptconvert.model.config_kinds import WHOLE
-from gptconvert.model.config_table import Key
+from gptconvert.model.config_kinds import OPTIONAL_WHOLE, WHOLE
+from gptconvert.model.config_table import Key, Values
 from gptconvert.model.schemes import Drop, Row
 from reference_model.config import Rotary
 
@@ -49,6 +50,22 @@ HF = hf_scheme(
     Row("h.{i}.attn.c_attn.weight", QKV, "D D"),
     drops=(Drop(r"h\.\d+\.attn\.embed_positions", "table of rotary angles"),),
 )
+
+
+def _rotary(values: Values) -> Rotary:
+    """Null rotates the whole head, which transformers can run only if there is a single head."""
+    dim, heads = values["rotary_dim"], values["n_head"]
+    if dim is None and heads != 1:
+        raise UnsupportedError(
+            "rotary_dim null works with a single head only, in transformers too",
+            item="rotary_dim",
+            expected=f"the number of rotated features per head, at most {values['n_embd'] // max(heads, 1)}",
+            found=f"null, with {heads} heads",
+            hint="set rotary_dim in config.json to the value that the model was trained with",
+        )
+    return Rotary(values["n_embd"] if dim is None else dim, interleaved=True)
+
+
 CONFIG = keys.table(
     *keys.vocabulary(50400, tied=False, bos=50256, eos=50256),
     *keys.sizes(4096, 28, 16),
@@ -56,12 +73,12 @@ CONFIG = keys.table(
     keys.inner("n_inner"),
     keys.NORM_EPS,
     Key("activation_function", "activation", keys.ACTIVATION, "gelu_new"),
-    Key("rotary_dim", "rotary_dim", WHOLE, 64, of=lambda c: c.rotary.dim if c.rotary else None),
+    Key("rotary_dim", "rotary_dim", OPTIONAL_WHOLE, 64, of=lambda c: c.rotary.dim if c.rotary else None),
     harmless=keys.SUMMARY_KEYS,
     # Present in the released files, but read by no code; a GPT-J with "false" does not exist.
     unused={"scale_attn_weights": True, "rotary": True},
     writes={**keys.dropouts(0.0), **keys.ALWAYS},
-    derived={"rotary": lambda v: Rotary(v["rotary_dim"], interleaved=True)},
+    derived={"rotary": _rotary},
 )
 FIXED = {"residual": "parallel_one_norm", "qkv_bias": False, "attn_out_bias": False, "head_bias": True}
 

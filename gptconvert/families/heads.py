@@ -6,7 +6,7 @@ Names, shapes and biases are those of Hugging Face's ``…LMHeadModel``, ``…Do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.families.keys import SUMMARY_KEYS
@@ -24,6 +24,8 @@ HEAD_TENSORS: Mapping[str, tuple[str, ...]] = {
     "question-answering": ("qa_outputs.weight",),
     "text-generation": ("lm_head.weight", "embed_out.weight"),
 }
+#: The task of a model without a head.
+BARE = "feature-extraction"
 #: Number of labels of the tasks where it is fixed.
 FIXED_LABELS: Mapping[str, int] = {"question-answering": 2, "multiple-choice": 1}
 
@@ -120,7 +122,7 @@ def choose_task(
 ) -> str:
     """The requested task; else the one in ``architectures``; else the most specific one whose head is present.
 
-    A bare body with a tied head counts as a language model.
+    Without ``architectures``, a bare body with a tied head counts as a language model.
 
     Args:
         heads: the family's tasks and architectures.
@@ -128,7 +130,7 @@ def choose_task(
         path: of config.json, used in error messages.
         tensors: the tensors in the files.
         request: the user's options.
-        tied: whether the language-model head is tied to the embedding.
+        tied: whether the language-model head has no tensor of its own.
 
     Raises:
         UnsupportedError: the requested task has no head in this family or in these files.
@@ -162,12 +164,31 @@ def _ends_with(name: str, end: str) -> bool:
 
 
 def _declared_task(heads: Mapping[str, str], raw: Mapping[str, object]) -> str | None:
-    """The task of the first of ``architectures`` that names a head; TensorFlow's and Flax's classes count too."""
+    """The task of the first of ``architectures`` that names a head, or else a bare model.
+
+    TensorFlow's and Flax's classes count too.
+    """
     declared = raw.get("architectures")
     names = [n for n in declared if isinstance(n, str)] if isinstance(declared, list) else []
     plain = [name.removeprefix("TF").removeprefix("Flax") for name in names]
-    tasks = (task for name in plain for task, known in heads.items() if name == known)
-    return next((task for task in tasks if task != "feature-extraction"), None)
+    tasks = [task for name in plain for task, known in heads.items() if name == known]
+    return next((task for task in tasks if task != BARE), BARE if tasks else None)
+
+
+def _body_notes(
+    heads: Mapping[str, str], raw: Mapping[str, object], task: str, tensors: Iterable[str], request: Options
+) -> list[str]:
+    """A note if a bare model is exported as a language model, or the other way round."""
+    declared = _declared_task(heads, raw)
+    stored = any(_ends_with(name, end) for end in HEAD_TENSORS["text-generation"] for name in tensors)
+    note = ""
+    if declared == BARE and task == "text-generation":
+        note = f"it is exported with a language-model head, as {heads[task]} (--task {task})"
+    elif declared == "text-generation" and task == BARE:
+        note = f"its language-model head is left out (--task {BARE})"
+    elif declared == BARE and request.task is None and stored:
+        note = "the language-model head in the files is left out (--task text-generation exports it)"
+    return [f"config.json names {heads[declared]}: {note}"] if declared is not None and note else []
 
 
 def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor]) -> int:
@@ -192,18 +213,27 @@ def count_labels(task: str, raw: Mapping[str, object], path: str | None, tensors
 
 
 def head_fields(
-    heads: Mapping[str, str], reading: Reading, tensors: Mapping[str, LazyTensor], request: Options
+    heads: Mapping[str, str],
+    reading: Reading,
+    tensors: Mapping[str, LazyTensor],
+    request: Options,
+    *,
+    head_bias: bool,
 ) -> tuple[dict[str, object], list[str]]:
     """The fields of :class:`GPTConfig` that depend on the task, and notes for the user.
+
+    ``head_bias``: whether the family's language-model head has a bias.
 
     Raises:
         UnsupportedError: see :func:`choose_task`; or a double-heads model has an unsupported score head.
     """
-    task = choose_task(heads, reading.raw, reading.path, tensors, request, tied=reading.values["tied_head"])
+    # A tied head with a bias has one tensor of its own; without it, the file holds only the body.
+    tied = reading.values["tied_head"] and (not head_bias or any(_ends_with(n, "lm_head.bias") for n in tensors))
+    task = choose_task(heads, reading.raw, reading.path, tensors, request, tied=tied)
     if task == "multiple-choice":
         _require_plain_summary(reading)
     pad = reading.values["pad_token_id"] if request.pad_token_id is None else request.pad_token_id
-    notes = []
+    notes = _body_notes(heads, reading.raw, task, tensors, request)
     if task == "text-classification" and pad is None:
         notes.append(
             "pad_token_id is not set, so the last token of every sequence is classified: correct for single "

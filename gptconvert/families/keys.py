@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-from gptconvert.model.config_kinds import FLAG, NUMBER, SIZE, TOKEN, WHOLE, choice
+from gptconvert.model.config_kinds import FLAG, NUMBER, SIZE, TOKEN, TOKENS, WHOLE, choice
 from gptconvert.model.config_table import ConfigTable, Key, Values
+from gptconvert.model.generation import GENERATION_DEFAULTS
 from reference_model.config import GPTConfig
 
 #: Keys of any model type that do not affect a forward pass: bookkeeping, training, tokenizer, generation, and choices
@@ -17,11 +18,7 @@ HARMLESS = frozenset(
     tokenizer_class prefix license _commit_hash _num_labels transformers.js_config use_bfloat16 n_special
     predict_special_tokens embd_pdrop resid_pdrop attn_pdrop
     attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens sep_token_id decoder_start_token_id
+    sep_token_id
     author created_date date description comment tags datasets version url homepage citation model_name base_model
     model_id name line_by_line seed unsloth_fixed unsloth_version generator_version xla_device trust_remote_code
     is_decoder is_composition keys_to_ignore_at_inference model_parallel loss_type fp16 bf16
@@ -31,15 +28,15 @@ HARMLESS = frozenset(
     unk_token_id cls_token_id mask_token_id additional_special_tokens tokenizer_name tokenizer_type tokenizer_file
     model_max_length padding_side truncation_side add_bos_token add_eos_token add_prefix_space special_tokens_map
     max_seq_length max_sequence_length seq_length
-    max_new_tokens min_new_tokens max_time penalty_alpha guidance_scale force_words_ids constraints
-    forced_decoder_ids renormalize_logits sequence_bias eta_cutoff epsilon_cutoff min_p low_memory stop_strings
+    constraints
+    forced_decoder_ids low_memory
     num_assistant_tokens assistant_early_exit watermarking_config token_healing cache_implementation cache_config
-    output_logits encoder_repetition_penalty use_mems
+    use_mems
     badwordsids newlinemode antemplate welcome formatoptns nobreakmodel sampler_order rep_pen
     rep_pen_slope rep_pen_range temp tfs typical top_a adventure chatmode dynamicscan compat
     apply_query_key_layer_scaling use_flash_attention use_flash_attn use_sdpa fused_attention
     reorder_and_upcast_attn""".split()
-)
+) | frozenset(GENERATION_DEFAULTS)
 #: Further harmless keys: transformers' private attributes, and dropout, which is off at inference.
 PATTERN = r"_[a-z]\w*|(?:\w+_)?(?:dropout|pdrop|layerdrop)(?:_(?:p|prob|rate))?"
 #: Features not implemented for any family → the value that switches them off.
@@ -130,7 +127,7 @@ def vocabulary(size: int, *, tied: bool, bos: int | None, eos: int | None) -> tu
         Key("vocab_size", "vocab_size", WHOLE, size),
         Key("tie_word_embeddings", "tied_head", FLAG, tied),
         Key("bos_token_id", "bos_token_id", TOKEN, bos),
-        Key("eos_token_id", "eos_token_id", TOKEN, eos),
+        Key("eos_token_id", "eos_token_id", TOKENS, eos),
         Key("pad_token_id", "pad_token_id", TOKEN, None),
     )
 

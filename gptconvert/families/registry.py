@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from gptconvert.containers.json import read_json_object
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.families import codegen, gpt1, gpt2, gpt_neo, gpt_neox, gptj
 from gptconvert.families.family import Family, trim_vocabulary
 from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.edits import edit_config
+from gptconvert.model.generation import GENERATION_CONFIG, SpecialIds, ids_outside, moved_settings, special_ids
 from gptconvert.model.options import Options
 from gptconvert.model.resolution import find_prefix, resolve
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor
+from reference_model.config import GPTConfig
 
 FAMILIES: tuple[Family, ...] = (
     gpt1.FAMILY,
@@ -24,6 +27,9 @@ FAMILIES: tuple[Family, ...] = (
     gpt_neox.FAMILY,
     codegen.FAMILY,
 )
+
+#: Limit on generation_config.json.
+MAX_JSON_BYTES = 16 << 20
 
 __all__ = ["FAMILIES", "Family", "Options", "family_of", "understand"]
 
@@ -86,6 +92,7 @@ def understand(source: Source, options: Options) -> Checkpoint:
         config, carried, notes = family.read_config(source.scheme, source.config, source.config_path, named, options)
         tensors = named if source.run is None else cut(scheme, config, source.run)
         resolved = resolve(scheme, config, tensors, path=source.path)
+        generation, special = _generation(source, config, carried)
     except InputError as error:
         others = [other.name for other in _fitting(source) if other is not family]
         if others:
@@ -94,8 +101,10 @@ def understand(source: Source, options: Options) -> Checkpoint:
     found = replace(named, tensors=resolved.tensors, notes=(*named.notes, *resolved.notes))
     weights = resolved.weights
     if options.trim_vocab is not None:
-        config, weights, trimmed = trim_vocabulary(config, weights, options.trim_vocab)
+        kept = [i for i in (special.bos, *special.eos, special.pad, config.pad_token_id) if i is not None]
+        config, weights, trimmed = trim_vocabulary(config, weights, options.trim_vocab, kept)
         notes = [*notes, *trimmed]
+    notes = [*notes, *_outside(config, carried, generation)]
     return Checkpoint(
         config=config,
         weights=weights,
@@ -103,9 +112,37 @@ def understand(source: Source, options: Options) -> Checkpoint:
         prefix=resolved.prefix,
         dropped={**resolved.dropped, **named.ignored},
         carried=carried,
+        generation=generation,
+        special_ids=special,
         notes=(*source.notes, *found.notes, *notes, *_mixed_types(weights)),
         options=options,
     )
+
+
+def _generation(
+    source: Source, config: GPTConfig, carried: Mapping[str, object]
+) -> tuple[dict[str, object], SpecialIds]:
+    """The content of generation_config.json, and the special ids.
+
+    Raises:
+        InputError: the source's generation_config.json is malformed.
+    """
+    path = source.tokenizer.get(GENERATION_CONFIG)  # sources list it among their tokenizer files
+    stated = {**carried, "pad_token_id": config.pad_token_id}
+    if path is None:
+        special = special_ids((stated, source.config_path))
+        return {**moved_settings(carried), **special.as_json()}, special
+    own = read_json_object(path, MAX_JSON_BYTES, GENERATION_CONFIG)
+    return own, special_ids((own, path), (stated, source.config_path))
+
+
+def _outside(config: GPTConfig, *files: Mapping[str, object]) -> list[str]:
+    """A note on each special id outside the vocabulary."""
+    size, pad = config.vocab_size, {"pad_token_id": config.pad_token_id}
+    return [
+        f"{key} {token} is outside the vocabulary (ids 0 to {size - 1}): the model can neither read nor generate it"
+        for key, token in ids_outside(size, *files, pad)
+    ]
 
 
 def _mixed_types(weights: Mapping[str, LazyTensor]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -15,20 +15,21 @@ import numpy as np
 
 from gptconvert.errors import InputError, UsageError
 from gptconvert.generate.sampling import Sampling, choose
+from gptconvert.model.generation import GENERATION_CONFIG, SpecialIds, special_ids
 from gptconvert.targets.context import context_length
 from gptconvert.targets.registry import RUNTIMES, target_named
 from gptconvert.targets.target import Runtime
 
 
 def continuation(
-    runtime: Runtime, prompt: Sequence[int], sampling: Sampling, stop: int | None = None
+    runtime: Runtime, prompt: Sequence[int], sampling: Sampling, stops: Container[int] = ()
 ) -> Iterator[int]:
-    """Yield new token ids until ``stop``, the limit of ``sampling``, or the end of the context."""
+    """Yield new token ids until one of ``stops``, the limit of ``sampling``, or the end of the context."""
     random = np.random.default_rng(sampling.seed)
     ids: Sequence[int] = prompt
     for _ in range(min(sampling.max_new_tokens, runtime.n_ctx - len(prompt))):
         token = choose(runtime.step(ids), sampling, random)
-        if token == stop:
+        if token in stops:
             return
         yield token
         ids = [token]
@@ -53,7 +54,7 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     """Continue ``prompt`` with the model exported to ``directory``, run by ``runtime``: a key of ``RUNTIMES``.
 
     Raises:
-        InputError: the directory lacks the artifact, config.json or tokenizer.json, or one of them is broken.
+        InputError: the directory lacks the artifact, config.json or tokenizer.json, or one of its files is broken.
         UnsupportedError: the runtime is not installed, or the model cannot generate.
         UsageError: the prompt is empty or fills the context.
     """
@@ -69,10 +70,9 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     except Exception as error:
         raise InputError(f"not a tokenizer: {error}", path=tokenizer_path) from error
     ids = tokenizer.encode(prompt).ids
-    eos = config.get("eos_token_id")
-    stop = eos if isinstance(eos, int) else None
-    if not ids and stop is not None:
-        ids = [stop]  # GPT-2 begins each text after the end of another
+    special = _special_ids(directory, config)
+    if not ids:  # GPT-2 begins each text after the end of another
+        ids = [token for token in (special.bos, *special.eos) if token is not None][:1]
     if not ids:
         raise UsageError("the prompt is empty, and the model has no token to start with")
     n_ctx = context_length(config)
@@ -84,7 +84,7 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     def pieces() -> Iterator[str]:
         shown = text = tokenizer.decode(ids, skip_special_tokens=False)
         with closing(loaded):
-            for token in continuation(loaded, ids, sampling, stop):
+            for token in continuation(loaded, ids, sampling, special.eos):
                 new.append(token)
                 # Decode the prompt too: GPT-1 puts a space before a word unless it begins the text.
                 text = tokenizer.decode([*ids, *new], skip_special_tokens=False)
@@ -104,6 +104,13 @@ def _load(directory: str, config: Mapping[str, object], runtime: str) -> Runtime
     if load is None:
         raise UsageError(f"{RUNTIMES[runtime]} exports cannot be run", item="--runtime")
     return load(directory, config)
+
+
+def _special_ids(directory: str, config: Mapping[str, object]) -> SpecialIds:
+    """The ids of generation_config.json, if there is one, and of config.json."""
+    path = os.path.join(directory, GENERATION_CONFIG)
+    own = _read_json(path) if os.path.isfile(path) else {}
+    return special_ids((own, path), (config, os.path.join(directory, "config.json")))
 
 
 def _read_json(path: str) -> Mapping[str, object]:

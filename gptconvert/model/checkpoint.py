@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gptconvert.model.generation import SpecialIds
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor
@@ -21,7 +22,9 @@ class Checkpoint:
         source: the source, under its original names and with every tensor whole.
         prefix: prefix of the tensor names in the file.
         dropped: tensor name in the file → why it is not needed.
-        carried: harmless keys of the source's config.json, copied to the exported one.
+        carried: harmless keys and special ids of the source's config.json, copied to the exported one.
+        generation: generation_config.json: the source's, or else the settings of its config.json.
+        special_ids: the ids that generation uses.
         notes: decisions that the user should know, one sentence each.
         options: the options it was opened with.
     """
@@ -32,6 +35,8 @@ class Checkpoint:
     prefix: str = ""
     dropped: Mapping[str, str] = field(default_factory=dict)
     carried: Mapping[str, object] = field(default_factory=dict)
+    generation: Mapping[str, object] = field(default_factory=dict)
+    special_ids: SpecialIds = field(default_factory=SpecialIds)
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
 

@@ -64,6 +64,17 @@ def _token(key: str, value: object) -> object:
     return _whole_or_null(key, value[0] if isinstance(value, list) and value else value)
 
 
+def _tokens(key: str, value: object) -> tuple[object, ...]:
+    listed = value if isinstance(value, list) else [value]
+    if not all(map(_is_whole, listed)):
+        raise wrong(key, "a token id, a list of token ids or null", value)
+    return tuple(listed)
+
+
+def _plain_tokens(ids: tuple[int, ...] | None) -> object:
+    return list(ids) if ids is not None and len(ids) > 1 else next(iter(ids or ()), None)
+
+
 def _number(key: str, value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise wrong(key, "a finite number", value)
@@ -84,8 +95,10 @@ POSITIVE: Final = Kind(_positive)
 OPTIONAL_WHOLE: Final = Kind(_whole_or_null, nullable=True)
 #: A size; null or 0 means the default.
 SIZE: Final = Kind(_size, nullable=True)
-#: A token id or null. From a list (several end tokens), the first is used.
+#: A token id or null. From a list, the first is used.
 TOKEN: Final = Kind(_token, nullable=True)
+#: Token ids: one, a list or null. One is written as a number, none as null.
+TOKENS: Final = Kind(_tokens, _plain_tokens, nullable=True)
 #: A finite number.
 NUMBER: Final = Kind(_number)
 #: A string.

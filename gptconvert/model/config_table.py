@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError
-from gptconvert.model.config_kinds import Kind, wrong
+from gptconvert.model.config_kinds import TOKEN, TOKENS, Kind, wrong
 from reference_model.config import ConfigError, GPTConfig
 
 T = TypeVar("T")
@@ -25,6 +25,8 @@ Values = Mapping[str, Any]
 #: Default of a required key.
 REQUIRED: Final = object()
 FIELDS: Final = frozenset(field.name for field in dataclasses.fields(GPTConfig))
+#: Special ids, which do not affect the architecture: carried over in the file's terms.
+SPECIAL_IDS: Final[Mapping[str, Kind]] = {"bos_token_id": TOKEN, "eos_token_id": TOKENS}
 #: One more than the layer limit of a configuration, so that a damaged count is rejected before it exhausts memory.
 MAX_LAYERS: Final = 10_001
 
@@ -71,7 +73,8 @@ class ConfigTable:
         pattern: regular expression of further harmless keys.
         unused: key of a feature that is not implemented → the value that switches it off, the only one accepted.
         writes: harmless or unused key → value to write if none is carried over.
-        derived: field of :class:`GPTConfig` → function of the values read. Overrides :data:`USUAL`.
+        derived: field of :class:`GPTConfig`, or one of :data:`SPECIAL_IDS` → function of the values read. Overrides
+            :data:`USUAL`.
     """
 
     keys: tuple[Key, ...]
@@ -164,6 +167,12 @@ class Reading:
         }
         return {**harmless, **words}
 
+    def special_ids(self, config: GPTConfig) -> dict[str, object]:
+        """:data:`SPECIAL_IDS` as config.json states them, null if unknown. ``config`` is that of :meth:`config`."""
+        known = {**self.values, **vars(config)}
+        stated = {name: kind.write(self.values.get(name)) for name, kind in SPECIAL_IDS.items()}
+        return stated | {name: derive(known) for name, derive in self.table.derived.items() if name in SPECIAL_IDS}
+
     def config(self, **decided: object) -> GPTConfig:
         """The configuration; ``decided`` adds to or overrides the values read.
 
@@ -173,7 +182,8 @@ class Reading:
         """
         known = {**self.values, **decided}
         with _in_file(self.path):
-            derived = {name: derive(known) for name, derive in {**USUAL, **self.table.derived}.items()}
+            functions = {**USUAL, **self.table.derived}
+            derived = {name: derive(known) for name, derive in functions.items() if name in FIELDS}
             config = GPTConfig(**{**{name: known[name] for name in FIELDS & known.keys()}, **derived})
             self._refuse_unknown()
         return config
@@ -202,8 +212,10 @@ def _value(key: Key, raw: Mapping[str, object], default: object, values: Values)
     value = raw[found[0]] if found else default(values) if callable(default) else default
     if value is None and (key.kind.nullable or not found):
         return None
-    if value is None or value is REQUIRED:
+    if value is REQUIRED:
         raise InputError("required key is missing", item=key.name)
+    if value is None:
+        raise InputError("the value must not be null", item=found[0])
     return key.kind.read(found[0] if found else key.name, value)
 
 

@@ -5,6 +5,7 @@ Both files are reproducible: they contain no dates, directories or host names.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,7 @@ def manifest_files(
         "libraries": {name: metadata.version(name) for name in recipe.libraries},
         "source": _source(checkpoint, written.sources),
         "config": checkpoint.config.as_dict(),
+        "special_ids": dataclasses.asdict(checkpoint.special_ids),
         "targets": sorted(recipe.targets),
         "options": dict(recipe.options),
         "files": [{"path": f.path, "size": f.nbytes, "sha256": f.sha256} for f in files],

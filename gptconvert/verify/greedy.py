@@ -6,14 +6,14 @@ ties: where two tokens score alike within rounding noise, either is right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from gptconvert.model.generation import SpecialIds
 from gptconvert.model.tensors import Array
 from gptconvert.verify.probes import Integers
-from reference_model.config import GPTConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +38,15 @@ class Continuation:
         real = self.attention_mask[:, : start + i] != 0
         return np.asarray(real.shape[1] - 1 - real[:, ::-1].argmax(1), np.int64)
 
-    def ended(self, eos: int | None) -> Array:
+    def ended(self, stops: Sequence[int]) -> Array:
         """[B, n + 1]: whether each row had ended before each new token, and after the last."""
-        hits = self.input_ids[:, -self.new :] == (-1 if eos is None else eos)  # (B, n)
+        hits = np.isin(self.input_ids[:, -self.new :], np.asarray(stops, np.int64))  # (B, n)
         return np.concatenate((np.zeros_like(hits[:, :1]), hits), 1).cumsum(1) > 0
 
-    def unlikely(self, logits: Array, config: GPTConfig, allowed: float) -> Iterator[str]:
+    def unlikely(self, logits: Array, special: SpecialIds, allowed: float) -> Iterator[str]:
         """New tokens that ``logits`` [B, S + n, V] rule out; after the end only padding is allowed."""
-        rows, ended = np.arange(len(self.input_ids)), self.ended(config.eos_token_id)
-        filler = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        rows, ended = np.arange(len(self.input_ids)), self.ended(special.eos)
+        filler = special.filler(logits.shape[-1])
         for i in range(self.new):
             token = self.input_ids[:, i - self.new]  # (B)
             scores = logits[rows, self.last_seen(i)].astype(np.float64)  # (B, V)

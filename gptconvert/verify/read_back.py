@@ -17,7 +17,7 @@ from gptconvert.verify.report import ArtifactReport
 from gptconvert.verify.weights import Pair, WeightReport, compare
 
 #: Keys that do not affect logits and that some formats cannot store.
-NOT_COMPARED = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+NOT_COMPARED = frozenset({"pad_token_id"})
 
 
 def compare_checkpoints(

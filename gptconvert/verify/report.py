@@ -89,6 +89,25 @@ class ArtifactReport:
 
 
 @dataclass
+class PackageReport:
+    """The files beside the artifacts of an existing directory: checksums, configuration, tokenizer.
+
+    Attributes:
+        files: those compared.
+        problems: differences from the checkpoint's.
+        notes: for the user, one sentence each.
+    """
+
+    files: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values."""
+        return {"ok": not self.problems, "files": list(self.files), "problems": list(self.problems)}
+
+
+@dataclass
 class Report:
     """A whole verification.
 
@@ -96,16 +115,19 @@ class Report:
         level: ``default`` or ``full``.
         artifacts: one report each.
         notes: for the user, one sentence each.
+        package: the files beside the artifacts; None if they were not compared.
     """
 
     level: str
     artifacts: list[ArtifactReport] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    package: PackageReport | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether all artifacts passed; false if there are none."""
-        return bool(self.artifacts) and all(artifact.ok for artifact in self.artifacts)
+        """Whether the package and all artifacts passed; false if there are no artifacts."""
+        agrees = self.package is None or not self.package.problems
+        return bool(self.artifacts) and agrees and all(artifact.ok for artifact in self.artifacts)
 
     def as_dict(self, *, figures: bool = True) -> dict[str, object]:
         """Plain values for JSON.
@@ -123,6 +145,7 @@ class Report:
                 "floor_roundings": FLOOR_ROUNDINGS,
                 "yardstick": "reference model in the computing type, against the same in float64",
             },
+            **({} if self.package is None else {"package": self.package.as_dict()}),
             "artifacts": [artifact.as_dict(figures) for artifact in self.artifacts],
         }
 
@@ -133,7 +156,8 @@ class Report:
             verbose: show every probe group; a failed verification always does.
         """
         verbose = verbose or not self.passed
-        lines = [line for artifact in self.artifacts for line in _artifact_lines(artifact, verbose)]
+        lines = [] if self.package is None else _package_lines(self.package)
+        lines += [line for artifact in self.artifacts for line in _artifact_lines(artifact, verbose)]
         verdict = "verified" if self.passed else "VERIFICATION FAILED" if self.artifacts else "nothing to verify"
         return "\n".join([*lines, verdict])
 
@@ -146,6 +170,13 @@ def _group_dict(group: Group, figures: bool) -> dict[str, object]:
     measures = {m.tensor: m.as_dict() for i, m in enumerate(shown) if m is not None and (i < 2 or not m.ok)}
     similarity = {"similarity": group.similarity.as_dict()} if group.similarity.tokens else {}
     return {**fields, "problems": list(group.problems), "measures": list(measures.values()), **similarity}
+
+
+def _package_lines(package: PackageReport) -> list[str]:
+    if not package.files:
+        return []
+    verdict = f"disagree{_mark(False)}" if package.problems else "agree"
+    return [f"checksums, configuration and tokenizer: {len(package.files)} files {verdict}", *_some(package.problems)]
 
 
 def _artifact_lines(artifact: ArtifactReport, verbose: bool) -> list[str]:

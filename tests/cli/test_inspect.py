@@ -26,7 +26,8 @@ def config(**changes: Any) -> dict[str, str]:
         "attn_scale": (8**-0.5,) * layers,
         "attn_window": (None,) * layers,
     }
-    return dict(config_summary(GPTConfig(**fields | changes).as_dict()))
+    ids = {"bos": None, "eos": changes.pop("eos", ()), "pad": None}
+    return dict(config_summary(GPTConfig(**fields | changes).as_dict(), ids))
 
 
 def test_gpt2_fits_a_screen(capsys: Any) -> None:
@@ -80,7 +81,8 @@ def test_layer_names_of_other_trainers_are_folded(capsys: Any) -> None:
         ({"residual": "parallel"}, "layers", "2, each attention and MLP in parallel"),
         ({}, "width", "24, 3 heads of 8, MLP of 56"),
         ({}, "context", "40 tokens"),
-        ({"eos_token_id": 96}, "vocabulary", "97 tokens, eos 96"),
+        ({"eos": (96,)}, "vocabulary", "97 tokens, eos 96"),
+        ({"eos": (96, 62)}, "vocabulary", "97 tokens, eos 96 or 62"),
         ({}, "activation", "GELU (tanh approximation)"),
         ({"activation": "relu"}, "activation", "relu"),
         ({}, "positions", "learned"),

@@ -94,7 +94,7 @@ def configs(draw: Draw, name: str, tasks: bool = True) -> GPTConfig:
             "tied_head": draw(st.booleans()),
             "task": task,
             "n_labels": labels,
-            **{key: draw(TOKENS) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+            "pad_token_id": draw(TOKENS),
             **family.fixed,
             **VARIED[name](draw, sizes),
         }

@@ -99,7 +99,7 @@ def test_missing_sizes_have_transformers_defaults(family: str) -> None:
     import transformers
 
     kind = getattr(transformers, family_named(family).heads["text-generation"]).config_class()
-    made = family_named(family).read_config("hf", {"model_type": TYPES[family]}, None, {}, Options())[0]
+    made, carried, _ = family_named(family).read_config("hf", {"model_type": TYPES[family]}, None, {}, Options())
     assert made.vocab_size == kind.vocab_size
     assert made.n_ctx == kind.max_position_embeddings
     assert (made.n_embd, made.n_layer, made.n_head) == (
@@ -107,7 +107,7 @@ def test_missing_sizes_have_transformers_defaults(family: str) -> None:
         kind.num_hidden_layers,
         kind.num_attention_heads,
     )
-    assert (made.bos_token_id, made.eos_token_id) == (kind.bos_token_id, kind.eos_token_id)
+    assert (carried["bos_token_id"], carried["eos_token_id"]) == (kind.bos_token_id, kind.eos_token_id)
     assert made.tied_head == kind.tie_word_embeddings
 
 
@@ -233,9 +233,21 @@ def test_neo_invalid_windows_of_local_layers_are_rejected(window: object) -> Non
 
 def test_gptj_rotary_dim() -> None:
     assert config("gptj").rotary == Rotary(4, interleaved=True)
-    for wrong in (None, 0, 3, 10, -2):
+    for wrong in (0, 3, 10, -2):
         with pytest.raises(InputError):
             read("gptj", rotary_dim=wrong)
+
+
+def test_gptj_rotary_dim_null_rotates_the_whole_head() -> None:
+    """transformers 4 runs such a model with a single head only; 5 needs the number, which is written."""
+    made = config("gptj", rotary_dim=None, n_head=1)
+    assert made.rotary == Rotary(made.n_embd, interleaved=True)
+    assert written("gptj", made)["rotary_dim"] == made.n_embd
+    with pytest.raises(UnsupportedError, match="single head") as error:
+        read("gptj", rotary_dim=None)
+    assert error.value.item == "rotary_dim"
+    with pytest.raises(InputError, match="must not be null"):
+        read("codegen", rotary_dim=None)
 
 
 def test_gptj_keys_without_effect() -> None:

@@ -17,7 +17,7 @@ from gptconvert.families.family import Family, ReadConfig
 from gptconvert.families.keys import ACTIVATION, SUMMARY_KEYS
 from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.model.config_kinds import SIZE, TOKEN
-from gptconvert.model.config_table import FIELDS, USUAL, ConfigTable, Key
+from gptconvert.model.config_table import FIELDS, SPECIAL_IDS, USUAL, ConfigTable, Key
 from gptconvert.model.options import Options
 from reference_model.config import GPTConfig
 from tests.families.configs import VARIED, any_config, configs
@@ -32,6 +32,8 @@ JSON = (
     | st.text("ab", max_size=3)
     | st.lists(st.integers(0, 9), max_size=2)
 )
+IDS = st.integers(-1, 200)
+SEVERAL_IDS = st.lists(IDS, min_size=2, max_size=3)
 #: Activation → other names of the same formula.
 SYNONYMS = {
     "gelu_new": ("gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"),
@@ -52,9 +54,12 @@ def read(family: Family, raw: dict[str, object], task: str) -> ReadConfig:
 def test_written_configurations_round_trip(name: str, data: Any) -> None:
     config = data.draw(configs(name))
     family = family_named(name)
-    found = read(family, family.write_config(config, {}), config.task)
+    ids = {"bos_token_id": data.draw(st.none() | IDS), "eos_token_id": data.draw(st.none() | IDS | SEVERAL_IDS)}
+    written = family.write_config(config, ids)
+    found = read(family, written, config.task)
     assert found.config == config
-    assert family.write_config(found.config, found.carried) == family.write_config(config, {})
+    assert {key: found.carried[key] for key in ids} == ids
+    assert family.write_config(found.config, found.carried) == written
 
 
 def respelled(draw: Any, family: Family, config: GPTConfig) -> dict[str, object]:
@@ -151,5 +156,5 @@ def test_every_field_is_set(table: ConfigTable) -> None:
     """Derived fields exist, and each field is set by only one key."""
     fields = [key.field for key in table.keys if key.field is not None]
     assert len(fields) == len(set(fields))
-    assert {*table.derived, *USUAL} <= FIELDS
+    assert {*table.derived, *USUAL} <= FIELDS | SPECIAL_IDS.keys()
     assert {"n_ctx", "n_embd", "n_layer", "n_head"} <= {*fields}

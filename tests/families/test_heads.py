@@ -49,9 +49,53 @@ def test_without_architectures_the_task_comes_from_the_tensors(case: Case, direc
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_body_with_a_tied_head_is_a_language_model(family: Any, directory: Path) -> None:
+    """Unless ``architectures`` names the bare model."""
     raw, arrays = saved(Case(family.name, BODY), directory)
     tied = family.name in ("gpt1", "gpt2", "gpt_neo")
+    del raw["architectures"]
     assert checkpoint_of(raw, arrays).config.task == ("text-generation" if tied else BODY)
+    assert not checkpoint_of(raw, arrays).notes
+
+
+@pytest.mark.parametrize("prefix", ["", "TF", "Flax"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_bare_architecture_is_exported_bare(family: Any, prefix: str, directory: Path) -> None:
+    raw, arrays = saved(Case(family.name, BODY), directory)
+    raw["architectures"] = [f"{prefix}{family.heads[BODY]}"]
+    for tied in (False, True):
+        checkpoint = checkpoint_of({**raw, "tie_word_embeddings": tied}, arrays)
+        assert checkpoint.config.task == BODY
+        assert not checkpoint.notes
+    if family.name in ("gpt1", "gpt2", "gpt_neo"):
+        checkpoint = checkpoint_of(raw, arrays, request=Options(task="text-generation"))
+        assert checkpoint.config.task == "text-generation"
+        (note,) = checkpoint.notes
+        assert family.heads[BODY] in note and family.heads["text-generation"] in note
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_leaving_out_the_head_of_a_language_model_is_noted(family: Any, directory: Path) -> None:
+    raw, arrays = saved(Case(family.name), directory)
+    (note,) = checkpoint_of(raw, arrays, request=Options(task=BODY)).notes
+    assert family.heads["text-generation"] in note
+    raw["architectures"] = [family.heads[BODY]]
+    checkpoint = checkpoint_of(raw, arrays)
+    assert checkpoint.config.task == BODY
+    stored = family.name in ("gptj", "gpt_neox", "codegen")
+    assert [("--task text-generation" in note) for note in checkpoint.notes] == [True] * stored
+    assert not checkpoint_of(raw, arrays, request=Options(task=BODY)).notes
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen"])
+def test_a_tied_body_without_the_heads_bias_is_bare(family: str, directory: Path) -> None:
+    """The head has a bias, so a language model is not stored as its body alone."""
+    raw, arrays = saved(Case(family, BODY), directory)
+    raw |= {"tie_word_embeddings": True, "architectures": None}
+    assert checkpoint_of(raw, arrays).config.task == BODY
+    with pytest.raises(UnsupportedError, match="no head for text-generation"):
+        checkpoint_of(raw, arrays, request=Options(task="text-generation"))
+    arrays["lm_head.bias"] = np.zeros(raw["vocab_size"], np.float32)
+    assert checkpoint_of(raw, arrays).config.task == "text-generation"
 
 
 @pytest.mark.parametrize("case", HEADED, ids=str)
@@ -62,7 +106,7 @@ def test_the_body_can_be_exported_alone(case: Case, directory: Path) -> None:
     body = {n: w.read().tobytes() for n, w in checkpoint.weights.items()}
     heads = {name for name in arrays if "embed" not in name and (name.count(".") < 2 or "multiple" in name)}
     heads |= {name for name in arrays if name.startswith("embed_out")}
-    kept = {"lm_head.weight"} if (case.family, case.task) == ("gpt1", "multiple-choice") else set()
+    kept = {"lm_head.weight"} if (case.family, case.task) == ("gpt1", "multiple-choice") else set()  # the embedding
     if case.task != "text-generation" or case.family in ("gptj", "gpt_neox"):
         assert set(checkpoint.dropped) == heads - kept
         assert all("head" in why for why in checkpoint.dropped.values())

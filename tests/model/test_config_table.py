@@ -16,6 +16,7 @@ from gptconvert.model.config_kinds import (
     SIZE,
     TEXT,
     TOKEN,
+    TOKENS,
     WHOLE,
     Kind,
     choice,
@@ -91,7 +92,7 @@ def test_names_of_one_key_must_agree() -> None:
 def test_errors_use_the_key_name_in_the_file() -> None:
     assert rejected(InputError, width=..., hidden="6").item == "hidden"
     assert rejected(InputError, width=...).item == "width"
-    assert rejected(InputError, width=None).message == "required key is missing"
+    assert rejected(InputError, width=None).message == "the value must not be null"
     assert rejected(InputError, heads=None).item == "heads"
     assert rejected(InputError, heads=4).item == "n_head"
 
@@ -149,8 +150,20 @@ def test_kinds(kind: Kind, accepted: dict[Any, object], wrong: tuple[object, ...
         assert error.value.item == "key"
 
 
-def test_the_first_of_several_end_tokens_is_used() -> None:
+def test_the_first_of_several_tokens_is_used() -> None:
     assert TOKEN.read("key", [4, 5]) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "ids", "written"), [(4, (4,), 4), ([4, 5], (4, 5), [4, 5]), ([4], (4,), 4), ([], (), None)]
+)
+def test_end_tokens(value: object, ids: tuple[int, ...], written: object) -> None:
+    assert TOKENS.read("key", value) == ids
+    assert TOKENS.write(ids) == written
+    assert TOKENS.write(None) is None
+    for wrong in (True, "3", [3, None], [[3]], 1.5):
+        with pytest.raises(InputError):
+            TOKENS.read("key", wrong)
 
 
 def test_the_first_word_of_a_choice_is_written() -> None:

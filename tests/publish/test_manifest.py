@@ -80,6 +80,7 @@ def test_describes_source_options_and_versions(tmp_path: Path, out: Path) -> Non
     assert manifest["targets"] == ["onnx", "safetensors"]
     assert manifest["options"] == {"opset": 21, "dtype": None}
     assert manifest["config"]["n_embd"] == 24
+    assert manifest["special_ids"] == {"bos": 96, "eos": [96], "pad": None}
     assert manifest["verification"] == {"passed": True}
     source = manifest["source"]
     assert (source["scheme"], source["repo"], source["revision"]) == ("openai-tf", "org/name", "0123abcd")

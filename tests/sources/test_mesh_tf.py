@@ -14,6 +14,7 @@ import pytest
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
 from gptconvert.families.registry import family_named, understand
 from gptconvert.model.dtypes import BFLOAT16
+from gptconvert.model.generation import SpecialIds
 from gptconvert.model.options import Options
 from gptconvert.model.schemes import Row, write_names
 from gptconvert.sources import mesh_tf, openai_tf
@@ -40,7 +41,7 @@ def test_only_slots_and_counters_are_dropped() -> None:
     assert len(checkpoint.dropped) == 7
     assert all("adam_" in name or name == "global_step" for name in checkpoint.dropped)
     assert checkpoint.config.attn_window == (None, 5, 5)
-    assert checkpoint.config.eos_token_id == 96
+    assert checkpoint.special_ids == SpecialIds(96, (96,))
     assert not checkpoint.notes
 
 

@@ -159,7 +159,7 @@ def test_gpt2s_tokenizer_is_suggested_and_used(tmp_path: Path) -> None:
     changes = {"vocab_size": 50304, "n_embd": 3, "n_layer": 1}
     save(tmp_path / "ckpt.pt", foreign.nanogpt_state(arrays), **changes)
     checkpoint = opened(tmp_path)
-    assert checkpoint.config.eos_token_id == 50256
+    assert checkpoint.special_ids.eos == (50256,)
     assert any("GPT-2's tokenizer" in note for note in checkpoint.notes)
     (tmp_path / "encoder.json").write_text("{}")
     (tmp_path / "vocab.bpe").write_text("")

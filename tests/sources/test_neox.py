@@ -44,7 +44,7 @@ def test_configurations_are_understood() -> None:
     assert (pipeline.residual, pipeline.activation, pipeline.tied_head) == ("parallel", "gelu_tanh", False)
     assert (sequential.residual, sequential.activation, sequential.tied_head) == ("serial", "gelu_erf", True)
     assert pipeline.rotary == sequential.rotary
-    assert (pipeline.eos_token_id, sequential.eos_token_id) == (0, None)
+    assert [understood(path).special_ids.eos for path in (PIPELINE, SEQUENTIAL)] == [(0,), ()]
     assert "tanh GELU" in understood(PIPELINE).notes[-1]
 
 

@@ -55,7 +55,7 @@ HEADER = table(
 
 def read(given: ConfigInput) -> ReadConfig:
     """Read the configuration from the file's header."""
-    return ReadConfig(given.config(HEADER.read(given.raw, given.path)), {}, [])
+    return given.read(HEADER.read(given.raw, given.path))
 
 
 LAYOUT = Layout(LLMC, read)

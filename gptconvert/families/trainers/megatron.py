@@ -115,7 +115,7 @@ def read(given: ConfigInput) -> ReadConfig:
             expected=width // heads,
             found=channels,
         )
-    return ReadConfig(given.config(reading, n_head=heads, activation=activation), {}, [*notes, *how])
+    return given.read(reading, [*notes, *how], n_head=heads, activation=activation)
 
 
 def _activation(given: ConfigInput, reading: Reading) -> tuple[str, list[str]]:

@@ -106,7 +106,7 @@ PARAMS = table(
 def read(given: ConfigInput) -> ReadConfig:
     """Read the training configuration (JSON); without it, use that of the released model."""
     raw, notes = (given.raw, []) if given.raw else _released(given.tensors)
-    return ReadConfig(given.config(PARAMS.read(raw, given.path)), {}, notes)
+    return given.read(PARAMS.read(raw, given.path), notes)
 
 
 def _released(tensors: Mapping[str, LazyTensor]) -> tuple[Mapping[str, object], list[str]]:

@@ -134,7 +134,7 @@ def read(given: ConfigInput) -> ReadConfig:
         return read_config_json(given)
     reading = PARAMS.read(given.raw, given.path)
     vocabulary, notes = _with_padding(reading.values["vocab_size"], given.tensors)
-    return ReadConfig(given.config(reading, vocab_size=vocabulary), {}, notes)
+    return given.read(reading, notes, vocab_size=vocabulary)
 
 
 def _with_padding(vocabulary: int, tensors: Mapping[str, LazyTensor]) -> tuple[int, list[str]]:

@@ -64,7 +64,7 @@ def read(given: ConfigInput) -> ReadConfig:
             "nanoGPT's files do not record which GELU the model was trained with: erf is assumed, nanoGPT's since "
             "June 2023 (for older models: --activation tanh)"
         )
-    return ReadConfig(config, {}, notes)
+    return ReadConfig(config, reading.special_ids(config), notes)
 
 
 def _is_tied(given: ConfigInput, prefix: str) -> bool:

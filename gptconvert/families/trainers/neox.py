@@ -297,11 +297,11 @@ def read(given: ConfigInput) -> ReadConfig:
         )
     vocabulary = _rows(given.tensors, "word_embeddings.weight") or 0
     inner = _rows(given.tensors, *(f"{name}.weight".replace("{i}", "0") for name in (UP, NEW_UP))) or None
-    config = given.config(reading, vocab_size=vocabulary, n_inner=inner)
     fused = (
         "bias_gelu_fusion selects the tanh GELU, which is used here; Pythia's files on the hub select the erf GELU"
     )
-    return ReadConfig(config, {}, [fused] if _is_fused(reading.values) else [])
+    notes = [fused] if _is_fused(reading.values) else []
+    return given.read(reading, notes, vocab_size=vocabulary, n_inner=inner)
 
 
 def _rows(tensors: Mapping[str, LazyTensor], *names: str) -> int | None:

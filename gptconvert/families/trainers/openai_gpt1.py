@@ -62,7 +62,7 @@ def read(given: ConfigInput) -> ReadConfig:
         missing = "GPT-1's files contain no configuration"
         heads, how = heads_of_width(sizes.fields["n_embd"], given.options, missing)
         notes.append(f"{missing}: sizes taken from the shapes, n_head = {heads} ({how})")
-    return ReadConfig(given.config(reading, n_head=heads), {}, notes)
+    return given.read(reading, notes, n_head=heads)
 
 
 LAYOUT = Layout(OPENAI_GPT1, read)

@@ -88,7 +88,7 @@ def read(given: ConfigInput) -> ReadConfig:
             expected=raw.get("n_head"),
             found=requested,
         )
-    return ReadConfig(given.config(HPARAMS.read(raw, given.path, defaults=sizes)), {}, notes)
+    return given.read(HPARAMS.read(raw, given.path, defaults=sizes), notes)
 
 
 def _inferred(given: ConfigInput) -> tuple[dict[str, int], list[str]]:

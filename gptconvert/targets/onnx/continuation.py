@@ -26,6 +26,7 @@ def check_continuation(
     group = Group(f"greedy as {candidate.shown_as}", tokens=continuation.new * len(continuation.input_ids))
     own = max(group.measures["logits"].most for group in groups if "logits" in group.measures)
     file, config = open_onnx(candidate.path), candidate.checkpoint.config
+    special = candidate.checkpoint.special_ids
     positions = default_positions(continuation.attention_mask, continuation.input_ids.shape[1])
     try:
         outputs = runner(file, bind(file, config), config).run(
@@ -34,5 +35,5 @@ def check_continuation(
     except RunError as error:
         group.problems.append(f"the run failed: {error}")
         return group
-    group.problems += continuation.unlikely(outputs.named["logits"], config, continuation.allowed + 2 * own)
+    group.problems += continuation.unlikely(outputs.named["logits"], special, continuation.allowed + 2 * own)
     return group

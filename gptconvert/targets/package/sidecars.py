@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from gptconvert.containers.json import dump_json, read_json_object
+from gptconvert.containers.json import dump_json
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, PlannedFile
+from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options
 from gptconvert.targets.package.tokenizer import end_token_id, tokenizer_files
-from reference_model.config import GPTConfig
 
 #: Keys about the origin of a file, and keys that are written anew.
 NOT_CARRIED = frozenset(
@@ -28,8 +28,9 @@ NOT_CARRIED = frozenset(
 )
 #: The target whose graphs config.json and genai_config.json name.
 ONNX = "onnx"
-GENERATION_CONFIG = "generation_config.json"
-MAX_JSON_BYTES = 16 << 20
+#: Written if no graph has a cache, which optimum's ``generate`` would request. transformers' ``generate`` reads only
+#: generation_config.json.
+UNCACHED: Mapping[str, object] = {"use_cache": False}
 
 
 def sidecar_files(
@@ -45,32 +46,46 @@ def sidecar_files(
         tokenizer: file name → bytes, as returned by :func:`tokenizer_files`; None to compute it here.
 
     Raises:
-        InputError: a tokenizer file or the source's generation_config.json is corrupt.
+        InputError: a tokenizer file is corrupt.
     """
     checkpoint = exports[0].checkpoint
     tokenizer = tokenizer_files(checkpoint)[0] if tokenizer is None else tokenizer
-    checkpoint = with_special_ids(checkpoint, tokenizer)
     graphs = {export.path: len(export.files) > 1 for export in exports if export.target == ONNX}
-    files = {"config.json": dump_json(config_json(checkpoint, graphs))}
-    if checkpoint.config.task == "text-generation":
-        files[GENERATION_CONFIG] = dump_json(generation_config(checkpoint))
-        if graphs and options.kv_cache:
-            files["genai_config.json"] = dump_json(genai_config(checkpoint.config, next(iter(graphs))))
+    generates = checkpoint.config.task == "text-generation"
+    uncached = bool(graphs) and generates and not options.kv_cache
+    files = {"config.json": dump_json({**config_json(checkpoint, graphs), **(UNCACHED if uncached else {})})}
+    if generates or GENERATION_CONFIG in checkpoint.source.tokenizer:
+        alone = uncached and all(export.target == ONNX for export in exports)
+        files[GENERATION_CONFIG] = dump_json({**checkpoint.generation, **(UNCACHED if alone else {})})
+    if graphs and generates and options.kv_cache:
+        files["genai_config.json"] = dump_json(genai_config(checkpoint, next(iter(graphs))))
     return tuple(PlannedFile.of_bytes(path, data) for path, data in sorted({**files, **tokenizer}.items()))
 
 
-def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes]) -> Checkpoint:
+def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes] | None = None) -> Checkpoint:
     """The checkpoint with the tokenizer's end-of-text id, unless a configuration file states one.
 
     OpenAI's hparams.json has no special ids. The family defaults to the last id of the vocabulary, which is right for
     OpenAI's vocabularies but wrong for padded ones.
+
+    Args:
+        checkpoint: as opened.
+        tokenizer: from :func:`tokenizer_files`; None to compute it if it is needed.
     """
-    if "eos_token_id" in checkpoint.source.config:
+    own = checkpoint.generation if GENERATION_CONFIG in checkpoint.source.tokenizer else None
+    if "eos_token_id" in {**checkpoint.source.config, **(own or {})}:
         return checkpoint
+    tokenizer = tokenizer_files(checkpoint)[0] if tokenizer is None else tokenizer
     end = end_token_id(checkpoint, tokenizer)
     if end is None or end >= checkpoint.config.vocab_size:
         return checkpoint
-    return replace(checkpoint, config=replace(checkpoint.config, bos_token_id=end, eos_token_id=end))
+    ids = {"bos_token_id": end, "eos_token_id": end}
+    return replace(
+        checkpoint,
+        carried={**checkpoint.carried, **ids},
+        generation={**checkpoint.generation, **ids} if own is None else own,
+        special_ids=replace(checkpoint.special_ids, bos=end, eos=(end,)),
+    )
 
 
 def config_json(checkpoint: Checkpoint, graphs: Mapping[str, bool]) -> dict[str, object]:
@@ -82,24 +97,12 @@ def config_json(checkpoint: Checkpoint, graphs: Mapping[str, bool]) -> dict[str,
     return {**written, "dtype": _dtype_name(checkpoint), **hint}
 
 
-def generation_config(checkpoint: Checkpoint) -> dict[str, object]:
-    """generation_config.json: the source's, or else the special ids.
-
-    Raises:
-        InputError: the source's file is corrupt.
-    """
-    own = checkpoint.source.tokenizer.get(GENERATION_CONFIG)  # sources list it among their tokenizer files
-    if own is not None:
-        found = read_json_object(own, MAX_JSON_BYTES, GENERATION_CONFIG)
-        return {key: value for key, value in found.items() if key not in NOT_CARRIED}
-    return _special_ids(checkpoint.config)
-
-
-def genai_config(config: GPTConfig, graph: str) -> dict[str, object]:
+def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, object]:
     """genai_config.json for onnxruntime-genai: the ONNX graph's names, and a concatenated cache."""
-    ids = _special_ids(config)
-    if "eos_token_id" in ids:
-        ids.setdefault("pad_token_id", ids["eos_token_id"])
+    config, special = checkpoint.config, checkpoint.special_ids
+    ids = special.as_json()
+    if special.eos:
+        ids.setdefault("pad_token_id", special.eos[0])
     names = ("input_ids", "attention_mask", "position_ids")
     decoder = {
         "filename": graph,
@@ -129,11 +132,6 @@ def genai_config(config: GPTConfig, graph: str) -> dict[str, object]:
     }
     search = {"do_sample": False, "max_length": config.n_ctx, "num_beams": 1, "past_present_share_buffer": False}
     return {"model": model, "search": search}
-
-
-def _special_ids(config: GPTConfig) -> dict[str, object]:
-    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {key: value for key, value in ids.items() if value is not None}
 
 
 def _dtype_name(checkpoint: Checkpoint) -> str:

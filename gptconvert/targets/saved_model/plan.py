@@ -7,6 +7,7 @@ the source into their data file as for any other target; the other files are mad
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Mapping
@@ -97,6 +98,7 @@ def build_graph(
                 "build",
                 stop,
                 config=checkpoint.config.as_dict(),
+                special=dataclasses.asdict(checkpoint.special_ids),
                 weights=described,
                 flipped=flipped,
                 xla=xla,

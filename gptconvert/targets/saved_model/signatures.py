@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from gptconvert.model.generation import SpecialIds
 from gptconvert.targets.saved_model.contract import XLA, cache_names, inputs_of, signature_names
 from gptconvert.targets.saved_model.graph import (
     KeyValue,
@@ -37,11 +38,12 @@ class Model:
 
     Attributes:
         run: ids [B, S], mask [B, T], positions [B, S], pasts → [N, D], presents.
+        special: the special ids.
         drop: leading columns dropped from ids, mask and cache when one is appended: 0, or 1 if shapes are fixed.
     """
 
-    def __init__(self, weights: Weights, config: GPTConfig, run: Body, drop: int = 0) -> None:
-        self.weights, self.config, self.run, self.drop = weights, config, run, drop
+    def __init__(self, weights: Weights, config: GPTConfig, run: Body, special: SpecialIds, drop: int = 0) -> None:
+        self.weights, self.config, self.run, self.special, self.drop = weights, config, run, special, drop
 
     def empty(self, batch: Tensor) -> list[KeyValue]:
         """A cache without tokens."""
@@ -57,14 +59,14 @@ class Model:
         return tf.concat((state[:, self.drop :], tf.expand_dims(column, 1)), 1)
 
 
-def signatures(weights: Weights, config: GPTConfig, xla: bool) -> dict[str, Any]:
+def signatures(weights: Weights, config: GPTConfig, special: SpecialIds, xla: bool) -> dict[str, Any]:
     """Traced functions by signature name; with ``xla`` also their compiled twins of fixed shape."""
     plain = functools.partial(body, weights, config)
     cache = tf.TensorSpec((None, config.n_head, None, config.head_dim), tf.float32)
     ids = tf.TensorSpec((None, None), tf.int64)
     arguments = (ids, ids, ids, [(cache, cache)] * config.n_layer)
     shared = traceable(body, weights, config, input_signature=arguments)
-    model, fixed = Model(weights, config, shared), Model(weights, config, plain, drop=1)
+    model, fixed = Model(weights, config, shared, special), Model(weights, config, plain, special, drop=1)
     return {
         name: _traced(fixed, name, jit=True) if name.endswith(XLA) else _traced(model, name)
         for name in signature_names(config, xla)
@@ -125,7 +127,7 @@ def _next_logits(model: Model, ids: Tensor, mask: Tensor, past: Sequence[KeyValu
 def generate(model: Model, inputs: Inputs) -> dict[str, Tensor]:
     """The prompt and its continuation [B, S + n]: greedy at temperature 0, else sampled, until all rows have ended.
 
-    After its end-of-text token, a row is filled with padding (or end-of-text) tokens.
+    A row ends after any of the end tokens, and is then filled with padding (or the first end token).
     """
     config, ids, mask = model.config, inputs["input_ids"], inputs["attention_mask"]
     room = config.n_ctx - tf.reduce_max(tf.reduce_sum(mask, 1))
@@ -133,14 +135,14 @@ def generate(model: Model, inputs: Inputs) -> dict[str, Tensor]:
     require(inputs["max_new_tokens"] > 0, "max_new_tokens must be at least 1")
     require(inputs["temperature"] >= 0, "temperature must not be negative")
     steps = tf.minimum(inputs["max_new_tokens"], room)
-    filler = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+    stops, filler = model.special.stops(config.vocab_size), model.special.filler(config.vocab_size)
 
     def extended(step: Tensor, ids: Tensor, mask: Tensor, done: Tensor, logits: Tensor) -> Sequence[Tensor]:
         """Choose and append one token."""
         token = choose(logits, inputs["temperature"], inputs["top_k"], tf.stack((inputs["seed"], step)))  # (B)
-        if config.eos_token_id is not None:
+        if filler is not None:
             token = tf.where(done, tf.constant(filler, tf.int64), token)
-            done = done | (token == config.eos_token_id)
+            done = done | functools.reduce(tf.logical_or, [token == stop for stop in stops])
         return step + 1, model.append(ids, token), model.append(mask, tf.ones_like(token)), done
 
     def unfinished(step: Tensor, ids: Tensor, mask: Tensor, done: Tensor, cache: Any) -> Tensor:

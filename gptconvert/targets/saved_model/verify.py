@@ -189,7 +189,7 @@ def _run(
         run.first_bad = first_bad(run.groups)
         return
     stage("running the other signatures", 0)
-    others, report.greedy = check_other_signatures(tensorflow, config, list(signatures), run.groups)
+    others, report.greedy = check_other_signatures(tensorflow, checkpoint, list(signatures), run.groups)
     run.groups.append(others)
 
 

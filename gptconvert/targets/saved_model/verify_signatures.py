@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.generation import SpecialIds
 from gptconvert.model.tensors import Array
 from gptconvert.targets.saved_model.contract import INT32, XLA, inputs_of, signature_names
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
@@ -26,7 +28,7 @@ NAME = "other signatures"
 
 
 def check_other_signatures(
-    tensorflow: TensorFlowProcess, config: GPTConfig, present: Sequence[str], groups: Sequence[Group]
+    tensorflow: TensorFlowProcess, checkpoint: Checkpoint, present: Sequence[str], groups: Sequence[Group]
 ) -> tuple[Group, Continuation | None]:
     """Check the signatures ``present`` in the loaded model, given the ``groups`` that have passed.
 
@@ -36,7 +38,8 @@ def check_other_signatures(
     allowed: dict[str, float] = {}
     for measure in (m for group in groups for m in group.measures.values()):
         allowed[measure.tensor] = max(allowed.get(measure.tensor, 0.0), 2 * measure.most)
-    check = _Check(tensorflow, config, allowed)
+    config = checkpoint.config
+    check = _Check(tensorflow, config, checkpoint.special_ids, allowed)
     group = Group(NAME)
     try:
         group.problems += check.int32()
@@ -53,8 +56,10 @@ def check_other_signatures(
 class _Check:
     """The inputs, and one method per signature."""
 
-    def __init__(self, tensorflow: TensorFlowProcess, config: GPTConfig, allowed: Mapping[str, float]) -> None:
-        self.tensorflow, self.config, self.allowed = tensorflow, config, allowed
+    def __init__(
+        self, tensorflow: TensorFlowProcess, config: GPTConfig, special: SpecialIds, allowed: Mapping[str, float]
+    ) -> None:
+        self.tensorflow, self.config, self.special, self.allowed = tensorflow, config, special, allowed
         self.random = np.random.default_rng(1)
         self.tokens = 0
         self.greedy: Continuation | None = None
@@ -141,9 +146,9 @@ class _Check:
         mask = np.concatenate((mask, np.ones_like(sequences[:, -new:])), 1)
         made = Continuation(np.concatenate((ids, sequences[:, -new:]), 1), mask, new, self.allowed["logits"])
         feeds = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
-        yield from made.unlikely(self.tensorflow.run("serving_default", feeds)["logits"], self.config, made.allowed)
+        yield from made.unlikely(self.tensorflow.run("serving_default", feeds)["logits"], self.special, made.allowed)
         room = self.config.n_ctx - mask[:, :-new].sum(1).max()
-        if new != min(NEW_TOKENS, room) and not made.ended(self.config.eos_token_id)[:, -1].all():
+        if new != min(NEW_TOKENS, room) and not made.ended(self.special.eos)[:, -1].all():
             yield f"it ended after {new} tokens"
         self.greedy = self.greedy or made
 

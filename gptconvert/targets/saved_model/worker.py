@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from gptconvert.model.generation import SpecialIds
 from gptconvert.targets.saved_model.graph import Weights
 from gptconvert.targets.saved_model.signatures import signatures
 from reference_model.config import GPTConfig, Rotary
@@ -38,12 +39,13 @@ def build(request: Mapping[str, Any]) -> dict[str, object]:
 
     gc.disable()  # takes an eighth of the time and frees nothing among the million objects of a graph
     config = config_of(request["config"])
+    special = SpecialIds(**{**request["special"], "eos": tuple(request["special"]["eos"])})
     shapes = {name: shape for name, (_, shape) in request["weights"].items()}
     variables = {name: empty_variable(name, dtype, len(shape)) for name, (dtype, shape) in request["weights"].items()}
     weights = Weights(variables, shapes, frozenset(request["flipped"]))
     root, saved = tf.Module(), os.path.join(request["directory"], "empty")
     root.weights = variables  # a flat dictionary: modules within modules take seconds to save
-    tf.saved_model.save(root, saved, signatures=signatures(weights, config, request["xla"]))
+    tf.saved_model.save(root, saved, signatures=signatures(weights, config, special, request["xla"]))
     reader = tf.train.load_checkpoint(os.path.join(saved, "variables", "variables"))
     objects = reader.get_tensor(OBJECT_GRAPH_KEY)
     graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(objects)

@@ -16,6 +16,7 @@ from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.export import Export, PlannedFile
+from gptconvert.model.generation import SpecialIds
 from gptconvert.model.options import Options
 from gptconvert.targets.onnx.plan import plan
 from gptconvert.targets.package.sidecars import sidecar_files, with_special_ids
@@ -45,6 +46,7 @@ def written(
     planned: tuple[str, ...] = ONNX,
     **options: Any,
 ) -> dict[str, bytes]:
+    checkpoint = with_special_ids(checkpoint)
     files = sidecar_files(exports(checkpoint, targets, planned), Options(**options))
     assert [file.path for file in files] == sorted(file.path for file in files)
     assert all(not file.tensors and file.nbytes == len(file.head) for file in files)
@@ -184,16 +186,102 @@ def test_generation_config_loads_and_names_the_special_ids(tmp_path: Path) -> No
 
 
 def test_generation_config_of_the_source_is_kept(tmp_path: Path) -> None:
-    own = {"eos_token_id": [96, 7], "do_sample": True, "top_k": 5, "transformers_version": "4.1.0"}
+    """In full, whatever the task; its special ids take precedence."""
+    own = {"eos_token_id": [96, 7], "do_sample": True, "top_k": 5, "transformers_version": "4.1.0", "later": {"a": 1}}
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps(own))
-    checkpoint = checkpoint_of(*tiny_gpt2(), tokenizer={path.name: str(path)})
-    del own["transformers_version"]
-    assert parsed(checkpoint, "generation_config.json") == own
-    path.write_text('{"top_k": ')
-    with pytest.raises(InputError) as caught:
-        written(checkpoint)
-    assert caught.value.path == str(path)
+    raw, arrays = tiny_gpt2(pad_token_id=3)
+    for task in ("text-generation", "feature-extraction"):
+        checkpoint = checkpoint_of(raw, arrays, tokenizer={path.name: str(path)}, request=Options(task=task))
+        assert parsed(checkpoint, "generation_config.json") == own
+        assert parsed(checkpoint, "config.json")["eos_token_id"] == 96
+        assert checkpoint.special_ids == SpecialIds(96, (96, 7), 3)
+    for broken in ('{"top_k": ', '{"eos_token_id": "</s>"}', "[]"):
+        path.write_text(broken)
+        with pytest.raises(InputError) as caught:
+            checkpoint_of(raw, arrays, tokenizer={path.name: str(path)})
+        assert caught.value.path == str(path)
+
+
+#: Files of one checkpoint: keys of config.json, and generation_config.json (None if absent).
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "plain": ({}, None),
+    "in config.json": ({"do_sample": True, "top_k": 7, "temperature": 0.7, "eos_token_id": [96, 62]}, None),
+    "defaults stated": ({"do_sample": False, "top_k": 50, "max_length": 20, "output_attentions": False}, None),
+    "unusual": ({"bad_words_ids": [[5]], "forced_eos_token_id": 9, "min_length": 4, "use_cache": False}, None),
+    "outputs": ({"output_hidden_states": True, "pad_token_id": 0}, None),
+    "no end": ({"eos_token_id": [], "bos_token_id": None}, None),
+    "both": ({"top_k": 7, "eos_token_id": 5}, {"eos_token_id": [96, 62], "pad_token_id": 62, "do_sample": True}),
+    "from transformers": (
+        {"top_k": 7},
+        {"_from_model_config": True, "eos_token_id": 96, "top_p": 0.5},
+    ),
+    "no ids": ({}, {"temperature": 0.5, "do_sample": True}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_transformers_generates_as_from_the_source(name: str, tmp_path: Path) -> None:
+    config, own = SETTINGS[name]
+    raw, arrays = tiny_gpt2(**config)
+    source, output = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    output.mkdir()
+    (source / "config.json").write_text(json.dumps(raw))
+    tokenizer = {}
+    if own is not None:
+        tokenizer = {"generation_config.json": str(source / "generation_config.json")}
+        (source / "generation_config.json").write_text(json.dumps(own))
+    write_planned(output, sidecar_files(exports(checkpoint_of(raw, arrays, tokenizer=tokenizer)), Options()))
+    assert settings_of(output) == settings_of(source)
+
+
+def settings_of(directory: Path) -> dict[str, Any]:
+    """The settings with which transformers generates: those of the files, then the defaults."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model = transformers.GPT2LMHeadModel(config)
+    # The step of from_pretrained that looks for generation_config.json, then for settings in config.json.
+    nothing = dict.fromkeys(("generation_config", "cache_dir", "proxies", "token"))
+    off = dict.fromkeys(
+        ("from_auto_class", "from_pipeline", "force_download", "local_files_only", "trust_remote_code"), False
+    )
+    model.adjust_generation_fn(
+        **nothing, **off, pretrained_model_name_or_path=str(directory), revision="main", subfolder=""
+    )
+    prepared, _ = model._prepare_generation_config(None)
+    found: dict[str, Any] = prepared.to_dict()
+    origin = ("_from_model_config", "transformers_version", "_commit_hash")
+    return {k: v for k, v in found.items() if k not in origin and v is not None and v is not False and v != []}
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        ({"eos_token_id": 97}, ["eos_token_id 97"]),
+        ({"eos_token_id": [96, 97], "pad_token_id": -1}, ["eos_token_id 97", "pad_token_id -1"]),
+        ({"bos_token_id": 5000, "decoder_start_token_id": 97}, ["bos_token_id 5000", "decoder_start_token_id 97"]),
+        ({"eos_token_id": 0, "pad_token_id": 96}, []),
+    ],
+)
+@pytest.mark.parametrize("in_own_file", [False, True])
+def test_special_ids_outside_the_vocabulary_are_noted(
+    ids: dict[str, Any], named: list[str], in_own_file: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(ids))
+    raw, arrays = tiny_gpt2(**({} if in_own_file else ids))
+    checkpoint = checkpoint_of(raw, arrays, tokenizer={path.name: str(path)} if in_own_file else {})
+    assert sorted(note.partition(" is outside the vocabulary")[0] for note in checkpoint.notes) == named
+
+
+@pytest.mark.parametrize("targets", [("onnx",), BOTH])
+def test_graphs_without_a_cache_switch_it_off(targets: tuple[str, ...], tiny: Checkpoint) -> None:
+    """transformers' generate reads generation_config.json, so the safetensors model keeps its cache."""
+    planned = [export for export in exports(tiny, targets) if export.target in targets]
+    files = {f.path: json.loads(f.head) for f in sidecar_files(planned, Options(targets=targets, kv_cache=False))}
+    assert files["config.json"]["use_cache"] is False
+    assert ("use_cache" in files["generation_config.json"]) is ("safetensors" not in targets)
+    assert parsed(tiny, "config.json")["use_cache"] is True
 
 
 def test_genai_config(tiny: Checkpoint) -> None:
@@ -212,6 +300,14 @@ def test_genai_config(tiny: Checkpoint) -> None:
 def test_genai_config_keeps_a_distinct_pad_token() -> None:
     raw, arrays = tiny_gpt2(pad_token_id=4)
     assert parsed(checkpoint_of(raw, arrays), "genai_config.json")["model"]["pad_token_id"] == 4
+
+
+def test_genai_config_has_the_ids_of_generation_config(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"bos_token_id": 3, "eos_token_id": [96, 62]}')
+    checkpoint = checkpoint_of(*tiny_gpt2(), tokenizer={path.name: str(path)})
+    model = parsed(checkpoint, "genai_config.json")["model"]
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (3, [96, 62], 96)
 
 
 def test_genai_config_names_the_inputs_and_outputs_of_the_graph(tiny: Checkpoint) -> None:
@@ -239,13 +335,13 @@ def test_padded_vocabulary_does_not_move_the_end_token(padding: int, tmp_path: P
         assert json.loads(files[name])["eos_token_id"] == tokens - 1, name
     model = json.loads(files["genai_config.json"])["model"]
     assert (model["pad_token_id"], model["vocab_size"]) == (tokens - 1, tokens + padding)
-    assert files == {
-        file.path: file.head for file in sidecar_files(exports(checkpoint), Options(), tokenizer_files(checkpoint)[0])
-    }
+    tokenizer = tokenizer_files(checkpoint)[0]
+    planned = sidecar_files(exports(with_special_ids(checkpoint, tokenizer)), Options(), tokenizer)
+    assert files == {file.path: file.head for file in planned}
 
 
 def test_a_stated_end_token_is_not_overruled() -> None:
     found = {name: str(TOKENIZER / name) for name in ("encoder.json", "vocab.bpe")}
     raw, arrays = tiny_gpt2(vocab_size=3000, eos_token_id=7)
     checkpoint = checkpoint_of(raw, arrays, tokenizer=found)
-    assert with_special_ids(checkpoint, tokenizer_files(checkpoint)[0]).config.eos_token_id == 7
+    assert with_special_ids(checkpoint, tokenizer_files(checkpoint)[0]).special_ids.eos == (7,)

@@ -154,9 +154,9 @@ def test_special_ids_come_from_the_tokenizer(source: dict[str, str], tmp_path: P
     checkpoint = gpt_neox(source, tmp_path)
     files, _ = tokenizer_files(checkpoint)
     assert end_token_id(checkpoint, files) == 0
-    assert with_special_ids(checkpoint, files).config.eos_token_id == 0
+    assert with_special_ids(checkpoint, files).special_ids.eos == (0,)
     stated = gpt_neox(source, tmp_path, eos_token_id=5)
-    assert with_special_ids(stated, files).config.eos_token_id == 5
+    assert with_special_ids(stated, files).special_ids.eos == (5,)
 
 
 def test_vocabulary_and_merges_beside_it_are_equal(source: dict[str, str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.generation import SpecialIds
 from gptconvert.model.options import Options
 from gptconvert.targets.saved_model.plan import plan
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
@@ -82,17 +83,23 @@ def test_greedy_is_independent_of_padding(checkpoint: Checkpoint, loaded: Tensor
         assert row[5:].tolist() == greedy(checkpoint, prompt[mask == 1].tolist(), 9)
 
 
-def test_generation_ends_at_the_end_token(
-    checkpoint: Checkpoint, tensorflow: TensorFlowProcess, tmp_path: Path
+@pytest.mark.parametrize("pad", [95, 97])
+def test_generation_ends_at_any_end_token(
+    pad: int, checkpoint: Checkpoint, tensorflow: TensorFlowProcess, tmp_path: Path
 ) -> None:
+    vocabulary = checkpoint.config.vocab_size
     free = [greedy(checkpoint, p[m == 1].tolist(), 9) for p, m in zip(PROMPT, MASK, strict=True)]
     end = free[0][2]
-    config = dataclasses.replace(checkpoint.config, eos_token_id=end, pad_token_id=95)
-    path = build(dataclasses.replace(checkpoint, config=config), tensorflow, tmp_path)
+    other = next(token for token in free[1] if token not in free[0][:3])
+    special = SpecialIds(eos=(end, other, vocabulary), pad=pad)
+    path = build(dataclasses.replace(checkpoint, special_ids=special), tensorflow, tmp_path)
     tensorflow.ask("load", path=str(path))
-    cut = [row[: row.index(end) + 1] if end in row else row for row in free]
+    ends = [min((row.index(e) for e in (end, other) if e in row), default=len(row)) for row in free]
+    cut = [row[: at + 1] for row, at in zip(free, ends, strict=True)]
     width = max(len(row) for row in cut)
-    expected = [row + [95] * (width - len(row)) for row in cut]
+    filler = end if pad == vocabulary else pad  # rows that have ended are still fed to the model
+    expected = [row + [filler] * (width - len(row)) for row in cut]
+    assert len({len(row) for row in cut}) > 1
     assert generate(tensorflow, PROMPT, MASK, 9)[:, 5:].tolist() == expected
     assert generate(tensorflow, PROMPT[:1], MASK[:1], 9)[0, 5:].tolist() == cut[0]
 

@@ -1,0 +1,241 @@
+"""Compare the small files of an existing export with those that the checkpoint would give.
+
+The graph and the weights may be right while the files beside them make other programs use them wrongly: a
+configuration of another size, a tokenizer with other ids, an end token that generation never meets. A file that the
+directory lacks is not required.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from gptconvert.containers.json import read_json_object
+from gptconvert.containers.untrusted import file_size, is_plain_name, read_small
+from gptconvert.errors import GptConvertError
+from gptconvert.families.registry import family_named
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.config_table import USUAL, Reading
+from gptconvert.model.generation import GENERATION_CONFIG, GENERATION_DEFAULTS, special_ids
+from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE
+from gptconvert.targets.package.model_card import CARD_FILE
+from gptconvert.targets.package.sidecars import genai_config
+from gptconvert.targets.package.tokenizer import parse_merges, tokenizer_files
+from gptconvert.verify.report import PackageReport
+
+MAX_JSON_BYTES = 16 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
+CONFIG, GENAI_CONFIG = "config.json", "genai_config.json"
+#: Text on which tokenizers must agree: words, spaces, digits, scripts, emoji, code, control characters.
+CORPUS = (
+    "Objects are never explicitly destroyed; however, they may be garbage-collected.",
+    "  leading, trailing and    inner spaces \n\n\tand tabs\r\n",
+    "I'll we've CAN'T it's 1234567 3.14 10,000",
+    "naïve café – “quotes” … Straße İstanbul",
+    "Ελληνικά русский עברית العربية हिन्दी 中文 日本語 한국어",
+    "👩‍👩‍👧 🇪🇺 e\u0301 \u200b\ufeff",
+    "def f(x):\n    return {'a': x[0] != 1}  # comment\n",
+    "<|endoftext|><unk></s>[CLS]",
+    "\x00\x7f",
+)
+_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+_BLOCK = 1 << 20
+
+
+def verify_package(checkpoint: Checkpoint, directory: str) -> PackageReport:
+    """Compare ``directory``'s SHA256SUMS, configuration and tokenizer with its files and the checkpoint.
+
+    Args:
+        checkpoint: the original, with the special ids of its tokenizer.
+        directory: an export, by this program or another.
+    """
+    report = PackageReport()
+    if os.path.exists(os.path.join(directory, SUMS_FILE)):
+        _collect(report, SUMS_FILE, _sums(directory, report))
+    for name, differences in CHECKS.items():
+        path = os.path.join(directory, name)
+        if os.path.exists(path):
+            _collect(report, name, differences(checkpoint, path))
+    return report
+
+
+def _collect(report: PackageReport, name: str, differences: Iterator[str]) -> None:
+    """Add a file's differences; a file that cannot be read is one too."""
+    report.files.append(name)
+    try:
+        report.problems += [f"{name}: {difference}" for difference in differences]
+    except GptConvertError as error:
+        error.path = None
+        report.problems.append(f"{name}: {error}")
+
+
+def _sums(directory: str, report: PackageReport) -> Iterator[str]:
+    text = read_small(os.path.join(directory, SUMS_FILE), MAX_JSON_BYTES, "checksums").decode("utf-8", "replace")
+    for line in text.splitlines():
+        match = _SUM.fullmatch(line)
+        if match is None or not all(is_plain_name(part) for part in match[2].split("/")):
+            yield f"cannot be read: {line[:80]!r}"
+            continue
+        digest, name = match.groups()
+        path = os.path.join(directory, name)
+        if not os.path.exists(path):
+            yield f"lists {name}, which is missing"
+        elif _sha256(path) != digest:
+            if name == CARD_FILE:
+                report.notes.append(f"{name} was edited after {SUMS_FILE} was written")
+            else:
+                yield f"{name} was changed after it was published"
+
+
+def _sha256(path: str) -> str:
+    file_size(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _config(checkpoint: Checkpoint, path: str) -> Iterator[str]:
+    """Keys of config.json whose values describe another model."""
+    family, raw = family_named(checkpoint.config.family), read_json_object(path, MAX_JSON_BYTES, CONFIG)
+    if raw.get("model_type") not in family.model_types:
+        yield _differs("model_type", raw.get("model_type"), family.model_types[0])
+        return
+    written = family.write_config(checkpoint.config, {})
+    own, found = (_facts(family.keys.read(each, None), family.common) for each in (written, raw))
+    named = {key.field: key.name for key in family.keys.keys if key.field is not None}
+    differing = [name for name in own if own[name] != found.get(name) and not name.endswith("_token_id")]
+    keyed = [name for name in differing if name in named]
+    # Derived values differ because keys do.
+    for name in keyed or differing:
+        yield _differs(named.get(name, name), found.get(name), own[name])
+    if GENERATION_CONFIG not in os.listdir(os.path.dirname(path) or "."):
+        yield from _ids(checkpoint, raw)
+
+
+def _facts(reading: Reading, common: Mapping[str, object]) -> dict[str, Any]:
+    """The values of a configuration, and those derived from them."""
+    known = {**common, **reading.values}
+    return {**known, **{name: derive(known) for name, derive in {**USUAL, **reading.table.derived}.items()}}
+
+
+def _generation(checkpoint: Checkpoint, path: str) -> Iterator[str]:
+    """Special ids, and settings that the source states."""
+    raw = read_json_object(path, MAX_JSON_BYTES, GENERATION_CONFIG)
+    yield from _ids(checkpoint, raw)
+    for key, value in checkpoint.generation.items():
+        if not key.endswith("_token_id") and key not in ("transformers_version", "_from_model_config", "use_cache"):
+            found = raw.get(key, GENERATION_DEFAULTS.get(key))
+            if found != value:
+                yield _differs(key, found, value)
+
+
+def _ids(checkpoint: Checkpoint, raw: Mapping[str, object]) -> Iterator[str]:
+    """Special ids of a generating model that differ from the checkpoint's."""
+    if checkpoint.config.task != "text-generation":
+        return
+    own, found = checkpoint.special_ids.as_json(), special_ids((raw, None)).as_json()
+    for key in own | found:
+        if key == "pad_token_id" and key not in own:
+            continue  # exporters add one, which changes nothing that is generated
+        if own.get(key) != found.get(key):
+            yield _differs(key, found.get(key), own.get(key))
+
+
+def _tokenizer(checkpoint: Checkpoint, path: str) -> Iterator[str]:
+    """Text to which a tokenizer.json gives other ids than the checkpoint's tokenizer."""
+    expected = tokenizer_files(checkpoint)[0].get("tokenizer.json")
+    if expected is None:
+        return
+    own, found = _load(expected), _load(read_small(path, MAX_TOKENIZER_BYTES, "tokenizer"))
+    if found is None or own is None:
+        yield "cannot be read by the tokenizers library"
+        return
+    for text in CORPUS:
+        ours, theirs = own.encode(text).ids, found.encode(text).ids
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+            yield (
+                f"{text[:24]!r} gives other ids than the checkpoint's tokenizer, from token {at}: "
+                f"{theirs[at : at + 4]}, expected {ours[at : at + 4]}"
+            )
+        elif own.decode(ours) != found.decode(ours):
+            yield f"decodes the ids of {text[:24]!r} to other text than the checkpoint's tokenizer"
+    size = own.get_vocab_size(), found.get_vocab_size()
+    if size[0] != size[1]:
+        yield _differs("the number of tokens", size[1], size[0])
+
+
+def _load(data: bytes) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(data.decode())
+    except Exception:  # the library raises no narrower class
+        return None
+
+
+def _vocabulary(checkpoint: Checkpoint, path: str) -> Iterator[str]:
+    expected = tokenizer_files(checkpoint)[0].get("vocab.json")
+    if expected is not None:
+        own, found = json.loads(expected), read_json_object(path, MAX_TOKENIZER_BYTES, "vocabulary")
+        differing = [token for token in own | found if own.get(token) != found.get(token)]
+        if differing:
+            token = differing[0]
+            yield f"{len(differing)} tokens differ: {_differs(repr(token), found.get(token), own.get(token))}"
+
+
+def _merges(checkpoint: Checkpoint, path: str) -> Iterator[str]:
+    expected = tokenizer_files(checkpoint)[0].get("merges.txt")
+    if expected is not None:
+        own = parse_merges(expected, path)
+        found = parse_merges(read_small(path, MAX_TOKENIZER_BYTES, "merges"), path)
+        if own != found:
+            yield "other merges than the checkpoint's"
+
+
+def _genai(checkpoint: Checkpoint, path: str) -> Iterator[str]:
+    """Sizes and ids of genai_config.json; in a directory of this program, its names too."""
+    found = read_json_object(path, MAX_JSON_BYTES, GENAI_CONFIG)
+    model: Any = found.get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    if not isinstance(decoder, dict):
+        yield "has no decoder"
+        return
+    own = genai_config(checkpoint, str(decoder.get("filename")))
+    whole = os.path.exists(os.path.join(os.path.dirname(path), MANIFEST_FILE))
+    yield from _leaves(own, found, whole, "")
+
+
+def _leaves(own: Mapping[str, Any], found: Mapping[str, Any], whole: bool, where: str) -> Iterator[str]:
+    for key, value in own.items():
+        if isinstance(value, dict):
+            inner = found.get(key)
+            yield from _leaves(value, inner if isinstance(inner, dict) else {}, whole, f"{where}{key}.")
+        elif (whole or type(value) is int) and found.get(key) != value:
+            yield _differs(where + key, found.get(key), value)
+
+
+def _differs(name: str, found: object, expected: object) -> str:
+    return f"{name} is {_short(found)}, the checkpoint has {_short(expected)}"
+
+
+def _short(value: object) -> str:
+    text = "absent" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+#: File → its differences from the checkpoint's.
+CHECKS: Mapping[str, Callable[[Checkpoint, str], Iterator[str]]] = {
+    CONFIG: _config,
+    GENERATION_CONFIG: _generation,
+    "tokenizer.json": _tokenizer,
+    "vocab.json": _vocabulary,
+    "merges.txt": _merges,
+    GENAI_CONFIG: _genai,
+}
