@@ -37,8 +37,8 @@ STORAGES: Mapping[str, str] = {
 #: Types that a file may mention but whose tensors are refused.
 _STRANGE_STORAGES = ("ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage")
 _STRANGE_DTYPES = (
-    "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu "
-    "float4_e2m1fn_x2 qint8 quint8 qint32"
+    "complex32 complex64 complex128 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 "
+    "qint8 quint8 qint32"
 ).split()
 #: Enumerations in Megatron-LM's arguments that describe the kind of model.
 _MEGATRON_CONSTANTS = tuple(

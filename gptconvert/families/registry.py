@@ -11,6 +11,7 @@ from gptconvert.families.family import Family, trim_vocabulary
 from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
+from gptconvert.model.quantised import refuse_quantised
 from gptconvert.model.resolution import find_prefix, resolve
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor
@@ -81,6 +82,7 @@ def understand(source: Source, options: Options) -> Checkpoint:
     scheme = family.scheme(source.scheme)
     try:
         named = assemble(scheme, source)
+        refuse_quantised(named, source.path)
         config, carried, notes = family.read_config(source.scheme, source.config, source.config_path, named, options)
         tensors = named if source.run is None else cut(scheme, config, source.run)
         resolved = resolve(scheme, config, tensors, path=source.path)

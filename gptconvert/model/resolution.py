@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gptconvert.errors import InputError
+from gptconvert.model.dtypes import holding_all
 from gptconvert.model.names import collapse
-from gptconvert.model.schemes import Drop, Scheme, canonical_shapes, concrete, expand, sizes_of, to_canonical
+from gptconvert.model.quantised import refuse_other_types, types_of
+from gptconvert.model.schemes import Bound, Drop, Scheme, canonical_shapes, concrete, expand, sizes_of, to_canonical
 from gptconvert.model.shards import Merge, Parts, merge_parts
 from gptconvert.model.tensors import LazyTensor, Shape, filled
 from reference_model.config import GPTConfig
@@ -56,6 +58,7 @@ def resolve(
 
     Raises:
         InputError: tensors are missing, unexpected or mis-shaped; the error lists all of them.
+        UnsupportedError: weights of other than float types; the error lists them.
     """
     prefix = find_prefix(scheme, tensors)
     if prefix is None:
@@ -67,8 +70,12 @@ def resolve(
             hint="the names do not match any supported model; list them with `gptconvert inspect`",
         )
     outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
-    tensors, notes = merge_parts(tensors, _merges(scheme, config, tensors, prefix))
     bound = [b.named_as_in(tensors) for b in expand(scheme.rows, config, prefix, outer)]
+    ties = [(outer if tied.head else prefix) + tied.stored for tied in scheme.tied if tied.when(config)]
+    merges = _merges(scheme, config, tensors, prefix)
+    refuse_other_types([*(name for b in bound for name in b.stored), *ties, *merges], tensors, path)
+    mixed = _mixed_types(bound, tensors)
+    tensors, notes = merge_parts(tensors, merges)
     weights: dict[str, LazyTensor] = {}
     missing: list[str] = []
     misshaped: list[tuple[str, Shape, Shape]] = []
@@ -78,7 +85,7 @@ def resolve(
         absent = [name for name in b.stored if name not in tensors]
         wrong = [name for name in b.stored if name in tensors and tensors[name].shape != b.shape]
         if absent and b.row.absent is not None:
-            dtype = next(iter(tensors.values())).dtype
+            dtype = tensors[prefix + scheme.anchor].dtype
             weights[b.canonical] = filled(b.row.absent, dtype, canonical_shapes([b.row], config)[b.canonical])
             continue
         missing += absent
@@ -95,7 +102,20 @@ def resolve(
     dropped, unexpected = _split_leftovers(drops, (prefix, outer), [n for n in tensors if n not in used])
     if missing or unexpected or misshaped:
         raise _mismatch(missing, unexpected, misshaped, path)
-    return Resolved(weights, tensors, prefix, dropped, notes)
+    return Resolved(weights, tensors, prefix, dropped, (*notes, *mixed))
+
+
+def _mixed_types(bound: Iterable[Bound], tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """A note on the tensors whose parts, in one file or on several shards, have different types."""
+    mixed = {}
+    for b in bound:
+        types = {dtype.newbyteorder("=") for n in b.stored if n in tensors for dtype in types_of(tensors[n])}
+        if len(types) > 1:
+            mixed[b.stored[0]] = holding_all(sorted(types, key=str)).name
+    if not mixed:
+        return []
+    wide = " or ".join(sorted({*mixed.values()}))
+    return [f"parts of different types are joined in the type that holds all of them, {wide}: {_some([*mixed])}"]
 
 
 def _merges(scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, Merge]:
