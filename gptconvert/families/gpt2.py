@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from gptconvert.families import keys
 from gptconvert.families.family import Family
-from gptconvert.families.heads import hf_scheme
+from gptconvert.families.heads import embedding, hf_scheme
 from gptconvert.families.rows import CONV1D_BLOCK, FINAL_NORM
 from gptconvert.families.trainers import llmc, megatron, nanogpt, openai_tf
 from gptconvert.model.config_kinds import FLAG, WHOLE
@@ -33,9 +33,7 @@ def _scale(values: Values) -> tuple[float, ...]:
     return tuple(scale / (i + 1) if by_layer else scale for i in range(layers))
 
 
-HF = hf_scheme(
-    Row("wte.weight", "wte.weight", "V D"), Row("wpe.weight", "wpe.weight", "C D"), *CONV1D_BLOCK, *FINAL_NORM
-)
+HF = hf_scheme(*embedding("wte.weight"), Row("wpe.weight", "wpe.weight", "C D"), *CONV1D_BLOCK, *FINAL_NORM)
 CONFIG = keys.table(
     *keys.vocabulary(50257, tied=True, bos=50256, eos=50256),
     *keys.sizes(768, 12, 12),

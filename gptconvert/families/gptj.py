@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gptconvert.families import keys
 from gptconvert.families.family import Family
-from gptconvert.families.heads import hf_scheme, lm_head_bias
+from gptconvert.families.heads import embedding, hf_scheme, lm_head_bias
 from gptconvert.families.rows import FINAL_NORM
 from gptconvert.families.trainers import mesh_jax
 from gptconvert.model.config_kinds import WHOLE
@@ -26,7 +26,7 @@ QKV = tuple(f"h.{{i}}.attn.{part}_proj.weight" for part in "qkv")
 
 #: All tensors except q, k, v and the heads.
 ROWS = (
-    Row("wte.weight", "wte.weight", "V D"),
+    *embedding("wte.weight"),
     Row("h.{i}.ln_1.weight", "h.{i}.ln_1.weight", "D"),
     Row("h.{i}.ln_1.bias", "h.{i}.ln_1.bias", "D"),
     Row("h.{i}.attn.c_proj.weight", "h.{i}.attn.out_proj.weight", "D D"),

@@ -1,4 +1,4 @@
-"""Types of stored weights: unlike q, k and v are joined without loss; weights of other than float types are refused."""
+"""Types of stored weights: unlike q, k and v are joined without loss; other than float types are refused."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class WeightsKind:
 #: In order of preference. A new container is one row here and one reader.
 KINDS: tuple[WeightsKind, ...] = (
     WeightsKind("safetensors", "model.safetensors", (".safetensors",), read_safetensors),
-    WeightsKind("PyTorch", "pytorch_model.bin", (".bin", ".pt", ".pth"), read_torch),
+    WeightsKind("PyTorch", "pytorch_model.bin", (".bin", ".pt", ".pth", ".ckpt", ".pkl"), read_torch),
     WeightsKind(
         "TensorFlow (Keras HDF5)", "tf_model.h5", (".h5", ".hdf5"), keras_h5.read_keras_h5, keras_h5.index_name
     ),

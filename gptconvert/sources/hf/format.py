@@ -144,5 +144,5 @@ FORMAT = path_format(
     title="Hugging Face transformers (safetensors, .bin, tf_model.h5, flax_model.msgpack; directory or hub)",
     recognises=recognises,
     read=open_hf,
-    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id"}),
+    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id", "scope"}),
 )
