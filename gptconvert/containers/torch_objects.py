@@ -95,6 +95,7 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         Global("numpy._core.multiarray", "scalar"): lambda _: Opaque("numpy scalar"),
         # Saved beside the weights by training scripts: their arguments, and the states of random number generators.
         Global("argparse", "Namespace"): lambda _: Attributes(),
+        Global("types", "SimpleNamespace"): lambda _: Attributes(),
         Global("numpy.core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         Global("numpy._core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         **{name: lambda _: Opaque("constant of Megatron-LM") for name in _MEGATRON_CONSTANTS},

@@ -64,5 +64,5 @@ FAMILY = Family(
     HEADS,
     HF,
     CONFIG,
-    trainers=(openai_tf.LAYOUT, nanogpt.LAYOUT, llmc.LAYOUT, *megatron.LAYOUTS),
+    trainers=(openai_tf.LAYOUT, *nanogpt.LAYOUTS, llmc.LAYOUT, *megatron.LAYOUTS),
 )
