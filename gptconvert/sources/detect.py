@@ -21,7 +21,7 @@ from gptconvert.sources import openai_gpt1 as gpt1_npy
 from gptconvert.sources.advice import advice_for, refuse_archive
 from gptconvert.sources.format import Format
 from gptconvert.sources.hf import format as hf
-from gptconvert.sources.hf.files import could_be_weights
+from gptconvert.sources.hf.files import could_be_weights, weights_named
 
 #: In detection order: Hugging Face's file names are the least ambiguous, and GPT-Neo's checkpoints, which differ from
 #: OpenAI's only in their variable names, must come before them.
