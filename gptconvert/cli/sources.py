@@ -44,7 +44,7 @@ too, as does GPT-1's directory (params_0.npy …).
 Example:
   gptconvert openai-tf ./models/124M --to onnx --to safetensors -o gpt2
 """,
-        frozenset({"step", "hparams", "n_head"}) | EDITS,
+        frozenset({"step", "hparams", "n_head", "scope"}) | EDITS,
     ),
     "hf": FormatCommand(
         "Convert the Hugging Face checkpoint SOURCE: a directory or a hub repository.",
@@ -57,7 +57,7 @@ repositories is never run, and pickles are never executed.
 Example:
   gptconvert hf distilgpt2 --to onnx -o distilgpt2-onnx
 """,
-        frozenset({"hparams", "weights_file", "pad_token_id"}) | HUB | EDITS,
+        frozenset({"hparams", "weights_file", "pad_token_id", "scope"}) | HUB | EDITS,
     ),
     "mesh-tf": FormatCommand(
         "Convert GPT-Neo's original checkpoint SOURCE.",

@@ -10,6 +10,7 @@ Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 from __future__ import annotations
 
 import pickletools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -44,7 +45,13 @@ class Opaque:
 
 
 class Attributes(dict[object, object]):
-    """The attributes of a plain-data object (``argparse.Namespace``), by name."""
+    """The attributes of a plain-data object (``argparse.Namespace``, a dataclass), by name."""
+
+
+#: Packages whose objects are never plain data; others are read as data if nothing but their attributes is stored.
+_NEVER_DATA = frozenset((*sys.stdlib_module_names, "__builtin__", "torch", "numpy", "cupy", "tensorflow", "jax"))
+#: Attributes of a PyTorch module: a whole model.
+_MODULE_ATTRIBUTES = frozenset(("_parameters", "_modules"))
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,14 @@ class _Machine:
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
         self.result: object = None
+        #: A class outside the rules, whose instance the next opcodes must build from attributes alone.
+        self.pending: Global | None = None
 
     def step(self, name: str, argument: object) -> None:
+        if self.pending is not None and name not in _MEMOS and name != "EMPTY_TUPLE":
+            pending, self.pending = self.pending, None
+            if name != "NEWOBJ":
+                raise self.refused(pending)
         if name in _PUSHED:
             if isinstance(argument, int) and abs(argument) >= _MAX_INTEGER:
                 raise RefusedError("an integer of more than 128 bits")
@@ -167,15 +180,47 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise RefusedError("a global whose name is not a string")
         found = Global(module, name)
-        if found not in self.rules.calls and found not in self.rules.values:
-            raise UnsafeInputError(
-                f"refused global {found}, nothing executed",
-                path=self.path,
-                expected="tensors in plain dictionaries",
-                found="a whole pickled model object" if _is_model_class(found) else None,
-                hint=f"save the weights alone, {RESAVE}",
-            )
+        if not self.allowed(found):
+            self.defer(found)
         self.stack.append(found)
+
+    def allowed(self, found: Global) -> bool:
+        """Whether the rules list a global."""
+        return found in self.rules.calls or found in self.rules.values
+
+    def defer(self, found: Global) -> None:
+        """Allow a class outside the rules only if an instance without arguments follows: plain data."""
+        if found.module.split(".")[0] in _NEVER_DATA:
+            raise self.refused(found)
+        self.pending = found
+
+    def refused(self, found: Global) -> UnsafeInputError:
+        """The error for a global that the rules do not allow."""
+        return UnsafeInputError(
+            f"refused global {found}, nothing executed",
+            path=self.path,
+            expected="tensors in plain dictionaries",
+            found="a whole pickled model object" if _is_model_class(found) else None,
+            hint=f"save the weights alone, {RESAVE}",
+        )
+
+    def recall(self, index: object) -> None:
+        """Push a value of the memo; a class outside the rules only for another instance."""
+        value = self.memo[cast("int", index)]
+        if isinstance(value, Global) and not self.allowed(value):
+            self.defer(value)
+        self.stack.append(value)
+
+    def new(self) -> None:
+        """Build an instance: a call, or an empty object of a class outside the rules, to be given attributes."""
+        function, arguments = self.pops(2)
+        if isinstance(function, Global) and not self.allowed(function):
+            if arguments != ():
+                raise self.refused(function)
+            self.stack.append(Attributes())
+        else:
+            self.stack += [function, arguments]
+            self.call()
 
     def instance(self, module: str, name: str) -> None:
         """Build an object as protocol 0 does. torch.save never does."""
@@ -194,6 +239,10 @@ class _Machine:
         """Set attributes on an object. Those of dictionaries (``_metadata``) and placeholders are discarded."""
         state, target = self.pop(), self.top()
         if isinstance(target, Attributes) and isinstance(state, dict):
+            if not _MODULE_ATTRIBUTES.isdisjoint(state):
+                raise UnsafeInputError(
+                    "file holds a whole pickled model object", path=self.path, hint=f"save the weights, {RESAVE}"
+                )
             target.update(state)
         elif not isinstance(target, (dict, Opaque)):
             raise RefusedError("attributes set on something that is not a dictionary")
@@ -244,6 +293,8 @@ def _is_model_class(found: Global) -> bool:
     return found.module.startswith("torch.nn.") or package in ("transformers", "pytorch_transformers", "__main__")
 
 
+#: Opcodes that store the top of the stack in the memo.
+_MEMOS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
 #: Opcodes that push their argument.
 _PUSHED = frozenset(
     """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING
@@ -282,14 +333,14 @@ _HANDLERS: Mapping[str, Callable[[_Machine, object], None]] = {
     "BINPUT": lambda m, index: m.memoize(index),
     "LONG_BINPUT": lambda m, index: m.memoize(index),
     "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
-    "GET": lambda m, index: m.stack.append(m.memo[cast("int", index)]),
-    "BINGET": lambda m, index: m.stack.append(m.memo[cast("int", index)]),
-    "LONG_BINGET": lambda m, index: m.stack.append(m.memo[cast("int", index)]),
+    "GET": lambda m, index: m.recall(index),
+    "BINGET": lambda m, index: m.recall(index),
+    "LONG_BINGET": lambda m, index: m.recall(index),
     "GLOBAL": lambda m, words: m.find(*str(words).split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.find(*m.pops(2)),
     "INST": lambda m, words: m.instance(*str(words).split(" ", 1)),
     "REDUCE": lambda m, _: m.call(),
-    "NEWOBJ": lambda m, _: m.call(),
+    "NEWOBJ": lambda m, _: m.new(),
     "BUILD": lambda m, _: m.build(),
     "BINPERSID": lambda m, _: m.persistent(),
 }

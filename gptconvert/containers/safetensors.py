@@ -33,15 +33,13 @@ DTYPES: Mapping[str, np.dtype[np.generic]] = {
 }
 NAMES: Mapping[np.dtype[np.generic], str] = {dtype: name for name, dtype in DTYPES.items()}
 #: The order in which the library lays tensors out: its ``Dtype`` enum reversed, roughly by width.
-_LAYOUT = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 I8 U8 BOOL".split()
+_LAYOUT = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 #: Bits per element of the format's other types. They are refused, but only after the whole file has been checked.
 UNSUPPORTED_BITS: Mapping[str, int] = {
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "F8_E4M3": 8,
     "F8_E4M3FNUZ": 8,
-    "F8_E5M2": 8,
     "F8_E5M2FNUZ": 8,
     "F8_E8M0": 8,
     "C64": 64,

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from gptconvert.containers.pickle import MAX_BYTES, RESAVE, Opaque, load_pickle
 from gptconvert.containers.torch_objects import ByteOrder, torch_rules
-from gptconvert.containers.untrusted import explain_file, file_size
+from gptconvert.containers.untrusted import explain_file, file_size, read_head
 from gptconvert.containers.zip import Member, read_members
 from gptconvert.errors import FETCH_AGAIN, GptConvertError, InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet, Transposed, map_segment
@@ -26,9 +26,9 @@ from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 #: Usual file name extensions.
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 #: Keys under which training scripts save the model's state dict beside their own state.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,6 @@ def read_torch(path: str | os.PathLike[str]) -> TensorSet:
     file = read_torch_pickle(path)
     state, notes = _unwrap(file.tree, os.path.basename(path))
     found = tensors_of(file, state, path)
-    if all(name.startswith("module.") for name in found):
-        notes.append(f"{os.path.basename(path)}: removed the prefix 'module.' (DataParallel) from the tensor names")
     return replace(found, notes=(*file.notes, *notes, *found.notes[len(file.notes) :]))
 
 
@@ -123,13 +121,26 @@ def read_torch_pickle(path: str | os.PathLike[str]) -> TorchFile:
 
 
 def read_if_torch(path: str) -> TorchFile | None:
-    """:func:`read_torch_pickle`, but None if the file's extension or content is not PyTorch's."""
-    if not path.endswith(SUFFIXES):
-        return None
+    """:func:`read_torch_pickle`, but None if the file's extension or content is not PyTorch's.
+
+    Raises:
+        InputError, UnsafeInputError, UnsupportedError: as :func:`read_torch`, if the content is.
+    """
+    return read_torch_pickle(path) if path.endswith(SUFFIXES) and _begins_like_torch(path) else None
+
+
+def _begins_like_torch(path: str) -> bool:
+    """Whether a file begins with a pickle, or is a zip archive that may be torch.save's."""
     try:
-        return read_torch_pickle(path)
-    except GptConvertError:
-        return None
+        head = read_head(path)
+    except InputError:
+        return False
+    if not head.startswith(b"PK"):
+        return head.startswith(b"\x80")
+    try:
+        return any(name.endswith("/data.pkl") for name in read_members(path))
+    except GptConvertError:  # damaged or compressed: read_torch_pickle raises the reason
+        return True
 
 
 def _read_zip(path: str) -> TorchFile:

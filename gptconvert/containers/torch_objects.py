@@ -37,8 +37,8 @@ STORAGES: Mapping[str, str] = {
 #: Types that a file may mention but whose tensors are refused.
 _STRANGE_STORAGES = ("ComplexFloatStorage", "ComplexDoubleStorage", "QInt8Storage", "QUInt8Storage", "QInt32Storage")
 _STRANGE_DTYPES = (
-    "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu "
-    "float4_e2m1fn_x2 qint8 quint8 qint32"
+    "complex32 complex64 complex128 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 "
+    "qint8 quint8 qint32"
 ).split()
 #: Enumerations in Megatron-LM's arguments that describe the kind of model.
 _MEGATRON_CONSTANTS = tuple(
@@ -95,6 +95,7 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         Global("numpy._core.multiarray", "scalar"): lambda _: Opaque("numpy scalar"),
         # Saved beside the weights by training scripts: their arguments, and the states of random number generators.
         Global("argparse", "Namespace"): lambda _: Attributes(),
+        Global("types", "SimpleNamespace"): lambda _: Attributes(),
         Global("numpy.core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         Global("numpy._core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         **{name: lambda _: Opaque("constant of Megatron-LM") for name in _MEGATRON_CONSTANTS},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from gptconvert.families import keys
 from gptconvert.families.family import Family
-from gptconvert.families.heads import hf_scheme
+from gptconvert.families.heads import embedding, hf_scheme
 from gptconvert.families.precedence import (
     COMMON_NAMES,
     common_names_win,
@@ -40,9 +40,7 @@ def _scale(values: Values) -> tuple[float, ...]:
     return tuple(scale / (i + 1) if by_layer else scale for i in range(layers))
 
 
-HF = hf_scheme(
-    Row("wte.weight", "wte.weight", "V D"), Row("wpe.weight", "wpe.weight", "C D"), *CONV1D_BLOCK, *FINAL_NORM
-)
+HF = hf_scheme(*embedding("wte.weight"), Row("wpe.weight", "wpe.weight", "C D"), *CONV1D_BLOCK, *FINAL_NORM)
 CONFIG = keys.table(
     *keys.vocabulary(50257, tied=True, bos=50256, eos=50256),
     *keys.sizes(768, 12, 12),
@@ -73,6 +71,6 @@ FAMILY = Family(
     HEADS,
     HF,
     CONFIG,
-    trainers=(openai_tf.LAYOUT, nanogpt.LAYOUT, llmc.LAYOUT, *megatron.LAYOUTS),
+    trainers=(openai_tf.LAYOUT, *nanogpt.LAYOUTS, llmc.LAYOUT, *megatron.LAYOUTS),
     precedence=in_turn(common_names_win(COMMON_NAMES), positions_from_the_table, without_default_scaling),
 )

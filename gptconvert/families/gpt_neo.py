@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from gptconvert.families import keys
 from gptconvert.families.family import Family
-from gptconvert.families.heads import hf_scheme
+from gptconvert.families.heads import embedding, hf_scheme
 from gptconvert.families.pattern import attention_layers, attention_types, unscaled, window, windows
 from gptconvert.families.precedence import (
     NEO_NAMES,
@@ -35,7 +35,7 @@ HEADS = {
 QKV = tuple(f"h.{{i}}.attn.attention.{part}_proj.weight" for part in "qkv")
 
 HF = hf_scheme(
-    Row("wte.weight", "wte.weight", "V D"),
+    *embedding("wte.weight"),
     Row("wpe.weight", "wpe.weight", "C D"),
     Row("h.{i}.ln_1.weight", "h.{i}.ln_1.weight", "D"),
     Row("h.{i}.ln_1.bias", "h.{i}.ln_1.bias", "D"),

@@ -11,7 +11,7 @@ import math
 
 from gptconvert.families import keys, rope
 from gptconvert.families.family import Family
-from gptconvert.families.heads import hf_scheme, own_lm_head
+from gptconvert.families.heads import embedding, hf_scheme, own_lm_head
 from gptconvert.families.precedence import NEOX_UNREAD, neox_rope
 from gptconvert.families.trainers import neox
 from gptconvert.model.config_kinds import FLAG, NUMBER, WHOLE, flag
@@ -41,7 +41,7 @@ def _attn_out_bias(config: GPTConfig) -> bool:
 #: transformers 5 names it lm_head in memory and, like older versions, embed_out in files.
 LM_HEAD = Row("lm_head.weight", "embed_out.weight", "V D", when=own_lm_head, head=True, aliases=("lm_head.weight",))
 HF = hf_scheme(
-    Row("wte.weight", "embed_in.weight", "V D"),
+    *embedding("embed_in.weight", LM_HEAD),
     Row("h.{i}.ln_1.weight", "layers.{i}.input_layernorm.weight", "D"),
     Row("h.{i}.ln_1.bias", "layers.{i}.input_layernorm.bias", "D"),
     Row("h.{i}.ln_2.weight", "layers.{i}.post_attention_layernorm.weight", "D"),
@@ -57,6 +57,7 @@ HF = hf_scheme(
     Row("ln_f.weight", "final_layer_norm.weight", "D"),
     Row("ln_f.bias", "final_layer_norm.bias", "D"),
     anchor="embed_in.weight",
+    fallback="final_layer_norm.weight",
     body="gpt_neox.",
     attention=r"layers\.\d+\.attention",
     drops=(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from gptconvert.errors import UnsupportedError
 from gptconvert.families import keys
 from gptconvert.families.family import Family
-from gptconvert.families.heads import hf_scheme, lm_head_bias
+from gptconvert.families.heads import embedding, hf_scheme, lm_head_bias
 from gptconvert.families.precedence import (
     COMMON_NAMES,
     GPTJ_UNREAD,
@@ -34,7 +34,7 @@ QKV = tuple(f"h.{{i}}.attn.{part}_proj.weight" for part in "qkv")
 
 #: All tensors except q, k, v and the heads.
 ROWS = (
-    Row("wte.weight", "wte.weight", "V D"),
+    *embedding("wte.weight"),
     Row("h.{i}.ln_1.weight", "h.{i}.ln_1.weight", "D"),
     Row("h.{i}.ln_1.bias", "h.{i}.ln_1.bias", "D"),
     Row("h.{i}.attn.c_proj.weight", "h.{i}.attn.out_proj.weight", "D D"),

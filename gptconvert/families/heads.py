@@ -22,7 +22,7 @@ HEAD_TENSORS: Mapping[str, tuple[str, ...]] = {
     "text-classification": ("score.weight",),
     "token-classification": ("classifier.weight",),
     "question-answering": ("qa_outputs.weight",),
-    "text-generation": ("lm_head.weight", "embed_out.weight"),
+    "text-generation": ("lm_head.weight", "embed_out.weight", "lm_head.decoder.weight"),
 }
 #: The task of a model without a head.
 BARE = "feature-extraction"
@@ -65,7 +65,7 @@ HEAD_ROWS = (
 )
 #: Heads of tasks other than the chosen one.
 HEAD_DROPS = (
-    Drop(r"(lm_head|embed_out)\.(weight|bias)", "language-model head", when=lambda c: not c.has_lm_head),
+    Drop(r"(lm_head|embed_out)\.(decoder\.)?(weight|bias)", "language-model head", when=lambda c: not c.has_lm_head),
     Drop(r"score\.weight", "text-classification head", when=_not_for("text-classification")),
     Drop(r"classifier\.(weight|bias)", "token-classification head", when=_not_for("token-classification")),
     Drop(r"qa_outputs\.(weight|bias)", "question-answering head", when=_not_for("question-answering")),
@@ -73,13 +73,33 @@ HEAD_DROPS = (
 )
 
 
+#: Heads that score states in reinforcement learning (trl, trlx); exports hold the policy alone.
+VALUE_HEADS = Drop(
+    r"(v_head|value_head|ilql_heads)\..+", "value head", note="the value head of reinforcement learning is left out"
+)
+
+#: The head's name in DialoGPT's own files.
+DIALOGPT_HEAD = "lm_head.decoder.weight"
 #: A language-model head separate from the embedding.
-LM_HEAD = Row("lm_head.weight", "lm_head.weight", "V D", when=own_lm_head, head=True)
+LM_HEAD = Row("lm_head.weight", "lm_head.weight", "V D", when=own_lm_head, head=True, aliases=(DIALOGPT_HEAD,))
+
+
+def embedding(stored: str, head: Row = LM_HEAD) -> tuple[Row, Row]:
+    """The token embedding, which models with a tied head may store under the head's name alone.
+
+    safetensors' ``save_model`` keeps one name of tensors that share memory.
+    """
+    aliases = (*head.names, *head.aliases)
+    return (
+        Row("wte.weight", stored, "V D", when=lambda c: not c.tied_head),
+        Row("wte.weight", stored, "V D", when=lambda c: c.tied_head, aliases=aliases),
+    )
 
 
 def hf_scheme(
     *rows: Row,
     anchor: str = "wte.weight",
+    fallback: str = "ln_f.weight",
     body: str = "transformer.",
     attention: str = r"h\.\d+\.attn",
     drops: tuple[Drop, ...] = (),
@@ -91,6 +111,7 @@ def hf_scheme(
     Args:
         rows: rows of the transformer body.
         anchor: a tensor present in every file.
+        fallback: another, for files without the first one.
         body: prefix of body names.
         attention: regular expression for an attention module, which may contain mask buffers.
         drops: further tensors to ignore.
@@ -102,11 +123,13 @@ def hf_scheme(
     return Scheme(
         name="hf",
         anchor=anchor,
-        prefixes=(body, "", f"module.{body}", "module."),
+        fallback=fallback,
+        prefixes=None,
+        separator=".",
         body=body,
         write_prefix=body,
         rows=(*rows, lm_head, *HEAD_ROWS),
-        drops=(*drops, *masks, *HEAD_DROPS),
+        drops=(*drops, *masks, *HEAD_DROPS, VALUE_HEADS),
         tied=tied or tuple(Tied(name, "wte.weight", "V D", when=tied_lm_head) for name in names),
     )
 

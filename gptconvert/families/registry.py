@@ -14,7 +14,8 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.edits import edit_config
 from gptconvert.model.generation import GENERATION_CONFIG, SpecialIds, ids_outside, moved_settings, special_ids
 from gptconvert.model.options import Options
-from gptconvert.model.resolution import find_prefix, resolve
+from gptconvert.model.quantised import refuse_quantised
+from gptconvert.model.resolution import choose_scope, find_prefix, resolve
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor
 from reference_model.config import GPTConfig
@@ -89,14 +90,17 @@ def understand(source: Source, options: Options) -> Checkpoint:
     scheme = family.scheme(source.scheme)
     try:
         named = assemble(scheme, source, options)
+        refuse_quantised(named, source.path)
+        others = choose_scope(scheme, named, options.scope, source.path)
+        named = replace(named, tensors={name: named[name] for name in named if name not in others})
         config, carried, notes = family.read_config(source.scheme, source.config, source.config_path, named, options)
         tensors = named if source.run is None else cut(scheme, config, source.run)
         resolved = resolve(scheme, config, tensors, path=source.path)
         generation, special = _generation(source, config, carried)
     except InputError as error:
-        others = [other.name for other in _fitting(source) if other is not family]
-        if others:
-            error.hint = f"the configuration is for {family.name}, but the tensor names look like {', '.join(others)}"
+        better = _better_fit(source, family)
+        if better is not None:
+            error.hint = f"the configuration is for {family.name}, but the tensor names look like {better.name}"
         raise
     found = replace(named, tensors=resolved.tensors, notes=(*named.notes, *resolved.notes))
     weights = resolved.weights
@@ -110,11 +114,15 @@ def understand(source: Source, options: Options) -> Checkpoint:
         weights=weights,
         source=replace(source, tensors=found, unnamed=(), run=None),
         prefix=resolved.prefix,
-        dropped={**resolved.dropped, **named.ignored},
+        dropped={
+            **resolved.dropped,
+            **named.ignored,
+            **{name: f"of the model {scope!r}" for name, scope in others.items()},
+        },
         carried=carried,
         generation=generation,
         special_ids=special,
-        notes=(*source.notes, *found.notes, *notes, *_mixed_types(weights)),
+        notes=(*source.notes, *found.notes, *notes, *_other_models(others), *_mixed_types(weights)),
         options=options,
     )
 
@@ -145,6 +153,12 @@ def _outside(config: GPTConfig, *files: Mapping[str, object]) -> list[str]:
     ]
 
 
+def _other_models(others: Mapping[str, str]) -> list[str]:
+    """A note on the models that were not chosen."""
+    names = ", ".join(sorted({*others.values()}))
+    return [f"other models in the file are left out: {names} (choose with --scope)"] if others else []
+
+
 def _mixed_types(weights: Mapping[str, LazyTensor]) -> list[str]:
     """A note if the weights have more than one type."""
     types = sorted({weight.dtype.name for weight in weights.values()})
@@ -152,8 +166,20 @@ def _mixed_types(weights: Mapping[str, LazyTensor]) -> list[str]:
     return [text] if len(types) > 1 else []
 
 
+def _better_fit(source: Source, family: Family) -> Family | None:
+    """The family whose names match the source's tensors best, if they match it better than ``family``'s do."""
+    scores = _scores(source)
+    own = max((score for score, other in scores if other is family), default=0.0)
+    return next((other for score, other in scores if score > own), None)
+
+
 def _fitting(source: Source) -> list[Family]:
     """Families with a name table that matches more than half of its layer-0 tensors, best match first."""
+    return [family for _, family in _scores(source)]
+
+
+def _scores(source: Source) -> list[tuple[float, Family]]:
+    """The share of each family's layer-0 tensors that the source has, if more than half, highest first."""
     scored = []
     for family in FAMILIES:
         for scheme in family.schemes:
@@ -164,4 +190,4 @@ def _fitting(source: Source) -> list[Family]:
             found = sum(name in source.tensors for name in wanted)
             if found > len(wanted) // 2:
                 scored.append((found / len(wanted), family))
-    return [family for _, family in sorted(scored, key=lambda pair: -pair[0])]
+    return sorted(scored, key=lambda pair: -pair[0])

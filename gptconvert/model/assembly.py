@@ -169,9 +169,9 @@ def _checked_parts(scheme: Scheme, name: str, prefix: str, parts: Parts, path: s
     missing = [str(number) for number, part in enumerate(parts.parts) if part is None]
     if missing:
         raise InputError(f"tensor is missing on {unit} {', '.join(missing)}", path=path, item=name)
-    if len({(part.shape, part.dtype) for part in held}) > 1:
-        listed = ", ".join(f"{list(part.shape)} {part.dtype}" for part in held)
-        raise InputError(f"the {unit}s' parts differ in shape or type", path=path, item=name, found=listed)
+    if len({part.shape for part in held}) > 1:
+        listed = ", ".join(str(list(part.shape)) for part in held)
+        raise InputError(f"the {unit}s' parts differ in shape", path=path, item=name, found=listed)
     row = _row_of(scheme, name.removeprefix(prefix))
     whole = parts if row is None else replace(parts, axis=row.shards.axis)
     # Otherwise a missing shard would look like a smaller model, and the configuration may be missing too.

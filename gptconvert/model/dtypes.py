@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import ml_dtypes
 import numpy as np
@@ -47,8 +49,29 @@ ELEMENT_TYPES: tuple[ElementType, ...] = (
     ElementType(np.dtype("?"), "bool", "BOOL", 10, "BoolStorage"),
     ElementType(np.dtype("<c8"), tensorflow=8),
     ElementType(np.dtype("<c16"), tensorflow=18),
-    ElementType(np.dtype(ml_dtypes.float8_e5m2), tensorflow=24),
-    ElementType(np.dtype(ml_dtypes.float8_e4m3fn), tensorflow=25),
+    ElementType(np.dtype(ml_dtypes.float8_e5m2), "float8_e5m2", "F8_E5M2", 24),
+    ElementType(np.dtype(ml_dtypes.float8_e4m3fn), "float8_e4m3fn", "F8_E4M3", 25),
 )
 #: The types a weight may have.
 FLOATS: tuple[np.dtype[np.generic], ...] = (np.dtype("<f8"), np.dtype("<f4"), np.dtype("<f2"), BFLOAT16)
+
+
+def holding_all(dtypes: Iterable[np.dtype[np.generic]]) -> np.dtype[np.generic]:
+    """The smallest type that holds every value of these types, in native byte order; one type stays as it is.
+
+    float16 has the longer fraction and bfloat16 the longer exponent, so together they need float32, as in PyTorch.
+
+    Raises:
+        ValueError: different types, of which one is not in :data:`FLOATS`.
+    """
+    return reduce(_holding_both, dict.fromkeys(dtypes))
+
+
+def _holding_both(first: np.dtype[np.generic], second: np.dtype[np.generic]) -> np.dtype[np.generic]:
+    a, b = first.newbyteorder("="), second.newbyteorder("=")
+    if a == b:
+        return a
+    if a not in FLOATS or b not in FLOATS:
+        raise ValueError(f"{a} and {b} cannot be combined: weights have float types")
+    both = {FLOATS.index(a), FLOATS.index(b)}
+    return FLOATS[1] if both == {2, 3} else FLOATS[min(both)]

@@ -82,6 +82,7 @@ class Options:
         cache_dir: hub cache directory; None: the hub library's default.
         offline: use the hub cache only.
         task: one of ``reference_model.config.TASKS``; None: chosen from the checkpoint's heads.
+        scope: the first part of the chosen model's tensor names, if one file holds several models.
         n_head: number of attention heads, for formats that do not record it.
         pad_token_id: token that text classification treats as padding; None: from the configuration.
         activation: GELU formula, ``tanh`` or ``erf``, for formats that do not record it.
@@ -167,6 +168,14 @@ class Options:
         metavar="TASK",
         default_text="from the checkpoint",
         choices=TASKS,
+    )
+    scope: str | None = _option(
+        None,
+        "--scope",
+        "checkpoint",
+        "Checkpoint",
+        "Read the model under this prefix of the tensor names, if the file contains several.",
+        metavar="NAME",
     )
     n_head: int | None = _option(
         None,

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, UsageError
+from gptconvert.model.dtypes import holding_all
 from gptconvert.model.names import collapse
-from gptconvert.model.schemes import Drop, Scheme, canonical_shapes, concrete, expand, sizes_of, to_canonical
+from gptconvert.model.quantised import refuse_other_types, types_of
+from gptconvert.model.schemes import Bound, Drop, Scheme, canonical_shapes, concrete, expand, sizes_of, to_canonical
 from gptconvert.model.shards import Merge, Parts, merge_parts
 from gptconvert.model.tensors import LazyTensor, Shape, filled
 from reference_model.config import GPTConfig
@@ -36,12 +38,55 @@ class Resolved:
 
 def find_prefix(scheme: Scheme, names: Iterable[str]) -> str | None:
     """The prefix of the file's body names, from the anchor tensor; None if the anchor is missing."""
-    found = [name[: -len(scheme.anchor)] for name in names if name.endswith(scheme.anchor)]
-    if scheme.prefixes is None:
-        fitting = [p for p in found if p == "" or p.endswith("/")]
-    else:
-        fitting = [p for p in found if p in scheme.prefixes]
-    return min(fitting, key=len, default=None)
+    return min(find_prefixes(scheme, names), key=len, default=None)
+
+
+def find_prefixes(scheme: Scheme, names: Iterable[str]) -> list[str]:
+    """The prefix of every model in the file: most hold one, but reinforcement learning stores several."""
+    names = list(names)
+    for anchor in filter(None, (scheme.anchor, scheme.fallback)):
+        found = [name[: -len(anchor)] for name in names if name.endswith(anchor)]
+        if scheme.prefixes is None:
+            fitting = [p for p in found if p == "" or p.endswith(scheme.separator)]
+        else:
+            fitting = [p for p in found if p in scheme.prefixes]
+        if fitting:
+            return fitting
+    return []
+
+
+def choose_scope(
+    scheme: Scheme, tensors: Mapping[str, LazyTensor], scope: str | None, path: str | None
+) -> dict[str, str]:
+    """The tensors of models other than the chosen one: name → scope.
+
+    Args:
+        scheme: the name table.
+        tensors: all tensors of the file.
+        scope: the user's choice, the part of the names before the model's; None if the file holds one model.
+        path: the checkpoint, used in error messages.
+
+    Raises:
+        UsageError: the file holds several models and none was chosen, or not the chosen one.
+    """
+    found = {head_prefix(scheme, prefix) for prefix in find_prefixes(scheme, tensors)}
+    scopes = {prefix.removesuffix(scheme.separator): prefix for prefix in sorted(found)}
+    if len(scopes) < 2 and scope in (None, *scopes):
+        return {}
+    if scope not in scopes:
+        listed = ", ".join(each or '"" (no prefix)' for each in scopes) or "no model"
+        raise UsageError(
+            "several models in one file" if scope is None else f"no model under --scope {scope!r}",
+            path=path,
+            expected="the scope of one of them" if scope is None else None,
+            found=listed,
+            hint="pass --scope NAME with one of these names" if scopes else "omit --scope",
+        )
+    owners = {
+        name: max((s for s, prefix in scopes.items() if name.startswith(prefix)), key=len, default=scope)
+        for name in tensors
+    }
+    return {name: owner for name, owner in owners.items() if owner != scope}
 
 
 def head_prefix(scheme: Scheme, prefix: str) -> str:
@@ -56,6 +101,7 @@ def resolve(
 
     Raises:
         InputError: tensors are missing, unexpected or mis-shaped; the error lists all of them.
+        UnsupportedError: weights of other than float types; the error lists them.
     """
     prefix = find_prefix(scheme, tensors)
     if prefix is None:
@@ -67,8 +113,12 @@ def resolve(
             hint="the names do not match any supported model; list them with `gptconvert inspect`",
         )
     outer, sizes = head_prefix(scheme, prefix), sizes_of(config)
-    tensors, notes = merge_parts(tensors, _merges(scheme, config, tensors, prefix))
     bound = [b.named_as_in(tensors) for b in expand(scheme.rows, config, prefix, outer)]
+    ties = [(outer if tied.head else prefix) + tied.stored for tied in scheme.tied if tied.when(config)]
+    merges = _merges(scheme, config, tensors, prefix)
+    refuse_other_types([*(name for b in bound for name in b.stored), *ties, *merges], tensors, path)
+    mixed = _mixed_types(bound, tensors)
+    tensors, notes = merge_parts(tensors, merges)
     weights: dict[str, LazyTensor] = {}
     missing: list[str] = []
     misshaped: list[tuple[str, Shape, Shape]] = []
@@ -78,7 +128,7 @@ def resolve(
         absent = [name for name in b.stored if name not in tensors]
         wrong = [name for name in b.stored if name in tensors and tensors[name].shape != b.shape]
         if absent and b.row.absent is not None:
-            dtype = next(iter(tensors.values())).dtype
+            dtype = tensors[prefix + scheme.anchor].dtype
             weights[b.canonical] = filled(b.row.absent, dtype, canonical_shapes([b.row], config)[b.canonical])
             continue
         missing += absent
@@ -93,9 +143,34 @@ def resolve(
                 misshaped.append((name, concrete(tied.shape, sizes), tensors[name].shape))
     drops = [drop for drop in scheme.drops if drop.when(config)]
     dropped, unexpected = _split_leftovers(drops, (prefix, outer), [n for n in tensors if n not in used])
+    if outer and scheme.separator == ".":
+        notes = (*notes, f"removed the prefix {outer!r} from the tensor names")
     if missing or unexpected or misshaped:
         raise _mismatch(missing, unexpected, misshaped, path)
-    return Resolved(weights, tensors, prefix, dropped, notes)
+    reasons = {name: drop.why for name, drop in dropped.items()}
+    return Resolved(weights, tensors, prefix, reasons, (*notes, *mixed, *_drop_notes(dropped)))
+
+
+def _drop_notes(dropped: Mapping[str, Drop]) -> list[str]:
+    """The notes on tensors left out, one for each kind that is worth a note."""
+    noted: dict[str, list[str]] = {}
+    for name, drop in dropped.items():
+        if drop.note:
+            noted.setdefault(drop.note, []).append(name)
+    return [f"{note}: {_some(names)}" for note, names in noted.items()]
+
+
+def _mixed_types(bound: Iterable[Bound], tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """A note on the tensors whose parts, in one file or on several shards, have different types."""
+    mixed = {}
+    for b in bound:
+        types = {dtype.newbyteorder("=") for n in b.stored if n in tensors for dtype in types_of(tensors[n])}
+        if len(types) > 1:
+            mixed[b.stored[0]] = holding_all(sorted(types, key=str)).name
+    if not mixed:
+        return []
+    wide = " or ".join(sorted({*mixed.values()}))
+    return [f"parts of different types are joined in the type that holds all of them, {wide}: {_some([*mixed])}"]
 
 
 def _merges(scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, Merge]:
@@ -121,16 +196,16 @@ def tied_pairs(
 
 def _split_leftovers(
     drops: Iterable[Drop], prefixes: Iterable[str], names: Iterable[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Leftover names, split into dropped ones with reasons and unexpected ones."""
+) -> tuple[dict[str, Drop], list[str]]:
+    """Leftover names, split into dropped ones with their rules and unexpected ones."""
     dropped, unexpected = {}, []
     for name in names:
         bare = {name.removeprefix(prefix) for prefix in prefixes}
-        why = next((d.why for d in drops if any(re.fullmatch(d.pattern, b) for b in bare)), None)
-        if why is None:
+        rule = next((d for d in drops if any(re.fullmatch(d.pattern, b) for b in bare)), None)
+        if rule is None:
             unexpected.append(name)
         else:
-            dropped[name] = why
+            dropped[name] = rule
     return dropped, unexpected
 
 

@@ -55,11 +55,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Drop:
-    """Known tensors to leave out: a regular expression for the full name, and the reason."""
+    """Known tensors to leave out.
+
+    Attributes:
+        pattern: regular expression for the whole name, without the prefix.
+        why: the reason.
+        when: whether a model with this configuration lacks them.
+        note: sentence for the user, which the names follow; empty if they are not worth a note.
+    """
 
     pattern: str
     why: str
     when: Condition = lambda config: True
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,9 @@ class Scheme:
         name: of the naming scheme (``hf``, ``openai-tf`` …), as in :attr:`Source.scheme`.
         rows: one per canonical tensor.
         anchor: name of a tensor present in every such file, which determines the prefix.
-        prefixes: allowed prefixes of body names; None: empty, or any that ends in ``/``.
+        fallback: anchor of files that store the first one under another name only; empty if there are none.
+        prefixes: allowed prefixes of body names; None: empty, or any that ends in ``separator``.
+        separator: of the parts of names, if ``prefixes`` is None.
         body: the part of the prefix that head tensors lack.
         write_prefix: prefix used when writing.
         drops: known tensors to leave out. Patterns are matched without the prefix.
@@ -123,7 +133,9 @@ class Scheme:
     name: str
     rows: tuple[Row, ...]
     anchor: str
+    fallback: str = ""
     prefixes: tuple[str, ...] | None = ("",)
+    separator: str = "/"
     body: str = ""
     write_prefix: str = ""
     drops: tuple[Drop, ...] = ()

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gptconvert.model.dtypes import FLOATS, holding_all
 from gptconvert.model.tensors import (
     Array,
     Box,
@@ -23,12 +24,14 @@ from gptconvert.model.tensors import (
     filled,
     total,
 )
-from gptconvert.model.transforms import concatenate, split, transpose
+from gptconvert.model.transforms import cast, concatenate, split, transpose
 
 
 @dataclass(frozen=True, slots=True)
 class Parts(LazyTensor):
     """One tensor's parts, not merged yet: ``dtype`` and ``shape`` are known, but elements cannot be read.
+
+    ``dtype`` holds the values of all parts; weights of other than float types are refused before any merge.
 
     Attributes:
         parts: one per shard, in order; None for a shard that lacks the tensor.
@@ -49,7 +52,9 @@ class Parts(LazyTensor):
         shape = list(held[0].shape) if held else []
         if self.axis is not None and self.axis < len(shape):
             shape[self.axis] = sum(part.shape[self.axis] for part in held if len(part.shape) == len(shape))
-        object.__setattr__(self, "dtype", held[0].dtype if held else np.dtype(np.void))
+        floats = [part.dtype for part in held if part.dtype.newbyteorder("=") in FLOATS]
+        mixed = holding_all(floats) if len(floats) == len(held) > 0 else None
+        object.__setattr__(self, "dtype", mixed or (held[0].dtype if held else np.dtype(np.void)))
         object.__setattr__(self, "shape", tuple(shape))
 
     @property
@@ -134,8 +139,11 @@ class Copies:
 
     def differ(self, parts: Sequence[LazyTensor]) -> bool:
         """Whether copies that should be identical differ. They are read whole, so they must be vectors."""
-        first = parts[0].read().tobytes() if self.what else b""
-        return bool(self.what) and any(part.read().tobytes() != first for part in parts[1:])
+        if not self.what:
+            return False
+        dtype = holding_all(part.dtype for part in parts)
+        first, *others = (cast(part, dtype).read().tobytes() for part in parts)
+        return any(other != first for other in others)
 
     def note(self, names: Sequence[str], unit: str) -> str:
         """A note about copies that differ."""
@@ -196,8 +204,11 @@ def _merged(parts: Parts, merge: Merge, tensors: Mapping[str, LazyTensor]) -> La
 
 
 def mean(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The element-wise mean of tensors of the same shape, computed in float64 and rounded once."""
-    dtype, shape = parts[0].dtype, parts[0].shape
+    """The element-wise mean of tensors of the same shape, computed in float64 and rounded once.
+
+    Tensors of different types give the type that holds them all.
+    """
+    dtype, shape = holding_all(part.dtype for part in parts), parts[0].shape
 
     def read(box: Box) -> Array:
         result: Array = np.mean([part.read(box).astype(np.float64) for part in parts], axis=0).astype(dtype)
@@ -207,11 +218,15 @@ def mean(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def added_to_rows(table: LazyTensor, biases: Sequence[LazyTensor]) -> LazyTensor:
-    """``table`` [V, D] + the sum of ``biases`` [D], added in at least float32 and rounded once."""
-    wide = np.promote_types(table.dtype, np.float32)
+    """``table`` [V, D] + the sum of ``biases`` [D], added in at least float32 and rounded once.
+
+    The result has the type that holds the table's and the biases' values.
+    """
+    dtype = holding_all((table.dtype, *(bias.dtype for bias in biases)))
+    wide = np.promote_types(dtype, np.float32)
 
     def read(box: Box) -> Array:
         bias = sum(part.read(box[1:]).astype(wide) for part in biases)
-        return (table.read(box).astype(wide) + bias).astype(table.dtype)
+        return (table.read(box).astype(wide) + bias).astype(dtype)
 
-    return Computed(read, table.dtype, table.shape)
+    return Computed(read, dtype, table.shape)

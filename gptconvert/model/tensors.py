@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.errors import InputError
+from gptconvert.model.dtypes import holding_all
 
 #: Maximum size in bytes of one block yielded by :meth:`LazyTensor.chunks`.
 CHUNK_BYTES = 8 << 20
@@ -246,7 +247,11 @@ class Rows(LazyTensor):
 
 @dataclass(frozen=True, slots=True)
 class Joined(LazyTensor):
-    """``parts`` concatenated along ``axis``."""
+    """``parts``, which have one type, concatenated along ``axis``.
+
+    Raises:
+        ValueError: the parts have different types; :func:`~gptconvert.model.transforms.concatenate` converts them.
+    """
 
     parts: tuple[LazyTensor, ...]
     axis: int
@@ -254,6 +259,8 @@ class Joined(LazyTensor):
     shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
+        if len({part.dtype for part in self.parts}) > 1:
+            raise ValueError(f"parts of different types: {', '.join(str(part.dtype) for part in self.parts)}")
         shape = list(self.parts[0].shape)
         shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
         object.__setattr__(self, "dtype", self.parts[0].dtype)
@@ -309,16 +316,20 @@ def filled(value: float, dtype: np.dtype[np.generic], shape: Shape) -> LazyTenso
 
 
 def total(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The element-wise sum of tensors of the same shape, added in at least float32 and rounded once."""
-    wide = np.promote_types(parts[0].dtype, np.float32)
+    """The element-wise sum of tensors of the same shape, added in at least float32 and rounded once.
+
+    Summands of different types give the type that holds them all.
+    """
+    dtype = holding_all(part.dtype for part in parts)
+    wide = np.promote_types(dtype, np.float32)
 
     def read(box: Box) -> Array:
         result = parts[0].read(box).astype(wide)
         for part in parts[1:]:
             result = result + part.read(box).astype(wide)
-        return result.astype(parts[0].dtype)
+        return result.astype(dtype)
 
-    return Computed(read, parts[0].dtype, parts[0].shape)
+    return Computed(read, dtype, parts[0].shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gptconvert.model.dtypes import holding_all
 from gptconvert.model.tensors import (
     Array,
     Box,
@@ -62,9 +63,15 @@ def take_rows(tensor: LazyTensor, runs: Sequence[tuple[int, int]]) -> LazyTensor
 
 
 def concatenate(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
-    """Tensors concatenated along ``axis``; stored tensors stay stored along axis 0."""
+    """Tensors concatenated along ``axis``; stored tensors stay stored along axis 0.
+
+    Tensors of different types are converted to the type that holds them all.
+    """
     if len(tensors) == 1:
         return tensors[0]
+    if len({t.dtype for t in tensors}) > 1:
+        dtype = holding_all(t.dtype for t in tensors)
+        tensors = [cast(t, dtype) for t in tensors]
     stored = [t for t in tensors if isinstance(t, Stored)]
     if axis == 0 and len(stored) == len(tensors) and len({t.dtype for t in stored}) == 1:
         parts = merge_segments([part for t in stored for part in t.parts])

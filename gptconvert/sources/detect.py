@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.sources import hub, llmc, megatron, mesh_jax, mesh_tf, nanogpt, neox, openai_tf
 from gptconvert.sources import openai_gpt1 as gpt1_npy
+from gptconvert.sources.advice import advice_for, refuse_archive
 from gptconvert.sources.format import Format
 from gptconvert.sources.hf import format as hf
-from gptconvert.sources.hf.files import weights_named
+from gptconvert.sources.hf.files import could_be_weights, weights_named
 
 #: In detection order: Hugging Face's file names are the least ambiguous, and GPT-Neo's checkpoints, which differ from
 #: OpenAI's only in their variable names, must come before them.
@@ -146,27 +147,53 @@ def lookalike(path: str) -> str | None:
     return next((k.title for k in LOOKALIKES if re.fullmatch(k.names, name)), None)
 
 
+#: Format → pattern of the names of its files and of what lies beside them, and the files that it needs.
+FILES: Mapping[str, tuple[str, str]] = {
+    "hf": (
+        r"config\.json|.*\.(safetensors|bin|h5|msgpack)|.*token.*\.json|merges\.txt|vocab\.json|generation_config\.json",
+        "config.json and model.safetensors or pytorch_model.bin",
+    ),
+    "openai-tf": (
+        r".*\.(index|meta|data-.*)|hparams\.json|encoder\.json|vocab\.bpe|checkpoint",
+        "model.ckpt.index, model.ckpt.data-… and hparams.json",
+    ),
+    "nanogpt": (r".*\.pt|meta\.pkl", "ckpt.pt"),
+    "mesh-tf": (r".*\.(index|meta|data-.*)|config\.json", "model.ckpt-N.index, .data-… and config.json"),
+    "openai-gpt1": (r"params_.*|.*_40000\..*", "params_0.npy … params_9.npy"),
+    "mesh-jax": (r"step_\d+|shard_\d+|.*\.npz", "shard_0 … with .npz files"),
+    "neox": (r"global_step\d+|latest|configs|.*\.ya?ml|(layer|mp_rank|zero)_.*", "global_stepN and configs/*.yml"),
+    "llmc": (r".*\.bin", "gpt2_124M.bin"),
+    "megatron": (r"iter_.*|mp_rank_.*|latest_.*|model_.*rng\.pt", "mp_rank_00/model_optim_rng.pt"),
+}
+
+
+def nearest(names: Collection[str]) -> str:
+    """The two formats that most of these files could belong to, and the files that they need."""
+    scores = {
+        form: sum(re.fullmatch(pattern, name) is not None for name in names) for form, (pattern, _) in FILES.items()
+    }
+    best = sorted(FILES, key=lambda form: -scores[form])[:2]
+    return " or ".join(f"{form} ({FILES[form][1]})" for form in best)
+
+
 def _unrecognised(path: str) -> GptConvertError:
-    """The error for an existing path that no format claims."""
-    supported = "; ".join(f"{each.name}: {each.title}" for each in FORMATS)
+    """The error for an existing path that no format claims: what was found, then the nearest formats."""
+    refuse_archive(path)
+    advice = advice_for(path) if os.path.isdir(path) else None
+    if advice is not None:
+        return InputError(f"no checkpoint in this directory: this is {advice[0]}", path=path, hint=advice[1])
+    names = entries(path) if os.path.isdir(path) else [os.path.basename(path)]
+    close = f"the nearest formats: {nearest(names)} (all: gptconvert formats)"
     title = lookalike(path)
     if title is not None:
-        return UnsupportedError(
-            f"recognised as {title}, which this version does not support", path=path, expected=f"one of {supported}"
-        )
+        return UnsupportedError(f"recognised as {title}, which this version does not support", path=path, hint=close)
     if os.path.isdir(path):
-        found = ", ".join(entries(path)[:8]) or "an empty directory"
-        return InputError(
-            "no checkpoint of a known format in this directory",
-            path=path,
-            expected=f"one of {supported}",
-            found=found,
-        )
+        found = ", ".join(names[:8]) or "an empty directory"
+        return InputError("no checkpoint of a known format in this directory", path=path, found=found, hint=close)
     explained = explain_file(path) or f"begins with {read_head(path)[:16]!r}"
     hint = "if these are Hugging Face weights, put the model's config.json next to them"
     return InputError(
         f"not a checkpoint of a known format: this file {explained}",
         path=path,
-        expected=f"one of {supported}",
-        hint=hint if weights_named(path) is not None else None,
+        hint=hint if could_be_weights(path) else close,
     )

@@ -32,12 +32,11 @@ SPLITS = ("model_parallel_size", "tensor_model_parallel_size", "pipeline_model_p
 _FOLDER = re.compile(r"iter_\d{7,}|mp_rank_\d\d(_\d{3})*")
 #: Limits on the nesting of dictionaries and on the entries of one level.
 MAX_DEPTH, MAX_ENTRIES = 8, 100_000
-#: Writes a checkpoint that this reader accepts. The tool turns off bias_gelu_fusion, which selects the tanh form of
-#: GELU, in ``args``.
+#: Writes a checkpoint that this reader accepts.
 _MERGE = (
     "run Megatron-LM's tools/checkpoint/convert.py --model-type GPT --loader {loader} --saver megatron "
-    "--target-tensor-parallel-size 1 --target-pipeline-parallel-size 1, then set bias_gelu_fusion in the new "
-    "file's args back to its original value, which the tool changes"
+    "--target-tensor-parallel-size 1 --target-pipeline-parallel-size 1, and convert its output; pass "
+    "--activation erf if the model was trained with bias_gelu_fusion off"
 )
 
 

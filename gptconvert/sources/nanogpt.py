@@ -1,8 +1,10 @@
 """nanoGPT's ``ckpt.pt``: a ``torch.save`` of the state dict, ``model_args`` and the state of the training run.
 
-Source: karpathy/nanoGPT ``train.py``. The file also holds the optimizer state, twice the size of the weights; it is
-never read. The tokenizer is stored elsewhere: GPT-2's, or a character vocabulary in ``meta.pkl`` in the data
-directory, a pickle that is never opened.
+build-nanogpt saves the state dict and ``config``, an instance of a dataclass, which is read as plain data.
+Sources: karpathy/nanoGPT ``train.py``, karpathy/build-nanogpt ``train_gpt2.py``.
+
+nanoGPT's file also holds the optimizer state, twice the size of the weights; it is never read. The tokenizer is kept
+elsewhere: GPT-2's, or a character vocabulary in ``meta.pkl`` in the data directory, a pickle that is never opened.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ TITLE = "nanoGPT (ckpt.pt)"
 CHECKPOINT = "ckpt.pt"
 #: Entries that identify such a file.
 MODEL, ARGUMENTS = "model", "model_args"
+#: The configuration in build-nanogpt's files, and keys that identify it: nanoGPT's entry of that name holds the
+#: settings of the training run.
+CONFIG, CONFIG_KEYS = "config", frozenset(("block_size", "vocab_size", "n_layer", "n_head", "n_embd"))
+BUILD_TITLE = "build-nanogpt (model, config)"
 #: Vocabulary sizes that imply GPT-2's tokenizer: exact, and padded to a multiple of 64.
 GPT2_SIZES = (50257, 50304)
 
@@ -34,12 +40,13 @@ def read_nanogpt(file: TorchFile, options: Options) -> Source:
     """
     path = file.path
     state, arguments = _parts(file)
+    from_scratch = _is_build(file.tree)
     tensors = tensors_of(file, state, path)
     folder = os.path.dirname(path)
     tokenizer = find_tokenizer([folder])
     return Source(
-        scheme=FORMAT.name,
-        format=TITLE,
+        scheme=f"{FORMAT.name}:build" if from_scratch else FORMAT.name,
+        format=BUILD_TITLE if from_scratch else TITLE,
         path=path,
         tensors=tensors,
         config=arguments,
@@ -77,7 +84,11 @@ def locate_nanogpt(path: str, options: Options) -> TorchFile | None:
     if os.path.basename(named) == CHECKPOINT and os.path.lexists(named):
         return find_nanogpt(path, options)
     file = None if os.path.isdir(path) else read_if_torch(path)
-    matches = file is not None and isinstance(file.tree, dict) and {MODEL, ARGUMENTS} <= file.tree.keys()
+    matches = (
+        file is not None
+        and isinstance(file.tree, dict)
+        and ({MODEL, ARGUMENTS} <= file.tree.keys() or _is_build(file.tree))
+    )
     if matches:
         _checkpoint_file(path, options)
     return file if matches else None
@@ -86,7 +97,7 @@ def locate_nanogpt(path: str, options: Options) -> TorchFile | None:
 def _parts(file: TorchFile) -> tuple[Mapping[object, object], dict[str, object]]:
     """The state dict and ``model_args``."""
     tree = file.tree if isinstance(file.tree, dict) else {}
-    state, arguments = tree.get(MODEL), tree.get(ARGUMENTS)
+    state, arguments = tree.get(MODEL), tree.get(CONFIG if _is_build(tree) else ARGUMENTS)
     if not isinstance(state, dict) or not isinstance(arguments, dict):
         found = ", ".join(str(key) for key in list(tree)[:8]) or f"a {type(file.tree).__name__}"
         raise InputError(
@@ -98,6 +109,12 @@ def _parts(file: TorchFile) -> tuple[Mapping[object, object], dict[str, object]]
             "for a Hugging Face state dict with its config.json, use `gptconvert hf`",
         )
     return state, {str(key): value for key, value in arguments.items()}
+
+
+def _is_build(tree: object) -> bool:
+    """Whether build-nanogpt wrote the file: the entry ``config`` is its dataclass, or a dictionary of its fields."""
+    config = tree.get(CONFIG) if isinstance(tree, dict) and ARGUMENTS not in tree else None
+    return isinstance(config, dict) and config.keys() >= CONFIG_KEYS
 
 
 def _tokenizer_notes(vocabulary: object, tokenizer: Mapping[str, str], folder: str) -> tuple[str, ...]:

@@ -100,5 +100,5 @@ FORMAT: Format[TfCheckpoint | str] = Format(
     locate=locate_checkpoint,
     find=find_openai,
     read=read_openai_tf,
-    accepts=frozenset({"step", "hparams", "n_head"}) | EDITS,
+    accepts=frozenset({"step", "hparams", "n_head", "scope"}) | EDITS,
 )

@@ -69,6 +69,17 @@ def with_a_space(directory: Path) -> Path:
     return directory / "models"
 
 
+def with_two_models(directory: Path) -> Path:
+    """One file with two models, as actor-critic training saves them."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(TINY / "hf-safetensors", directory / "two")
+    path = directory / "two" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({f"{scope}.{name}": t for scope in ("actor", "critic") for name, t in tensors.items()}, path)
+    return directory / "two"
+
+
 NANOGPT, OPENAI, HF = ORIGINALS / "nanogpt", TINY / "openai-tf", TINY / "hf-safetensors"
 HPARAMS = OPENAI / "hparams.json"
 #: Field of ``Options`` → a conversion with a value other than the default.
@@ -77,6 +88,7 @@ CASES: dict[str, Case] = {
     "hparams": Case(without_hparams, ("--hparams", HPARAMS)),
     "weights_file": Case(with_a_space, ("--weights-file", "gpt2 bf16.bin")),
     "task": Case(HF, ("--task", "feature-extraction")),
+    "scope": Case(with_two_models, ("--scope", "critic", "--to", "safetensors")),
     "n_head": Case(without_hparams, ("--n-head", 3)),
     "pad_token_id": Case(HF, ("--pad-token-id", 5, "--to", "safetensors")),
     "activation": Case(NANOGPT, ("--activation", "tanh")),

@@ -100,7 +100,7 @@ def test_a_set_key_overrides_the_file_with_a_note() -> None:
     assert found.config.norm_eps == 0.5
     assert "layer_norm_epsilon is set to 0.5 (--set)" in found.notes
     found = gpt2(Options(set_key=("bos_token_id=7",)))
-    assert found.config.bos_token_id == 7
+    assert found.special_ids.bos == 7
     assert "bos_token_id is set to 7 instead of 96 (--set)" in found.notes
     with pytest.raises(InputError) as error:
         gpt2(Options(set_key=("n_head=many",)))

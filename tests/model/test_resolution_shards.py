@@ -284,8 +284,7 @@ def test_differing_norms_are_noted_and_averaged() -> None:
     [
         ("m/l0/g", Parts((*lazy(numbers(4)), None), "rank"), "tensor is missing on rank 1$"),
         ("m/l0/g", Parts((None, None), "rank"), "tensor is missing on rank 0, 1$"),
-        ("m/l0/g", parts(numbers(4), numbers(3)), "the shards' parts differ in shape or type"),
-        ("m/l0/g", parts(numbers(4), numbers(4, dtype=BFLOAT16)), "the shards' parts differ in shape or type"),
+        ("m/l0/g", parts(numbers(4), numbers(3)), "the shards' parts differ in shape;"),
         ("m/l1/proj", parts(numbers(4, 1), numbers(4, 1)), "shards are missing.* from 2 shards, found parts of"),
     ],
 )

@@ -99,9 +99,49 @@ def test_released_model_has_no_arguments(tmp_path: Path) -> None:
 def test_activation(tmp_path: Path, arguments: dict[str, Any], activation: str) -> None:
     path = save(tmp_path / "model_optim_rng.pt", **arguments)
     assert opened(path).config.activation == activation
-    other = {"gelu_tanh": "erf", "gelu_erf": "tanh"}[activation]
-    with pytest.raises(UsageError, match="contradicts"):
-        opened(path, Options(activation=other))
+    if activation == "gelu_tanh":
+        with pytest.raises(UsageError, match="contradicts"):
+            opened(path, Options(activation="erf"))
+    else:  # the checkpoint converter turns fusion off, so that the option decides
+        assert opened(path, Options(activation="tanh")).config.activation == "gelu_tanh"
+
+
+#: What Megatron-LM's tools/checkpoint writes into ``args``, whatever the model was trained with.
+CONVERTED = {
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "use_cpu_initialization": True,
+}
+
+
+def test_the_checkpoint_converter_does_not_decide_the_activation(tmp_path: Path) -> None:
+    path = save(tmp_path / "model_optim_rng.pt", **CONVERTED)
+    checkpoint = opened(path)
+    assert checkpoint.config.activation == "gelu_tanh"
+    assert any("converter" in note and "--activation erf" in note for note in checkpoint.notes)
+    for name in ("tanh", "erf"):
+        chosen = opened(path, Options(activation=name))
+        assert chosen.config.activation == f"gelu_{name}"
+        assert not any("converter" in note for note in chosen.notes)
+    for name in [*CONVERTED][1:]:
+        trained = save(tmp_path / "other.pt", **{**CONVERTED, name: not CONVERTED[name]})
+        assert opened(trained).config.activation == "gelu_erf"
+
+
+def test_norms_of_newer_versions(tmp_path: Path) -> None:
+    raw, arrays = gpt2_arrays()
+
+    def rename(saved: dict[str, Any]) -> None:
+        model = saved["model"]["language_model"]
+        body = next(key for key in ("encoder", "transformer") if key in model)
+        model[body] = {name.replace("layernorm", "norm"): tensor for name, tensor in model[body].items()}
+        assert {"final_norm.weight", "layers.0.input_norm.bias", "layers.1.post_attention_norm.weight"} <= set(
+            model[body]
+        )
+
+    checkpoint = opened(save(tmp_path / "model_optim_rng.pt", change=rename))
+    assert same_weights(checkpoint, checkpoint_of(raw, arrays))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
+import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -191,3 +194,92 @@ def test_damaged_and_absent_files(tmp_path: Path) -> None:
         nanogpt.FORMAT.open(str(tmp_path / "ckpt2.pt"), PLAIN)
     with pytest.raises(UsageError, match="--hparams"):
         nanogpt.FORMAT.open(str(tmp_path), Options(hparams="x"))
+
+
+@dataclasses.dataclass
+class GPTConfig:
+    """As in build-nanogpt's train_gpt2.py."""
+
+    block_size: int = 40
+    vocab_size: int = 97
+    n_layer: int = 2
+    n_head: int = 3
+    n_embd: int = 24
+
+
+class CfgNode:
+    """A plain object with attributes, as in minGPT."""
+
+    def __init__(self, **values: object) -> None:
+        self.__dict__.update(values)
+
+
+FIELDS = dataclasses.asdict(GPTConfig())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GPTConfig(), CfgNode(**FIELDS), types.SimpleNamespace(**FIELDS), dict(FIELDS)],
+    ids=["dataclass", "object", "namespace", "dictionary"],
+)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_build_nanogpt(config: object, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration's class is read as data; it cannot be imported here."""
+    import torch
+
+    raw, arrays = gpt2_arrays()
+    state = {prefix + name: tensor for name, tensor in foreign.nanogpt_state(arrays).items()}
+    if isinstance(config, (GPTConfig, CfgNode)):
+        module = types.ModuleType("train_gpt2_of_somebody")
+        vars(module)[type(config).__name__] = type(config)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(type(config), "__module__", module.__name__)
+    path = tmp_path / "model_19072.pt"
+    torch.save({"model": state, "config": config, "step": 19072, "val_loss": 3.1}, path)
+    monkeypatch.delitem(sys.modules, "train_gpt2_of_somebody", raising=False)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.source.scheme == "nanogpt:build"
+    assert checkpoint.config.activation == "gelu_tanh"
+    assert any("build-nanogpt" in note and "--activation erf" in note for note in checkpoint.notes)
+    assert same_weights(checkpoint, checkpoint_of(raw, arrays))
+    assert opened(path, Options(activation="erf")).config.activation == "gelu_erf"
+    assert "train_gpt2_of_somebody" not in sys.modules
+
+
+def test_settings_of_a_nanogpt_run_are_not_a_configuration(tmp_path: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", foreign.nanogpt_state(gpt2_arrays()[1]))
+    import torch
+
+    content = torch.load(path, weights_only=False)
+    torch.save({**content, "config": {**FIELDS, "n_layer": 7}}, path)
+    assert opened(path).source.scheme == "nanogpt"
+
+
+class Module:
+    """A pickled object with the attributes of a PyTorch module."""
+
+    def __init__(self) -> None:
+        self._parameters: dict[str, object] = {}
+        self._modules: dict[str, object] = {}
+
+
+class Calls:
+    """An object that pickles as a call."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return GPTConfig, (1, 2)
+
+
+@pytest.mark.parametrize("value", [Module(), Calls(), GPTConfig, os.system, [GPTConfig(), os.getcwd]], ids=repr)
+@pytest.mark.parametrize("format", ["nanogpt", "hf", None])
+def test_unsafe_pickles_are_refused_whatever_the_command(value: object, format: str | None, tmp_path: Path) -> None:
+    import torch
+
+    path = tmp_path / "model.pt"
+    torch.save({"model": {"w": torch.ones(2)}, "model_args": {}, "config": value}, path)
+    if format == "hf":
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UnsafeInputError) as caught:
+        open_checkpoint(path, format=format)
+    assert caught.value.exit_code == 7
+    assert "nothing executed" in str(caught.value) or "whole pickled model" in str(caught.value)

@@ -20,22 +20,32 @@ from gptconvert.model.transforms import DeinterleaveFeatures, DeinterleaveHeads,
 _MEGATRON_NAMES: Mapping[str, str] = {
     "wte.weight": "embedding.word_embeddings.weight",
     "wpe.weight": "embedding.position_embeddings.weight",
-    "h.{i}.ln_1": "{body}.layers.{i}.input_layernorm",
+    "h.{i}.ln_1": "{body}.layers.{i}.input_{norm}",
     "h.{i}.attn.c_attn": "{body}.layers.{i}.{attention}.query_key_value",
     "h.{i}.attn.c_proj": "{body}.layers.{i}.{attention}.dense",
-    "h.{i}.ln_2": "{body}.layers.{i}.post_attention_layernorm",
+    "h.{i}.ln_2": "{body}.layers.{i}.post_attention_{norm}",
     "h.{i}.mlp.c_fc": "{body}.layers.{i}.mlp.dense_h_to_4h",
     "h.{i}.mlp.c_proj": "{body}.layers.{i}.mlp.dense_4h_to_h",
-    "ln_f": "{body}.final_layernorm",
+    "ln_f": "{body}.final_{norm}",
+}
+#: The word that differs between versions → its forms, oldest first.
+_FORMS: Mapping[str, tuple[str, ...]] = {
+    "{body}": ("transformer", "encoder"),
+    "{attention}": ("attention", "self_attention"),
+    "{norm}": ("layernorm", "norm"),
 }
 
 
 def _megatron_names(canonical: str) -> tuple[str, ...]:
-    """All names of a tensor: later versions renamed transformer to encoder and attention to self_attention."""
+    """All names of a tensor.
+
+    Later versions renamed transformer to encoder, attention to self_attention, and layernorm to norm.
+    """
     stem, _, kind = canonical.rpartition(".")
     template = _MEGATRON_NAMES.get(canonical) or f"{_MEGATRON_NAMES[stem]}.{kind}"
-    ways = [(body, attention) for body in ("transformer", "encoder") for attention in ("attention", "self_attention")]
-    found = (template.replace("{body}", body).replace("{attention}", attention) for body, attention in ways)
+    found = [template]
+    for word, forms in _FORMS.items():
+        found = [name.replace(word, form) for name in found for form in forms]
     return tuple(dict.fromkeys(found))
 
 
@@ -97,6 +107,14 @@ ARGUMENTS = ConfigTable(
     derived={"bos_token_id": gpt2_end, "eos_token_id": gpt2_end},
 )
 
+#: Arguments that Megatron-LM's checkpoint converter sets, whatever the model was trained with.
+_CONVERTED: Mapping[str, object] = {
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "use_cpu_initialization": True,
+}
+
 
 def read(given: ConfigInput) -> ReadConfig:
     """Read the training arguments; without them (the released 345M model), take the sizes from the shapes."""
@@ -119,23 +137,32 @@ def read(given: ConfigInput) -> ReadConfig:
 
 
 def _activation(given: ConfigInput, reading: Reading) -> tuple[str, list[str]]:
-    """The GELU formula: tanh with the fused kernel or ``openai_gelu``, otherwise PyTorch's default, erf."""
+    """The GELU formula: tanh with the fused kernel or ``openai_gelu``, otherwise PyTorch's default, erf.
+
+    Megatron-LM's checkpoint converter writes ``bias_gelu_fusion = False`` into the arguments of every model, along
+    with its other options; such a file does not record the formula. Where fusion is off, ``--activation`` decides, as
+    the file may have passed through the converter anyway.
+    """
     values, requested = reading.values, given.options.activation
     stated = [name for name in ("bias_gelu_fusion", "openai_gelu", "onnx_safe") if values[name] is not None]
+    if values["bias_gelu_fusion"] or values["openai_gelu"]:
+        if requested == "erf":
+            raise UsageError(
+                "--activation contradicts the checkpoint's training arguments",
+                path=given.path,
+                expected="tanh",
+                found=requested,
+            )
+        return GELUS["tanh"], []
+    if requested is not None:
+        return GELUS[requested], []
     if not stated:
-        why = (
-            "the file does not record which GELU the model was trained with: tanh is assumed (else --activation erf)"
-        )
-        return GELUS[requested or "tanh"], [why] if requested is None else []
-    name = "tanh" if values["bias_gelu_fusion"] or values["openai_gelu"] else "erf"
-    if requested not in (None, name):
-        raise UsageError(
-            "--activation contradicts the checkpoint's training arguments",
-            path=given.path,
-            expected=name,
-            found=requested,
-        )
-    return GELUS[name], []
+        why = "the file does not record which GELU the model was trained with"
+    elif all(given.raw.get(name) == value for name, value in _CONVERTED.items()):
+        why = "Megatron-LM's checkpoint converter wrote this file and turned off bias_gelu_fusion in its arguments"
+    else:
+        return GELUS["erf"], []
+    return GELUS["tanh"], [f"{why}: tanh is assumed, Megatron-LM's default (else --activation erf)"]
 
 
 LAYOUTS = tuple(Layout(scheme, read) for scheme in MEGATRON)

@@ -1,9 +1,12 @@
 """GPT-2 as saved by nanoGPT.
 
-Source: karpathy/nanoGPT ``model.py`` and ``train.py`` (names, ``model_args``; erf GELU since June 2023).
+Sources: karpathy/nanoGPT ``model.py`` and ``train.py`` (names, ``model_args``; erf GELU since June 2023);
+karpathy/build-nanogpt ``train_gpt2.py`` (the same names, always with biases; tanh GELU).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from gptconvert.errors import InputError
 from gptconvert.families.family import ConfigInput, Layout, ReadConfig
@@ -47,23 +50,36 @@ MODEL_ARGS = table(
 )
 
 
+#: build-nanogpt's files, which differ in the configuration and the GELU.
+BUILD = replace(NANOGPT, name="nanogpt:build")
+
+
 def read(given: ConfigInput) -> ReadConfig:
     """Read ``model_args``; sizes missing in older files come from the shapes."""
+    why = "erf is assumed, nanoGPT's since June 2023 (for older models: --activation tanh)"
+    return _read(given, "erf", f"nanoGPT's files do not record which GELU the model was trained with: {why}")
+
+
+def read_build(given: ConfigInput) -> ReadConfig:
+    """Read build-nanogpt's ``config``."""
+    why = "tanh is assumed, as in build-nanogpt (else --activation erf)"
+    return _read(given, "tanh", f"the file does not record which GELU the model was trained with: {why}")
+
+
+def _read(given: ConfigInput, gelu: str, note: str) -> ReadConfig:
+    """The configuration, with the GELU formula and the note about it if no option gives one."""
     sizes = required_sizes(NANOGPT, given.tensors, given.path)
     reading = MODEL_ARGS.read(given.raw, given.path, defaults=sizes.fields)
     heads, notes = stated_heads(given, reading, "model_args does not contain n_head")
     tied, requested = _is_tied(given, sizes.prefix), given.options.activation
-    config = given.config(reading, tied=tied, n_head=heads, activation=GELUS[requested or "erf"], tied_head=tied)
+    config = given.config(reading, tied=tied, n_head=heads, activation=GELUS[requested or gelu], tied_head=tied)
     _check_biases(given, config, sizes.prefix, has_bias=reading.values["has_bias"])
     if not reading.values["has_bias"]:
         notes.append("bias=False: the missing biases are written as zeros, which is equivalent")
     if not tied:
         notes.append("lm_head.weight is stored separately from the embedding: it is kept as an untied head")
     if requested is None:
-        notes.append(
-            "nanoGPT's files do not record which GELU the model was trained with: erf is assumed, nanoGPT's since "
-            "June 2023 (for older models: --activation tanh)"
-        )
+        notes.append(note)
     return ReadConfig(config, reading.special_ids(config), notes)
 
 
@@ -91,4 +107,4 @@ def _check_biases(given: ConfigInput, config: GPTConfig, prefix: str, *, has_bia
         )
 
 
-LAYOUT = Layout(NANOGPT, read)
+LAYOUTS = (Layout(NANOGPT, read), Layout(BUILD, read_build))

@@ -50,6 +50,11 @@ OPENAI_TF = Scheme(
             rf"{OPTIMIZER_SLOT}",
             "optimizer slot",
         ),
+        Drop(
+            rf"(?:model/)?heads/\w+/[wb](?:/{OPTIMIZER_SLOT})?",
+            "head of reinforcement learning",
+            note="the heads of reinforcement learning, such as the value head, are left out",
+        ),
         Drop(r"(?:.*/)?(?:global_step|beta\d_power|step|learning_rate)", "training counter"),
         Drop(r"(?!(?:.*/)?model/).+", "not a model variable"),
     ),

@@ -12,6 +12,7 @@ from gptconvert.containers.safetensors import read_safetensors
 from gptconvert.containers.torch import read_torch
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.tensors import TensorSet
+from gptconvert.sources.advice import advice_for
 from gptconvert.sources.hf import flax as flax_msgpack
 from gptconvert.sources.hf import keras as keras_h5
 
@@ -44,7 +45,7 @@ class WeightsKind:
 #: In order of preference. A new container is one row here and one reader.
 KINDS: tuple[WeightsKind, ...] = (
     WeightsKind("safetensors", "model.safetensors", (".safetensors",), read_safetensors),
-    WeightsKind("PyTorch", "pytorch_model.bin", (".bin", ".pt", ".pth"), read_torch),
+    WeightsKind("PyTorch", "pytorch_model.bin", (".bin", ".pt", ".pth", ".ckpt", ".pkl"), read_torch),
     WeightsKind(
         "TensorFlow (Keras HDF5)", "tf_model.h5", (".h5", ".hdf5"), keras_h5.read_keras_h5, keras_h5.index_name
     ),
@@ -59,6 +60,11 @@ UNSUPPORTED: Mapping[str, str] = {
     "*.onnx": "an ONNX graph",
     "adapter_model.*": "a LoRA adapter, not a model",
 }
+#: Files saved beside weights, under suffixes of weights.
+NOT_WEIGHTS: tuple[str, ...] = tuple(
+    """optimizer* scheduler* scaler* rng_state* random_states* sampler* training_args* trainer_state* meta.pkl
+    *_optim_states.pt *_model_states.pt zero_pp_rank_*""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,16 @@ def choose_weights(names: Collection[str], wanted: str | None, where: str) -> tu
     return present[0], [f"{present[0].name} was read; other weights were not: {others} (choose with --weights-file)"]
 
 
+def could_be_weights(name: str) -> bool:
+    """Whether a file could hold a model under a name of its own: not an optimizer's state, an adapter or the like."""
+    base = os.path.basename(name)
+    beside = any(fnmatch.fnmatchcase(base, pattern) for pattern in NOT_WEIGHTS)
+    return weights_named(name) is not None and not beside and unsupported_kind(name) is None
+
+
 def _asked_for(names: Collection[str], wanted: str, where: str) -> Weights:
     if wanted not in names:
-        found = ", ".join(name for name in sorted(names) if weights_named(name)) or "no weights"
+        found = ", ".join(name for name in sorted(names) if could_be_weights(name)) or "no weights"
         hint = "pass one of these with --weights-file, or omit the option"
         raise InputError("the weights file is missing", path=where, expected=wanted, found=found, hint=hint)
     weights = weights_named(wanted)
@@ -131,7 +144,10 @@ def _no_weights(names: Collection[str], where: str) -> Exception:
         index = re.sub(r"-\d{5}-of-\d{5}", "", shards[0]) + ".index.json"
         found, hint = f"{len(shards)} shards", f"fetch {index} as well"
         return InputError("the shards' index is missing", path=where, expected=index, found=found, hint=hint)
-    named = sorted(name for name in names if weights_named(name) and not unsupported_kind(name))
+    advice = advice_for(where, names)
+    if advice is not None:
+        return InputError(f"no weights: this is {advice[0]}", path=where, expected=expected, hint=advice[1])
+    named = sorted(filter(could_be_weights, names))
     if named:
         hint = f"if {named[0]} is the model, pass --weights-file {named[0]}"
         return InputError(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 
 from gptconvert.containers.json import read_json_object
-from gptconvert.containers.untrusted import entries, file_size, no_such_path, read_small
+from gptconvert.containers.untrusted import entries, file_size, is_regular, no_such_path, read_small
 from gptconvert.errors import InputError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import TensorSet
 from gptconvert.sources import hub
+from gptconvert.sources.advice import advice_for, refuse_archive
 from gptconvert.sources.format import EDITS, path_format
 from gptconvert.sources.hf.files import (
     CONFIG,
@@ -89,6 +90,7 @@ def _split(path: str, weights_file: str | None) -> tuple[str, str | None]:
     if os.path.isdir(path):
         return path, weights_file
     file_size(path)
+    refuse_archive(path)
     directory, name = os.path.split(path)
     if name == CONFIG:
         return directory or ".", weights_file
@@ -108,6 +110,9 @@ def _read(path: str, weights: Weights) -> TensorSet:
 
 
 def _no_config(directory: str, names: list[str]) -> InputError:
+    advice = advice_for(directory)
+    if advice is not None and "adapter_config.json" not in names:
+        return InputError(f"config.json is missing: this is {advice[0]}", path=directory, hint=advice[1])
     hint = "fetch it from the weights' origin, or pass --hparams FILE"
     if "adapter_config.json" in names:
         hint = (
@@ -128,7 +133,7 @@ def recognises(path: str) -> bool:
     directory, name = os.path.split(path)
     if name == CONFIG or name.endswith((".safetensors", ".h5", ".msgpack")):
         return True
-    return weights_named(name) is not None and os.path.lexists(os.path.join(directory, CONFIG))
+    return weights_named(name) is not None and is_regular(path) and os.path.lexists(os.path.join(directory, CONFIG))
 
 
 def _names_model_type(path: str) -> bool:
@@ -144,5 +149,5 @@ FORMAT = path_format(
     title="Hugging Face transformers (safetensors, .bin, tf_model.h5, flax_model.msgpack; directory or hub)",
     recognises=recognises,
     read=open_hf,
-    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id"}) | EDITS,
+    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id", "scope"}) | EDITS,
 )
