@@ -9,6 +9,7 @@ import dataclasses
 import os
 from typing import Any
 
+from gptconvert.errors import UsageError
 from gptconvert.families.registry import family_named, understand
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
@@ -29,9 +30,23 @@ def open_checkpoint(
         GptConvertError: it is damaged, incomplete, unsupported or unsafe, or an option does not apply to it.
     """
     options, source = options or Options(), os.fspath(source)
+    if options.base is not None:
+        source, options = _adapted(source, options, options.base)
     opened = open_source(source, options, format=format)
     directory = source if os.path.isdir(source) else None
     return understand(dataclasses.replace(opened, directory=directory), options)
+
+
+def _adapted(adapter: str, options: Options, base: str) -> tuple[str, Options]:
+    """The base model, and the options that merge the adapter into it.
+
+    Raises:
+        UsageError: another adapter was given too.
+    """
+    if options.adapter is not None:
+        hint = "to merge one adapter, pass --adapter with the base as SOURCE, or --base with the adapter as SOURCE"
+        raise UsageError("--adapter and --base exclude each other", path=adapter, hint=hint)
+    return base, dataclasses.replace(options, adapter=adapter, base=None)
 
 
 def inspect(source: str | os.PathLike[str], options: Options | None = None) -> dict[str, Any]:

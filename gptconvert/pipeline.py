@@ -190,7 +190,7 @@ def convert(
         GptConvertError: any other failure. In every case the output is left unchanged.
     """
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint, options)
+        checkpoint, options = open_checkpoint(checkpoint, options), None
     progress, source, output = progress or Silent(), checkpoint.source, os.fspath(output)
     before = snapshot(source.files)
     planned = plan(checkpoint, options)

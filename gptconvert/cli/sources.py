@@ -51,13 +51,15 @@ Example:
         """\b
 SOURCE is a directory, a weights file with config.json beside it, or a hub
 repository. The access token is that of HF_TOKEN or `hf auth login`. Code in
-repositories is never run, and pickles are never executed.
+repositories is never run, and pickles are never executed. A LoRA adapter
+is merged with --adapter, or is SOURCE itself with --base.
 
 \b
-Example:
+Examples:
   gptconvert hf distilgpt2 --to onnx -o distilgpt2-onnx
+  gptconvert hf ./my-lora --base gpt2 --to onnx
 """,
-        frozenset({"hparams", "weights_file", "pad_token_id", "scope"}) | HUB | EDITS,
+        frozenset({"hparams", "weights_file", "pad_token_id", "scope", "adapter", "base"}) | HUB | EDITS,
     ),
     "mesh-tf": FormatCommand(
         "Convert GPT-Neo's original checkpoint SOURCE.",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from gptconvert.containers.json import read_json_object
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.families import codegen, gpt1, gpt2, gpt_neo, gpt_neox, gptj
+from gptconvert.families.adapter import merged
 from gptconvert.families.family import Family, trim_vocabulary
 from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
@@ -81,12 +82,13 @@ def understand(source: Source, options: Options) -> Checkpoint:
     """The checkpoint of a source, with every tensor accounted for; reads the configuration and headers only.
 
     Raises:
-        InputError: the configuration or the tensors are invalid, or they do not match.
+        InputError: the configuration, the tensors or the adapter are invalid, or they do not match.
         UnsupportedError: a configuration key or the family is not implemented.
         UsageError: an option is required, or contradicts the files.
     """
     source = edit_config(source, options)
     family = family_of(source)
+    source = merged(source, family)
     scheme = family.scheme(source.scheme)
     try:
         named = assemble(scheme, source, options)

@@ -154,10 +154,10 @@ def _lists(scheme: Scheme, bare: str) -> bool:
     """Whether the table lists a name without prefix: as a row, a tied copy, an addend or a dropped tensor."""
     others = (*(tied.stored for tied in scheme.tied), *(row.added for row in scheme.rows))
     dropped = any(re.fullmatch(drop.pattern, bare) for drop in scheme.drops)
-    return dropped or bare in others or _row_of(scheme, bare) is not None
+    return dropped or bare in others or row_of(scheme, bare) is not None
 
 
-def _row_of(scheme: Scheme, bare: str) -> Row | None:
+def row_of(scheme: Scheme, bare: str) -> Row | None:
     """The row of a name without prefix, for any layer and configuration."""
     templates = {bare, *(f"{bare[: n.start()]}{{i}}{bare[n.end() :]}" for n in re.finditer(r"\d+", bare))}
     return next((row for row in scheme.rows if not templates.isdisjoint((*row.names, *row.aliases))), None)
@@ -172,7 +172,7 @@ def _checked_parts(scheme: Scheme, name: str, prefix: str, parts: Parts, path: s
     if len({part.shape for part in held}) > 1:
         listed = ", ".join(str(list(part.shape)) for part in held)
         raise InputError(f"the {unit}s' parts differ in shape", path=path, item=name, found=listed)
-    row = _row_of(scheme, name.removeprefix(prefix))
+    row = row_of(scheme, name.removeprefix(prefix))
     whole = parts if row is None else replace(parts, axis=row.shards.axis)
     # Otherwise a missing shard would look like a smaller model, and the configuration may be missing too.
     if row is not None and row.shape == "D D" and len({*whole.shape}) > 1:

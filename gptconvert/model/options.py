@@ -47,6 +47,7 @@ class OptionInfo:
         choices: allowed values; empty: any.
         minimum: smallest allowed number.
         placeholder: replaces a local path in the card's command.
+        repo: whether the value may name a hub repository instead of a local path.
     """
 
     flag: str
@@ -60,6 +61,7 @@ class OptionInfo:
     choices: tuple[object, ...] = ()
     minimum: int = 0
     placeholder: str | None = None
+    repo: bool = False
 
 
 def _option(default: object, flag: str, stage: Stage, group: Group, about: str, **info: Any) -> Any:
@@ -78,6 +80,8 @@ class Options:
         step: training step, if a directory holds several checkpoints.
         hparams: configuration file to use instead of the one next to the weights.
         weights_file: weights file to read, if a directory holds several.
+        adapter: LoRA adapter to merge into the weights: a directory or a hub repository.
+        base: base model of the source, which is then an adapter: the same as opening ``base`` with ``adapter``.
         revision: hub branch, tag or commit.
         cache_dir: hub cache directory; None: the hub library's default.
         offline: use the hub cache only.
@@ -134,6 +138,26 @@ class Options:
         "Source",
         "Read this weights file, if the directory contains several.",
         metavar="NAME",
+    )
+    adapter: str | None = _option(
+        None,
+        "--adapter",
+        "source",
+        "Source",
+        "Merge this LoRA adapter (PEFT): a directory, which may be SOURCE itself, or a hub repository.",
+        metavar="DIR",
+        placeholder="ADAPTER",
+        repo=True,
+    )
+    # Not recorded: the base becomes the source, and the source the adapter.
+    base: str | None = _option(
+        None,
+        "--base",
+        "source",
+        "Source",
+        "Treat SOURCE as a LoRA adapter, and merge it into this model: a directory or a hub repository.",
+        metavar="DIR",
+        shapes=False,
     )
     # Not recorded; the resolved commit is recorded instead.
     revision: str | None = _option(
@@ -367,7 +391,7 @@ class Options:
     def recorded(self) -> dict[str, object]:
         """Every option that shapes the output, as plain values without local paths."""
         return {
-            name: os.path.basename(value) if info.placeholder and isinstance(value, str) else value
+            name: os.path.basename(os.path.abspath(value)) if _is_local(info, value) else value
             for name, info, value in self._entries()
             if info.shapes and name != "targets"
         }
@@ -439,6 +463,11 @@ def _checked(info: OptionInfo, default: object, value: Any) -> Any:
     return value
 
 
+def _is_local(info: OptionInfo, value: object) -> bool:
+    """Whether a value is a local path, which the output does not record."""
+    return info.placeholder is not None and isinstance(value, str) and (not info.repo or os.path.exists(value))
+
+
 def _words(info: OptionInfo, value: object) -> list[str]:
     """Command-line words for one option."""
     if value is False or value is None:  # switches off a default
@@ -447,4 +476,4 @@ def _words(info: OptionInfo, value: object) -> list[str]:
         return [info.flag]
     if isinstance(value, tuple):
         return [word for each in value for word in (info.flag, str(each))]
-    return [info.flag, info.placeholder or str(value)]
+    return [info.flag, str(info.placeholder if _is_local(info, value) else value)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gptconvert.model.lora import Adapter
 from gptconvert.model.tensors import LazyTensor, Segment, TensorSet
 
 
@@ -44,6 +45,7 @@ class Source:
         repo: hub repository, if the source came from a hub.
         notes: what the user should know, one sentence each.
         directory: the directory given by the user, if any; the output must be outside it.
+        adapter: the LoRA adapter to merge, if one was given.
     """
 
     scheme: str
@@ -59,6 +61,7 @@ class Source:
     repo: str | None = None
     notes: tuple[str, ...] = ()
     directory: str | None = None
+    adapter: Adapter | None = None
 
     def __repr__(self) -> str:
         return f"<Source {self.path!r}: {self.format}, {len(self.tensors)} tensors>"
@@ -67,5 +70,6 @@ class Source:
     def files(self) -> tuple[str, ...]:
         """Every file that has been or will be read, once each."""
         config = () if self.config_path is None else (self.config_path,)
+        adapter = () if self.adapter is None else self.adapter.files
         # Training scripts store the configuration in the weights file, which must be listed only once.
-        return tuple(dict.fromkeys((*self.tensors.files, *config, *self.tokenizer.values())))
+        return tuple(dict.fromkeys((*self.tensors.files, *config, *adapter, *self.tokenizer.values())))

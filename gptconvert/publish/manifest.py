@@ -18,6 +18,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import PlannedFile
 from gptconvert.model.names import collapse
 from gptconvert.model.schema import SCHEMA_VERSION
+from gptconvert.model.source import Source
 from gptconvert.publish.source_reader import FileDigest
 from gptconvert.publish.writer import Written, WrittenFile
 from gptconvert.version import __version__
@@ -88,6 +89,7 @@ def _source(checkpoint: Checkpoint, digests: Mapping[str, FileDigest]) -> dict[s
         "scheme": source.scheme,
         "repo": source.repo,
         "revision": source.revision,
+        **_adapter(source),
         "prefix": checkpoint.prefix,
         "files": [
             {"name": name, "size": digest.nbytes, digest.algorithm: digest.value}
@@ -95,6 +97,12 @@ def _source(checkpoint: Checkpoint, digests: Mapping[str, FileDigest]) -> dict[s
         ],
         "dropped": sorted(collapse(checkpoint.dropped)),
     }
+
+
+def _adapter(source: Source) -> dict[str, object]:
+    """The adapter's repository and commit, if one was merged."""
+    adapter = source.adapter
+    return {} if adapter is None else {"adapter": {"repo": adapter.repo, "revision": adapter.revision}}
 
 
 def _tensors(planned: Iterable[PlannedFile], digests: Mapping[tuple[str, str], str]) -> list[dict[str, object]]:

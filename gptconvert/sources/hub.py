@@ -12,13 +12,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gptconvert.containers.untrusted import entries, similar_path
 from gptconvert.errors import GptConvertError, InputError, OutputError
 from gptconvert.model.options import Options
-from gptconvert.sources.hf.files import CONFIG, Weights, choose_weights
+from gptconvert.sources.hf.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LEFT_BEHIND, lone_adapter
+from gptconvert.sources.hf.files import CONFIG, STANDARD_NAMES, Weights, choose_weights
 from gptconvert.sources.hf.shards import read_weight_map
 from gptconvert.sources.tokenizer_files import HUGGING_FACE
 
@@ -73,12 +74,43 @@ def fetch(repo: str, options: Options) -> Fetched:
         return _from_hub(repo, options)
 
 
+def fetch_adapter(repo: str, options: Options) -> Fetched:
+    """Download a LoRA adapter's configuration, weights and tokenizer, of its main branch, unless they are cached.
+
+    Raises:
+        InputError: as :func:`fetch`, or the repository holds no adapter.
+        OutputError: the cache cannot be written.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    options = replace(options, revision=None)
+    with _translated(repo, options):
+        if options.offline or constants.HF_HUB_OFFLINE:
+            config = hf_hub_download(repo, ADAPTER_CONFIG, cache_dir=options.cache_dir, local_files_only=True)
+        else:
+            info = HfApi().model_info(repo, files_metadata=True)
+            digests = {file.rfilename: _digest(file) for file in info.siblings or () if "/" not in file.rfilename}
+            weights = next((name for name in ADAPTER_WEIGHTS if name in digests), None)
+            if ADAPTER_CONFIG not in digests or weights is None:
+                expected = f"{ADAPTER_CONFIG} and {' or '.join(ADAPTER_WEIGHTS)}"
+                found = ", ".join(sorted(digests)[:8]) or "no files"
+                raise InputError("no LoRA adapter in the repository", path=repo, expected=expected, found=found)
+            config = _download(repo, ADAPTER_CONFIG, None, digests[ADAPTER_CONFIG], options)
+            for name in (weights, *(each for each in HUGGING_FACE if each in digests)):
+                _download(repo, name, str(info.sha), digests[name], options)
+    directory = os.path.dirname(config)
+    return Fetched(directory, os.path.basename(directory), "")
+
+
 def _from_hub(repo: str, options: Options) -> Fetched:
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(repo, revision=options.revision, files_metadata=True)
     commit = str(info.sha)
     digests = {file.rfilename: _digest(file) for file in info.siblings or () if "/" not in file.rfilename}
+    if ADAPTER_CONFIG in digests and not any(name in digests for name in STANDARD_NAMES):
+        config = _download(repo, ADAPTER_CONFIG, commit, digests[ADAPTER_CONFIG], options)
+        raise lone_adapter(os.path.dirname(config), [ADAPTER_CONFIG], repo)
     if CONFIG not in digests:
         raise InputError(
             "config.json is missing from the repository",
@@ -87,6 +119,7 @@ def _from_hub(repo: str, options: Options) -> Fetched:
             hint="check the name; if the files are right, download them, add config.json and convert the directory",
         )
     weights, notes = choose_weights(digests, options.weights_file, repo)
+    notes += [LEFT_BEHIND] if ADAPTER_CONFIG in digests else []
     # Request the revision by the name given, so that the cache can resolve that name offline.
     directory = os.path.dirname(_download(repo, CONFIG, options.revision, digests[CONFIG], options))
     if os.path.basename(directory) != commit:

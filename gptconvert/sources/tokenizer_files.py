@@ -11,6 +11,7 @@ from gptconvert.containers.untrusted import file_size
 GPT2 = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 #: OpenAI's names for GPT-1's files.
 GPT1 = ("encoder_bpe_40000.json", "vocab_40000.bpe")
+GENERATION_CONFIG = "generation_config.json"
 #: What transformers saves, including the generation settings.
 HUGGING_FACE = (
     "tokenizer.json",
@@ -19,7 +20,7 @@ HUGGING_FACE = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 
 

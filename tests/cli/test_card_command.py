@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gptconvert.model.options import INFO
 from tests.commands import ORIGINALS, TINY, command, tree
@@ -80,6 +82,20 @@ def with_two_models(directory: Path) -> Path:
     return directory / "two"
 
 
+def with_an_adapter(directory: Path) -> Path:
+    """A model with a LoRA adapter for its first MLP in the same directory."""
+    shutil.copytree(TINY / "hf-safetensors", directory / "adapted")
+    inner, width = load_file(directory / "adapted" / "model.safetensors")["transformer.h.0.mlp.c_proj.weight"].shape
+    module = "base_model.model.transformer.h.0.mlp.c_fc"
+    factors = {"lora_A": np.full((2, width), 0.1, np.float32), "lora_B": np.full((inner, 2), 0.1, np.float32)}
+    named = {f"{module}.{name}.weight": factor for name, factor in factors.items()}
+    save_file(named, directory / "adapted" / "adapter_model.safetensors")
+    (directory / "adapted" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 3}')
+    return directory / "adapted"
+
+
+#: An argument that stands for the source.
+SOURCE = "SOURCE"
 NANOGPT, OPENAI, HF = ORIGINALS / "nanogpt", TINY / "openai-tf", TINY / "hf-safetensors"
 HPARAMS = OPENAI / "hparams.json"
 #: Field of ``Options`` → a conversion with a value other than the default.
@@ -87,6 +103,7 @@ CASES: dict[str, Case] = {
     "step": Case(TINY / "openai-tf-adam", ("--step", 10)),
     "hparams": Case(without_hparams, ("--hparams", HPARAMS)),
     "weights_file": Case(with_a_space, ("--weights-file", "gpt2 bf16.bin")),
+    "adapter": Case(with_an_adapter, ("--adapter", SOURCE, "--to", "safetensors")),
     "task": Case(HF, ("--task", "feature-extraction")),
     "scope": Case(with_two_models, ("--scope", "critic", "--to", "safetensors")),
     "n_head": Case(without_hparams, ("--n-head", 3)),
@@ -120,7 +137,7 @@ def run_twice(capsys: Any, directory: Path, form: str, source: Path, words: Word
     first, second = directory / "first", directory / "second"
     done = command(capsys, form, source, *words, "-o", first)
     assert done.code == 0, done.err
-    places = {"CHECKPOINT": source, "OUTPUT": second, "HPARAMS": HPARAMS}
+    places = {"CHECKPOINT": source, "OUTPUT": second, "HPARAMS": HPARAMS, "ADAPTER": source}
     printed = printed_command(first)
     again = command(capsys, *(places.get(word, word) for word in printed))
     assert again.code == 0, again.err
@@ -136,7 +153,8 @@ def test_every_option_that_affects_the_output_has_a_case() -> None:
 def test_card_command(capsys: Any, tmp_path: Path, name: str) -> None:
     case, flag = CASES[name], INFO[name].flag
     source = case.source(tmp_path) if callable(case.source) else case.source
-    words = case.words if case.verified else (*case.words, "--no-verify")
+    words = tuple(source if word == SOURCE else word for word in case.words)
+    words = words if case.verified else (*words, "--no-verify")
     printed = run_twice(capsys, tmp_path, "convert", source, words)
     assert flag in printed or flag.replace("--", "--no-") in printed
 

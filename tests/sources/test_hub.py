@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gptconvert.sources.hub import is_repo_id
@@ -271,6 +272,63 @@ def test_local_directory_wins(hub: Hub, client: Client) -> None:
 
 def test_format_can_be_named(hub: Hub, client: Client) -> None:
     assert client.open(format="hf")["revision"] == COMMIT
+
+
+LORA = "org/lora"
+OF_LORA = "3" * 40
+
+
+@pytest.fixture
+def lora(hub: Hub, tmp_path: Path) -> dict[str, bytes]:
+    """A repository with an adapter, as PEFT's users upload it; returns its files."""
+    from safetensors.numpy import save
+
+    module = "base_model.model.transformer.h.0.mlp.c_fc"
+    factors = {"lora_A": np.ones((2, 24), np.float32), "lora_B": np.ones((56, 2), np.float32)}
+    settings = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": REPO}
+    files = {
+        "adapter_config.json": json.dumps(settings).encode(),
+        "adapter_model.safetensors": save({f"{module}.{name}.weight": f for name, f in factors.items()}),
+        "tokenizer.json": b"{}",
+        "training_args.bin": b"not needed",
+    }
+    hub.repos[LORA], hub.files[OF_LORA] = {"main": OF_LORA}, files
+    return files
+
+
+def test_adapter_repository(hub: Hub, lora: dict[str, bytes], client: Client) -> None:
+    found = client.open(adapter=LORA)
+    assert (found["repo"], found["revision"]) == (REPO, COMMIT)
+    assert f"adapter {LORA} at commit {OF_LORA}" in found["notes"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {Path(file).name for file in found["files"]}
+    assert found["tokenizer"] == ["tokenizer.json"]
+    assert "training_args.bin" not in hub.downloads()
+    hub.requests.clear()
+    offline = client.open(adapter=LORA, offline=True)
+    assert offline["files"] == found["files"]
+    assert f"adapter {LORA} at commit {OF_LORA}" in offline["notes"]
+    assert hub.requests == []
+
+
+def test_adapter_repository_without_its_base(hub: Hub, lora: dict[str, bytes], client: Client) -> None:
+    found = client.open(LORA)
+    assert "LoRA adapter" in found["text"]
+    assert f"--base {REPO}" in found["hint"]
+    assert hub.downloads() == ["adapter_config.json"]
+    lora["config.json"] = b"{}"
+    assert "LoRA adapter" in client.open(LORA)["text"]
+
+
+def test_repository_without_an_adapter(client: Client) -> None:
+    assert "no LoRA adapter in the repository" in client.open(adapter=REPO)["text"]
+
+
+def test_adapter_in_the_repository_of_a_model(hub: Hub, lora: dict[str, bytes], client: Client) -> None:
+    hub.files[COMMIT] |= {name: lora[name] for name in lora if name.startswith("adapter")}
+    assert sum("left behind: the LoRA adapter" in note for note in client.open()["notes"]) == 1
+    merged = client.open(adapter=REPO)
+    assert not any("left behind" in note for note in merged["notes"])
+    assert "with a LoRA adapter" in merged["format"]
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,11 @@ class Calls:
         return GPTConfig, (1, 2)
 
 
-@pytest.mark.parametrize("value", [Module(), Calls(), GPTConfig, os.system, [GPTConfig(), os.getcwd]], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [Module(), Calls(), GPTConfig, os.system, [GPTConfig(), os.getcwd]],
+    ids=["module", "calls", "class", "function", "list"],
+)
 @pytest.mark.parametrize("format", ["nanogpt", "hf", None])
 def test_unsafe_pickles_are_refused_whatever_the_command(value: object, format: str | None, tmp_path: Path) -> None:
     import torch

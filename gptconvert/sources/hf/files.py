@@ -53,6 +53,8 @@ KINDS: tuple[WeightsKind, ...] = (
         "Flax (msgpack)", "flax_model.msgpack", (".msgpack",), flax_msgpack.read_flax, flax_msgpack.index_name
     ),
 )
+#: The names under which transformers saves weights, or their index.
+STANDARD_NAMES = frozenset(name for kind in KINDS for name in (kind.default, kind.index))
 #: Unsupported containers: file name pattern → description.
 UNSUPPORTED: Mapping[str, str] = {
     "rust_model.ot": "rust-bert weights",

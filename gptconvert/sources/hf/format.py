@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from gptconvert.containers.json import read_json_object
 from gptconvert.containers.untrusted import entries, file_size, is_regular, no_such_path, read_small
@@ -13,6 +14,16 @@ from gptconvert.model.tensors import TensorSet
 from gptconvert.sources import hub
 from gptconvert.sources.advice import advice_for, refuse_archive
 from gptconvert.sources.format import EDITS, path_format
+from gptconvert.sources.hf.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LEFT_BEHIND,
+    TRAINER_STATE,
+    adapter_directory,
+    is_adapter,
+    lone_adapter,
+    read_adapter,
+)
 from gptconvert.sources.hf.files import (
     CONFIG,
     KINDS,
@@ -22,7 +33,7 @@ from gptconvert.sources.hf.files import (
     weights_named,
 )
 from gptconvert.sources.hf.shards import read_sharded
-from gptconvert.sources.tokenizer_files import HUGGING_FACE, find_tokenizer
+from gptconvert.sources.tokenizer_files import GENERATION_CONFIG, HUGGING_FACE, find_tokenizer
 
 #: Largest config.json accepted, in bytes.
 MAX_CONFIG = 16 << 20
@@ -34,13 +45,43 @@ def open_hf(path: str, options: Options) -> Source:
     Args:
         path: directory, weights file, index file or config.json; otherwise a repository on the hub (``org/name``).
         options: ``hparams`` replaces config.json; ``weights_file`` chooses among several; ``revision``,
-            ``cache_dir`` and ``offline`` apply to the hub.
+            ``cache_dir`` and ``offline`` apply to the hub; ``adapter`` is merged into the weights.
 
     Raises:
         InputError: files missing, damaged or inconsistent, or the repository cannot be fetched.
         UnsupportedError: unsupported kind of weights.
         UnsafeInputError: files that run code, leave the directory or are not regular files.
     """
+    source = _open_model(path, options)
+    return source if options.adapter is None else _with_adapter(source, options.adapter, options)
+
+
+def _with_adapter(source: Source, path: str, options: Options) -> Source:
+    """The source with an adapter to merge. A tokenizer saved with the adapter replaces the base's as a whole."""
+    notes: tuple[str, ...] = ()
+    if not os.path.lexists(path) and hub.is_repo_id(path):
+        fetched = hub.fetch_adapter(path, options)
+        adapter = replace(read_adapter(fetched.directory), repo=path, revision=fetched.revision)
+        notes = (f"adapter {path} at commit {fetched.revision}",)
+    else:
+        adapter = read_adapter(adapter_directory(path))
+    tokenizer = source.tokenizer
+    if adapter.tokenizer:
+        generation = {name: file for name, file in tokenizer.items() if name == GENERATION_CONFIG}
+        tokenizer = {**generation, **adapter.tokenizer}
+    beside = {os.path.dirname(os.path.abspath(file)) for file in source.tensors.files}
+    own = beside == {os.path.abspath(adapter.path)}
+    return replace(
+        source,
+        format=f"{source.format}, with a LoRA adapter",
+        adapter=adapter,
+        tokenizer=tokenizer,
+        notes=(*(note for note in source.notes if not (own and note == LEFT_BEHIND)), *notes),
+    )
+
+
+def _open_model(path: str, options: Options) -> Source:
+    """Open the model itself, local or on the hub."""
     if os.path.lexists(path):
         if options.revision is not None:
             hint = "omit --revision; to read the repository instead, run in a directory without this path"
@@ -50,7 +91,7 @@ def open_hf(path: str, options: Options) -> Source:
         raise no_such_path(path)
     fetched = hub.fetch(path, options)
     source = _open_local(fetched.directory, Options(hparams=options.hparams, weights_file=fetched.weights_file))
-    notes = (f"{path} at commit {fetched.revision}", *fetched.notes, *source.notes)
+    notes = tuple(dict.fromkeys((f"{path} at commit {fetched.revision}", *fetched.notes, *source.notes)))
     return Source(
         scheme=source.scheme,
         format=f"{source.format} (hub)",
@@ -68,11 +109,14 @@ def open_hf(path: str, options: Options) -> Source:
 def _open_local(path: str, options: Options) -> Source:
     directory, wanted = _split(path, options.weights_file)
     names = entries(directory, files_only=True)
+    if is_adapter(names) and (wanted in ADAPTER_WEIGHTS or not any(map(_is_model, names))):
+        raise lone_adapter(directory, names)
     config_path = options.hparams or os.path.join(directory, CONFIG)
     if options.hparams is None and CONFIG not in names:
         raise _no_config(directory, names)
     config = read_json_object(config_path, MAX_CONFIG, CONFIG)
     weights, notes = choose_weights(names, wanted, directory)
+    notes += [LEFT_BEHIND] if is_adapter(names) else []
     return Source(
         scheme="hf",
         format=f"Hugging Face, {weights.kind.title}{', sharded' if weights.sharded else ''}",
@@ -92,7 +136,7 @@ def _split(path: str, weights_file: str | None) -> tuple[str, str | None]:
     file_size(path)
     refuse_archive(path)
     directory, name = os.path.split(path)
-    if name == CONFIG:
+    if name in (CONFIG, ADAPTER_CONFIG):
         return directory or ".", weights_file
     if weights_file is not None and weights_file != name:
         raise InputError(
@@ -114,11 +158,6 @@ def _no_config(directory: str, names: list[str]) -> InputError:
     if advice is not None and "adapter_config.json" not in names:
         return InputError(f"config.json is missing: this is {advice[0]}", path=directory, hint=advice[1])
     hint = "fetch it from the weights' origin, or pass --hparams FILE"
-    if "adapter_config.json" in names:
-        hint = (
-            "this is a LoRA adapter: merge it into its base model with peft's model.merge_and_unload(), "
-            "save the result with save_pretrained() and convert that"
-        )
     return InputError("config.json is missing", path=directory, found=", ".join(names[:8]) or "no files", hint=hint)
 
 
@@ -127,13 +166,23 @@ def recognises(path: str) -> bool:
     if os.path.isdir(path):
         names = entries(path, files_only=True, quiet=True)
         standard = {name for kind in KINDS for name in (kind.default, kind.index)}
-        return bool(standard.intersection(names)) or (
-            CONFIG in names and (_names_model_type(os.path.join(path, CONFIG)) or any(map(unsupported_kind, names)))
+        return (
+            bool(standard.intersection(names))
+            or is_adapter(names)
+            or (
+                CONFIG in names
+                and (_names_model_type(os.path.join(path, CONFIG)) or any(map(unsupported_kind, names)))
+            )
         )
     directory, name = os.path.split(path)
-    if name == CONFIG or name.endswith((".safetensors", ".h5", ".msgpack")):
+    if name in (CONFIG, ADAPTER_CONFIG, *ADAPTER_WEIGHTS) or name.endswith((".safetensors", ".h5", ".msgpack")):
         return True
     return weights_named(name) is not None and is_regular(path) and os.path.lexists(os.path.join(directory, CONFIG))
+
+
+def _is_model(name: str) -> bool:
+    """Whether a file of this name could hold a model's weights, under any name."""
+    return weights_named(name) is not None and unsupported_kind(name) is None and not TRAINER_STATE.fullmatch(name)
 
 
 def _names_model_type(path: str) -> bool:
@@ -149,5 +198,5 @@ FORMAT = path_format(
     title="Hugging Face transformers (safetensors, .bin, tf_model.h5, flax_model.msgpack; directory or hub)",
     recognises=recognises,
     read=open_hf,
-    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id", "scope"}) | EDITS,
+    accepts=frozenset({"hparams", "weights_file", "revision", "pad_token_id", "scope", "adapter", "base"}) | EDITS,
 )

@@ -72,12 +72,16 @@ def _introduction(facts: CardFacts) -> str:
     source, titles = facts.checkpoint.source, [target.short_title or target.title for target in _targets(facts)]
     origin = f"from `{printable(source.repo)}`" if source.repo else f"from a checkpoint ({source.format})"
     revision = f", revision `{printable(source.revision)}`" if source.revision else ""
+    adapter = source.adapter
+    if adapter is not None and (source.repo or adapter.repo):  # else the format names it
+        origin += f", with the LoRA adapter `{printable(adapter.repo)}`" if adapter.repo else ", with a LoRA adapter"
     name = source.repo.rpartition("/")[2] if source.repo else family_named(facts.checkpoint.config.family).title
+    own = "the checkpoint's own" if adapter is None else "the checkpoint's, with the adapter merged"
     return "\n".join(
         [
             f"# {printable(name)} as {' and '.join(titles)}",
             "",
-            f"Converted {origin}{revision}. The weights are the checkpoint's own; the conversion changes their names",
+            f"Converted {origin}{revision}. The weights are {own}; the conversion changes their names",
             "and layout, and their type only if `--dtype` is given. Licence and limits are the checkpoint's.",
             "",
             "```sh",

@@ -161,7 +161,8 @@ def test_no_weights_at_all(checkpoint: Path) -> None:
 
 
 def test_lora_adapter(checkpoint: Path) -> None:
-    (checkpoint / "config.json").rename(checkpoint / "adapter_config.json")
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
     with pytest.raises(InputError) as caught:
         open_hf(str(checkpoint), PLAIN)
