@@ -72,5 +72,6 @@ def inspect(source: str | os.PathLike[str], options: Options | None = None) -> d
         ],
         "dropped": dict(checkpoint.dropped),
         "tokenizer": sorted(checkpoint.source.tokenizer),
+        "inventory": [dataclasses.asdict(entry) for entry in checkpoint.source.inventory],
         "notes": list(checkpoint.notes),
     }

@@ -14,6 +14,9 @@ from gptconvert.errors import printable
 
 #: Dropped names listed per reason.
 MAX_DROPPED = 4
+#: Outcomes of the entries of the source directory, in display order, and the characters for each.
+OUTCOMES = ("read", "carried", "not needed", "left behind")
+MAX_WIDTH = 64
 
 
 @click.command(cls=options.Command)
@@ -31,7 +34,7 @@ MAX_DROPPED = 4
 @options.QUIET
 @options.DEBUG
 def inspect(source: str, tensors: bool | None, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Show SOURCE's configuration, tensors, sizes and types, and what a conversion would drop.
+    """Show SOURCE's configuration, tensors, sizes and types, its files, and what a conversion would drop.
 
     Only headers are read, so this is fast for checkpoints of any size.
     """
@@ -53,6 +56,7 @@ def _sections(found: Mapping[str, Any], tensors: bool | None) -> list[str]:
     head = f"{found['title']}  ({found['format']}{revision})\n  {size}"
     tokenizer = ", ".join(found["tokenizer"]) or "none"
     rows = [*config_summary(found["config"], found["special_ids"]), ("tokenizer", tokenizer)]
+    rows += _files(found["inventory"])
     summary = table([(key, printable(text)) for key, text in rows])
     listed = "" if tensors is False else _tensor_table(found["tensors"], every=bool(tensors))
     return [head, summary, listed, _dropped(found["dropped"], every=bool(tensors))]
@@ -89,3 +93,20 @@ def _dropped(dropped: Mapping[str, str], *, every: bool) -> str:
         lines += [f"    {printable(name)}" for name in shown[:most]]
         lines += [f"    … {len(shown) - most} more kinds (--tensors lists all)"] if len(shown) > most else []
     return "\n".join(lines)
+
+
+def _files(entries: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """The entries of the source directory by outcome, each list cut to one line."""
+    rows = []
+    for outcome in OUTCOMES:
+        names = [printable(entry["name"]) for entry in entries if entry["outcome"] == outcome]
+        shown = len(names)
+        while shown > 1 and len(_listed(names, shown)) > MAX_WIDTH:
+            shown -= 1
+        rows += [(outcome, _listed(names, shown))] if names else []
+    return rows
+
+
+def _listed(names: Sequence[str], shown: int) -> str:
+    more = [f"… {len(names) - shown} more (--json lists all)"] if len(names) > shown else []
+    return ", ".join([*names[:shown], *more])

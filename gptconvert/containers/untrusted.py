@@ -131,12 +131,13 @@ def file_size(path: str | os.PathLike[str]) -> int:
     return status.st_size
 
 
-def entries(folder: str, *, files_only: bool = False, quiet: bool = False) -> list[str]:
+def entries(folder: str, *, files_only: bool = False, marked: bool = False, quiet: bool = False) -> list[str]:
     """Sorted names in a directory.
 
     Args:
         folder: the directory.
         files_only: leave out directories, and links to them.
+        marked: append ``/`` to the names of directories, and of links to them.
         quiet: return an empty list if it cannot be read.
 
     Raises:
@@ -144,7 +145,8 @@ def entries(folder: str, *, files_only: bool = False, quiet: bool = False) -> li
     """
     try:
         with os.scandir(folder) as found:
-            return sorted(entry.name for entry in found if not (files_only and entry.is_dir()))
+            named = ((entry.name, (files_only or marked) and entry.is_dir()) for entry in found)
+            return sorted(name + "/" * (marked and folder) for name, folder in named if not (files_only and folder))
     except (OSError, ValueError) as error:
         if quiet:
             return []

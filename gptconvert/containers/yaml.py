@@ -1,4 +1,4 @@
-"""Flat YAML configurations, untrusted and merged into one.
+"""YAML, untrusted: the front matter of model cards, and flat configurations merged into one.
 
 GPT-NeoX is configured by any number of YAML files, whose keys may be written with ``-`` or ``_`` and must not
 contradict each other. Only plain data is read. Aliases, which can make a small file large, and duplicate keys are
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,27 +48,41 @@ def read_yaml_configs(paths: Sequence[str]) -> dict[str, object]:
 
 def _read(path: str) -> dict[str, object]:
     """One file's keys, with ``-`` replaced by ``_``."""
-    import yaml  # type: ignore[import-untyped]
-
     data = read_small(path, MAX_BYTES, "a configuration")
     try:
-        text = data.decode("utf-8")
-        _check_events(yaml, text, path)
-        value = yaml.load(text, Loader=_loader(yaml))
+        value = parse_yaml(data.decode("utf-8"), path)
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 (byte {error.start})", path=path) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        raise InputError(f"not YAML: {getattr(error, 'problem', None) or error}{where}", path=path) from error
-    except (ValueError, RecursionError) as error:  # such as an impossible date
-        raise InputError(f"not YAML: {error}", path=path) from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise InputError("wrong kind of value", path=path, expected="a mapping of names", found=type(value).__name__)
     keys = {key.replace("-", "_"): _number(entry) for key, entry in value.items()}
     if len(keys) < len(value):
         raise InputError("duplicate key, written with - and with _", path=path)
     return keys
+
+
+def parse_yaml(text: str, path: str) -> object:
+    """The plain data of a YAML document.
+
+    Args:
+        text: the document, of limited size.
+        path: the file it came from, used in error messages.
+
+    Raises:
+        InputError: not YAML, a duplicate key, or a tag names an object.
+        UnsafeInputError: aliases, or nested too deep.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        _check_events(yaml, text, path)
+        return yaml.load(text, Loader=_loader(yaml))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        raise InputError(f"not YAML: {getattr(error, 'problem', None) or error}{where}", path=path) from error
+    except (ValueError, RecursionError) as error:  # such as an impossible date
+        raise InputError(f"not YAML: {error}", path=path) from error
 
 
 def _check_events(yaml: Any, text: str, path: str) -> None:
@@ -86,8 +101,8 @@ def _loader(yaml: Any) -> Any:
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            duplicate = next((name for name in names if names.count(name) > 1), None)
+            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            duplicate = next((name for name, count in names.items() if count > 1), None)
             if duplicate is not None:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate}", node.start_mark)
             return super().construct_mapping(node, deep)

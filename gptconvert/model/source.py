@@ -27,6 +27,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One entry of the source directory and what becomes of it.
+
+    Attributes:
+        name: its name; that of a directory ends with ``/``.
+        outcome: ``read``, ``carried`` (copied byte for byte), ``not needed`` or ``left behind``.
+        reason: what it is.
+    """
+
+    name: str
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Source:
     """An opened checkpoint, still in its own names and layout.
 
@@ -46,6 +61,11 @@ class Source:
         notes: what the user should know, one sentence each.
         directory: the directory given by the user, if any; the output must be outside it.
         adapter: the LoRA adapter to merge, if one was given.
+        folder: the directory that holds the checkpoint's files, if they have one to themselves.
+        listing: names in the hub repository; None for local files, whose ``folder`` lists them.
+        inventory: what becomes of every entry of ``folder`` or ``listing``.
+        documents: licence files, and the model card: file name → path.
+        card: name, licence, languages, tags and the like from the model card's front matter.
     """
 
     scheme: str
@@ -62,6 +82,11 @@ class Source:
     notes: tuple[str, ...] = ()
     directory: str | None = None
     adapter: Adapter | None = None
+    folder: str | None = None
+    listing: tuple[str, ...] | None = None
+    inventory: tuple[Entry, ...] = ()
+    documents: Mapping[str, str] = field(default_factory=dict)
+    card: Mapping[str, object] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Source {self.path!r}: {self.format}, {len(self.tensors)} tensors>"
@@ -72,4 +97,5 @@ class Source:
         config = () if self.config_path is None else (self.config_path,)
         adapter = () if self.adapter is None else self.adapter.files
         # Training scripts store the configuration in the weights file, which must be listed only once.
-        return tuple(dict.fromkeys((*self.tensors.files, *config, *adapter, *self.tokenizer.values())))
+        beside = (*self.tokenizer.values(), *self.documents.values())
+        return tuple(dict.fromkeys((*self.tensors.files, *config, *adapter, *beside)))

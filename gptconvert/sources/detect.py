@@ -22,6 +22,7 @@ from gptconvert.sources.advice import advice_for, refuse_archive
 from gptconvert.sources.format import Format
 from gptconvert.sources.hf import format as hf
 from gptconvert.sources.hf.files import could_be_weights, weights_named
+from gptconvert.sources.inventory import with_inventory
 
 #: In detection order: Hugging Face's file names are the least ambiguous, and GPT-Neo's checkpoints, which differ from
 #: OpenAI's only in their variable names, must come before them.
@@ -55,6 +56,11 @@ def open_source(path: str | os.PathLike[str], options: Options, format: str | No
     path = os.fspath(path)
     if format in (None, openai_tf.FORMAT.name):
         path = _own_output(path)
+    return with_inventory(_open(path, options, format), path, options)
+
+
+def _open(path: str, options: Options, format: str | None) -> Source:
+    """The source, before the inventory of its directory."""
     if format is not None:
         return _format_named(format).open(path, options)
     found = detect(path, options)

@@ -21,7 +21,8 @@ from gptconvert.model.options import Options
 from gptconvert.sources.hf.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LEFT_BEHIND, lone_adapter
 from gptconvert.sources.hf.files import CONFIG, STANDARD_NAMES, Weights, choose_weights
 from gptconvert.sources.hf.shards import read_weight_map
-from gptconvert.sources.tokenizer_files import HUGGING_FACE
+from gptconvert.sources.documents import is_document
+from gptconvert.sources.tokenizer_files import HUGGING_FACE, huggingface_names, is_copied
 
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?)?", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index", ".json", ".npy", ".h5", ".onnx", ".gguf")
@@ -37,12 +38,14 @@ class Fetched:
         revision: that commit.
         weights_file: name of the weights file, or of its index, in ``directory``.
         notes: notes for the user.
+        names: names at the top of the repository, directories with ``/``; None if read from the cache.
     """
 
     directory: str
     revision: str
     weights_file: str
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def fetch_adapter(repo: str, options: Options) -> Fetched:
                 found = ", ".join(sorted(digests)[:8]) or "no files"
                 raise InputError("no LoRA adapter in the repository", path=repo, expected=expected, found=found)
             config = _download(repo, ADAPTER_CONFIG, None, digests[ADAPTER_CONFIG], options)
-            for name in (weights, *(each for each in HUGGING_FACE if each in digests)):
+            for name in (weights, *(each for each in digests if each in HUGGING_FACE or is_copied(each))):
                 _download(repo, name, str(info.sha), digests[name], options)
     directory = os.path.dirname(config)
     return Fetched(directory, os.path.basename(directory), "")
@@ -124,12 +127,12 @@ def _from_hub(repo: str, options: Options) -> Fetched:
     directory = os.path.dirname(_download(repo, CONFIG, options.revision, digests[CONFIG], options))
     if os.path.basename(directory) != commit:
         raise InputError("the repository changed during the download", path=repo, hint="run the same command again")
-    for name in HUGGING_FACE:
-        if name in digests:
-            _download(repo, name, commit, digests[name], options)
+    for name in (*huggingface_names(digests), *filter(is_copied, digests), *filter(is_document, digests)):
+        _download(repo, name, commit, digests[name], options)
     for name in _weights_files(repo, weights, commit, digests, options):
         _download(repo, name, commit, digests[name], options)
-    return Fetched(directory, commit, weights.name, tuple(notes))
+    names = {head + slash for file in info.siblings or () for head, slash, _ in [file.rfilename.partition("/")]}
+    return Fetched(directory, commit, weights.name, tuple(notes), tuple(sorted(names)))
 
 
 def _weights_files(

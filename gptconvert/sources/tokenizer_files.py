@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Iterable, Sequence
 
@@ -22,6 +23,42 @@ HUGGING_FACE = (
     "added_tokens.json",
     GENERATION_CONFIG,
 )
+CHAT_TEMPLATE = "chat_template.jinja"
+#: Vocabularies of other tokenizers (WordPiece, SentencePiece and the like), which are copied unchanged.
+FOREIGN = (
+    "vocab.txt",
+    "*spiece.model",
+    "*spiece.vocab",
+    "tokenizer.model",
+    "tokenizer.vocab",
+    "*spm*.model",
+    "*.spm",
+    "sentencepiece*.model",
+    "*.bpe.model",
+    "bpe.codes",
+    "*.tiktoken",
+    "tekken.json",
+)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer other than GPT's BPE."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FOREIGN)
+
+
+def is_copied(name: str) -> bool:
+    """Whether a tokenizer file of this name is copied unchanged."""
+    return name == CHAT_TEMPLATE or is_foreign(name)
+
+
+def huggingface_names(names: Iterable[str]) -> list[str]:
+    """The tokenizer files to interpret among ``names`` of a Hugging Face directory or repository.
+
+    OpenAI's names are read only without transformers' own, which AutoTokenizer reads.
+    """
+    present = set(names)
+    pairs = () if {"vocab.json", "tokenizer.json"} & present else (*GPT2[:2], *GPT1)
+    return [name for name in (*HUGGING_FACE, *pairs) if name in present]
 
 
 def find_tokenizer(folders: Sequence[str], names: Iterable[str] = GPT2) -> dict[str, str]:

@@ -101,7 +101,7 @@ def test_first_run_downloads_what_is_needed_and_pins_the_commit(hub: Hub, client
     assert (found["revision"], found["repo"]) == (COMMIT, REPO)
     assert found["config"] == json.loads((SINGLE / "config.json").read_text())
     assert found["tokenizer"] == ["merges.txt"]
-    assert sorted(hub.downloads()) == ["config.json", "merges.txt", "model.safetensors"]
+    assert sorted(hub.downloads()) == ["README.md", "config.json", "merges.txt", "model.safetensors"]
     assert all(file.startswith(str(client.home)) and COMMIT in file for file in found["files"])
     assert any(COMMIT in note for note in found["notes"])
     assert any("pytorch_model.bin" in note for note in found["notes"])

@@ -33,7 +33,7 @@ from gptconvert.sources.hf.files import (
     weights_named,
 )
 from gptconvert.sources.hf.shards import read_sharded
-from gptconvert.sources.tokenizer_files import GENERATION_CONFIG, HUGGING_FACE, find_tokenizer
+from gptconvert.sources.tokenizer_files import GENERATION_CONFIG, find_tokenizer, huggingface_names
 
 #: Largest config.json accepted, in bytes.
 MAX_CONFIG = 16 << 20
@@ -103,6 +103,8 @@ def _open_model(path: str, options: Options) -> Source:
         revision=fetched.revision,
         repo=path,
         notes=notes,
+        folder=source.folder,
+        listing=fetched.names,
     )
 
 
@@ -124,7 +126,8 @@ def _open_local(path: str, options: Options) -> Source:
         tensors=_read(os.path.join(directory, weights.name), weights),
         config=config,
         config_path=config_path,
-        tokenizer=find_tokenizer([directory], HUGGING_FACE),
+        tokenizer=find_tokenizer([directory], huggingface_names(names)),
+        folder=directory,
         notes=tuple(notes),
     )
 
