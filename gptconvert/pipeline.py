@@ -140,7 +140,7 @@ def plan(checkpoint: Checkpoint, options: Options | None = None) -> Plan:
     tokenizer, notes = tokenizer_files(checkpoint)
     checkpoint = with_special_ids(checkpoint, tokenizer)
     exports = tuple(export for target in targets for export in target.plan(checkpoint, options))
-    notes = (*checkpoint.notes, *notes)
+    notes = (*checkpoint.notes, *notes, *(note for export in exports for note in export.notes))
     _refuse_notes(notes, options)
     return Plan(checkpoint, options, exports, sidecar_files(exports, options, tokenizer), notes)
 

@@ -88,6 +88,7 @@ class Export:
         checkpoint: with its weights as stored in the artifact (decoded if the encoding is lossy).
         files: all files of the artifact.
         variant: of the target (``fp16``); empty for the base.
+        notes: what the user should know about this artifact, one sentence each.
     """
 
     target: str
@@ -95,6 +96,7 @@ class Export:
     checkpoint: Checkpoint
     files: tuple[PlannedFile, ...]
     variant: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def placed(self) -> tuple[Placed, ...]:

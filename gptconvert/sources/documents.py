@@ -1,7 +1,7 @@
 """The documents beside a checkpoint: licence files, and the model card with its metadata.
 
 Both are optional and written by strangers, so a fault in one is a note, and never stops a conversion. The card's
-front matter is the YAML between two lines ``---`` at the top of README.md; its keys are those of the Hugging Face hub.
+front matter is the YAML between two lines ``---`` at the top of README.md; its keys are those of the hub.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from typing import Any
 from gptconvert.containers.untrusted import entries, similar_path
 from gptconvert.errors import GptConvertError, InputError, OutputError
 from gptconvert.model.options import Options
+from gptconvert.sources.documents import is_document
 from gptconvert.sources.hf.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LEFT_BEHIND, lone_adapter
 from gptconvert.sources.hf.files import CONFIG, STANDARD_NAMES, Weights, choose_weights
 from gptconvert.sources.hf.shards import read_weight_map
-from gptconvert.sources.documents import is_document
 from gptconvert.sources.tokenizer_files import HUGGING_FACE, huggingface_names, is_copied
 
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?)?", re.ASCII)

@@ -1,8 +1,8 @@
 """What becomes of every entry of a checkpoint's directory, or of a hub repository.
 
-An entry is ``read``, ``carried`` (copied byte for byte), ``not needed`` (it never changes what the model computes or how
-it is used) or ``left behind``, which is a note. :data:`RULES` decides by name; a name that no rule matches is left
-behind. Files that must not be converted at all are refused where they are read.
+An entry is ``read``, ``carried`` (copied byte for byte), ``not needed`` (it never changes what the model computes or
+how it is used) or ``left behind``, which is a note. :data:`RULES` decides by name; an unknown name is left behind.
+Files that must not be converted at all are refused where they are read.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         UNNEEDED,
         "the model for another program",
-        "rust_model.ot *.onnx *.onnx_data *.gguf *.ggml *.tflite *.mlmodel openvino_model.* saved_model.pb genai_config.json",
+        "rust_model.ot *.onnx *.onnx_data *.gguf *.ggml *.tflite *.mlmodel openvino_model.* *.pb genai_config.json",
     ),
     Rule(
         UNNEEDED,
@@ -136,9 +136,7 @@ def with_inventory(source: Source, path: str, options: Options) -> Source:
     documents = {name: file for name, file in beside.items() if is_document(name)}
     card, notes = read_card(documents[CARD]) if CARD in documents else ({}, ())
     copied = {name: file for name, file in beside.items() if is_copied(name)}
-    source = replace(
-        source, folder=folder, tokenizer={**source.tokenizer, **copied}, documents=documents, card=card
-    )
+    source = replace(source, folder=folder, tokenizer={**source.tokenizer, **copied}, documents=documents, card=card)
     read = {os.path.realpath(file) for file in source.files}
     found = {name: _rule(name, source, read) for name in source.listing or names}
     return replace(

@@ -66,7 +66,8 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
             hint="use --to safetensors, which preserves it",
         )
     files = _gpt1(checkpoint) if checkpoint.config.family == "gpt1" else _gpt2(checkpoint)
-    return (Export(NAME, FOLDER, checkpoint, (*files, *_tokenizer(checkpoint))),)
+    tokenizer, notes = _tokenizer(checkpoint)
+    return (Export(NAME, FOLDER, checkpoint, (*files, *tokenizer), notes=notes),)
 
 
 def why_not(checkpoint: Checkpoint) -> list[str]:
@@ -177,8 +178,36 @@ def _hparams(config: GPTConfig) -> bytes:
     return (json.dumps({**keys, "n_head": config.n_head, "n_layer": config.n_layer}, indent=2) + "\n").encode()
 
 
-def _tokenizer(checkpoint: Checkpoint) -> tuple[PlannedFile, ...]:
-    """The vocabulary and the merges under OpenAI's names, if the checkpoint has them."""
-    files, _ = tokenizer_files(checkpoint)
-    names = zip(TOKENIZER_NAMES[checkpoint.config.family], ("vocab.json", "merges.txt"), strict=True)
-    return tuple(PlannedFile.of_bytes(f"{FOLDER}/{name}", files[hf]) for name, hf in names if hf in files)
+def _tokenizer(checkpoint: Checkpoint) -> tuple[tuple[PlannedFile, ...], tuple[str, ...]]:
+    """The vocabulary and the merges under OpenAI's names, if the checkpoint has them, and notes for the user."""
+    found, _ = tokenizer_files(checkpoint)
+    if not {"vocab.json", "merges.txt", "tokenizer.json"} <= found.keys():
+        other = ", ".join(sorted(name for name in found if name != "tokenizer_config.json"))
+        return (), (f"OpenAI's format has no files for this tokenizer ({other})",) if other else ()
+    files = {"vocab.json": found["vocab.json"], "merges.txt": found["merges.txt"]}
+    added = _added_tokens(found)
+    if added:
+        files["vocab.json"] = json.dumps({**json.loads(found["vocab.json"]), **added}).encode("ascii")
+    names = dict(zip(files, TOKENIZER_NAMES[checkpoint.config.family], strict=True))
+    planned = (PlannedFile.of_bytes(f"{FOLDER}/{names[name]}", data) for name, data in files.items())
+    counted = "1 added token is" if len(added) == 1 else f"{len(added)} added tokens are"
+    note = f"{counted} in {names['vocab.json']}: OpenAI's code decodes such tokens, but never encodes text to them"
+    return tuple(planned), (note,) if added else ()
+
+
+def _added_tokens(found: Mapping[str, bytes]) -> dict[str, int]:
+    """The tokens that ``tokenizer.json`` adds to ``vocab.json``, in the byte alphabet if it is byte-level."""
+    raw = json.loads(found["tokenizer.json"])
+    alphabet = _byte_alphabet() if (raw.get("decoder") or {}).get("type") == "ByteLevel" else None
+    known = json.loads(found["vocab.json"])
+    added = {token["content"]: token["id"] for token in raw.get("added_tokens", ()) if token["content"] not in known}
+    if alphabet is None:
+        return added
+    return {"".join(alphabet[byte] for byte in content.encode()): number for content, number in added.items()}
+
+
+def _byte_alphabet() -> list[str]:
+    """Byte → the printable character that represents it: openai/gpt-2 ``src/encoder.py``, ``bytes_to_unicode``."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]

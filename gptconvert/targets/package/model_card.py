@@ -1,7 +1,7 @@
 """The model card: README.md of an output directory, with YAML front matter for the Hugging Face hub.
 
-The card is reproducible: it contains no local paths or dates. It does not state a licence: conversion does not change
-the licence of the weights, and checkpoints do not record it.
+The card is reproducible: it contains no local paths or dates, and a local directory's name does not title it. Name,
+licence, languages, base model, data sets and tags are those of the source's card, which come from strangers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from gptconvert.errors import printable
 from gptconvert.families.registry import family_named
+from gptconvert.targets.package.sidecars import licence_files
 from gptconvert.targets.registry import target_named
 from gptconvert.targets.target import CardFacts, Target
 
@@ -20,6 +21,8 @@ from gptconvert.targets.target import CardFacts, Target
 CARD_FILE = "README.md"
 #: Targets whose library the hub's front matter names, the preferred one first.
 LIBRARY_OF = ("safetensors", "onnx")
+#: Tags about the files of the source, which the output need not have.
+FORMAT_TAGS = frozenset("pytorch tf jax flax rust tflite onnx coreml openvino gguf safetensors keras".split())
 
 
 def model_card(facts: CardFacts, verification: Mapping[str, object]) -> bytes:
@@ -48,11 +51,14 @@ def _targets(facts: CardFacts) -> list[Target]:
 def _front_matter(facts: CardFacts) -> str:
     targets = {target.name: target for target in _targets(facts)}
     family = family_named(facts.checkpoint.config.family)
-    head: dict[str, str | Sequence[str] | None] = {
+    card = facts.checkpoint.source.card
+    head: dict[str, Any] = {
+        **{key: card.get(key) for key in ("license", "license_name", "license_link", "language")},
         "library_name": next((targets[name].library for name in LIBRARY_OF if name in targets), None),
         "pipeline_tag": facts.checkpoint.config.task,
-        "base_model": facts.checkpoint.source.repo,
-        "tags": [*family.model_types, *targets, "gptconvert"],
+        "base_model": facts.checkpoint.source.repo or card.get("base_model"),
+        "datasets": card.get("datasets"),
+        "tags": _tags([*family.model_types, *targets, "gptconvert"], card.get("tags")),
     }
     lines = []
     for key, value in head.items():
@@ -63,6 +69,12 @@ def _front_matter(facts: CardFacts) -> str:
     return "\n".join(["---", *lines, "---", ""])
 
 
+def _tags(own: Sequence[str], source: object) -> list[str]:
+    """Our tags, and the source's except those that name the formats of its files."""
+    further = [source] if isinstance(source, str) else source if isinstance(source, list) else []
+    return list(dict.fromkeys([*own, *(tag for tag in further if tag.lower() not in FORMAT_TAGS)]))
+
+
 def _quoted(text: str) -> str:
     """Quote a string so that YAML reads it as a string."""
     return json.dumps(printable(text), ensure_ascii=False)
@@ -70,19 +82,20 @@ def _quoted(text: str) -> str:
 
 def _introduction(facts: CardFacts) -> str:
     source, titles = facts.checkpoint.source, [target.short_title or target.title for target in _targets(facts)]
-    origin = f"from `{printable(source.repo)}`" if source.repo else f"from a checkpoint ({source.format})"
+    named = source.repo or _name(facts)
     revision = f", revision `{printable(source.revision)}`" if source.revision else ""
+    origin = f"from `{printable(named)}`" if named else f"from a checkpoint ({source.format})"
     adapter = source.adapter
-    if adapter is not None and (source.repo or adapter.repo):  # else the format names it
+    if adapter is not None and (named or adapter.repo):  # else the format names it
         origin += f", with the LoRA adapter `{printable(adapter.repo)}`" if adapter.repo else ", with a LoRA adapter"
-    name = source.repo.rpartition("/")[2] if source.repo else family_named(facts.checkpoint.config.family).title
+    name = named.rpartition("/")[2] if named else family_named(facts.checkpoint.config.family).title.partition(",")[0]
     own = "the checkpoint's own" if adapter is None else "the checkpoint's, with the adapter merged"
     return "\n".join(
         [
             f"# {printable(name)} as {' and '.join(titles)}",
             "",
             f"Converted {origin}{revision}. The weights are {own}; the conversion changes their names",
-            "and layout, and their type only if `--dtype` is given. Licence and limits are the checkpoint's.",
+            f"and layout, and their type only if `--dtype` is given. {_licence(facts)}",
             "",
             "```sh",
             _command(facts),
@@ -93,6 +106,18 @@ def _introduction(facts: CardFacts) -> str:
             "",
         ]
     )
+
+
+def _name(facts: CardFacts) -> str | None:
+    """The model's name in the source's card, in a form that Markdown prints as it is."""
+    name = facts.checkpoint.source.card.get("model_name")
+    return name.replace("`", "'").strip() or None if isinstance(name, str) else None
+
+
+def _licence(facts: CardFacts) -> str:
+    files = sorted(licence_files(facts.checkpoint))
+    stated = f" (see {', '.join(f'`{printable(name)}`' for name in files)})" if files else ""
+    return f"Licence and limits are the checkpoint's{stated}."
 
 
 def _command(facts: CardFacts) -> str:
@@ -123,7 +148,7 @@ def _architecture(facts: CardFacts) -> str:
 def _head(facts: CardFacts) -> str:
     if not facts.generates:
         return facts.checkpoint.config.task
-    return "the token embedding" if facts.checkpoint.config.tied_head else "weights of its own"
+    return "the token embedding" if facts.checkpoint.config.tied_head else "separate weights"
 
 
 def _files(facts: CardFacts) -> str:

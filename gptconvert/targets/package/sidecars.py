@@ -14,11 +14,13 @@ from dataclasses import replace
 import numpy as np
 
 from gptconvert.containers.json import dump_json
+from gptconvert.containers.untrusted import read_small
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options
+from gptconvert.sources.documents import is_licence
 from gptconvert.targets.package.tokenizer import end_token_id, tokenizer_files
 
 #: Keys about the origin of a file, and keys that are written anew.
@@ -28,6 +30,7 @@ NOT_CARRIED = frozenset(
 )
 #: The target whose graphs config.json and genai_config.json name.
 ONNX = "onnx"
+MAX_LICENCE_BYTES = 16 << 20
 #: Written if no graph has a cache, which optimum's ``generate`` would request. transformers' ``generate`` reads only
 #: generation_config.json.
 UNCACHED: Mapping[str, object] = {"use_cache": False}
@@ -59,7 +62,14 @@ def sidecar_files(
         files[GENERATION_CONFIG] = dump_json({**checkpoint.generation, **(UNCACHED if alone else {})})
     if graphs and generates and options.kv_cache:
         files["genai_config.json"] = dump_json(genai_config(checkpoint, next(iter(graphs))))
-    return tuple(PlannedFile.of_bytes(path, data) for path, data in sorted({**files, **tokenizer}.items()))
+    files |= {**licence_files(checkpoint), **tokenizer}
+    return tuple(PlannedFile.of_bytes(path, data) for path, data in sorted(files.items()))
+
+
+def licence_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The source's licence files, unchanged: file name → bytes."""
+    found = {name: path for name, path in checkpoint.source.documents.items() if is_licence(name)}
+    return {name: read_small(path, MAX_LICENCE_BYTES, "a licence") for name, path in found.items()}
 
 
 def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes] | None = None) -> Checkpoint:

@@ -18,14 +18,17 @@ from gptconvert.containers.untrusted import read_small
 from gptconvert.errors import InputError
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.targets.package.tokenizer_foreign import copied_files, foreign_files, is_other, stated_class
+from gptconvert.targets.package.tokenizer_json import portable_json
 from gptconvert.targets.package.tokenizer_kinds import (
-    KINDS,
     OTHER_SETTINGS,
     WHOLE_FILE,
     Kind,
     Merges,
     Settings,
     Vocabulary,
+    kind_of,
+    token_text,
 )
 
 #: Limit on file sizes, far above any real vocabulary.
@@ -73,27 +76,43 @@ def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
         UnsafeInputError: a file is not a regular file.
     """
     found = checkpoint.source.tokenizer
-    kind = KINDS[family_named(checkpoint.config.family).tokenizer]
-    vocabulary, merges = _first(found, kind.vocabulary), _first(found, kind.merges)
-    pair = None if vocabulary is None or merges is None else _read_pair(vocabulary, merges)
     settings = _settings(found)
+    name = stated_class(settings, checkpoint.source.config)
+    kind = kind_of(name, family_named(checkpoint.config.family).tokenizer)
+    vocabulary, merges = _first(found, kind.vocabulary), _first(found, kind.merges)
+    complete = vocabulary is not None and merges is not None
+    if is_other(found, name, complete=complete):
+        return _other(checkpoint, settings, name)
+    pair = None if vocabulary is None or merges is None else _read_pair(vocabulary, merges)
     if "tokenizer.json" in found:
         made = _copy(found["tokenizer.json"], pair)
     elif pair is not None and merges is not None:
         _check_merges(pair, merges)
         made = _build(pair, kind, settings, found.get("added_tokens.json"))
     else:
-        return {}, (_missing_note(kind, vocabulary, merges),)
+        return copied_files(found), (_missing_note(kind, vocabulary, merges),)
     config = _config(kind, made, settings, checkpoint.config.n_ctx)
     size = _size_note(max(made.tokens.values()) + 1, checkpoint.config.vocab_size)
     endless = kind.end is not None and config["eos_token"] is None
     end = ("the tokenizer has no end-of-text token",) if endless else ()
-    return {**made.files, "tokenizer_config.json": dump_json(config)}, (*made.notes, *end, *size)
+    files = {**copied_files(found), **made.files, "tokenizer_config.json": dump_json(config)}
+    return files, (*made.notes, *end, *size)
+
+
+def _other(checkpoint: Checkpoint, settings: Settings, name: str | None) -> tuple[Files, tuple[str, ...]]:
+    """The files of a tokenizer that is not GPT's BPE, without the settings that name local paths."""
+    files, ids, notes = foreign_files(checkpoint.source.tokenizer, settings, name)
+    path = checkpoint.source.tokenizer.get("tokenizer_config.json")
+    raw = {} if path is None else read_json_object(path, MAX_BYTES, "tokenizer_config.json")
+    if LOCATIONS & raw.keys():
+        files["tokenizer_config.json"] = dump_json({key: raw[key] for key in raw if key not in LOCATIONS})
+    size = _size_note(max(ids.values()) + 1, checkpoint.config.vocab_size) if ids else ()
+    return files, (*notes, *size)
 
 
 def end_token_id(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> int | None:
     """The id of the end-of-text token in the files of :func:`tokenizer_files`; None if they do not have one."""
-    kind = KINDS[family_named(checkpoint.config.family).tokenizer]
+    kind = kind_of(None, family_named(checkpoint.config.family).tokenizer)
     if "tokenizer.json" not in files or kind.end is None:
         return None
     found: int | None = _load(files["tokenizer.json"], "tokenizer.json").token_to_id(kind.end)
@@ -154,13 +173,13 @@ def _read_pair(vocabulary_path: str, merges_path: str) -> _Pair:
 def _build(pair: _Pair, kind: Kind, settings: Settings, added_path: str | None) -> _Made:
     """Build a tokenizer from a vocabulary, merges and any tokens added in fine-tuning."""
     tokenizer = kind.build(pair.vocabulary, pair.merges, settings)
-    named = {str(_content(settings[key])) for key in NAMED_TOKENS if settings.get(key) is not None}
+    named = {str(token_text(settings[key])) for key in NAMED_TOKENS if settings.get(key) is not None}
     special = dict.fromkeys((*kind.named.values(), *sorted(named)))
     _add_special(tokenizer, [token for token in special if token in pair.vocabulary])
     added = {} if added_path is None else _add_tokens(tokenizer, added_path, named)
     absent = sum(symbol not in pair.vocabulary for symbol in kind.alphabet(settings))
     lossy = f"{absent} symbols of the alphabet are not in the vocabulary and are lost when text is encoded"
-    files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), **pair.files}
+    files = {"tokenizer.json": portable_json(tokenizer, kind, settings), **pair.files}
     return _Made(tokenizer, files, {**pair.vocabulary, **added}, (*pair.notes, *([lossy] if absent else [])))
 
 
@@ -272,13 +291,8 @@ def _config(kind: Kind, made: _Made, settings: Settings, n_ctx: int) -> dict[str
     default: dict[str, object] = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"))
     default |= {key: token for key, token in kind.named.items() if token in made.tokens}
     common = {"model_max_length": n_ctx, "tokenizer_class": kind.tokenizer_class if usual else WHOLE_FILE}
-    stated = {key: _content(value) if key in NAMED_TOKENS else value for key, value in settings.items()}
+    stated = {key: token_text(value) if key in NAMED_TOKENS else value for key, value in settings.items()}
     return {**default, **(kind.settings if usual else OTHER_SETTINGS), **common, **stated}
-
-
-def _content(token: object) -> object:
-    """The text of a special token, without the stripping rules, which tokenizer.json also contains."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _first(found: Mapping[str, str], names: Iterable[str]) -> str | None:

@@ -37,6 +37,7 @@ class Kind:
 
     Attributes:
         tokenizer_class: transformers' name for it.
+        classes: transformers' classes that are this kind, without ``Fast``.
         named: its special tokens, by their keys in tokenizer_config.json.
         vocabulary: names its vocabulary file may have.
         merges: names its merges file may have.
@@ -47,6 +48,7 @@ class Kind:
     """
 
     tokenizer_class: str
+    classes: tuple[str, ...]
     named: Mapping[str, str]
     vocabulary: tuple[str, ...]
     merges: tuple[str, ...]
@@ -61,12 +63,12 @@ class Kind:
 
     def describes(self, tokenizer: Any, settings: Settings) -> bool:
         """Whether ``tokenizer`` splits and merges as ``tokenizer_class`` does with ``settings``."""
-        tokens = [*self.named.values(), *(_text(settings.get(key)) for key in self.named)]
+        tokens = [*self.named.values(), *(token_text(settings.get(key)) for key in self.named)]
         vocabulary = {token: number for number, token in enumerate(dict.fromkeys(filter(None, tokens)))}
         return _behaviour(self.build(vocabulary, (), settings)) == _behaviour(tokenizer)
 
 
-def _text(token: object) -> str | None:
+def token_text(token: object) -> str | None:
     """The text of a special token, which files store as a string or as an object with stripping rules."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
@@ -91,7 +93,7 @@ def _byte_level(vocabulary: Vocabulary, merges: Merges, settings: Settings) -> A
 
 
 def _unknown(settings: Settings) -> str:
-    return _text(settings.get("unk_token")) or UNKNOWN
+    return token_text(settings.get("unk_token")) or UNKNOWN
 
 
 def _word_end(vocabulary: Vocabulary, merges: Merges, settings: Settings) -> Any:
@@ -132,6 +134,7 @@ def _state(part: Any) -> dict[str, object] | None:
 KINDS: Mapping[str, Kind] = {
     "byte-level": Kind(
         tokenizer_class="GPT2Tokenizer",
+        classes=("GPT2Tokenizer", "CodeGenTokenizer"),
         named={"bos_token": END, "eos_token": END, "unk_token": END},
         vocabulary=("encoder.json", "vocab.json"),
         merges=("vocab.bpe", "merges.txt"),
@@ -141,6 +144,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "word-end": Kind(
         tokenizer_class="OpenAIGPTTokenizer",
+        classes=("OpenAIGPTTokenizer",),
         named={"unk_token": UNKNOWN},
         vocabulary=("encoder_bpe_40000.json", "vocab.json"),
         merges=("vocab_40000.bpe", "merges.txt"),
@@ -149,5 +153,12 @@ KINDS: Mapping[str, Kind] = {
         settings={"clean_up_tokenization_spaces": False},
     ),
 }
+
+
+def kind_of(class_name: str | None, family: str) -> Kind:
+    """The kind of BPE of a tokenizer class, without ``Fast``; that of the family if the class is neither kind's."""
+    return next((kind for kind in KINDS.values() if class_name in kind.classes), KINDS[family])
+
+
 #: The same as ``Kind.settings``, for tokenizers of other kinds.
 OTHER_SETTINGS: Settings = {"clean_up_tokenization_spaces": False}
