@@ -68,6 +68,7 @@ RULES: tuple[Rule, ...] = (
         "pooling of sentence-transformers, which changes the embeddings",
         "modules.json sentence_*_config.json config_sentence_transformers.json",
     ),
+    Rule(LEFT, "a quantisation, which changes the weights", "quantize_config.json quant_config.json"),
     Rule(LEFT, "further chat templates", "additional_chat_templates/"),
     Rule(LEFT, "a vocabulary stored as a pickle, which is not opened", "meta.pkl"),
     SAME_WEIGHTS,

@@ -13,7 +13,7 @@ from typing import Any
 
 from gptconvert.errors import printable
 from gptconvert.families.registry import family_named
-from gptconvert.targets.package.sidecars import licence_files
+from gptconvert.sources.documents import is_licence
 from gptconvert.targets.registry import target_named
 from gptconvert.targets.target import CardFacts, Target
 
@@ -115,7 +115,7 @@ def _name(facts: CardFacts) -> str | None:
 
 
 def _licence(facts: CardFacts) -> str:
-    files = sorted(licence_files(facts.checkpoint))
+    files = sorted(filter(is_licence, facts.checkpoint.source.documents))
     stated = f" (see {', '.join(f'`{printable(name)}`' for name in files)})" if files else ""
     return f"Licence and limits are the checkpoint's{stated}."
 
