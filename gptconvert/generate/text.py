@@ -63,7 +63,7 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     tokenizer_path = os.path.join(directory, "tokenizer.json")
     config = _read_json(os.path.join(directory, "config.json"))
     if not os.path.isfile(tokenizer_path):
-        hint = "the checkpoint had no tokenizer files; copy the model's tokenizer.json there"
+        hint = "the checkpoint had no tokenizer that tokenizer.json can express; put one there if you have it"
         raise InputError("no tokenizer.json, so text cannot be tokenized", path=directory, hint=hint)
     try:
         tokenizer = Tokenizer.from_file(tokenizer_path)

@@ -66,7 +66,7 @@ class _Made:
 def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
     """``tokenizer.json``, ``tokenizer_config.json``, ``vocab.json`` and ``merges.txt`` of a checkpoint.
 
-    Files already in the required form are copied byte for byte.
+    Those of a tokenizer that is not BPE are copied, and so is a chat template. Files already in the required form are copied byte for byte.
 
     Returns:
         file name → bytes (empty if the checkpoint has no tokenizer), and notes for the user.
@@ -193,7 +193,7 @@ def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, 
     """Add the tokens of an ``added_tokens.json`` in the order of their ids, and check that they keep their ids."""
     from tokenizers import AddedToken
 
-    added = parse_vocabulary(read_small(path, MAX_BYTES, "added tokens"), path)
+    added = _checked_ids(read_json_object(path, MAX_BYTES, "added tokens"), path)
     for token, number in sorted(added.items(), key=lambda entry: entry[1]):
         is_special = token in special
         tokenizer.add_tokens([AddedToken(token, normalized=not is_special, special=is_special)])

@@ -270,3 +270,52 @@ def test_formats_lists_the_target(capsys: pytest.CaptureFixture[str]) -> None:
     assert able == {family.name: family.name in ("gpt1", "gpt2") for family in FAMILIES}
     sources = next(f["sources"] for f in found["families"] if f["name"] == "gpt2")
     assert {"nanogpt", "llmc", "megatron"} <= set(sources)
+
+
+def tokenizer_with(tmp_path: Path, added: dict[str, int]) -> dict[str, str]:
+    """GPT-2's byte alphabet and end token, with tokens added in fine-tuning."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    symbols = [*bytes_to_unicode().values(), "th", "<|endoftext|>"]
+    files = {
+        "vocab.json": json.dumps({symbol: number for number, symbol in enumerate(symbols)}),
+        "merges.txt": "#version: 0.2\nt h\n",
+        "added_tokens.json": json.dumps(added),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    return {name: str(tmp_path / name) for name in files}
+
+
+def test_added_tokens_are_decoded_by_openais_code(tmp_path: Path) -> None:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    added = {"<name> é": 258, "你": 259}
+    raw, arrays = tiny_gpt2(n_inner=None, vocab_size=260, bos_token_id=257, eos_token_id=257)
+    checkpoint = checkpoint_of(raw, arrays, tokenizer=tokenizer_with(tmp_path, added))
+    [export] = plan(checkpoint, OPENAI)
+    files = {file.path: file.head for file in export.files}
+    decoder = {number: symbol for symbol, number in json.loads(files["openai-tf/encoder.json"]).items()}
+    back = {character: byte for byte, character in bytes_to_unicode().items()}  # as in OpenAI's src/encoder.py
+    for content, number in added.items():
+        assert bytearray(back[character] for character in decoder[number]).decode() == content
+    assert len(decoder) == 260
+    assert [note for note in export.notes if "2 added tokens are in encoder.json" in note] == list(export.notes)
+    assert set(export.notes) <= set(pipeline.plan(checkpoint, OPENAI).notes)
+
+
+def test_without_added_tokens_the_vocabulary_is_copied(tmp_path: Path) -> None:
+    found = tokenizer_with(tmp_path, {})
+    raw, arrays = tiny_gpt2(n_inner=None, vocab_size=258, bos_token_id=257, eos_token_id=257)
+    [export] = plan(checkpoint_of(raw, arrays, tokenizer=found), OPENAI)
+    files = {file.path: file.head for file in export.files}
+    assert files["openai-tf/encoder.json"] == Path(found["vocab.json"]).read_bytes()
+    assert export.notes == ()
+
+
+def test_a_tokenizer_that_openais_code_cannot_read_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    raw, arrays = tiny_gpt2(n_inner=None, tokenizer_class="BertTokenizer")
+    checkpoint = checkpoint_of(raw, arrays, tokenizer={"vocab.txt": str(tmp_path / "vocab.txt")})
+    [export] = plan(checkpoint, OPENAI)
+    assert export.notes == ("OpenAI's format has no files for this tokenizer (tokenizer.json, vocab.txt)",)

@@ -261,3 +261,81 @@ def test_python_snippets_run(
     exec(found["transformers"], space)
     name = "GPT2LMHeadModel" if task == "text-generation" else "GPT2Model"
     assert type(space["model"]).__name__ == name
+
+
+CARD: Mapping[str, object] = {
+    "model_name": "poet-124M",
+    "license": "mit",
+    "license_link": "LICENSE",
+    "language": ["sv", "no"],
+    "base_model": "openai-community/gpt2",
+    "datasets": ["org/poems"],
+    "tags": ["poetry", "pytorch", "gpt2", "generated_from_trainer"],
+}
+
+
+def test_metadata_of_the_source_is_kept() -> None:
+    card = text(checkpoint_of(*tiny_gpt2(), card=CARD))
+    head = front_matter(card)
+    assert {key: head[key] for key in CARD if key not in ("model_name", "tags")} == {
+        key: value for key, value in CARD.items() if key not in ("model_name", "tags")
+    }
+    assert head["tags"] == ["gpt2", "onnx", "gptconvert", "poetry", "generated_from_trainer"]
+    assert "# poet-124M as ONNX\n" in card
+    assert "Converted from `poet-124M`." in card
+    assert huggingface_hub.ModelCard(card).data.license == "mit"
+
+
+def test_a_repository_is_the_base_model_of_its_conversion() -> None:
+    card = text(checkpoint_of(*tiny_gpt2(), card=CARD, repo="me/poet", revision="abc"))
+    assert front_matter(card)["base_model"] == "me/poet"
+    assert "# poet as ONNX\n" in card
+    assert "Converted from `me/poet`, revision `abc`." in card
+
+
+def test_without_a_name_the_family_titles_the_card(tiny: Checkpoint) -> None:
+    card = text(tiny)
+    assert "# GPT-2 as ONNX\n" in card
+    assert "DistilGPT-2" not in card
+
+
+@pytest.mark.parametrize("value", ["a: b\n- x", "`code`", "x\x1b[0m", "|", "no"])
+def test_metadata_of_strangers_stays_data(value: str) -> None:
+    card = text(checkpoint_of(*tiny_gpt2(), card=dict.fromkeys(CARD, value)))
+    head = front_matter(card)
+    assert isinstance(head["license"], str)
+    assert value.lower() not in ("no",) or head["language"] == "no"
+    assert all(c.isprintable() or c == "\n" for c in card)
+    assert set(head) == {*CARD, "library_name", "pipeline_tag"} - {"model_name"}
+
+
+def test_head_is_worded_as_in_inspect() -> None:
+    from gptconvert.cli.config_summary import config_summary
+
+    checkpoint = checkpoint_of(*tiny_gpt2(tie_word_embeddings=False))
+    shown = dict(config_summary(checkpoint.config.as_dict()))["head"]
+    assert f"| Output head | {shown} |" in text(checkpoint)
+
+
+def test_licences_are_carried_and_the_directory_names_nothing(tmp_path: Path) -> None:
+    """Equal copies under different paths give equal outputs."""
+    import shutil
+
+    from gptconvert import pipeline
+
+    outputs = []
+    for name in ("first", "second"):
+        source = Path(shutil.copytree(FIXTURES / "tiny-gpt2" / "hf-safetensors", tmp_path / name))
+        (source / "README.md").write_text("---\nlicense: mit\nmodel-index:\n- name: poet\n---\n# Poet\n")
+        (source / "LICENSE").write_bytes(b"terms\r\n")
+        (source / "NOTICE.txt").write_bytes(b"notice")
+        options = Options(targets=("safetensors",), verify=None)
+        outputs.append(Path(pipeline.convert(source, tmp_path / f"{name} out", options).output))
+    first, second = ({p.name: p.read_bytes() for p in out.iterdir()} for out in outputs)
+    assert first == second
+    assert (first["LICENSE"], first["NOTICE.txt"]) == (b"terms\r\n", b"notice")
+    card = first["README.md"].decode()
+    assert front_matter(card)["license"] == "mit"
+    assert "# poet as" in card
+    assert "(see `LICENSE`, `NOTICE.txt`)" in card
+    assert b'"LICENSE"' in first["manifest.json"]
