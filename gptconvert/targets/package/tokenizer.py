@@ -66,7 +66,7 @@ class _Made:
 def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
     """``tokenizer.json``, ``tokenizer_config.json``, ``vocab.json`` and ``merges.txt`` of a checkpoint.
 
-    Those of a tokenizer that is not BPE are copied, and so is a chat template. Files already in the required form are copied byte for byte.
+    Files already in the required form are copied byte for byte, and so are those of a tokenizer that is not BPE.
 
     Returns:
         file name → bytes (empty if the checkpoint has no tokenizer), and notes for the user.

@@ -7,6 +7,7 @@ vocabularies have no exact equivalent there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ WORD_PIECE_TOKENS: Mapping[str, str] = {
 }
 #: The order in which transformers adds special tokens that the vocabulary lacks.
 SPECIAL_ORDER = ("bos_token", "eos_token", *WORD_PIECE_TOKENS)
+#: Properties of an added token besides its text.
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+MAX_ID = 1 << 31
 #: Settings that the tokenizers library does not implement.
 NOT_EXPRESSIBLE: Mapping[str, object] = {"do_basic_tokenize": True, "never_split": None}
 
@@ -79,18 +83,17 @@ def foreign_files(
     """
     files = {n: read_small(path, MAX_BYTES, n) for n, path in found.items() if n != "generation_config.json"}
     obstacle = _obstacle(found, settings, name)
+    made: Any = None
+    if obstacle is None:
+        made = word_piece(found[WORD_PIECE_FILE], files[WORD_PIECE_FILE], settings, _added(found, settings))
+        obstacle = made if isinstance(made, str) else None
     if obstacle is not None:
         listed = ", ".join(sorted(n for n in files if is_foreign(n))) or ", ".join(sorted(files))
-        note = f"the tokenizer ({listed}) was copied, but tokenizer.json was not written: {obstacle}"
-        return files, {}, (note,)
-    tokenizer = word_piece(found[WORD_PIECE_FILE], files[WORD_PIECE_FILE], settings, _added(found, settings))
-    if tokenizer is None:
-        note = "the tokenizer was copied, but tokenizer.json was not written: added tokens have gaps in their ids"
-        return files, {}, (note,)
+        return files, {}, (f"the tokenizer ({listed}) was copied, but tokenizer.json was not written: {obstacle}",)
     if "tokenizer_config.json" not in files:
         files["tokenizer_config.json"] = dump_json({"tokenizer_class": WORD_PIECE, **settings})
-    files["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
-    return files, tokenizer.get_vocab(with_added_tokens=True), ()
+    files["tokenizer.json"] = made.to_str(pretty=True).encode()
+    return files, made.get_vocab(with_added_tokens=True), ()
 
 
 def _obstacle(found: Mapping[str, str], settings: Settings, name: str | None) -> str | None:
@@ -106,7 +109,7 @@ def _obstacle(found: Mapping[str, str], settings: Settings, name: str | None) ->
 
 
 def word_piece(path: str, data: bytes, settings: Settings, added: Mapping[int, Mapping[str, Any]]) -> Any:
-    """BERT's tokenizer as a ``tokenizers.Tokenizer``; None if it cannot give the added tokens their ids.
+    """BERT's tokenizer as a ``tokenizers.Tokenizer``, or the reason why it cannot be one.
 
     The same parts as ``BertTokenizer`` of transformers 5 and ``BertTokenizerFast`` of 4.
 
@@ -116,30 +119,33 @@ def word_piece(path: str, data: bytes, settings: Settings, added: Mapping[int, M
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     vocabulary = _vocabulary(path, data)
-    named = {
-        **WORD_PIECE_TOKENS,
-        **{key: token_text(settings[key]) for key in SPECIAL_ORDER if token_text(settings.get(key))},
-    }
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=named["unk_token"]))
+    stated = {key: token_text(settings.get(key)) for key in SPECIAL_ORDER}
+    named = {**WORD_PIECE_TOKENS, **{key: token for key, token in stated.items() if token}}
+    first, last, unknown = (named[key] for key in ("cls_token", "sep_token", "unk_token"))
+    if unknown not in vocabulary:
+        return f"the vocabulary lacks {unknown}"
+    if any(c.isspace() or c == ":" for c in first + last):  # characters of the template's own syntax
+        return f"the tokens {first!r} and {last!r} cannot be put around texts"
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    strip = settings.get("strip_accents")
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-        lowercase=settings.get("do_lower_case", True),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars") is not False,
+        strip_accents=strip if isinstance(strip, bool) else None,
+        lowercase=settings.get("do_lower_case") is not False,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     for number, token in sorted(added.items()):
         tokenizer.add_tokens([AddedToken(**token)])
         if tokenizer.token_to_id(token["content"]) != number:
-            return None
+            return "added tokens have gaps in their ids"
     special = [named[key] for key in SPECIAL_ORDER if key in named]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    first, last = named["cls_token"], named["sep_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{first}:0 $A:0 {last}:0",
         pair=f"{first}:0 $A:0 {last}:0 $B:1 {last}:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (first, last)],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((first, last))],
     )
     return tokenizer
 
@@ -160,15 +166,19 @@ def _added(found: Mapping[str, str], settings: Settings) -> dict[int, dict[str, 
     """Id → arguments of ``AddedToken``, from tokenizer_config.json or, failing that, added_tokens.json."""
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        keys = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
         return {
-            int(number): {key: token[key] for key in keys if key in token}
+            int(number): {
+                "content": token["content"],
+                **{key: token[key] for key in FLAGS if token.get(key) in (True, False)},
+            }
             for number, token in decoder.items()
-            if number.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+            if re.fullmatch("[0-9]{1,9}", number) and isinstance(token, dict) and token_text(token)
         }
     path = found.get("added_tokens.json")
     raw = {} if path is None else parse_json(read_small(path, MAX_BYTES, "added tokens"), path, "added tokens")
-    if not isinstance(raw, dict) or not all(isinstance(number, int) for number in raw.values()):
+    if not isinstance(raw, dict) or not all(
+        isinstance(number, int) and 0 <= number < MAX_ID for number in raw.values()
+    ):
         raise InputError("invalid added tokens", path=path, expected="a JSON object of ids")
     special = {token_text(settings.get(key)) for key in SPECIAL_ORDER} | set(_texts(settings))
     return {

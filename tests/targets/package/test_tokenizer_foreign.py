@@ -172,6 +172,16 @@ NOT_EXACT: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
         },
         "does not implement do_basic_tokenize",
     ),
+    "no unknown token": (
+        {"tokenizer_class": "BertTokenizer"},
+        {"vocab__txt": VOCAB.replace("[UNK]", "x")},
+        "the vocabulary lacks [UNK]",
+    ),
+    "token with a space": (
+        {"tokenizer_class": "BertTokenizer"},
+        {"vocab__txt": VOCAB, "special_tokens_map__json": {"cls_token": "a b"}},
+        "cannot be put around texts",
+    ),
     "gap": (
         {"tokenizer_class": "BertTokenizer"},
         {"vocab__txt": VOCAB, "added_tokens__json": {"[X]": len(WORDS) + 3}},
@@ -298,6 +308,23 @@ def test_corrupt_files(files: dict[str, object], message: str, tmp_path: Path) -
     directory = source(tmp_path, {"tokenizer_class": "BertTokenizer"}, **files)
     with pytest.raises(InputError, match=message):
         converted(directory, tmp_path)
+
+
+def test_settings_of_wrong_types_count_as_absent(tmp_path: Path) -> None:
+    settings = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": "yes",
+        "strip_accents": 7,
+        "additional_special_tokens": 3,
+        "added_tokens_decoder": {
+            "22": {"content": "[X]", "lstrip": "?"},
+            "x": {},
+            "9" * 5000: {"content": "y"},
+            "5": 1,
+        },
+    }
+    out, _ = converted(source(tmp_path, None, vocab__txt=VOCAB, tokenizer_config__json=settings), tmp_path)
+    assert tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")).encode("HEL [X]").ids == [2, 12, 22, 3]
 
 
 def test_a_vocabulary_that_is_not_text(tmp_path: Path) -> None:
