@@ -16,7 +16,8 @@ from gptconvert.containers.untrusted import entries, hub_homes, is_regular, link
 from gptconvert.model.options import Options
 from gptconvert.model.source import Entry, Source
 from gptconvert.sources.documents import CARD, is_document, read_card
-from gptconvert.sources.tokenizer_files import GPT1, GPT2, is_copied
+from gptconvert.sources.hf.adapter import LEFT_BEHIND
+from gptconvert.sources.tokenizer_files import GPT1, GPT2, HUGGING_FACE, is_copied
 
 READ, CARRIED, UNNEEDED, LEFT = "read", "carried", "not needed", "left behind"
 #: Names listed in one note.
@@ -60,9 +61,11 @@ SAME_WEIGHTS = Rule(
 OTHER_WEIGHTS = Rule(
     LEFT, "other weights", "*.safetensors *.bin *.pt *.pth *.pkl *.ckpt *.h5 *.hdf5 *.msgpack *.ot *.index.json"
 )
+ADAPTER = Rule(LEFT, "a PEFT adapter, which changes the outputs", "adapter_config.json adapter_model.*")
+REPLACED = Rule(UNNEEDED, "tokenizer, replaced by the adapter's", " ".join(HUGGING_FACE))
 #: Entries that no reader uses. The first match wins; patterns are lower case.
 RULES: tuple[Rule, ...] = (
-    Rule(LEFT, "a PEFT adapter, which changes the outputs", "adapter_config.json adapter_model.*"),
+    ADAPTER,
     Rule(
         LEFT,
         "pooling of sentence-transformers, which changes the embeddings",
@@ -137,6 +140,10 @@ def with_inventory(source: Source, path: str, options: Options) -> Source:
     documents = {name: file for name, file in beside.items() if is_document(name)}
     card, notes = read_card(documents[CARD]) if CARD in documents else ({}, ())
     copied = {name: file for name, file in beside.items() if is_copied(name)}
+    if source.adapter is not None and source.adapter.tokenizer:  # it replaces the base's tokenizer as a whole
+        home = source.adapter.path
+        names_there = [name for name in entries(home, files_only=True) if is_copied(name) and _usable(home, name)]
+        copied = {name: os.path.join(home, name) for name in names_there}
     source = replace(source, folder=folder, tokenizer={**source.tokenizer, **copied}, documents=documents, card=card)
     read = {os.path.realpath(file) for file in source.files}
     found = {name: _rule(name, source, read) for name in source.listing or names}
@@ -167,9 +174,9 @@ def _rule(name: str, source: Source, read: Collection[str]) -> Rule:
     """The rule for an entry; ``read`` holds the resolved paths of the files that are read."""
     if name in source.documents:
         return METADATA if name == CARD else LICENCE
-    if name in source.tokenizer:
-        return COPIED_TOKENIZER if is_copied(name) else TOKENIZER
     path = os.path.realpath(os.path.join(source.folder or "", name))
+    if name in source.tokenizer and path in read:
+        return COPIED_TOKENIZER if is_copied(name) else TOKENIZER
     if source.config_path is not None and path == os.path.realpath(source.config_path):
         return CONFIGURATION
     if path in read or (name.endswith("/") and any(file.startswith(path + os.sep) for file in read)):
@@ -178,6 +185,8 @@ def _rule(name: str, source: Source, read: Collection[str]) -> Rule:
     shards = [file for file in map(os.path.basename, source.tensors.files) if file.startswith(f"{stem}-")]
     if name.endswith(".index.json") and any(file.endswith(ending) for file in shards):
         return INDEX
+    if source.adapter is not None and source.adapter.tokenizer and (is_copied(name) or REPLACED.matches(name)):
+        return REPLACED
     if _is_beside(name):
         return UNUSABLE
     return next(rule for rule in RULES if rule.matches(name))
@@ -187,6 +196,7 @@ def _notes(found: Mapping[str, Rule], source: Source, options: Options) -> list[
     """One note per reason for which entries are left behind."""
     quiet = {OTHER_WEIGHTS} if options.weights_file else set()  # the user chose among them
     quiet |= {SAME_WEIGHTS} if source.scheme == "hf" else set()  # its reader notes them
+    quiet |= {ADAPTER} if LEFT_BEHIND in source.notes else set()
     notes = []
     for rule in dict.fromkeys(found.values()):
         if rule.outcome == LEFT and rule not in quiet:

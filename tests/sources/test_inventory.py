@@ -14,6 +14,7 @@ from gptconvert import pipeline
 from gptconvert.errors import InputError
 from gptconvert.inspection import inspect, open_checkpoint
 from gptconvert.model.options import Options
+from gptconvert.sources.hf.adapter import LEFT_BEHIND
 from tests.commands import command
 from tests.helpers import FIXTURES
 
@@ -77,7 +78,8 @@ def test_what_matters_is_noted_and_fails_a_strict_conversion(name: str, director
     path.write_text("{}")
     shown = f"{path.parent.name}/" if path.parent != directory else name
     assert outcomes(directory)[shown] == ("left behind", NOTED[name])
-    assert left(directory) == [f"left behind: {shown} ({NOTED[name]})"]
+    note = LEFT_BEHIND if "adapter" in name else f"left behind: {shown} ({NOTED[name]})"
+    assert left(directory) == [note]  # an adapter's note says how to merge it
     with pytest.raises(InputError, match="left behind"):
         pipeline.plan(open_checkpoint(directory, Options(strict=True)))
 
@@ -85,11 +87,11 @@ def test_what_matters_is_noted_and_fails_a_strict_conversion(name: str, director
 def test_one_note_per_reason(directory: Path) -> None:
     for i in range(9):
         (directory / f"{i}.xyz").touch()
-    (directory / "adapter_config.json").touch()
-    (directory / "adapter_model.safetensors").touch()
+    (directory / "v_head.bin").touch()
+    (directory / "value_head.safetensors").touch()
     assert left(directory) == [
         "left behind: 0.xyz, 1.xyz, 2.xyz, 3.xyz, 4.xyz, 5.xyz and 3 more (not recognised)",
-        "left behind: adapter_config.json, adapter_model.safetensors (a PEFT adapter, which changes the outputs)",
+        "left behind: v_head.bin, value_head.safetensors (other weights)",
     ]
 
 

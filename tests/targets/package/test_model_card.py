@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -313,7 +314,7 @@ def test_head_is_worded_as_in_inspect() -> None:
     from gptconvert.cli.config_summary import config_summary
 
     checkpoint = checkpoint_of(*tiny_gpt2(tie_word_embeddings=False))
-    shown = dict(config_summary(checkpoint.config.as_dict(), {}))["head"]
+    shown = dict(config_summary(checkpoint.config.as_dict(), dataclasses.asdict(checkpoint.special_ids)))["head"]
     assert f"| Output head | {shown} |" in text(checkpoint)
 
 
