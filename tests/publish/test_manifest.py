@@ -97,12 +97,12 @@ def test_lists_every_option_that_affects_the_output(tmp_path: Path, out: Path) -
     """The options are flat and include source options, but not those that do not affect the bytes."""
     options = Options(dtype="fp16", activation="tanh", trim_vocab=90, hparams="/home/me/hparams.json", force=True)
     recorded = convert(tmp_path / "source", out, recorded=options.recorded())["options"]
-    assert recorded == options.recorded()
+    assert recorded == json.loads(json.dumps(options.recorded()))
     assert (recorded["dtype"], recorded["activation"], recorded["trim_vocab"]) == ("fp16", "tanh", 90)
     assert recorded["hparams"] == "hparams.json"
     assert recorded["opset"] == Options().opset
     assert "force" not in recorded
-    assert all(value is None or isinstance(value, bool | int | str) for value in recorded.values())
+    assert all(value is None or isinstance(value, bool | int | str | list) for value in recorded.values())
 
 
 def test_lists_every_file_and_tensor(tmp_path: Path, out: Path) -> None:
