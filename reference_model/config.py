@@ -158,6 +158,12 @@ class GPTConfig:
         return self.residual != "parallel_one_norm"
 
     @property
+    def padding_id(self) -> int | None:
+        """``pad_token_id``, or None if the vocabulary does not have it, so that no input can."""
+        pad = self.pad_token_id
+        return pad if pad is not None and 0 <= pad < self.vocab_size else None
+
+    @property
     def has_lm_head(self) -> bool:
         """Whether the task scores the vocabulary."""
         return self.task in ("text-generation", "multiple-choice")

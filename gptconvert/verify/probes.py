@@ -180,7 +180,7 @@ class _Maker:
         """The ids unchanged, masked ones included, unless the head detects padding by its id: then exactly the masked
         tokens get that id.
         """
-        pad = self.config.pad_token_id
+        pad = self.config.padding_id
         if self.config.task != "text-classification" or pad is None:
             return ids
         return np.where(mask == 0, pad, np.where(ids == pad, (pad + 1) % self.config.vocab_size, ids))

@@ -26,6 +26,7 @@ from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowPr
 from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.foreign import as_stored
+from gptconvert.verify.localise import from_groups
 from gptconvert.verify.outputs import Group, OutputComparison
 from gptconvert.verify.probes import Probe, default_positions, make_probes, waves
 from gptconvert.verify.report import ArtifactReport, RunReport
@@ -186,19 +187,20 @@ def _run(
     run = RunReport("TensorFlow", list(groups.values()))
     report.runs.append(run)
     if not run.ok:
-        run.first_bad = first_bad(run.groups)
+        run.first_bad = first_bad(run.groups, runner.kv_cache)
         return
     stage("running the other signatures", 0)
     others, report.greedy = check_other_signatures(tensorflow, checkpoint, list(signatures), run.groups)
     run.groups.append(others)
 
 
-def first_bad(groups: list[Group]) -> str | None:
+def first_bad(groups: list[Group], kv_cache: bool) -> str | None:
     """The first layer whose keys or values leave the noise, as text; None if nothing was measured."""
     bad = {m.tensor for group in groups for m in group.measures.values() if not m.ok}
     presents = sorted((int(name.split(".")[1]), name) for name in bad if name.startswith("present."))
     if not presents:
-        return "the last block or the head" if bad else None
+        place = "the last block or the head" if kv_cache else "an unknown place: no keys or values to compare"
+        return (from_groups(groups) or place) if bad else None
     layer, name = presents[0]
     return f"block {layer}, in {name}" + (
         f", or block {layer - 1} after its keys and values" if layer else ", or the embedding"
