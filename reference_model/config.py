@@ -54,7 +54,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
 TASKS = tuple(OUTPUTS)
 #: Tasks that run token by token, for which caching keys and values pays.
 CACHED_TASKS = frozenset({"text-generation", "feature-extraction"})
-#: Tasks whose positions count the attention mask's ones by default, as when transformers generates text. For all others
+#: Tasks whose positions count the attention mask's ones by default, as in transformers' ``generate``. For all others,
 #: they count slots, padding included, as in transformers' ``model(input_ids, attention_mask)``.
 COUNTED_TASKS = frozenset({"text-generation"})
 #: Tasks whose number of labels depends on the checkpoint.

@@ -37,6 +37,8 @@ def kind_of(group: Group) -> str:
         for name, mask in zip(probe.groups, probe.attention_mask, strict=True):
             if name == group.name:
                 ends = np.flatnonzero(mask)[-1] + 1
-                padded = "padded before" if not mask[:ends].all() else "padded behind" if ends < len(mask) else "plain"
+                padded = (
+                    "padded before" if not mask[:ends].all() else "padded behind" if ends < len(mask) else "plain"
+                )
                 found.add("continued" if probe.past_length else padded)
     return next((kind for kind in KINDS if kind in found), "continued")

@@ -275,8 +275,10 @@ def _pasts(make: _Maker, level: Level) -> Iterator[Probe]:
 
 
 def _chosen_positions(make: _Maker, kv_cache: bool) -> Iterator[Probe]:
-    """Positions that the caller chooses: the last ones of the context in a short sequence, unless a past reaches them;
-    and positions that count the mask's ones, unless all probes' do.
+    """Positions that the caller chooses.
+
+    The last ones of the context in a short sequence, unless a past reaches them; and positions that count the mask's
+    ones, unless those of all probes do.
     """
     n, n_ctx = min(4, make.config.n_ctx), make.config.n_ctx
     last = np.arange(n_ctx - n, n_ctx)[None]

@@ -176,8 +176,8 @@ def _unprovable(artifact: ArtifactReport) -> Iterator[str]:
     for name, share in shares.items():
         if not share <= MOST_NOISE:
             yield (
-                f"{artifact.path}: nothing is proven about {name}, because rounding alone changes it by {share:.0%} of "
-                "its size in this type: the weights overflow or nearly cancel"
+                f"{artifact.path}: nothing is proven about {name}, because rounding alone changes it by {share:.0%} "
+                "of its size, as happens when weights are huge or nearly cancel"
             )
 
 

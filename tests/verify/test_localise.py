@@ -40,8 +40,8 @@ def final_norm_skipped(model: Any) -> None:
         ),
         (
             padding_ignored,
-            "begins in the positions or the attention mask: only sequences with padding or holes before a token fail; "
-            + UNTAPPED,
+            "begins in the positions or the attention mask: only sequences with padding or holes before a token "
+            "fail; " + UNTAPPED,
         ),
         (final_norm_skipped, "begins in an unknown place; " + UNTAPPED),
     ],

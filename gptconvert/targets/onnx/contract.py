@@ -33,7 +33,13 @@ def check_contract(file: OnnxFile, config: GPTConfig) -> list[str]:
 
 
 def expected_tables(config: GPTConfig, cached: bool, positions: bool) -> tuple[Table, Table]:
-    """(inputs, outputs): name → (type, shape), in order. ``positions``: a task other than a language model's has them."""
+    """(inputs, outputs): name → (type, shape), in order.
+
+    Args:
+        config: of the model.
+        cached: whether the graph has a cache.
+        positions: whether a graph that is not a language model's takes ``position_ids``.
+    """
     batch, total = "batch_size", TOTAL if cached else NEW
     rows: tuple[int | str, ...] = (batch, CHOICES) if config.task == "multiple-choice" else (batch,)
     inputs: Table = {"input_ids": ("INT64", (*rows, NEW)), "attention_mask": ("INT64", (*rows, total))}

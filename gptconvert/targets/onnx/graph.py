@@ -29,7 +29,7 @@ KeyValue = tuple[ir.Value, ir.Value]
 
 
 def flattened(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-    """The inputs with one row per sequence ([B, choices, S] → [B * choices, S]), and default positions if not given."""
+    """The inputs with one row per sequence ([B, choices, S] → [B * choices, S]), with positions if not given."""
     rows = dict(inputs)
     if config.task == "multiple-choice":
         new = b.op("Shape", inputs["input_ids"], name="shape.new", start=2)  # [S]
@@ -42,7 +42,7 @@ def flattened(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> 
 
 
 def default_positions(b: Builder, input_ids: ir.Value) -> ir.Value:
-    """Positions that count slots, padding included: [B, S] ids → [1, S]. Tasks that count tokens take them as input."""
+    """Positions that count slots, padding included: [B, S] ids → [1, S]. Tasks that count tokens have an input."""
     new = b.op("Squeeze", b.op("Shape", input_ids, name="positions.new_1d", start=1), name="positions.new")  # S
     slots = b.op("Range", b.constant(0), new, b.constant(1), name="positions.slots")  # (S)
     return b.op("Unsqueeze", slots, b.constant([0]), name="positions.default")  # (1, S)
@@ -309,7 +309,7 @@ def output_shapes(config: GPTConfig) -> list[tuple[Dim, ...]]:
 
 
 def input_shapes(config: GPTConfig, kv_cache: bool, position_ids: bool) -> dict[str, tuple[Dim, ...]]:
-    """The shape of each input but the cache: ``config.INPUTS``, and ``position_ids`` if requested."""
+    """The shape of each input but the cache: ``config.INPUTS``, and ``position_ids`` if the graph takes them."""
     rows: tuple[Dim, ...] = (BATCH, CHOICES) if config.task == "multiple-choice" else (BATCH,)
     shapes: Mapping[str, tuple[Dim, ...]] = {
         "input_ids": (*rows, NEW),
@@ -328,7 +328,7 @@ def build(
 
     Names, order, types and symbolic dimensions of inputs and outputs are a contract (docs/onnx.md).
     """
-    b, shapes = Builder(weights, opset), input_shapes(config, kv_cache, position_ids or kv_cache)
+    b, shapes = Builder(weights, opset), input_shapes(config, kv_cache, position_ids)
     inputs = {name: graph_input(name, INT64, shape) for name, shape in shapes.items()}
     pasts: list[KeyValue | None] = [None] * config.n_layer
     cache_shape = (BATCH, config.n_head, PAST, config.head_dim)

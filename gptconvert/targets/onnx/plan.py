@@ -19,7 +19,7 @@ from gptconvert.model.export import Export, Placed, PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
 from gptconvert.version import __version__
-from reference_model.config import CACHED_TASKS, GPTConfig
+from reference_model.config import CACHED_TASKS, INPUTS, GPTConfig
 
 #: Opset → the lowest IR version that allows it. A runtime refuses later IR versions than its own, whatever the opset.
 IR_VERSIONS: Mapping[int, int] = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
@@ -54,6 +54,11 @@ def has_cache(config: GPTConfig, options: Options) -> bool:
     return config.task == "text-generation" if options.kv_cache is None else options.kv_cache
 
 
+def takes_positions(config: GPTConfig, options: Options) -> bool:
+    """Whether the graph takes ``position_ids``: new tokens after a cache have no default positions."""
+    return options.position_ids or has_cache(config, options) or "position_ids" in INPUTS[config.task]
+
+
 def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     """One export: the graph and, unless ``single_file``, its data file.
 
@@ -64,8 +69,8 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     from gptconvert.targets.onnx.graph import build
 
     checkpoint = encoded(checkpoint, options.dtype)
-    cached = has_cache(checkpoint.config, options)
-    graph, builder = build(checkpoint.config, checkpoint.weights, options.opset, cached, options.position_ids)
+    cached, positions = has_cache(checkpoint.config, options), takes_positions(checkpoint.config, options)
+    graph, builder = build(checkpoint.config, checkpoint.weights, options.opset, cached, positions)
     path = onnx_path(options)
     if options.single_file:
         return (

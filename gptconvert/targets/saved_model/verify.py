@@ -20,7 +20,14 @@ from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import transpose
-from gptconvert.targets.saved_model.contract import POSITIONS, XLA, cache_names, inputs_of, outputs_of, signature_names
+from gptconvert.targets.saved_model.contract import (
+    POSITIONS,
+    XLA,
+    cache_names,
+    inputs_of,
+    outputs_of,
+    signature_names,
+)
 from gptconvert.targets.saved_model.plan import NAME
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from gptconvert.targets.saved_model.verify_signatures import check_other_signatures

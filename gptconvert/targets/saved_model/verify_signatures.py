@@ -117,7 +117,9 @@ class _Check:
             }
             for key, (_, shape) in inputs_of(config, "decode" + XLA).items():
                 if key.startswith("past_key_values."):
-                    step[key] = self.random.standard_normal([1 if size is None else size for size in shape], np.float32)
+                    step[key] = self.random.standard_normal(
+                        [1 if size is None else size for size in shape], np.float32
+                    )
             yield from self._same("decode" + XLA, step, self.tensorflow.run("decode", step))
         if "generate" in signature_names(config):
             yield from self._same("last_logits" + XLA, inputs, self.tensorflow.run("last_logits", inputs))
