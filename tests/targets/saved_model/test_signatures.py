@@ -105,23 +105,6 @@ def test_generation_ends_at_any_end_token(
     assert generate(tensorflow, PROMPT[:1], MASK[:1], 9)[0, 5:].tolist() == cut[0]
 
 
-def test_padding_id_outside_the_vocabulary(checkpoint: Checkpoint, shared: TensorFlowProcess, tmp_path: Path) -> None:
-    """Rows that end early are filled with the end token, since no embedding exists for the padding token."""
-    free = [greedy(checkpoint, p[m == 1].tolist(), 9) for p, m in zip(PROMPT, MASK, strict=True)]
-    end = free[0][2]
-    odd = dataclasses.replace(
-        checkpoint, config=dataclasses.replace(checkpoint.config, eos_token_id=end, pad_token_id=97)
-    )
-    path = build(odd, shared, tmp_path)
-    report = report_on(odd, path)
-    assert report.passed, report.table()
-    shared.ask("load", path=str(path))
-    cut = [row[: row.index(end) + 1] if end in row else row for row in free]
-    assert len({len(row) for row in cut}) > 1, "rows must end apart"
-    width = max(len(row) for row in cut)
-    assert generate(shared, PROMPT, MASK, 9)[:, 5:].tolist() == [row + [end] * (width - len(row)) for row in cut]
-
-
 def test_gate_with_a_prompt_that_ends_early(
     checkpoint: Checkpoint, shared: TensorFlowProcess, tmp_path: Path
 ) -> None:
@@ -130,12 +113,10 @@ def test_gate_with_a_prompt_that_ends_early(
     greedy_text = report.artifacts[0].greedy
     assert greedy_text is not None
     end = int(greedy_text.input_ids[0, -6])
-    odd = dataclasses.replace(
-        checkpoint, config=dataclasses.replace(checkpoint.config, eos_token_id=end, pad_token_id=500)
-    )
+    odd = dataclasses.replace(checkpoint, special_ids=SpecialIds(eos=(end,), pad=500))
     report = report_on(odd, build(odd, shared, tmp_path / "ended"))
     assert report.passed, report.table()
-    assert report.artifacts[0].greedy is not None and report.artifacts[0].greedy.ended(end).any()
+    assert report.artifacts[0].greedy is not None and report.artifacts[0].greedy.ended((end,)).any()
 
 
 def test_generation_ends_with_the_context(loaded: TensorFlowProcess) -> None:
