@@ -211,6 +211,7 @@ def convert(
         )
         _refuse_notes(written.notes, options)
         report = _verified(planned, staging.path, progress)
+        _refuse_notes(report.notes if report else (), options)
         progress.stage("publishing")
         described = _describe(planned, written, staging.path, report)
         check_inputs_unchanged(before)
@@ -249,7 +250,7 @@ def verify_export(
     package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None
     check_tied(checkpoint)
     report = verify(candidates, options.verify or "default", progress)
-    report.package, report.notes = package, (*(package.notes if package else ()), *report.notes)
+    report.package = package
     return report
 
 

@@ -42,11 +42,10 @@ OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "question-answering": ("start_logits", "end_logits"),  # [B, S] each
     "multiple-choice": ("logits", "mc_logits"),  # [B, choices, S, V], [B, choices]
 }
-#: Inputs of each task besides past keys and values. Without ``position_ids``, positions count the attention mask's
-#: ones.
+#: Inputs of each task besides past keys and values. Without ``position_ids``, ``COUNTED_TASKS`` decides.
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "text-generation": ("input_ids", "attention_mask", "position_ids"),
-    "feature-extraction": ("input_ids", "attention_mask", "position_ids"),
+    "feature-extraction": ("input_ids", "attention_mask"),
     "text-classification": ("input_ids", "attention_mask"),
     "token-classification": ("input_ids", "attention_mask"),
     "question-answering": ("input_ids", "attention_mask"),
@@ -55,6 +54,9 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
 TASKS = tuple(OUTPUTS)
 #: Tasks that run token by token, for which caching keys and values pays.
 CACHED_TASKS = frozenset({"text-generation", "feature-extraction"})
+#: Tasks whose positions count the attention mask's ones by default, as in transformers' ``generate``. For all others,
+#: they count slots, padding included, as in transformers' ``model(input_ids, attention_mask)``.
+COUNTED_TASKS = frozenset({"text-generation"})
 #: Tasks whose number of labels depends on the checkpoint.
 LABELLED_TASKS = frozenset({"text-classification", "token-classification"})
 
@@ -154,6 +156,12 @@ class GPTConfig:
     def has_second_norm(self) -> bool:
         """Whether a block has ``ln_2``."""
         return self.residual != "parallel_one_norm"
+
+    @property
+    def padding_id(self) -> int | None:
+        """``pad_token_id``, or None if the vocabulary does not have it, so that no input can."""
+        pad = self.pad_token_id
+        return pad if pad is not None and 0 <= pad < self.vocab_size else None
 
     @property
     def has_lm_head(self) -> bool:

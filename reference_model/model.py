@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference_model.config import OUTPUTS, GPTConfig, Rotary
+from reference_model.config import COUNTED_TASKS, OUTPUTS, GPTConfig, Rotary
 
 KeyValue = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, KeyValue | None], tuple[Tensor, KeyValue]]
@@ -45,9 +45,13 @@ ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def default_positions(attention_mask: Tensor, new_tokens: int) -> Tensor:
-    """Positions that count real tokens only: [B, T] mask → [B, S]. Leading padding gets 0."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -new_tokens:]  # (B, S)
+def default_positions(task: str, attention_mask: Tensor, new_tokens: int) -> Tensor:
+    """Positions of the new tokens if the caller passes none: [B, T] mask → [B, S].
+
+    They count real tokens (leading padding gets 0) or slots, see ``COUNTED_TASKS``.
+    """
+    counted = attention_mask if task in COUNTED_TASKS else torch.ones_like(attention_mask)  # (B, T)
+    return (counted.long().cumsum(1) - 1).clamp(min=0)[:, -new_tokens:]  # (B, S)
 
 
 def visible(attention_mask: Tensor, new_tokens: int, window: int | None) -> Tensor:
@@ -309,7 +313,7 @@ class GPT(nn.Module):
         Args:
             input_ids: [B, S]; for multiple-choice [B, choices, S], and likewise the next two.
             attention_mask: [B, T] of 0 and 1 in any pattern; all ones by default.
-            position_ids: [B, S]; by default, they count the mask's ones.
+            position_ids: [B, S]; by default, :func:`default_positions`.
             past: keys and values [B, H, P, hd] of each layer.
             mc_token_ids: [B, choices], for multiple-choice; by default, the last token of each choice.
 
@@ -320,7 +324,8 @@ class GPT(nn.Module):
         ids = input_ids.flatten(0, -2)  # (B, S); for multiple-choice B counts choices from here on
         total = new_tokens + (past[0][0].shape[2] if past else 0)
         mask = torch.ones(len(ids), total) if attention_mask is None else attention_mask.flatten(0, -2)  # (B, T)
-        positions = default_positions(mask, new_tokens) if position_ids is None else position_ids.flatten(0, -2)
+        positions = default_positions(self.config.task, mask, new_tokens)  # (B, S)
+        positions = positions if position_ids is None else position_ids.flatten(0, -2)  # (B, S)
         x = self.embedding(ids, positions)  # (B, S, D)
         angles = None
         if self.config.rotary is not None:

@@ -111,7 +111,7 @@ def run_onnx(
     graph: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray], past: Mapping[str, np.ndarray]
 ) -> Outputs:
     """Every output by name; ``past`` by the names of presents, empty for the first chunk."""
-    feed = dict(inputs)
+    feed = {item.name: inputs[item.name] for item in graph.get_inputs() if item.name in inputs}
     for item in graph.get_inputs():
         if item.name.startswith("past_key_values."):
             empty = np.zeros((len(inputs["input_ids"]), item.shape[1], 0, item.shape[3]), np.float32)

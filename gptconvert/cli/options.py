@@ -122,13 +122,13 @@ def option(name: str) -> Decorator:
     info, default = INFO[name], DEFAULTS[name]
     settings: dict[str, Any] = {"help": info.help, "default_text": info.default_text, "show_default": True}
     flag = info.flag
-    if isinstance(default, bool):
-        flag = f"{flag}/{_negated(flag)}" if default else flag
-        settings |= {"is_flag": True, "show_default": default}
-    elif name == "targets":
+    if name == "targets":
         settings |= {"multiple": True, "type": Targets()}
     elif isinstance(default, tuple):
         settings |= {"multiple": True, "type": _type(info), "metavar": info.metavar, "show_default": False}
+    elif info.is_flag:
+        flag = flag if default is False else f"{flag}/{_negated(flag)}"
+        settings |= {"is_flag": True, "show_default": bool(default)}
     elif name == "verify":  # the level is optional
         settings |= {"is_flag": False, "flag_value": default, "type": _type(info)}
     else:

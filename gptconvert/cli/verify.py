@@ -42,7 +42,7 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
     error = VerificationError("the artifact does not compute what the checkpoint computes", path=artifact)
     if as_json:
         failed = {} if report.passed else {"error": error.as_dict()}
-        print_json({"ok": report.passed, **failed, "verification": report.as_dict()})
+        print_json({"ok": report.passed, **failed, "verification": report.as_dict(), "notes": list(report.notes)})
     else:
         click.echo(report.table(verbose=verbose))
     if not report.passed:

@@ -63,6 +63,11 @@ class OptionInfo:
     placeholder: str | None = None
     repo: bool = False
 
+    @property
+    def is_flag(self) -> bool:
+        """Whether it takes no value. (``--to`` does, but is a tuple.)"""
+        return self.metavar is None and not self.choices
+
 
 def _option(default: object, flag: str, stage: Stage, group: Group, about: str, **info: Any) -> Any:
     """A field of :class:`Options` with its :class:`OptionInfo`."""
@@ -97,7 +102,9 @@ class Options:
         targets: names of the formats to write, as in ``--to``.
         dtype: storage type: ``fp32``, ``fp16`` or ``bf16``; None: each weight as stored.
         opset: ONNX operator set.
-        kv_cache: whether the ONNX graph takes and returns cached keys and values.
+        kv_cache: whether the ONNX graph takes and returns cached keys and values; None: if it is a language model.
+        position_ids: whether the ONNX graph takes ``position_ids``, whatever its task (a language model always does);
+            else its positions count slots, padding included.
         single_file: whether ONNX weights are stored inside the graph file.
         max_shard_size: largest safetensors file, in bytes.
         xla: whether to add jit-compiled signatures of fixed shape to the SavedModel.
@@ -285,12 +292,21 @@ class Options:
         targets=_ONNX,
         choices=tuple(OPSETS),
     )
-    kv_cache: bool = _option(
-        True,
+    kv_cache: bool | None = _option(
+        None,
         "--kv-cache",
         "output",
         "ONNX",
         "Add cached keys and values to the graph's inputs and outputs.",
+        default_text="for language models",
+        targets=_ONNX,
+    )
+    position_ids: bool = _option(
+        False,
+        "--position-ids",
+        "output",
+        "ONNX",
+        "Take position_ids as an input, as language models do; otherwise other tasks count padding too.",
         targets=_ONNX,
     )
     single_file: bool = _option(
@@ -447,7 +463,7 @@ def _checked(info: OptionInfo, default: object, value: Any) -> Any:
         if value not in info.choices:
             raise ValueError(f"one of {', '.join(map(str, info.choices))}")
         return value
-    kind = bool if isinstance(default, bool) else int if info.metavar in ("N", "SIZE") else str
+    kind = bool if info.is_flag else int if info.metavar in ("N", "SIZE") else str
     if isinstance(default, tuple):
         if not isinstance(value, tuple | list) or not all(isinstance(each, str) and each for each in value):
             raise ValueError("a tuple of text")

@@ -30,6 +30,9 @@ FLOOR_ROUNDINGS = 8.0
 #: (thousands in GPT-Neo, which does not scale them) outweighs all others, and may go one way in the candidate and the
 #: other in the yardstick. The yardstick's error over all probes then counts if it is larger.
 FEW_TOKENS = 8
+#: With noise above this share of the values themselves, a wrong result passes as rounding. Ordinary models stay below
+#: 1e-4.
+MOST_NOISE = 0.01
 #: Distance from 1 to the next number; unit roundoff is half of it.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -136,6 +139,11 @@ class Measure:
     def ok(self) -> bool:
         """Whether both errors are within their limits. Comparisons with NaN are false, so NaN never passes."""
         return self.rmse <= self.most_rmse and self.error_max <= self.most
+
+    @property
+    def noise_share(self) -> float:
+        """The yardstick's error over all probes, as a share of the values."""
+        return self.usual_rmse / self.typical if self.typical else 0.0
 
     @property
     def error_ratio(self) -> float:

@@ -7,7 +7,7 @@ passed through, an output that ignores its input or depends on later tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ import numpy as np
 from gptconvert.model.tensors import Array
 from gptconvert.verify.metrics import EPSILON, Errors, LogitSimilarity, Measure
 from gptconvert.verify.packing import Row
-from gptconvert.verify.probes import Probe
+from gptconvert.verify.probes import Integers, Probe
 from gptconvert.verify.run_probes import ProbeResults
 from gptconvert.verify.runners import Outputs, RunError
 from gptconvert.verify.tasks import SHAPES, is_pooled, pooled_tokens, shape_of
@@ -95,6 +95,8 @@ class OutputComparison:
             problems = [f"the run failed: {answer}"]
         else:
             problems = list(faults(answer, rows[0].probe, self.config, self.compute))
+        if not problems and isinstance(answer, Outputs):
+            problems += self._constant(rows, answer)
         for group in groups:
             group.problems += [p for p in problems if p not in group.problems]
             group.probes += [probe] if not chunked and probe not in group.probes else []
@@ -107,13 +109,32 @@ class OutputComparison:
                 own = answer.named[output].reshape(*probe.input_ids.shape, -1)[row.row]  # (S, width)
                 self.prompts.append((row, own[:AT_ONCE]))
 
+    def _constant(self, rows: Sequence[Row], answer: Outputs) -> Iterator[str]:
+        """Yield the outputs that are constant, although the truth varies by more than noise.
+
+        This names a fault that the figures would only measure.
+        """
+        for name, array in answer.named.items():
+            if array.size > 1 and np.ptp(array) == 0:
+                places = [row.tokens[self._places(name, row)] for row in rows]
+                exact = self.truth.values[name][np.concatenate(places)]
+                noise = float(self.truth.noise[name].largest.max())
+                if exact.numel() and float(exact.max() - exact.min()) > 100 * noise:
+                    yield f"{name} is constant"
+
+    def _places(self, name: str, row: Row) -> Integers:
+        """Which of a row's real tokens have a row in this output: all, or the one that it is pooled from."""
+        if not is_pooled(self.config, name):
+            return np.arange(len(row.new))
+        return np.flatnonzero(row.new == pooled_tokens(self.config, row.probe)[row.row])
+
     def _count(self, row: Row, outputs: Outputs, group: Group) -> None:
         """Add one row's real tokens to a group."""
         n, probe = len(row.new), row.probe
         group.tokens += n
         for name, array in outputs.named.items():
             if is_pooled(self.config, name):
-                place = np.flatnonzero(row.new == pooled_tokens(self.config, probe)[row.row])
+                place = self._places(name, row)
                 values = array.reshape(len(probe.input_ids), 1, -1)[row.row][: len(place)]  # (0 or 1, width)
                 self._measure(group, name, row, values, place)
             else:
@@ -185,8 +206,6 @@ def faults(outputs: Outputs, probe: Probe, config: GPTConfig, compute: str) -> I
             yield f"{name} has type {array.dtype}, expected {compute}"
         elif not np.isfinite(array).all():
             yield f"{name} has NaN or infinite values"
-        elif name in outputs.named and array.size > 1 and np.ptp(array) == 0:
-            yield f"{name} is constant"
         elif name.startswith("present.") and not _passed_through(name, array, probe, config):
             yield f"{name} does not begin with the past"
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.model.options import Level
-from reference_model.config import GPTConfig
+from reference_model.config import COUNTED_TASKS, GPTConfig
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -133,9 +133,10 @@ class Probe:
         }
 
 
-def default_positions(attention_mask: Integers, new_tokens: int) -> Integers:
-    """Positions that count real tokens only: [B, T] → [B, S]. Leading padding gets 0."""
-    return np.asarray(np.maximum(attention_mask.cumsum(1) - 1, 0)[:, -new_tokens:], np.int64)
+def default_positions(task: str, attention_mask: Integers, new_tokens: int) -> Integers:
+    """Positions of the new tokens if the caller passes none, as in the reference model: [B, T] → [B, S]."""
+    counted = attention_mask if task in COUNTED_TASKS else np.ones_like(attention_mask)
+    return np.asarray(np.maximum(counted.cumsum(1) - 1, 0)[:, -new_tokens:], np.int64)
 
 
 class _Maker:
@@ -163,12 +164,13 @@ class _Maker:
         new = attention_mask.shape[1] - past
         ids = fields.pop("ids", None)
         positions = fields.pop("positions", None)
+        positions = default_positions(self.config.task, attention_mask, new) if positions is None else positions
         ids = self.ids(len(mask), new) if ids is None else ids
         return Probe(
             groups=tuple(groups),
             input_ids=self._padded(ids, attention_mask[:, past:]),
             attention_mask=attention_mask,
-            position_ids=default_positions(attention_mask, new) if positions is None else positions,
+            position_ids=positions,
             past_length=past,
             past_seed=self.seed + self.made,
             **fields,
@@ -178,7 +180,7 @@ class _Maker:
         """The ids unchanged, masked ones included, unless the head detects padding by its id: then exactly the masked
         tokens get that id.
         """
-        pad = self.config.pad_token_id
+        pad = self.config.padding_id
         if self.config.task != "text-classification" or pad is None:
             return ids
         return np.where(mask == 0, pad, np.where(ids == pad, (pad + 1) % self.config.vocab_size, ids))
@@ -201,7 +203,10 @@ def make_probes(
     probes = [*_prompts(make, amount, kv_cache, level), *_masks(make, amount.masks)]
     if level == "full":
         probes += _masks(make, 64)
-    probes += _pasts(make, level) if kv_cache else _far_positions(make, free_positions)
+    if kv_cache:
+        probes += _pasts(make, level)
+    if free_positions:
+        probes += _chosen_positions(make, kv_cache)
     return (*probes, *_beyond_windows(make, kv_cache))
 
 
@@ -269,11 +274,22 @@ def _pasts(make: _Maker, level: Level) -> Iterator[Probe]:
             yield make.probe([f"past {n_ctx - new}"], ["1" * n_ctx], past=n_ctx - new, **fields)
 
 
-def _far_positions(make: _Maker, free_positions: bool) -> Iterator[Probe]:
-    """The last positions of the context in a short sequence, if the caller chooses positions."""
+def _chosen_positions(make: _Maker, kv_cache: bool) -> Iterator[Probe]:
+    """Positions that the caller chooses.
+
+    The last ones of the context in a short sequence, unless a past reaches them; and positions that count the mask's
+    ones, unless those of all probes do.
+    """
     n, n_ctx = min(4, make.config.n_ctx), make.config.n_ctx
-    if free_positions:
-        yield make.probe(["last positions"], ["1" * n], positions=np.arange(n_ctx - n, n_ctx)[None])
+    last = np.arange(n_ctx - n, n_ctx)[None]
+    if make.config.task not in COUNTED_TASKS:
+        mask = ("1011"[:n], "0111"[:n] if n > 1 else "1")
+        counted = np.array([[int(c) for c in row] for row in mask]).cumsum(1).clip(min=1) - 1
+        rows = ("1" * n, *mask)
+        groups = ["last positions", "holes, counted positions", "left padding, counted positions"]
+        yield make.probe(groups, rows, positions=np.concatenate((last, counted)))
+    elif not kv_cache:
+        yield make.probe(["last positions"], ["1" * n], positions=last)
 
 
 def _beyond_windows(make: _Maker, kv_cache: bool) -> Iterator[Probe]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gptconvert.errors import printable
-from gptconvert.verify.metrics import FLOOR_ROUNDINGS, MAX_ABS_RATIO, MAX_RMSE_RATIO, Measure
+from gptconvert.verify.metrics import FLOOR_ROUNDINGS, MAX_ABS_RATIO, MAX_RMSE_RATIO, MOST_NOISE, Measure
 from gptconvert.verify.outputs import Group
 from gptconvert.verify.weights import WeightReport
 
@@ -114,13 +115,11 @@ class Report:
     Attributes:
         level: ``default`` or ``full``.
         artifacts: one report each.
-        notes: for the user, one sentence each.
         package: the files beside the artifacts; None if they were not compared.
     """
 
     level: str
     artifacts: list[ArtifactReport] = field(default_factory=list)
-    notes: tuple[str, ...] = ()
     package: PackageReport | None = None
 
     @property
@@ -128,6 +127,12 @@ class Report:
         """Whether the package and all artifacts passed; false if there are no artifacts."""
         agrees = self.package is None or not self.package.problems
         return bool(self.artifacts) and agrees and all(artifact.ok for artifact in self.artifacts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user, one sentence each: on the package, and on outputs whose comparison proves nothing."""
+        unprovable = (note for artifact in self.artifacts for note in _unprovable(artifact))
+        return tuple(dict.fromkeys((*(self.package.notes if self.package else ()), *unprovable)))
 
     def as_dict(self, *, figures: bool = True) -> dict[str, object]:
         """Plain values for JSON.
@@ -160,6 +165,20 @@ class Report:
         lines += [line for artifact in self.artifacts for line in _artifact_lines(artifact, verbose)]
         verdict = "verified" if self.passed else "VERIFICATION FAILED" if self.artifacts else "nothing to verify"
         return "\n".join([*lines, verdict])
+
+
+def _unprovable(artifact: ArtifactReport) -> Iterator[str]:
+    """One note per output in which rounding noise hides errors."""
+    shares: dict[str, float] = {}
+    for measure in (m for run in artifact.runs for group in run.groups for m in group.measures.values()):
+        if not measure.tensor.startswith("present."):
+            shares[measure.tensor] = max(shares.get(measure.tensor, 0.0), measure.noise_share)
+    for name, share in shares.items():
+        if not share <= MOST_NOISE:
+            yield (
+                f"{artifact.path}: nothing is proven about {name}, because rounding alone changes it by {share:.0%} "
+                "of its size, as happens when weights are huge or nearly cancel"
+            )
 
 
 def _group_dict(group: Group, figures: bool) -> dict[str, object]:

@@ -34,11 +34,12 @@ def is_pooled(config: GPTConfig, output: str) -> bool:
 def pooled_tokens(config: GPTConfig, probe: Probe) -> Integers:
     """Index [B], among the S new tokens, of the token that each row's pooled output is taken from.
 
-    This is the last real token. Classification finds it by the padding id, which probes have at padding and nowhere
-    else, and takes the very last token if the model has no padding id; in multiple choice the caller chooses it.
+    In multiple choice the caller chooses it, here the last real token. Classification takes the last token that does
+    not have the padding id, which probes have at padding and nowhere else: the very last one if no token has that id.
     """
     new_tokens = probe.input_ids.shape[1]
-    real = probe.attention_mask[:, probe.past_length :] != 0
-    if config.task == "text-classification" and config.pad_token_id is None:
-        return np.full(len(real), new_tokens - 1, np.int64)
+    if config.task == "text-classification":
+        real = probe.input_ids != (-1 if config.padding_id is None else config.padding_id)
+    else:
+        real = probe.attention_mask[:, probe.past_length :] != 0
     return np.asarray((np.arange(new_tokens) * real).argmax(1), np.int64)

@@ -117,6 +117,7 @@ CASES: dict[str, Case] = {
     "dtype": Case(OPENAI, ("--dtype", "fp16", "--to", "onnx", "--to", "safetensors")),
     "opset": Case(OPENAI, ("--opset", 17)),
     "kv_cache": Case(OPENAI, ("--no-kv-cache",)),
+    "position_ids": Case(HF, ("--task", "feature-extraction", "--position-ids")),
     "single_file": Case(OPENAI, ("--single-file",)),
     "max_shard_size": Case(OPENAI, ("--max-shard-size", "30KB", "--to", "safetensors")),
     "xla": Case(OPENAI, ("--xla", "--to", "tf")),

@@ -95,7 +95,7 @@ def test_outputs_match_openais_code(tmp_path: Path) -> None:
         files = plan(checkpoint, Options(kv_cache=False))[0].files
         write_planned(tmp_path / task, files)
         session = onnxruntime.InferenceSession(tmp_path / task / files[0].path, providers=["CPUExecutionProvider"])
-        (found,) = session.run([output], inputs)
+        (found,) = session.run([output], {value.name: inputs[value.name] for value in session.get_inputs()})
         assert np.abs(found[:, -expected.shape[1] :] - expected).max() < 4e-6 * np.abs(expected).max()
 
 

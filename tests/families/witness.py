@@ -252,8 +252,10 @@ def choices(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inputs_of(task: str, seed: int = 0) -> dict[str, Any]:
-    """Inputs for a task, by name; always includes ``position_ids``, even if the task does not take them."""
+    """Inputs for a task, by name, as people pass them to transformers: ``position_ids`` only to a language model."""
     inputs = batch(seed)
+    if task != "text-generation":
+        del inputs["position_ids"]
     return choices(inputs) if task == "multiple-choice" else inputs
 
 
@@ -270,7 +272,8 @@ def hf_outputs(case: Case, inputs: Mapping[str, Any], model: Any = None) -> dict
 
     named = tensors(inputs)
     for name in ("attention_mask", "position_ids"):
-        named[name] = named[name].flatten(0, -2)
+        if name in named:
+            named[name] = named[name].flatten(0, -2)
     model = model or witness(case)  # build the model before entering in_float64, which does not nest
     caches = case.family != "gpt1" and case.task in ("text-generation", "feature-extraction")
     with in_float64():

@@ -14,7 +14,7 @@ from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, TASKS, ConfigE
 from reference_model.rotary import RopeScaling
 from tests.families import witness
 from tests.families.bugs import BUGS, Bug
-from tests.families.witness import CASES, PAD, VARIANTS, Case, gap, hf_outputs, inputs_of, our_outputs
+from tests.families.witness import BY_TASK, CASES, PAD, VARIANTS, Case, gap, hf_outputs, inputs_of, our_outputs
 
 FAMILIES = tuple(witness.TINY)
 #: Allowed rounding error, relative to the largest value. (gelu_fast's constant has ten digits.)
@@ -82,22 +82,47 @@ def test_chunks_add_up(family: str, cuts: tuple[int, ...], directory: Path) -> N
     assert gap(found, expected, inputs["attention_mask"]) < EXACT
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_default_positions_count_the_masks_ones(task: str, directory: Path) -> None:
-    inputs = inputs_of(task)
-    model = witness.reference(understood(Case("gpt2", task), directory))
+def test_default_positions_of_a_language_model_count_the_masks_ones(directory: Path) -> None:
+    inputs = inputs_of("text-generation")
+    model = witness.reference(understood(Case("gpt2"), directory))
     explicit = our_outputs(model, inputs)
     del inputs["position_ids"]
     assert gap(our_outputs(model, inputs), explicit, inputs["attention_mask"]) == 0
 
 
+@pytest.mark.parametrize("case", [c for c in BY_TASK if c.task != "text-generation"], ids=str)
+def test_chosen_positions(case: Case, directory: Path) -> None:
+    """Every head accepts positions, as transformers does."""
+    inputs = inputs_of(case.task)
+    mask = inputs["attention_mask"]
+    inputs["position_ids"] = (mask.cumsum(-1) - 1).clip(0)
+    model = witness.reference(understood(case, directory))
+    assert gap(our_outputs(model, inputs), hf_outputs(case, inputs), mask) < EXACT
+
+
+@pytest.mark.parametrize("case", [c for c in BY_TASK if c.task != "text-generation"], ids=str)
+def test_left_padding_shifts_positions(case: Case, directory: Path) -> None:
+    """Only learned positions are affected by the shift, as in transformers."""
+    inputs = inputs_of(case.task)
+    mask = inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
+    mask[..., :3] = 0
+    model = witness.reference(understood(case, directory))
+    counted = our_outputs(model, {**inputs, "position_ids": (mask.cumsum(-1) - 1).clip(0)})
+    expected = hf_outputs(case, inputs)
+    assert gap(our_outputs(model, inputs), expected, mask) < EXACT
+    outputs = {name: value for name, value in expected.items() if not name.startswith("present.")}
+    assert (gap(counted, outputs, mask) > SHOWS) == (model.config.rotary is None)
+
+
 def test_padding_does_not_affect_classification(directory: Path) -> None:
-    """With default positions, neither leading nor trailing padding matters."""
+    """With positions that count tokens, neither leading nor trailing padding matters."""
     case = Case("gpt2", "text-classification")
     model = witness.reference(understood(case, directory))
     bare = np.arange(7)[None] + 11
     padded = np.concatenate([np.full((1, 3), PAD), bare, np.full((1, 4), PAD)], 1)
-    long = our_outputs(model, {"input_ids": padded, "attention_mask": (padded != PAD).astype(np.int64)})
+    mask = (padded != PAD).astype(np.int64)
+    positions = (mask.cumsum(1) - 1).clip(0)
+    long = our_outputs(model, {"input_ids": padded, "attention_mask": mask, "position_ids": positions})
     short = our_outputs(model, {"input_ids": bare, "attention_mask": np.ones((1, 7), np.int64)})
     assert np.allclose(long["logits"], short["logits"], rtol=0, atol=1e-12)
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.options import Options
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.targets.onnx.verify import OnnxVerifier
 from reference_model.config import CACHED_TASKS
@@ -17,7 +19,8 @@ from tests.families import witness
 from tests.families.bugs import BUGS, Bug
 from tests.families.witness import BY_TASK, CASES, Case
 from tests.helpers import computed_tensors
-from tests.verify.exports import altered, edit, export, report_on
+from tests.targets.onnx.test_plan import run, session
+from tests.verify.exports import altered, edit, export, insert_after, node, report_on
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,97 @@ def test_family_bugs_are_caught(bug: Bug, directory: Path, tmp_path: Path) -> No
     path = export(tmp_path, bug.plant(checkpoint))
     edit(path, disown)
     assert not report_on(checkpoint, path).passed
+
+
+@pytest.mark.parametrize("pad", [97, 5000])
+@pytest.mark.parametrize("case", [c for c in BY_TASK if c.task == "text-classification"], ids=str)
+def test_padding_id_outside_the_vocabulary(case: Case, pad: int, directory: Path, tmp_path: Path) -> None:
+    """No token can have it, so the last one is classified, as in transformers."""
+    checkpoint = altered(witness.checkpoint(case, directory), pad_token_id=pad)
+    path = export(tmp_path, checkpoint)
+    report = report_on(checkpoint, path)
+    assert report.passed, report.table()
+    feeds = {**witness.inputs_of(case.task), "attention_mask": np.ones((4, 17), np.int64)}
+    model = witness.hf_model(case).double()
+    model.config.pad_token_id = pad
+    expected = witness.hf_outputs(case, feeds, model)["logits"]
+    assert np.allclose(run(session(checkpoint, tmp_path / "run"), feeds)["logits"], expected, rtol=0, atol=1e-5)
+    edit(path, first_token_classified)
+    assert not report_on(checkpoint, path).passed
+
+
+def first_token_classified(model: Any) -> None:
+    node(model, "last").op_type = "ArgMin"
+
+
+SILENT = {
+    "text-classification": ["score.weight"],
+    "token-classification": ["classifier.weight", "classifier.bias"],
+    "question-answering": ["qa_outputs.weight", "qa_outputs.bias"],
+    "feature-extraction": ["ln_f.weight", "ln_f.bias"],
+    "text-generation": ["ln_f.weight", "ln_f.bias"],
+}
+
+
+@pytest.mark.parametrize("task", SILENT)
+def test_model_whose_output_is_constant(task: str, directory: Path, tmp_path: Path) -> None:
+    """The same graph with other weights stays wrong."""
+    right = witness.checkpoint(Case("gpt_neo", task), directory)
+    zeros = computed_tensors({name: np.zeros(right.weights[name].shape, np.float32) for name in SILENT[task]})
+    silent = dataclasses.replace(right, weights={**right.weights, **zeros})
+    path = export(tmp_path, silent)
+    report = report_on(silent, path)
+    assert report.passed, report.table()
+    edit(path, disown)
+    assert "is constant" in report_on(right, path).table()
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text-classification", "feature-extraction"])
+@pytest.mark.parametrize("family", ["gpt1", "gpt2", "gpt_neo", "gptj", "gpt_neox"])
+def test_vocabulary_of_one_token(family: str, task: str, directory: Path, tmp_path: Path) -> None:
+    case = Case(family, task, {"vocab_size": 1}, "one")
+    checkpoint = altered(witness.checkpoint(case, directory, Options(task=task)), pad_token_id=0)
+    report = report_on(checkpoint, export(tmp_path, checkpoint))
+    assert report.passed, report.table()
+
+
+COUNTING = ["text-classification", "token-classification", "question-answering", "feature-extraction"]
+
+
+def positions_count_tokens(model: Any) -> None:
+    """Positions of the mask's ones instead of slots."""
+    one, zero = (helper.make_tensor(name, 7, [], [value]) for name, value in (("one", 1), ("zero", 0)))
+    model.graph.initializer.extend([one, zero])
+    nodes = [("CumSum", ["attention_mask", "one"], "count"), ("Sub", ["count", "one"], "index")]
+    insert_after(model, "positions.default", *(helper.make_node(op, names, [to]) for op, names, to in nodes))
+    insert_after(model, "index", helper.make_node("Max", ["index", "zero"], ["counted"]))
+    node(model, "positions").input[1] = "counted"
+
+
+@pytest.mark.parametrize("task", COUNTING)
+def test_other_positions_under_padding_are_detected(task: str, directory: Path, tmp_path: Path) -> None:
+    checkpoint = witness.checkpoint(Case("gpt_neo", task), directory, Options(task=task))
+    path = export(tmp_path, checkpoint)
+    edit(path, positions_count_tokens)
+    report = report_on(checkpoint, path)
+    failing = {group.name for group in report.artifacts[0].runs[0].groups if not group.ok}
+    assert "left padding" in failing <= {"left padding", "holes", "holes, left padding", "one token"}
+    assert "begins in the embedding" in report.table()
+
+
+@pytest.mark.parametrize("task", [*COUNTING, "multiple-choice"])
+def test_positions_of_the_caller(task: str, directory: Path, tmp_path: Path) -> None:
+    checkpoint = witness.checkpoint(Case("gpt2", task), directory, Options(task=task))
+    path = export(tmp_path, checkpoint, position_ids=True)
+    report = report_on(checkpoint, path)
+    assert report.passed, report.table()
+    edit(path, positions_ignored)
+    assert {g.name for g in report_on(checkpoint, path).artifacts[0].runs[0].groups if not g.ok} == {
+        "last positions",
+        "holes, counted positions",
+        "left padding, counted positions",
+    }
+
+
+def positions_ignored(model: Any) -> None:
+    node(model, "positions").input[1] = "bias.key"

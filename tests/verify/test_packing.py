@@ -15,7 +15,7 @@ def probe(ids: list[list[int]], mask: list[str], past: int = 0) -> Probe:
         tuple("g" for _ in ids),
         tokens,
         attention_mask,
-        default_positions(attention_mask, tokens.shape[1]),
+        default_positions("text-generation", attention_mask, tokens.shape[1]),
         past_length=past,
     )
 

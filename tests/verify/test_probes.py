@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptconvert.verify.packing import Pack
-from gptconvert.verify.probes import Probe, default_positions, make_probes, waves
-from reference_model.config import GPTConfig
+from gptconvert.verify.probes import Integers, Probe, default_positions, make_probes, waves
+from reference_model.config import TASKS, GPTConfig
 from reference_model.model import default_positions as torch_positions
 
 
@@ -76,7 +76,28 @@ def test_last_positions_and_windows_are_reached_without_a_cache() -> None:
     assert max(int(probe.position_ids.max()) for probe in probes) == 1023
     assert max(probe.input_ids.shape[1] for probe in probes) == 259
     fixed = make_probes(config_of(1024), kv_cache=False, free_positions=False)
-    assert all((p.position_ids == default_positions(p.attention_mask, p.input_ids.shape[1])).all() for p in fixed)
+    assert all((p.position_ids == defaults(p, "text-generation")).all() for p in fixed)
+    assert all(
+        (p.position_ids == np.arange(p.input_ids.shape[1])).all()
+        for p in make_probes(of_task("feature-extraction"), kv_cache=False, free_positions=False)
+    )
+
+
+def defaults(probe: Probe, task: str) -> Integers:
+    return default_positions(task, probe.attention_mask, probe.input_ids.shape[1])
+
+
+def of_task(task: str) -> GPTConfig:
+    return dataclasses.replace(config_of(40), task=task)
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+def test_positions_that_the_caller_chooses(kv_cache: bool) -> None:
+    """A graph that ignores them, and one that uses the first row's for all, must fail."""
+    probes = make_probes(of_task("feature-extraction"), kv_cache=kv_cache)
+    (probe,) = (p for p in probes if "last positions" in p.groups)
+    assert probe.position_ids.tolist() == [[36, 37, 38, 39], [0, 0, 1, 2], [0, 0, 1, 2]]
+    assert probe.attention_mask.tolist() == [[1] * 4, [1, 0, 1, 1], [0, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("kv_cache", [True, False])
@@ -120,7 +141,8 @@ def test_default_positions_equal_the_reference_models() -> None:
     import torch
 
     mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 0]])
-    assert default_positions(mask, 3).tolist() == torch_positions(torch.from_numpy(mask), 3).tolist()
+    for task in TASKS:
+        assert default_positions(task, mask, 3).tolist() == torch_positions(task, torch.from_numpy(mask), 3).tolist()
 
 
 def test_waves_keep_order_and_bound_tokens() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from gptconvert.targets.onnx.plan import NAME
+from gptconvert.targets.onnx.plan import NAME, has_cache, takes_positions
 from gptconvert.targets.target import CardFacts, Snippet
 
 #: Families that transformers.js has model classes for.
@@ -23,12 +23,13 @@ import onnxruntime
 {tokenizers}
 session = onnxruntime.InferenceSession("{graph}")
 ids = np.array([{ids}])
-feed = {{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}}
+feed = {{"input_ids": ids, "attention_mask": np.ones_like(ids){positions}}}
 {past}{output} = session.run(["{output}"], feed)[0]
 """
 PAST = """past = np.zeros((1, {heads}, 0, {head_dim}), np.float32)  # no tokens seen yet
 feed |= {{f"past_key_values.{{i}}.{{part}}": past for i in range({layers}) for part in ("key", "value")}}
 """
+POSITIONS = ', "position_ids": np.arange(ids.shape[1])[None]'
 OPTIMUM = """
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
@@ -72,14 +73,15 @@ def _onnxruntime(facts: CardFacts) -> str:
         tokenizers="from tokenizers import Tokenizer\n" if facts.tokenized else "",
         graph=_graph(facts),
         ids='Tokenizer.from_file("tokenizer.json").encode("Hello").ids' if facts.tokenized else "[0, 1, 2]",
-        past=past if facts.options.kv_cache else "",
+        positions=POSITIONS if takes_positions(config, facts.options) else "",
+        past=past if has_cache(config, facts.options) else "",
         output="logits" if facts.generates else "last_hidden_state",
     )
 
 
 def _continues_text(facts: CardFacts) -> bool:
     """Whether the graph can generate text in any runtime: it needs a KV cache and a tokenizer."""
-    return facts.generates and facts.tokenized and facts.options.kv_cache
+    return facts.generates and facts.tokenized and has_cache(facts.checkpoint.config, facts.options)
 
 
 def _transformers_js(facts: CardFacts) -> str | None:

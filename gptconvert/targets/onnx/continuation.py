@@ -27,7 +27,7 @@ def check_continuation(
     own = max(group.measures["logits"].most for group in groups if "logits" in group.measures)
     file, config = open_onnx(candidate.path), candidate.checkpoint.config
     special = candidate.checkpoint.special_ids
-    positions = default_positions(continuation.attention_mask, continuation.input_ids.shape[1])
+    positions = default_positions(config.task, continuation.attention_mask, continuation.input_ids.shape[1])
     try:
         outputs = runner(file, bind(file, config), config).run(
             Feeds(continuation.input_ids, continuation.attention_mask, positions), False

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gptconvert.model.options import OPSETS
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.plan import IR_VERSIONS
 from gptconvert.targets.onnx.runner import element_type
-from reference_model.config import GPTConfig
+from reference_model.config import OUTPUTS, GPTConfig
 
-NEW, PAST = "sequence_length", "past_sequence_length"
+CHOICES, NEW, PAST = "num_choices", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {NEW}"
 
 Table = dict[str, tuple[str, tuple[int | str, ...]]]
 
 
 def check_contract(file: OnnxFile, config: GPTConfig) -> list[str]:
-    """Violations of the contract, one line each. Only two tasks have tables of inputs and outputs."""
+    """Violations of the contract, one line each."""
     problems = [f"operator domain {o.domain!r}" for o in file.model.opset_import if o.domain not in ("", "ai.onnx")]
     problems += [f"opset {o.version} > {OPSETS[-1]}" for o in file.model.opset_import if o.version > OPSETS[-1]]
     if file.model.ir_version > max(IR_VERSIONS.values()):
         problems.append(f"IR version {file.model.ir_version} > {max(IR_VERSIONS.values())}")
-    if config.task not in ("text-generation", "feature-extraction"):
-        return problems
     cached = any(name.startswith("past_key_values.") for name in file.inputs())
-    inputs, outputs = expected_tables(config, cached)
+    inputs, outputs = expected_tables(config, cached, cached or "position_ids" in file.inputs())
     return [
         *problems,
         *_differences("input", inputs, file.inputs()),
@@ -33,16 +32,31 @@ def check_contract(file: OnnxFile, config: GPTConfig) -> list[str]:
     ]
 
 
-def expected_tables(config: GPTConfig, cached: bool) -> tuple[Table, Table]:
-    """(inputs, outputs): name → (type, shape), in order."""
+def expected_tables(config: GPTConfig, cached: bool, positions: bool) -> tuple[Table, Table]:
+    """(inputs, outputs): name → (type, shape), in order.
+
+    Args:
+        config: of the model.
+        cached: whether the graph has a cache.
+        positions: whether a graph that is not a language model's takes ``position_ids``.
+    """
     batch, total = "batch_size", TOTAL if cached else NEW
-    inputs: Table = {
-        "input_ids": ("INT64", (batch, NEW)),
-        "attention_mask": ("INT64", (batch, total)),
-        "position_ids": ("INT64", (batch, NEW)),
+    rows: tuple[int | str, ...] = (batch, CHOICES) if config.task == "multiple-choice" else (batch,)
+    inputs: Table = {"input_ids": ("INT64", (*rows, NEW)), "attention_mask": ("INT64", (*rows, total))}
+    if positions or config.task == "text-generation":
+        inputs["position_ids"] = "INT64", (*rows, NEW)
+    if config.task == "multiple-choice":
+        inputs["mc_token_ids"] = "INT64", rows
+    shapes: Mapping[str, tuple[tuple[int | str, ...], ...]] = {
+        "text-generation": ((batch, NEW, config.vocab_size),),
+        "feature-extraction": ((batch, NEW, config.n_embd),),
+        "text-classification": ((batch, config.n_labels),),
+        "token-classification": ((batch, NEW, config.n_labels),),
+        "question-answering": ((batch, NEW), (batch, NEW)),
+        "multiple-choice": ((*rows, NEW, config.vocab_size), rows),
     }
-    main = ("logits", config.vocab_size) if config.task == "text-generation" else ("last_hidden_state", config.n_embd)
-    outputs: Table = {main[0]: ("FLOAT", (batch, NEW, main[1]))}
+    named = zip(OUTPUTS[config.task], shapes[config.task], strict=True)
+    outputs: Table = {name: ("FLOAT", shape) for name, shape in named}
     for i in range(config.n_layer if cached else 0):
         for part in ("key", "value"):
             inputs[f"past_key_values.{i}.{part}"] = ("FLOAT", (batch, config.n_head, PAST, config.head_dim))

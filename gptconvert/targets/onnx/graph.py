@@ -20,7 +20,7 @@ from gptconvert.model.tensors import LazyTensor
 from gptconvert.targets.onnx.activations import ACTIVATION
 from gptconvert.targets.onnx.builder import Builder, Dim, as_output, graph_input
 from gptconvert.targets.rotary import BASE, rotary_tables
-from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, GPTConfig, Rotary
+from reference_model.config import INPUTS, OUTPUTS, GPTConfig, Rotary
 
 BATCH, CHOICES, NEW, PAST = "batch_size", "num_choices", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST} + {NEW}"
@@ -29,21 +29,23 @@ KeyValue = tuple[ir.Value, ir.Value]
 
 
 def flattened(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-    """The inputs with one row per sequence ([B, choices, S] → [B * choices, S]), and default positions if not given.
-
-    Default positions count the mask's ones, like ``default_positions`` of the reference model.
-    """
+    """The inputs with one row per sequence ([B, choices, S] → [B * choices, S]), with positions if not given."""
     rows = dict(inputs)
     if config.task == "multiple-choice":
         new = b.op("Shape", inputs["input_ids"], name="shape.new", start=2)  # [S]
         shape = b.op("Concat", b.constant([-1]), new, name="shape.rows", axis=0)  # [-1, S]
-        for name in ("input_ids", "attention_mask"):
+        for name in (name for name in inputs if name != "mc_token_ids"):
             rows[name] = b.op("Reshape", inputs[name], shape, name=f"{name}.rows")  # (B * choices, S)
     if "position_ids" not in inputs:
-        count = b.op("CumSum", rows["attention_mask"], b.constant(1), name="positions.count")  # (B, S)
-        index = b.op("Sub", count, b.constant(1), name="positions.index")  # (B, S)
-        rows["position_ids"] = b.op("Max", index, b.constant(0), name="positions.default")  # (B, S)
+        rows["position_ids"] = default_positions(b, rows["input_ids"])  # (1, S)
     return rows
+
+
+def default_positions(b: Builder, input_ids: ir.Value) -> ir.Value:
+    """Positions that count slots, padding included: [B, S] ids → [1, S]. Tasks that count tokens have an input."""
+    new = b.op("Squeeze", b.op("Shape", input_ids, name="positions.new_1d", start=1), name="positions.new")  # S
+    slots = b.op("Range", b.constant(0), new, b.constant(1), name="positions.slots")  # (S)
+    return b.op("Unsqueeze", slots, b.constant([0]), name="positions.default")  # (1, S)
 
 
 def visible(b: Builder, input_ids: ir.Value, attention_mask: ir.Value, window: int | None) -> ir.Value:
@@ -306,8 +308,8 @@ def output_shapes(config: GPTConfig) -> list[tuple[Dim, ...]]:
     return shapes[config.task]
 
 
-def input_shapes(config: GPTConfig, kv_cache: bool) -> dict[str, tuple[Dim, ...]]:
-    """The shape of each of ``config.INPUTS``."""
+def input_shapes(config: GPTConfig, kv_cache: bool, position_ids: bool) -> dict[str, tuple[Dim, ...]]:
+    """The shape of each input but the cache: ``config.INPUTS``, and ``position_ids`` if the graph takes them."""
     rows: tuple[Dim, ...] = (BATCH, CHOICES) if config.task == "multiple-choice" else (BATCH,)
     shapes: Mapping[str, tuple[Dim, ...]] = {
         "input_ids": (*rows, NEW),
@@ -315,18 +317,19 @@ def input_shapes(config: GPTConfig, kv_cache: bool) -> dict[str, tuple[Dim, ...]
         "position_ids": (*rows, NEW),
         "mc_token_ids": rows,
     }
-    return {name: shapes[name] for name in INPUTS[config.task]}
+    names = {*INPUTS[config.task], *(["position_ids"] if position_ids else [])}
+    return {name: shape for name, shape in shapes.items() if name in names}
 
 
 def build(
-    config: GPTConfig, weights: Mapping[str, LazyTensor], opset: int, kv_cache: bool
+    config: GPTConfig, weights: Mapping[str, LazyTensor], opset: int, kv_cache: bool, position_ids: bool
 ) -> tuple[ir.Graph, Builder]:
     """The whole graph, without its weights attached.
 
     Names, order, types and symbolic dimensions of inputs and outputs are a contract (docs/onnx.md).
     """
-    b, kv_cache = Builder(weights, opset), kv_cache and config.task in CACHED_TASKS
-    inputs = {name: graph_input(name, INT64, shape) for name, shape in input_shapes(config, kv_cache).items()}
+    b, shapes = Builder(weights, opset), input_shapes(config, kv_cache, position_ids)
+    inputs = {name: graph_input(name, INT64, shape) for name, shape in shapes.items()}
     pasts: list[KeyValue | None] = [None] * config.n_layer
     cache_shape = (BATCH, config.n_head, PAST, config.head_dim)
     if kv_cache:

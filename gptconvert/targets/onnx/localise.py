@@ -2,7 +2,7 @@
 
 Our graphs name every block's output ``h.{i}``. A copy of the graph that returns them runs without optimisation on a
 failing probe; if the copy is correct, the optimiser is at fault. Graphs without these names are judged by the keys
-and values they return.
+and values they return, or else by the kinds of probes that fail.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import Array
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner
+from gptconvert.verify.localise import from_groups
 from gptconvert.verify.metrics import EPSILON, Errors, Measure
 from gptconvert.verify.outputs import Group, OutputComparison
 from gptconvert.verify.probes import Probe
@@ -48,9 +49,22 @@ def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, gr
     if presents:
         return _from_presents(presents[0], taps)
     if not all(group.ok for group in found.values()):
-        return "the head (final norm, projection) or the output's shape"
+        if taps:
+            return "the head (final norm, projection) or the output's shape"
+        return _untapped(groups, binding)
     measured = any(not measure.ok for group in groups for measure in group.measures.values())
     return "onnxruntime's graph optimisation: without it the same graph is correct" if measured else None
+
+
+def _untapped(groups: list[Group], binding: Binding) -> str:
+    """Where the error begins in a graph whose blocks cannot be compared, judged by the kinds of probes that fail."""
+    place = from_groups(groups)
+    if place is not None and "position_ids" not in binding.inputs:
+        place += " (the graph has no input position_ids)"
+    if binding.presents:  # all correct
+        return place or "the last block after its keys and values, or the head"
+    reason = "the graph names no block's output and returns no keys or values, so no block could be compared alone"
+    return f"{place or 'an unknown place'}; {reason}"
 
 
 def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:

@@ -12,13 +12,14 @@ from dataclasses import replace
 import numpy as np
 
 from gptconvert.containers.protobuf import varint
-from gptconvert.errors import UnsupportedError
+from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import encoded
 from gptconvert.model.export import Export, Placed, PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
 from gptconvert.version import __version__
+from reference_model.config import CACHED_TASKS, INPUTS, GPTConfig
 
 #: Opset → the lowest IR version that allows it. A runtime refuses later IR versions than its own, whatever the opset.
 IR_VERSIONS: Mapping[int, int] = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
@@ -38,16 +39,38 @@ def variant_of(options: Options) -> str:
     return "" if options.dtype in (None, "fp32") else options.dtype
 
 
+def has_cache(config: GPTConfig, options: Options) -> bool:
+    """Whether the graph takes and returns keys and values: by default, only a language model's.
+
+    Raises:
+        UsageError: a cache is requested for a task that runs once over the whole text.
+    """
+    if options.kv_cache and config.task not in CACHED_TASKS:
+        raise UsageError(
+            f"--kv-cache has no effect for {config.task}",
+            expected=f"--kv-cache with {' or '.join(sorted(CACHED_TASKS))}",
+            hint="drop the option",
+        )
+    return config.task == "text-generation" if options.kv_cache is None else options.kv_cache
+
+
+def takes_positions(config: GPTConfig, options: Options) -> bool:
+    """Whether the graph takes ``position_ids``: new tokens after a cache have no default positions."""
+    return options.position_ids or has_cache(config, options) or "position_ids" in INPUTS[config.task]
+
+
 def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     """One export: the graph and, unless ``single_file``, its data file.
 
     Raises:
         UnsupportedError: ``single_file``, and the model is larger than 2 GiB.
+        UsageError: ``kv_cache``, and the task has no cache.
     """
     from gptconvert.targets.onnx.graph import build
 
     checkpoint = encoded(checkpoint, options.dtype)
-    graph, builder = build(checkpoint.config, checkpoint.weights, options.opset, options.kv_cache)
+    cached, positions = has_cache(checkpoint.config, options), takes_positions(checkpoint.config, options)
+    graph, builder = build(checkpoint.config, checkpoint.weights, options.opset, cached, positions)
     path = onnx_path(options)
     if options.single_file:
         return (

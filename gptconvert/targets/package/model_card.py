@@ -24,6 +24,9 @@ LIBRARY_OF = ("safetensors", "onnx")
 #: Tags about the files of the source, which the output need not have.
 FORMAT_TAGS = frozenset("pytorch tf jax flax rust tflite onnx coreml openvino gguf safetensors keras".split())
 
+#: How a graph that is not a language model's numbers tokens.
+POSITIONS = "count every token, padding included, as `transformers` does unless it is given `position_ids`"
+
 
 def model_card(facts: CardFacts, verification: Mapping[str, object]) -> bytes:
     """README.md for a set of exports.
@@ -141,6 +144,7 @@ def _architecture(facts: CardFacts) -> str:
         ("Vocabulary", f"{config.vocab_size} tokens"),
         ("Activation", config.activation),
         ("Output head", _head(facts)),
+        *([] if facts.generates else [("Positions", POSITIONS)]),
     ]
     return "\n".join(["## Architecture", "", *_table(("", ""), rows), ""])
 

@@ -55,12 +55,12 @@ def sidecar_files(
     tokenizer = tokenizer_files(checkpoint)[0] if tokenizer is None else tokenizer
     graphs = {export.path: len(export.files) > 1 for export in exports if export.target == ONNX}
     generates = checkpoint.config.task == "text-generation"
-    uncached = bool(graphs) and generates and not options.kv_cache
+    uncached = bool(graphs) and generates and options.kv_cache is False
     files = {"config.json": dump_json({**config_json(checkpoint, graphs), **(UNCACHED if uncached else {})})}
     if generates or GENERATION_CONFIG in checkpoint.source.tokenizer:
         alone = uncached and all(export.target == ONNX for export in exports)
         files[GENERATION_CONFIG] = dump_json({**checkpoint.generation, **(UNCACHED if alone else {})})
-    if graphs and generates and options.kv_cache:
+    if graphs and generates and not uncached:
         files["genai_config.json"] = dump_json(genai_config(checkpoint, next(iter(graphs))))
     files |= {**licence_files(checkpoint), **tokenizer}
     return tuple(PlannedFile.of_bytes(path, data) for path, data in sorted(files.items()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS, GPTConfig
+from reference_model.config import CACHED_TASKS, COUNTED_TASKS, INPUTS, OUTPUTS, GPTConfig
 
 #: A size; None for any.
 Size = int | None
@@ -18,6 +18,8 @@ Lengths = tuple[Size, Size, Size]
 
 ANY: Lengths = (None, None, None)
 INT32 = "serving_int32"
+#: ``serving_default`` with ``position_ids``; language models have ``decode``, which takes them.
+POSITIONS = "serving_positions"
 XLA = "_xla"
 
 
@@ -25,8 +27,9 @@ def signature_names(config: GPTConfig, xla: bool = False) -> tuple[str, ...]:
     """Names of a task's signatures; with ``xla`` also of their compiled twins."""
     cached = ("decode",) if config.task in CACHED_TASKS else ()
     generating = ("last_logits", "generate") if config.task == "text-generation" else ()
-    names = ("serving_default", INT32, *cached, *generating)
-    return (*names, *(name + XLA for name in names if name != INT32)) if xla else names
+    positioned = () if config.task in COUNTED_TASKS else (POSITIONS,)
+    names = ("serving_default", INT32, *positioned, *cached, *generating)
+    return (*names, *(name + XLA for name in names if name not in (INT32, POSITIONS))) if xla else names
 
 
 def lengths_of(config: GPTConfig, name: str) -> Lengths:
@@ -45,6 +48,8 @@ def inputs_of(config: GPTConfig, name: str) -> Table:
         "input_ids": (integer, (*rows, new)),
         "attention_mask": (integer, (*rows, total)),
     }
+    if name == POSITIONS:
+        table["position_ids"] = integer, (*rows, new)
     if "mc_token_ids" in INPUTS[config.task]:
         table["mc_token_ids"] = integer, rows
     if name.startswith("decode"):

@@ -16,7 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 from gptconvert.targets.rotary import BASE, POSITIONS, rotary_tables
-from reference_model.config import OUTPUTS, GPTConfig, Rotary
+from reference_model.config import COUNTED_TASKS, OUTPUTS, GPTConfig, Rotary
 
 #: TensorFlow ships no types.
 Tensor = Any
@@ -88,9 +88,13 @@ ACTIVATION: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def default_positions(attention_mask: Tensor, new_tokens: Tensor) -> Tensor:
-    """Positions that count real tokens only: [B, T] mask → [B, S]. Leading padding gets 0."""
-    positions = tf.maximum(tf.cumsum(attention_mask, axis=1) - 1, 0)  # (B, T)
+def default_positions(task: str, attention_mask: Tensor, new_tokens: Tensor) -> Tensor:
+    """Positions of the new tokens if the caller passes none: [B, T] mask → [B, S].
+
+    They count real tokens (leading padding gets 0) or slots, see ``COUNTED_TASKS``.
+    """
+    counted = attention_mask if task in COUNTED_TASKS else tf.ones_like(attention_mask)  # (B, T)
+    positions = tf.maximum(tf.cumsum(counted, axis=1) - 1, 0)  # (B, T)
     return positions[:, tf.shape(attention_mask)[1] - new_tokens :]  # (B, S)
 
 

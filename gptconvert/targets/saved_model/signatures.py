@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from gptconvert.model.generation import SpecialIds
-from gptconvert.targets.saved_model.contract import XLA, cache_names, inputs_of, signature_names
+from gptconvert.targets.saved_model.contract import INT32, POSITIONS, XLA, cache_names, inputs_of, signature_names
 from gptconvert.targets.saved_model.graph import (
     KeyValue,
     Tensor,
@@ -83,13 +83,17 @@ def _traced(model: Model, name: str, *, jit: bool | None = None) -> Any:
 
 
 def serving(model: Model, inputs: Inputs) -> dict[str, Tensor]:
-    """Every output of the task, with positions derived from the mask."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    if model.config.task == "multiple-choice":  # [B, choices, S]; B counts choices from here on
-        ids, mask = (tf.reshape(value, (-1, tf.shape(value)[2])) for value in (ids, mask))
+    """Every output of the task, with default positions if none are given."""
+    choices = inputs.get("mc_token_ids")
+    rows = {name: value for name, value in inputs.items() if name != "mc_token_ids"}
+    if choices is not None:  # [B, choices, S]; B counts choices from here on
+        rows = {name: tf.reshape(value, (-1, tf.shape(value)[2])) for name, value in rows.items()}
+    ids, mask = rows["input_ids"], rows["attention_mask"]
     batch, new = tf.unstack(tf.shape(ids))  # B, S
-    x, _ = model.run(ids, mask, default_positions(mask, new), model.empty(batch))  # (N, D)
-    return pooled(model.config, per_token(model.weights, model.config, x), ids, inputs.get("mc_token_ids"))
+    positions = rows.get("position_ids")
+    positions = default_positions(model.config.task, mask, new) if positions is None else positions  # (B, S)
+    x, _ = model.run(ids, mask, positions, model.empty(batch))  # (N, D)
+    return pooled(model.config, per_token(model.weights, model.config, x), ids, choices)
 
 
 def serving_int32(model: Model, inputs: Inputs) -> dict[str, Tensor]:
@@ -117,7 +121,7 @@ def last_logits(model: Model, inputs: Inputs) -> dict[str, Tensor]:
 def _next_logits(model: Model, ids: Tensor, mask: Tensor, past: Sequence[KeyValue]) -> tuple[Tensor, list[KeyValue]]:
     """Logits [B, V] of the last real token among the new ones ``ids`` [B, S], and the cache for the next step."""
     batch, new = tf.unstack(tf.shape(ids))
-    x, presents = model.run(ids, mask, default_positions(mask, new), past)  # (N, D)
+    x, presents = model.run(ids, mask, default_positions(model.config.task, mask, new), past)  # (N, D)
     real = tf.cast(mask[:, tf.shape(mask)[1] - new :] != 0, tf.int32)  # (B, S)
     last = tf.argmax(tf.range(1, new + 1) * real, 1)  # (B)
     x = take(tf.reshape(x, (batch, new, model.config.n_embd)), last)  # (B, D)
@@ -188,7 +192,8 @@ def choose(logits: Tensor, temperature: Tensor, top_k: Tensor, seed: Tensor) -> 
 
 FUNCTIONS: Mapping[str, Callable[[Model, Inputs], dict[str, Tensor]]] = {
     "serving_default": serving,
-    "serving_int32": serving_int32,
+    INT32: serving_int32,
+    POSITIONS: serving,
     "decode": decode,
     "last_logits": last_logits,
     "generate": generate,

@@ -20,12 +20,20 @@ from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import transpose
-from gptconvert.targets.saved_model.contract import XLA, cache_names, inputs_of, outputs_of, signature_names
+from gptconvert.targets.saved_model.contract import (
+    POSITIONS,
+    XLA,
+    cache_names,
+    inputs_of,
+    outputs_of,
+    signature_names,
+)
 from gptconvert.targets.saved_model.plan import NAME
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.foreign import as_stored
+from gptconvert.verify.localise import from_groups
 from gptconvert.verify.outputs import Group, OutputComparison
 from gptconvert.verify.probes import Probe, default_positions, make_probes, waves
 from gptconvert.verify.report import ArtifactReport, RunReport
@@ -186,19 +194,20 @@ def _run(
     run = RunReport("TensorFlow", list(groups.values()))
     report.runs.append(run)
     if not run.ok:
-        run.first_bad = first_bad(run.groups)
+        run.first_bad = first_bad(run.groups, runner.kv_cache)
         return
     stage("running the other signatures", 0)
     others, report.greedy = check_other_signatures(tensorflow, checkpoint, list(signatures), run.groups)
     run.groups.append(others)
 
 
-def first_bad(groups: list[Group]) -> str | None:
+def first_bad(groups: list[Group], kv_cache: bool) -> str | None:
     """The first layer whose keys or values leave the noise, as text; None if nothing was measured."""
     bad = {m.tensor for group in groups for m in group.measures.values() if not m.ok}
     presents = sorted((int(name.split(".")[1]), name) for name in bad if name.startswith("present."))
     if not presents:
-        return "the last block or the head" if bad else None
+        place = "the last block or the head" if kv_cache else "an unknown place: no keys or values to compare"
+        return (from_groups(groups) or place) if bad else None
     layer, name = presents[0]
     return f"block {layer}, in {name}" + (
         f", or block {layer - 1} after its keys and values" if layer else ", or the embedding"
@@ -206,31 +215,41 @@ def first_bad(groups: list[Group]) -> str | None:
 
 
 class SavedModelRunner:
-    """A loaded SavedModel. Outputs come from ``serving_default`` if it takes the inputs, else from ``decode``."""
+    """A loaded SavedModel. Outputs come from ``serving_default`` if it takes the inputs, else from the signature that
+    takes positions, else from ``decode``.
+    """
 
     compute = "float32"
 
     def __init__(self, tensorflow: TensorFlowProcess, config: GPTConfig) -> None:
         self.tensorflow, self.config = tensorflow, config
-        self.kv_cache = self.free_positions = config.task in CACHED_TASKS
+        self.kv_cache, self.free_positions = config.task in CACHED_TASKS, True
 
     def run(self, feeds: Feeds, presents: bool) -> Outputs:
         """See :class:`~gptconvert.verify.runners.Runner`."""
-        positions = default_positions(feeds.attention_mask, feeds.input_ids.shape[1])
-        plain = not feeds.past and np.array_equal(positions, feeds.position_ids)
+        signature = self._signature(feeds)
         try:
-            named = self._serving(feeds) if plain else {}
-            cache = self._decode(feeds, presents) if presents or not plain else {}
+            named = self._serving(signature, feeds) if signature else {}
+            cache = self._decode(feeds, presents) if presents or not signature else {}
         except TensorFlowError as error:
             raise RunError(one_line(error)) from error
         pairs = [(cache.pop(key), cache.pop(value)) for key, value in self._present_names(presents)]
         return Outputs(named or cache, tuple(pairs))
 
-    def _serving(self, feeds: Feeds) -> dict[str, Any]:
-        inputs = {name: getattr(feeds, name) for name in inputs_of(self.config, "serving_default")}
+    def _signature(self, feeds: Feeds) -> str | None:
+        """The signature that takes these inputs and returns no cache; None if ``decode`` alone takes them."""
+        positions = default_positions(self.config.task, feeds.attention_mask, feeds.input_ids.shape[1])
+        if feeds.past:
+            return None
+        if np.array_equal(positions, feeds.position_ids):
+            return "serving_default"
+        return POSITIONS if POSITIONS in signature_names(self.config) else None
+
+    def _serving(self, signature: str, feeds: Feeds) -> dict[str, Any]:
+        inputs = {name: getattr(feeds, name) for name in inputs_of(self.config, signature)}
         if self.config.task == "multiple-choice":
             inputs = {name: array[None] for name, array in inputs.items()}  # one question, B choices
-        return self.tensorflow.run("serving_default", inputs)
+        return self.tensorflow.run(signature, inputs)
 
     def _decode(self, feeds: Feeds, presents: bool) -> dict[str, Any]:
         inputs = {name: getattr(feeds, name) for name in ("input_ids", "attention_mask", "position_ids")}

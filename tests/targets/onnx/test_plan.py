@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.errors import UnsupportedError
+from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import OPSETS, Options
 from gptconvert.model.transforms import cast
-from gptconvert.targets.onnx.plan import IR_VERSIONS, plan
+from gptconvert.targets.onnx.plan import IR_VERSIONS, has_cache, plan
 from gptconvert.targets.onnx.target import TARGET
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS
 from tests.families import witness
@@ -58,6 +58,8 @@ def run(opened: Any, inputs: Mapping[str, Any], past: Mapping[str, Any] | None =
     for value in opened.get_inputs():
         if value.name in inputs:
             feeds[value.name] = np.ascontiguousarray(inputs[value.name])
+        elif value.name == "position_ids":  # transformers' default
+            feeds[value.name] = np.broadcast_to(np.arange(inputs["input_ids"].shape[1]), inputs["input_ids"].shape)
         elif past is not None:
             feeds[value.name] = past[value.name]
         else:
@@ -89,14 +91,14 @@ def noise(checkpoint: Checkpoint, inputs: Mapping[str, Any], expected: Mapping[s
 @pytest.mark.parametrize(
     ("case", "kv_cache"),
     # Other tasks never have a cache.
-    [(case, True) for case in CASES] + [(case, False) for case in CASES if case.task in CACHED_TASKS],
+    [(case, cached) for case in CASES for cached in ((True, False) if case.task in CACHED_TASKS else (False,))],
     ids=str,
 )
 def test_equals_transformers(case: Case, kv_cache: bool, directory: Path, tmp_path: Path) -> None:
     """All outputs, keys and values, with padding on either side and holes in the mask."""
     inputs, checkpoint = inputs_of(case.task), understood(case, directory)
     actual = run(session(checkpoint, tmp_path, kv_cache=kv_cache), inputs)
-    assert any(name.startswith("present.") for name in actual) == (kv_cache and case.task in CACHED_TASKS)
+    assert any(name.startswith("present.") for name in actual) == kv_cache
     expected = shared(actual, hf_outputs(case, inputs))
     allowed = TIMES * noise(checkpoint, inputs, expected) + ULPS
     assert gap(actual, expected, inputs["attention_mask"]) < allowed < 1e-4
@@ -271,19 +273,15 @@ def test_language_model_contract(family: str, directory: Path, tmp_path: Path) -
             {"mc_token_ids": [B, "num_choices"]},
             {"logits": [B, "num_choices", S, 97], "mc_logits": [B, "num_choices"]},
         ),
-        (
-            Case("gpt2", "feature-extraction"),
-            {"position_ids": [B, S]},
-            {"last_hidden_state": [B, S, 24]},
-        ),
+        (Case("gpt2", "feature-extraction"), {}, {"last_hidden_state": [B, S, 24]}),
     ],
     ids=str,
 )
 def test_head_contract(
     case: Case, inputs: dict[str, Any], outputs: dict[str, Any], directory: Path, tmp_path: Path
 ) -> None:
-    """Names as in Hugging Face's exporter; position_ids only where it has them."""
-    write_planned(tmp_path, plan(understood(case, directory), Options(kv_cache=False))[0].files)
+    """Names as in Hugging Face's exporter."""
+    write_planned(tmp_path, plan(understood(case, directory), Options())[0].files)
     graph = onnx_model(tmp_path / "onnx/model.onnx").graph
     rows = [B, "num_choices", S] if case.task == "multiple-choice" else [B, S]
     expected = {"input_ids": rows, "attention_mask": rows, **inputs}
@@ -291,6 +289,39 @@ def test_head_contract(
     assert tuple(signature(graph.input)) == INPUTS[case.task]
     assert {name: dims for name, (_, dims) in signature(graph.output).items()} == outputs
     assert tuple(signature(graph.output)) == OUTPUTS[case.task]
+
+
+@pytest.mark.parametrize("case", [c for c in BY_TASK if c.task != "text-generation"], ids=str)
+def test_position_ids_on_request(case: Case, directory: Path, tmp_path: Path) -> None:
+    """Positions that the caller chooses, such as those that count real tokens."""
+    inputs, checkpoint = inputs_of(case.task), understood(case, directory)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clip(0)
+    opened = session(checkpoint, tmp_path, position_ids=True)
+    assert [value.name for value in opened.get_inputs()][:3] == ["input_ids", "attention_mask", "position_ids"]
+    actual = run(opened, inputs)
+    expected = shared(actual, hf_outputs(case, inputs))
+    allowed = TIMES * noise(checkpoint, inputs, expected) + ULPS
+    assert gap(actual, expected, inputs["attention_mask"]) < allowed < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("task", "kv_cache", "has"),
+    [
+        ("text-generation", None, True),
+        ("text-generation", False, False),
+        ("feature-extraction", None, False),
+        ("feature-extraction", True, True),
+        ("text-classification", None, False),
+        ("text-classification", False, False),
+    ],
+)
+def test_cache_by_task(task: str, kv_cache: bool | None, has: bool, directory: Path) -> None:
+    assert has_cache(understood(Case("gpt2", task), directory).config, Options(kv_cache=kv_cache)) == has
+
+
+def test_cache_of_a_head_is_refused(directory: Path) -> None:
+    with pytest.raises(UsageError, match="--kv-cache has no effect for question-answering"):
+        plan(understood(Case("gpt2", "question-answering"), directory), Options(kv_cache=True))
 
 
 @pytest.mark.parametrize("case", BY_TASK, ids=str)

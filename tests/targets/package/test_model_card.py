@@ -239,11 +239,18 @@ def test_graph_and_type_are_those_planned(tiny: Checkpoint) -> None:
     assert 'dtype: "fp16"' in found["transformers.js"]
 
 
-@pytest.mark.parametrize("kv_cache", [True, False])
+def test_positions_of_other_tasks_are_stated() -> None:
+    raw, arrays = tiny_gpt2()
+    sentence = "| Positions | count every token, padding included, as `transformers` does"
+    for task, stated in (("text-generation", False), ("feature-extraction", True)):
+        assert (sentence in text(checkpoint_of(raw, arrays, request=Options(task=task)), "onnx")) == stated
+
+
+@pytest.mark.parametrize("kv_cache", [True, False, None])
 @pytest.mark.parametrize("tokenized", [True, False])
 @pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
 def test_python_snippets_run(
-    kv_cache: bool, tokenized: bool, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kv_cache: bool | None, tokenized: bool, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run the onnxruntime and transformers snippets unchanged in the output directory."""
     found = {name: str(FIXTURES / "gpt2-stdlib" / name) for name in ("encoder.json", "vocab.bpe")}

@@ -31,7 +31,7 @@ from tests.commands import TRAINED
 from tests.families.bugs import BUGS, Bug
 from tests.families.witness import CASES, Case, gap, hf_outputs, inputs_of, our_outputs, reference
 from tests.helpers import ROOT
-from tests.targets.saved_model.support import file_bytes, transposed, understood, write
+from tests.targets.saved_model.support import file_bytes, transposed, understood, witness_tensor, write
 from tests.verify.exports import report_on
 
 pytestmark = pytest.mark.tensorflow
@@ -79,6 +79,55 @@ def test_every_family_and_head(name: str, shared: TensorFlowProcess, saved: Path
     expected = {name: value for name, value in expected.items() if name in actual}
     noise = gap(our_outputs(reference(checkpoint, torch.float32), inputs), expected, inputs["attention_mask"])
     assert gap(actual, expected, inputs["attention_mask"]) <= TIMES * noise + ULPS
+
+
+@pytest.mark.parametrize("name", ["gpt2-feature-extraction", "gpt_neo-text-classification", "gpt1-multiple-choice"])
+def test_positions_of_the_caller(name: str, shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    """``serving_positions`` numbers tokens as the caller does, here without counting padding."""
+    case = BY_NAME[name]
+    shared.ask("load", path=str(write(tmp_path, plan(understood(case, saved), Options())[0].files)))
+    inputs = inputs_of(case.task)
+    mask = inputs["attention_mask"]
+    inputs["position_ids"] = (mask.cumsum(-1) - 1).clip(0)
+    actual = shared.run("serving_positions", inputs)
+    expected = {name: value for name, value in hf_outputs(case, inputs).items() if name in actual}
+    assert gap(actual, expected, mask) < 1e-5
+    assert gap(shared.run("serving_default", {n: inputs[n] for n in INPUTS[case.task]}), expected, mask) > 1e-3
+
+
+def test_signature_that_ignores_positions_is_detected(
+    shared: TensorFlowProcess, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case("gpt2", "token-classification")
+    checkpoint, run = understood(case, saved), shared.run
+    path = write(tmp_path, plan(checkpoint, Options())[0].files)
+
+    def ignoring(signature: str, inputs: Any, wanted: tuple[str, ...] = ()) -> Any:
+        slots = np.broadcast_to(np.arange(inputs["input_ids"].shape[1]), inputs["input_ids"].shape)
+        return run(signature, {**inputs, **({"position_ids": slots} if "position_ids" in inputs else {})}, wanted)
+
+    monkeypatch.setattr(shared, "run", ignoring)
+    report = verdict(checkpoint, path)
+    assert {group.name for group in report.artifacts[0].runs[0].groups if not group.ok} == {
+        "last positions",
+        "holes, counted positions",
+        "left padding, counted positions",
+    }
+
+
+@pytest.mark.parametrize("keys", [{"n_positions": 1}, {"vocab_size": 1}], ids=str)
+def test_smallest_sizes(keys: dict[str, int], shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    checkpoint = understood(Case("gpt2", keys=keys, name=str(keys)), saved)
+    report = verdict(checkpoint, write(tmp_path, plan(checkpoint, Options(xla=True))[0].files))
+    assert report.passed, report.table()
+
+
+def test_model_whose_output_is_constant(shared: TensorFlowProcess, saved: Path, tmp_path: Path) -> None:
+    right = understood(Case("gpt2", "question-answering"), saved)
+    zeros = {n: witness_tensor(np.zeros(right.weights[n].shape, np.float32)) for n in right.weights if "qa_" in n}
+    silent = dataclasses.replace(right, weights={**right.weights, **zeros})
+    report = verdict(silent, write(tmp_path, plan(silent, Options())[0].files))
+    assert report.passed, report.table()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)

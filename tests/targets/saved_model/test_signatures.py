@@ -16,6 +16,7 @@ from gptconvert.targets.saved_model.plan import plan
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from tests.families.witness import Case, reference
 from tests.targets.saved_model.support import understood, write
+from tests.verify.exports import report_on
 
 pytestmark = pytest.mark.tensorflow
 
@@ -102,6 +103,20 @@ def test_generation_ends_at_any_end_token(
     assert len({len(row) for row in cut}) > 1
     assert generate(tensorflow, PROMPT, MASK, 9)[:, 5:].tolist() == expected
     assert generate(tensorflow, PROMPT[:1], MASK[:1], 9)[0, 5:].tolist() == cut[0]
+
+
+def test_gate_with_a_prompt_that_ends_early(
+    checkpoint: Checkpoint, shared: TensorFlowProcess, tmp_path: Path
+) -> None:
+    """The gate's own prompts reach the end token, with a padding id outside the vocabulary."""
+    report = report_on(checkpoint, build(checkpoint, shared, tmp_path / "free"))
+    greedy_text = report.artifacts[0].greedy
+    assert greedy_text is not None
+    end = int(greedy_text.input_ids[0, -6])
+    odd = dataclasses.replace(checkpoint, special_ids=SpecialIds(eos=(end,), pad=500))
+    report = report_on(odd, build(odd, shared, tmp_path / "ended"))
+    assert report.passed, report.table()
+    assert report.artifacts[0].greedy is not None and report.artifacts[0].greedy.ended((end,)).any()
 
 
 def test_generation_ends_with_the_context(loaded: TensorFlowProcess) -> None:
