@@ -27,6 +27,11 @@ REQUIRED: Final = object()
 FIELDS: Final = frozenset(field.name for field in dataclasses.fields(GPTConfig))
 #: Special ids, which do not affect the architecture: carried over in the file's terms.
 SPECIAL_IDS: Final[Mapping[str, Kind]] = {"bos_token_id": TOKEN, "eos_token_id": TOKENS}
+#: Key of a feature that is not implemented → what to do, if there is more to say than that it changes the logits.
+ADVICE: Final[Mapping[str, str]] = {
+    "quantization_config": "transformers would quantise these weights, which are stored as float numbers, on loading: "
+    "to convert them as they are stored, pass --ignore-key quantization_config",
+}
 #: One more than the layer limit of a configuration, so that a damaged count is rejected before it exhausts memory.
 MAX_LAYERS: Final = 10_001
 
@@ -197,7 +202,7 @@ class Reading:
         if rejected:
             listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in rejected)
             flags = " ".join(f"--ignore-key {key}" for key in rejected)
-            known = f"{', '.join(selected)} would change the logits"
+            known = "; ".join(ADVICE.get(key, f"{key} would change the logits") for key in selected)
             raise UnsupportedError(
                 f"configuration keys not implemented: {listed}",
                 hint=known if selected else f"an unknown key could change the logits; if it does not, pass {flags}",

@@ -19,6 +19,7 @@ from gptconvert.model.quantised import QUANTISERS
 from gptconvert.pipeline import convert
 from tests.families import witness
 from tests.families.witness import Case
+from tests.helpers import checkpoint_of, tiny_gpt2
 from tests.sources.foreign import logits
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -167,3 +168,14 @@ def test_every_quantiser_is_recognised_by_its_names() -> None:
     shown = {words.strip("()") for _, words in QUANTISED.values()}
     untested = {quantiser.title for quantiser in QUANTISERS} - shown
     assert untested == {"HQQ", "quanto", "AQLM"}
+
+
+def test_float_weights_with_a_quantization_config() -> None:
+    """transformers quantises such weights when it loads them; the key must not be removed without a word."""
+    raw, arrays = tiny_gpt2(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(UnsupportedError) as caught:
+        checkpoint_of(raw, arrays)
+    assert "quantization_config" in caught.value.message
+    assert "--ignore-key quantization_config" in str(caught.value.hint)
+    ignored = checkpoint_of(raw, arrays, request=Options(ignore_key=("quantization_config",)))
+    assert any("quantization_config" in note for note in ignored.notes)
