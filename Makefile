@@ -8,7 +8,7 @@ DEMO_OUTPUT := demo-out
 OLD_ONNXRUNTIME := $(addprefix $(VENV)/onnxruntime-,1.16.3 1.17.3 1.18.1)
 space := $(subst ,, )
 
-.PHONY: demo test test-fast test-old-onnxruntime lint docs bench bench-scale fixtures clean
+.PHONY: demo test test-fast test-old-onnxruntime test-web lint docs bench bench-scale fixtures clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/base: pyproject.toml constraints.txt
@@ -48,6 +48,13 @@ $(VENV)/onnxruntime-%:
 test-old-onnxruntime: $(VENV)/dev $(OLD_ONNXRUNTIME)  ## Run exports in old versions of onnxruntime; needs Python 3.11
 	GPTCONVERT_OLD_ONNXRUNTIME=$(subst $(space),:,$(addsuffix /bin/python,$(OLD_ONNXRUNTIME))) \
 		$(BIN)/python -m pytest tests/targets/onnx/test_old_onnxruntime.py
+
+tests/web/node_modules: tests/web/package-lock.json
+	npm ci --prefix tests/web --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+test-web: $(VENV)/dev tests/web/node_modules  ## Run exports in onnxruntime-web and transformers.js; needs Node 20 and Chromium
+	$(BIN)/python -m pytest tests/web
 
 docs: $(VENV)/dev  ## Write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py

@@ -29,8 +29,8 @@ FIELDS: Final = frozenset(field.name for field in dataclasses.fields(GPTConfig))
 SPECIAL_IDS: Final[Mapping[str, Kind]] = {"bos_token_id": TOKEN, "eos_token_id": TOKENS}
 #: Key of a feature that is not implemented → what to do, if there is more to say than that it changes the logits.
 ADVICE: Final[Mapping[str, str]] = {
-    "quantization_config": "transformers would quantise these weights, which are stored as float numbers, on loading: "
-    "to convert them as they are stored, pass --ignore-key quantization_config",
+    "quantization_config": "transformers would quantise these float weights on loading; "
+    "to convert them as stored, pass --ignore-key quantization_config",
 }
 #: One more than the layer limit of a configuration, so that a damaged count is rejected before it exhausts memory.
 MAX_LAYERS: Final = 10_001

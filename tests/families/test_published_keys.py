@@ -13,6 +13,7 @@ import pytest
 from gptconvert.errors import UnsupportedError
 from gptconvert.families.family import ReadConfig
 from gptconvert.families.registry import FAMILIES, family_named
+from gptconvert.model.config_table import ADVICE
 from gptconvert.model.options import Options
 from tests.families import witness
 from tests.helpers import computed_tensors
@@ -107,7 +108,7 @@ DECISIVE: dict[str, object] = {
 def test_keys_that_could_change_the_logits_are_refused_by_name(family: str, key: str) -> None:
     with pytest.raises(UnsupportedError, match=f"{key} = ") as error:
         read(family, **{key: DECISIVE[key]})
-    unknown = key not in family_named(family).keys.unused
+    unknown = key not in family_named(family).keys.unused or key in ADVICE
     assert (f"--ignore-key {key}" in str(error.value.hint)) == unknown
 
 

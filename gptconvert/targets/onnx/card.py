@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from gptconvert.targets.onnx.plan import NAME, has_cache, takes_positions
+from gptconvert.targets.package.sidecars import JS_DTYPE
 from gptconvert.targets.target import CardFacts, Snippet
 
 #: Families that transformers.js has model classes for.
 IN_TRANSFORMERS_JS = frozenset({"gpt2", "gpt_neo", "gptj", "gpt_neox"})
-#: Graph file → its dtype in transformers.js.
-JS_DTYPE: Mapping[str, str] = {
-    "model.onnx": "fp32",
-    "model_fp16.onnx": "fp16",
-    "model_quantized.onnx": "q8",
-    "model_q4.onnx": "q4",
-}
 
 ONNXRUNTIME = """
 import numpy as np
@@ -85,9 +79,10 @@ def _continues_text(facts: CardFacts) -> bool:
 
 
 def _transformers_js(facts: CardFacts) -> str | None:
-    if not _continues_text(facts) or facts.checkpoint.config.family not in IN_TRANSFORMERS_JS:
+    dtype = JS_DTYPE.get(_graph(facts).rpartition("/")[2])
+    if not _continues_text(facts) or facts.checkpoint.config.family not in IN_TRANSFORMERS_JS or dtype is None:
         return None
-    return TRANSFORMERS_JS.format(dtype=JS_DTYPE.get(_graph(facts).rpartition("/")[2], "fp32"))
+    return TRANSFORMERS_JS.format(dtype=dtype)
 
 
 def _for_text(code: str) -> Callable[[CardFacts], str | None]:

@@ -34,6 +34,13 @@ MAX_LICENCE_BYTES = 16 << 20
 #: Written if no graph has a cache, which optimum's ``generate`` would request. transformers' ``generate`` reads only
 #: generation_config.json.
 UNCACHED: Mapping[str, object] = {"use_cache": False}
+#: Graph file → its dtype in transformers.js, which has none for bfloat16.
+JS_DTYPE: Mapping[str, str] = {
+    "model.onnx": "fp32",
+    "model_fp16.onnx": "fp16",
+    "model_quantized.onnx": "q8",
+    "model_q4.onnx": "q4",
+}
 
 
 def sidecar_files(
@@ -102,9 +109,18 @@ def config_json(checkpoint: Checkpoint, graphs: Mapping[str, bool]) -> dict[str,
     """config.json: the architecture under transformers' names, and the keys carried over from the source."""
     carried = {key: value for key, value in checkpoint.carried.items() if key not in NOT_CARRIED}
     written = family_named(checkpoint.config.family).write_config(checkpoint.config, carried)
-    external = {path.rpartition("/")[2]: True for path, has_data in graphs.items() if has_data}
-    hint = {"transformers.js_config": {"use_external_data_format": external}} if external else {}
-    return {**written, "dtype": _dtype_name(checkpoint), **hint}
+    return {**written, "dtype": _dtype_name(checkpoint), **transformers_js_config(graphs)}
+
+
+def transformers_js_config(graphs: Mapping[str, bool]) -> dict[str, object]:
+    """The key that transformers.js reads: a dtype that exists (in browsers, the default is q8), and external data."""
+    files = {path.rpartition("/")[2]: has_data for path, has_data in graphs.items()}
+    hint: dict[str, object] = {}
+    if dtypes := [JS_DTYPE[file] for file in files if file in JS_DTYPE]:
+        hint["dtype"] = dtypes[0]
+    if external := {file: True for file, has_data in files.items() if has_data}:
+        hint["use_external_data_format"] = external
+    return {"transformers.js_config": hint} if hint else {}
 
 
 def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, object]:

@@ -237,6 +237,7 @@ def test_graph_and_type_are_those_planned(tiny: Checkpoint) -> None:
     found = snippets(text(tiny, "onnx", paths={"onnx": "onnx/model_fp16.onnx"}))
     assert '"onnx/model_fp16.onnx"' in found["onnxruntime"]
     assert 'dtype: "fp16"' in found["transformers.js"]
+    assert "transformers.js" not in snippets(text(tiny, "onnx", paths={"onnx": "onnx/model_bf16.onnx"}))
 
 
 def test_positions_of_other_tasks_are_stated() -> None:

@@ -149,8 +149,18 @@ def test_context_is_written_under_both_names(tiny: Checkpoint) -> None:
 )
 def test_external_data_is_announced(tiny: Checkpoint, planned: tuple[str, ...], announced: object) -> None:
     config = parsed(tiny, "config.json", planned=planned)
-    found = config.get("transformers.js_config")
-    assert found == (announced and {"use_external_data_format": announced})
+    found = config.get("transformers.js_config", {})
+    assert found.get("use_external_data_format") == announced
+
+
+@pytest.mark.parametrize(
+    ("graph", "dtype"),
+    [("model", "fp32"), ("model_fp16", "fp16"), ("model_quantized", "q8"), ("model_q4", "q4"), ("model_bf16", None)],
+)
+def test_dtype_that_exists_is_named(tiny: Checkpoint, graph: str, dtype: str | None) -> None:
+    """Without it, browsers ask for q8; transformers.js has no bfloat16."""
+    config = parsed(tiny, "config.json", planned=(f"onnx/{graph}.onnx",))
+    assert config.get("transformers.js_config") == (dtype and {"dtype": dtype})
 
 
 def test_genai_config_names_the_first_graph(tiny: Checkpoint) -> None:
