@@ -165,8 +165,8 @@ def _refuse_notes(notes: Sequence[str], options: Options) -> None:
     """Treat notes as errors if ``options.strict`` is set."""
     if notes and options.strict:
         raise InputError(
-            "\n  ".join(("the checkpoint has notes, which --strict treats as errors", *notes)),
-            hint="convert without --strict if the notes are acceptable",
+            "\n  ".join(("there are notes, which --strict treats as errors", *notes)),
+            hint="run without --strict if the notes are acceptable",
         )
 
 
@@ -236,7 +236,8 @@ def verify_export(
         progress: receives stages.
 
     Raises:
-        InputError: the source, or a file of the artifact, is damaged.
+        InputError: the source, or a file of the artifact, is damaged; or there are notes, and ``options.strict`` is
+            set.
         UnsupportedError: nothing in the artifact can be verified.
     """
     require_torch()
@@ -251,6 +252,8 @@ def verify_export(
     check_tied(checkpoint)
     report = verify(candidates, options.verify or "default", progress)
     report.package = package
+    if report.passed:
+        _refuse_notes((*checkpoint.notes, *report.notes), options)
     return report
 
 

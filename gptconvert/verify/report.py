@@ -194,8 +194,10 @@ def _group_dict(group: Group, figures: bool) -> dict[str, object]:
 def _package_lines(package: PackageReport) -> list[str]:
     if not package.files:
         return []
-    verdict = f"disagree{_mark(False)}" if package.problems else "agree"
-    return [f"checksums, configuration and tokenizer: {len(package.files)} files {verdict}", *_some(package.problems)]
+    one = len(package.files) == 1
+    count = "1 file" if one else f"{len(package.files)} files"
+    verdict = f"disagree{'s' * one}{_mark(False)}" if package.problems else f"agree{'s' * one}"
+    return [f"checksums, configuration and tokenizer: {count} {verdict}", *_some(package.problems)]
 
 
 def _artifact_lines(artifact: ArtifactReport, verbose: bool) -> list[str]:

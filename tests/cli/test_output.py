@@ -103,3 +103,13 @@ def test_progress_fits_80_columns(monkeypatch: pytest.MonkeyPatch, total: int, s
     assert len(text) <= 80
     assert shown in text
     assert ("|" in text) == (total > 0)
+
+
+def test_strict_verification_refuses_notes(capsys: Any, tmp_path: Path) -> None:
+    command(capsys, "convert", TINY / "openai-tf", "-o", tmp_path / "out", "--no-verify")
+    arguments = ("verify", TINY / "openai-tf", tmp_path / "out", "--strict")
+    assert command(capsys, *arguments).code == 0
+    (tmp_path / "out" / "README.md").write_text("edited")
+    done = command(capsys, *arguments)
+    assert (done.code, done.out) == (3, "")
+    assert "README.md was edited after SHA256SUMS was written" in done.err
