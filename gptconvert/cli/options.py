@@ -15,7 +15,8 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from gptconvert.errors import UsageError
-from gptconvert.model.options import DEFAULTS, FIELDS, INFO, Group, OptionInfo, Options, Stage, parse_size
+from gptconvert.model.option_info import Group, OptionInfo, Stage, parse_size
+from gptconvert.model.options import DEFAULTS, FIELDS, INFO, Options
 from gptconvert.targets.registry import TARGETS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

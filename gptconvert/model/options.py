@@ -8,71 +8,21 @@ card's command, the manifest and the check for inapplicable options are all deri
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from gptconvert.errors import UsageError
+from gptconvert.model.option_info import OptionInfo, Stage, option
 from reference_model.config import TASKS
 
 Level = Literal["default", "full"]
-#: When a field takes effect: opening files, reading the checkpoint, writing targets, or during the run.
-Stage = Literal["source", "checkpoint", "output", "run"]
-#: Section of the help text.
-Group = Literal["Source", "Checkpoint", "Output", "ONNX", "safetensors and TensorFlow", "Verification"]
-#: Kind of value of an option; the command line shows this word and checks the value accordingly.
-Metavar = Literal["N", "SIZE", "FILE", "DIR", "NAME", "REVISION", "TASK", "PATTERN", "KEY=VALUE"]
 
 #: ONNX operator sets that the graphs are written for.
 OPSETS = range(17, 22)
 #: Largest safetensors file by default, as in huggingface_hub.
 SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class OptionInfo:
-    """Metadata of one field of :class:`Options`.
-
-    Attributes:
-        flag: command-line flag.
-        stage: when it takes effect.
-        group: section of the help text.
-        help: help text, in the imperative.
-        metavar: kind of value; None: a flag, or one of ``choices``.
-        default_text: description of the default, shown in the help text.
-        shapes: whether it changes the output; if so, the manifest and the card's command record it.
-        targets: targets that use it; empty: all.
-        choices: allowed values; empty: any.
-        minimum: smallest allowed number.
-        placeholder: replaces a local path in the card's command.
-        repo: whether the value may name a hub repository instead of a local path.
-    """
-
-    flag: str
-    stage: Stage
-    group: Group
-    help: str
-    metavar: Metavar | None = None
-    default_text: str | None = None
-    shapes: bool = True
-    targets: frozenset[str] = frozenset()
-    choices: tuple[object, ...] = ()
-    minimum: int = 0
-    placeholder: str | None = None
-    repo: bool = False
-
-    @property
-    def is_flag(self) -> bool:
-        """Whether it takes no value. (``--to`` does, but is a tuple.)"""
-        return self.metavar is None and not self.choices
-
-
-def _option(default: object, flag: str, stage: Stage, group: Group, about: str, **info: Any) -> Any:
-    """A field of :class:`Options` with its :class:`OptionInfo`."""
-    return field(default=default, metadata={"info": OptionInfo(flag, stage, group, about, **info)})
-
 
 _ONNX, _SAFETENSORS, _TF = frozenset({"onnx"}), frozenset({"safetensors"}), frozenset({"tf"})
 
@@ -119,7 +69,7 @@ class Options:
         UsageError: a value is of the wrong type, too small, or not among its field's choices.
     """
 
-    step: int | None = _option(
+    step: int | None = option(
         None,
         "--step",
         "source",
@@ -128,7 +78,7 @@ class Options:
         metavar="N",
         default_text="latest",
     )
-    hparams: str | None = _option(
+    hparams: str | None = option(
         None,
         "--hparams",
         "source",
@@ -138,7 +88,7 @@ class Options:
         default_text="the file next to the weights",
         placeholder="HPARAMS",
     )
-    weights_file: str | None = _option(
+    weights_file: str | None = option(
         None,
         "--weights-file",
         "source",
@@ -146,7 +96,7 @@ class Options:
         "Read this weights file, if the directory contains several.",
         metavar="NAME",
     )
-    adapter: str | None = _option(
+    adapter: str | None = option(
         None,
         "--adapter",
         "source",
@@ -157,7 +107,7 @@ class Options:
         repo=True,
     )
     # Not recorded: the base becomes the source, and the source the adapter.
-    base: str | None = _option(
+    base: str | None = option(
         None,
         "--base",
         "source",
@@ -167,7 +117,7 @@ class Options:
         shapes=False,
     )
     # Not recorded; the resolved commit is recorded instead.
-    revision: str | None = _option(
+    revision: str | None = option(
         None,
         "--revision",
         "source",
@@ -177,7 +127,7 @@ class Options:
         default_text="main",
         shapes=False,
     )
-    cache_dir: str | None = _option(
+    cache_dir: str | None = option(
         None,
         "--cache-dir",
         "source",
@@ -187,10 +137,10 @@ class Options:
         default_text="the hub library's default",
         shapes=False,
     )
-    offline: bool = _option(
+    offline: bool = option(
         False, "--offline", "source", "Source", "Use cached hub files only; never access the network.", shapes=False
     )
-    task: str | None = _option(
+    task: str | None = option(
         None,
         "--task",
         "checkpoint",
@@ -200,7 +150,7 @@ class Options:
         default_text="from the checkpoint",
         choices=TASKS,
     )
-    scope: str | None = _option(
+    scope: str | None = option(
         None,
         "--scope",
         "checkpoint",
@@ -208,7 +158,7 @@ class Options:
         "Read the model under this prefix of the tensor names, if the file contains several.",
         metavar="NAME",
     )
-    n_head: int | None = _option(
+    n_head: int | None = option(
         None,
         "--n-head",
         "checkpoint",
@@ -218,7 +168,7 @@ class Options:
         minimum=1,
         default_text="width / 64",
     )
-    pad_token_id: int | None = _option(
+    pad_token_id: int | None = option(
         None,
         "--pad-token-id",
         "checkpoint",
@@ -227,7 +177,7 @@ class Options:
         metavar="N",
         default_text="from the checkpoint",
     )
-    activation: str | None = _option(
+    activation: str | None = option(
         None,
         "--activation",
         "checkpoint",
@@ -236,7 +186,7 @@ class Options:
         choices=("tanh", "erf"),
         default_text="erf for nanoGPT, tanh for Megatron-LM",
     )
-    trim_vocab: int | None = _option(
+    trim_vocab: int | None = option(
         None,
         "--trim-vocab",
         "checkpoint",
@@ -246,7 +196,7 @@ class Options:
         minimum=1,
         default_text="all",
     )
-    ignore_key: tuple[str, ...] = _option(
+    ignore_key: tuple[str, ...] = option(
         (),
         "--ignore-key",
         "checkpoint",
@@ -254,7 +204,7 @@ class Options:
         "Ignore this key of the source's configuration; repeat for several.",
         metavar="NAME",
     )
-    ignore_tensor: tuple[str, ...] = _option(
+    ignore_tensor: tuple[str, ...] = option(
         (),
         "--ignore-tensor",
         "checkpoint",
@@ -262,7 +212,7 @@ class Options:
         "Ignore tensors whose names match, such as 'v_head.*'; repeat for several.",
         metavar="PATTERN",
     )
-    set_key: tuple[str, ...] = _option(
+    set_key: tuple[str, ...] = option(
         (),
         "--set",
         "checkpoint",
@@ -270,10 +220,10 @@ class Options:
         "Set a key of the source's configuration before it is read; repeat for several.",
         metavar="KEY=VALUE",
     )
-    targets: tuple[str, ...] = _option(
+    targets: tuple[str, ...] = option(
         ("onnx",), "--to", "output", "Output", "Write this format; repeat, or separate by commas, for several."
     )
-    dtype: str | None = _option(
+    dtype: str | None = option(
         None,
         "--dtype",
         "output",
@@ -282,7 +232,7 @@ class Options:
         choices=("fp32", "fp16", "bf16"),
         default_text="as stored",
     )
-    opset: int = _option(
+    opset: int = option(
         OPSETS[-1],
         "--opset",
         "output",
@@ -292,7 +242,7 @@ class Options:
         targets=_ONNX,
         choices=tuple(OPSETS),
     )
-    kv_cache: bool | None = _option(
+    kv_cache: bool | None = option(
         None,
         "--kv-cache",
         "output",
@@ -301,7 +251,7 @@ class Options:
         default_text="for language models",
         targets=_ONNX,
     )
-    position_ids: bool = _option(
+    position_ids: bool = option(
         False,
         "--position-ids",
         "output",
@@ -309,7 +259,7 @@ class Options:
         "Take position_ids as an input, as language models do; otherwise other tasks count padding too.",
         targets=_ONNX,
     )
-    single_file: bool = _option(
+    single_file: bool = option(
         False,
         "--single-file",
         "output",
@@ -317,7 +267,7 @@ class Options:
         "Store the weights inside the graph file (below 2 GiB).",
         targets=_ONNX,
     )
-    max_shard_size: int = _option(
+    max_shard_size: int = option(
         SHARD_BYTES,
         "--max-shard-size",
         "output",
@@ -328,7 +278,7 @@ class Options:
         default_text="5GB",
         targets=_SAFETENSORS,
     )
-    xla: bool = _option(
+    xla: bool = option(
         False,
         "--xla",
         "output",
@@ -336,7 +286,7 @@ class Options:
         "Add jit-compiled signatures of fixed shape to the SavedModel.",
         targets=_TF,
     )
-    verify: Literal["default", "full"] | None = _option(
+    verify: Literal["default", "full"] | None = option(
         "default",
         "--verify",
         "run",
@@ -344,20 +294,20 @@ class Options:
         "Verify at this level; full tests every length up to the context length.",
         choices=("default", "full"),
     )
-    force: bool = _option(
+    force: bool = option(
         False, "--force", "run", "Output", "Replace an existing output once the new one is complete.", shapes=False
     )
-    allow_nonfinite: bool = _option(
+    allow_nonfinite: bool = option(
         False, "--allow-nonfinite", "run", "Verification", "Convert weights that contain NaN or infinities."
     )
-    strict: bool = _option(False, "--strict", "run", "Verification", "Treat notes as errors.", shapes=False)
+    strict: bool = option(False, "--strict", "run", "Verification", "Treat notes as errors.", shapes=False)
 
     def __post_init__(self) -> None:
         for name, info, value in self._entries():
             if value is None and (DEFAULTS[name] is None or name == "verify"):
                 continue
             try:
-                object.__setattr__(self, name, _checked(info, DEFAULTS[name], value))
+                object.__setattr__(self, name, info.checked(DEFAULTS[name], value))
             except ValueError as error:
                 raise UsageError(
                     f"invalid value of {name}", item=info.flag, expected=str(error), found=repr(value)[:80]
@@ -381,7 +331,7 @@ class Options:
             UsageError: such options are set; the message lists all of them.
         """
         unused = [
-            f"{_words(info, value)[0]} has no effect without {' or '.join(f'--to {t}' for t in sorted(info.targets))}"
+            f"{info.words(value)[0]} has no effect without {' or '.join(f'--to {t}' for t in sorted(info.targets))}"
             for name, info, value in self._entries()
             if info.targets and not info.targets & {*self.targets} and (name in named or value != DEFAULTS[name])
         ]
@@ -407,7 +357,7 @@ class Options:
     def recorded(self) -> dict[str, object]:
         """Every option that shapes the output, as plain values without local paths."""
         return {
-            name: os.path.basename(os.path.abspath(value)) if _is_local(info, value) else value
+            name: os.path.basename(os.path.abspath(value)) if info.is_local(value) else value
             for name, info, value in self._entries()
             if info.shapes and name != "targets"
         }
@@ -417,7 +367,7 @@ class Options:
         words = [word for target in sorted(self.targets) for word in ("--to", target)]
         for name, info in self.given().items():
             if info.shapes and name != "targets":
-                words += _words(info, getattr(self, name))
+                words += info.words(getattr(self, name))
         return words
 
     def _entries(self) -> Iterator[tuple[str, OptionInfo, Any]]:
@@ -428,68 +378,3 @@ class Options:
 INFO: Mapping[str, OptionInfo] = {f.name: f.metadata["info"] for f in dataclasses.fields(Options)}
 FIELDS: tuple[str, ...] = tuple(INFO)
 DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(Options)}
-
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-def parse_size(text: str) -> int:
-    """The bytes in ``5GB``, ``500MB``, ``1GiB`` or a number of bytes.
-
-    Raises:
-        ValueError: not a size, or not positive.
-    """
-    number = text.strip().rstrip("KMGIBkmgib")
-    try:
-        size = int(float(number) * UNITS[text.strip()[len(number) :].upper()])
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise ValueError("a positive number, alone or with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
-    return size
-
-
-def _checked(info: OptionInfo, default: object, value: Any) -> Any:
-    """The value of an option, in its field's type.
-
-    Raises:
-        ValueError: it is invalid; the message describes valid values.
-    """
-    if info.metavar == "SIZE" and isinstance(value, str):
-        return parse_size(value)
-    if info.metavar in ("FILE", "DIR") and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if info.choices:
-        if value not in info.choices:
-            raise ValueError(f"one of {', '.join(map(str, info.choices))}")
-        return value
-    kind = bool if info.is_flag else int if info.metavar in ("N", "SIZE") else str
-    if isinstance(default, tuple):
-        if not isinstance(value, tuple | list) or not all(isinstance(each, str) and each for each in value):
-            raise ValueError("a tuple of text")
-        if info.metavar == "KEY=VALUE" and not all(each.partition("=")[0] and "=" in each for each in value):
-            raise ValueError("KEY=VALUE, such as n_head=12")
-        return tuple(value)
-    if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
-        value = operator.index(value)  # NumPy's integers too
-    if type(value) is not kind:
-        raise ValueError({bool: "True or False", int: "a whole number", str: "text"}[kind])
-    if isinstance(value, int) and value < info.minimum:
-        raise ValueError(f"at least {info.minimum}")
-    return value
-
-
-def _is_local(info: OptionInfo, value: object) -> bool:
-    """Whether a value is a local path, which the output does not record."""
-    return info.placeholder is not None and isinstance(value, str) and (not info.repo or os.path.exists(value))
-
-
-def _words(info: OptionInfo, value: object) -> list[str]:
-    """Command-line words for one option."""
-    if value is False or value is None:  # switches off a default
-        return [info.flag.replace("--", "--no-", 1)]
-    if value is True:
-        return [info.flag]
-    if isinstance(value, tuple):
-        return [word for each in value for word in (info.flag, str(each))]
-    return [info.flag, str(info.placeholder if _is_local(info, value) else value)]
