@@ -119,36 +119,60 @@ def resolve(
     refuse_other_types([*(name for b in bound for name in b.stored), *ties, *merges], tensors, path)
     mixed = _mixed_types(bound, tensors)
     tensors, notes = merge_parts(tensors, merges)
-    weights: dict[str, LazyTensor] = {}
-    missing: list[str] = []
-    misshaped: list[tuple[str, Shape, Shape]] = []
-    used: set[str] = set()
+    matching = _Matching(tensors, sizes, prefix + scheme.anchor)
     for b in bound:
-        used.update(b.stored)
-        absent = [name for name in b.stored if name not in tensors]
-        wrong = [name for name in b.stored if name in tensors and tensors[name].shape != b.shape]
-        if absent and b.row.absent is not None:
-            dtype = tensors[prefix + scheme.anchor].dtype
-            weights[b.canonical] = filled(b.row.absent, dtype, canonical_shapes([b.row], config)[b.canonical])
-            continue
-        missing += absent
-        misshaped += [(name, b.shape, tensors[name].shape) for name in wrong]
-        if not absent and not wrong:
-            weights[b.canonical] = to_canonical(b, tensors, sizes)
+        matching.add(b, config)
     for tied in scheme.tied:
-        name = (outer if tied.head else prefix) + tied.stored
-        if name in tensors and tied.when(config):
-            used.add(name)
-            if tensors[name].shape != concrete(tied.shape, sizes):
-                misshaped.append((name, concrete(tied.shape, sizes), tensors[name].shape))
+        if tied.when(config):
+            matching.expect((outer if tied.head else prefix) + tied.stored, concrete(tied.shape, sizes))
     drops = [drop for drop in scheme.drops if drop.when(config)]
-    dropped, unexpected = _split_leftovers(drops, (prefix, outer), [n for n in tensors if n not in used])
+    left = [name for name in tensors if name not in matching.used]
+    dropped, unexpected = _split_leftovers(drops, (prefix, outer), left)
     if outer and scheme.separator == ".":
         notes = (*notes, f"removed the prefix {outer!r} from the tensor names")
-    if missing or unexpected or misshaped:
-        raise _mismatch(missing, unexpected, misshaped, path)
+    if matching.missing or unexpected or matching.misshaped:
+        raise _mismatch(matching.missing, unexpected, matching.misshaped, path)
     reasons = {name: drop.why for name, drop in dropped.items()}
-    return Resolved(weights, tensors, prefix, reasons, (*notes, *mixed, *_drop_notes(dropped)))
+    return Resolved(matching.weights, tensors, prefix, reasons, (*notes, *mixed, *_drop_notes(dropped)))
+
+
+class _Matching:
+    """The weights found in a file so far, and what does not fit.
+
+    Args:
+        tensors: of the file.
+        sizes: of the model, by their symbols in shapes.
+        anchor: name of the tensor whose type filled weights have.
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], sizes: Mapping[str, int], anchor: str) -> None:
+        self.tensors, self.sizes, self.anchor = tensors, sizes, anchor
+        self.weights: dict[str, LazyTensor] = {}
+        self.missing: list[str] = []
+        self.misshaped: list[tuple[str, Shape, Shape]] = []
+        self.used: set[str] = set()
+
+    def add(self, bound: Bound, config: GPTConfig) -> None:
+        """Find a weight's tensors, or fill a weight that may be absent."""
+        self.used.update(bound.stored)
+        absent = [name for name in bound.stored if name not in self.tensors]
+        if absent and bound.row.absent is not None:
+            shape = canonical_shapes([bound.row], config)[bound.canonical]
+            self.weights[bound.canonical] = filled(bound.row.absent, self.tensors[self.anchor].dtype, shape)
+            return
+        self.missing += absent
+        fitting = [self.expect(name, bound.shape) for name in bound.stored if name in self.tensors]
+        if not absent and all(fitting):
+            self.weights[bound.canonical] = to_canonical(bound, self.tensors, self.sizes)
+
+    def expect(self, name: str, shape: Shape) -> bool:
+        """Whether a tensor, if the file has it, has this shape."""
+        if name in self.tensors:
+            self.used.add(name)
+            if self.tensors[name].shape != shape:
+                self.misshaped.append((name, shape, self.tensors[name].shape))
+                return False
+        return True
 
 
 def _drop_notes(dropped: Mapping[str, Drop]) -> list[str]:
