@@ -51,8 +51,8 @@ def sampled() -> Iterator[list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
 def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype: np.dtype[np.generic]) -> None:
-    """Twelve layers take 3 MiB each in float32; neither loading nor running may hold half of that."""
-    wide = tiny(tmp_path, n_embd=240, n_head=3, n_inner=960, n_layer=12)
+    """Twenty layers take 3 MiB each in float32; neither loading nor running may hold half of that."""
+    wide = tiny(tmp_path, n_embd=240, n_head=3, n_inner=960, n_layer=20)
     narrow = dataclasses.replace(wide, weights={name: cast(w, dtype) for name, w in wide.weights.items()})
     file = open_onnx(str(export(tmp_path, narrow)))
     binding, probe = bind(file, narrow.config), make_probes(narrow.config, kv_cache=True)[0]
@@ -63,7 +63,7 @@ def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype:
         runner = OnnxRunner(file, binding, narrow.config)
         for _ in range(30):
             runner.run(feeds, True)
-    assert max(seen) - seen[0] < 18 * MIB
+    assert max(seen) - seen[0] < 30 * MIB
 
 
 def test_long_past_is_returned_only_on_request(tmp_path: Path) -> None:
