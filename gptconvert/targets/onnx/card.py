@@ -65,7 +65,8 @@ const tokenizer = await AutoTokenizer.from_pretrained("my-model");
 const { %(outputs)s } = await model(tokenizer(%(text)s));
 console.log(%(lists)s);
 """
-JS_TEXTS: Mapping[str, str] = {"question-answering": '"Who wrote it?", { text_pair: "Ann wrote it." }'}
+#: transformers.js drops the second text of a pair.
+JS_TEXTS: Mapping[str, str] = {"question-answering": '"Who wrote it?" + "Ann wrote it."'}
 GENAI = """
 import onnxruntime_genai as og
 {imports}
