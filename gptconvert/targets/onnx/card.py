@@ -158,7 +158,11 @@ def _genai(facts: CardFacts) -> str | None:
     if not (facts.generates and facts.tokenized and _cached(facts)):
         return None
     if facts.checkpoint.config.family == "gpt1":
-        imports, tokenizer, ids = "from tokenizers import Tokenizer\n", 'Tokenizer.from_file("tokenizer.json")', ".ids"
+        imports, tokenizer, ids = (
+            "from tokenizers import Tokenizer\n",
+            'Tokenizer.from_file("tokenizer.json")',
+            ".ids",
+        )
     else:
         imports, tokenizer, ids = "", "og.Tokenizer(model)", ""
     return GENAI.format(imports=imports, tokenizer=tokenizer, ids=ids)

@@ -80,22 +80,26 @@ def test_onnxruntime_and_transformers_compute_the_same(
         np.testing.assert_allclose(ours[name][real], expected[real], atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", BY_TASK, ids=str)
+def test_other_libraries_are_offered_where_they_work(case: Case, exports: Exports) -> None:
+    found = snippets(exports(case, Options(task=case.task)), "python")
+    assert ("optimum" in found) == (case.task != "multiple-choice")
+    assert ("onnxruntime-genai" in found) == (case.task == "text-generation")
+    assert ("og.Tokenizer" in found.get("onnxruntime-genai", "og.Tokenizer")) == (
+        case.family != "gpt1" or case.task != "text-generation"
+    )
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_other_libraries(
-    library: str, case: Case, dtype: str | None, exports: Exports, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    directory = exports(case, Options(task=case.task, dtype=dtype))
-    found = snippets(directory, "python")
-    tasks = {"optimum": set(OUTPUTS) - {"multiple-choice"}, "onnxruntime-genai": {"text-generation"}}
-    assert (library in found) == (case.task in tasks[library])
-    if library not in found:
-        return
+def test_other_libraries(library: str, exports: Exports, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     if not installed(library):
         pytest.skip(LIBRARIES[library][1])
-    run(found[library], directory, monkeypatch)
-    assert capsys.readouterr().out.strip()
+    for case in BY_TASK:
+        for dtype in DTYPES:
+            directory = exports(case, Options(task=case.task, dtype=dtype))
+            if library in (found := snippets(directory, "python")):
+                run(found[library], directory, monkeypatch)
+                assert capsys.readouterr().out.strip(), directory.name
 
 
 CHOICES = (
@@ -108,9 +112,7 @@ CHOICES = (
 
 
 @pytest.mark.parametrize("options", CHOICES, ids=lambda o: f"{o.task}-cache-{o.kv_cache}-positions-{o.position_ids}")
-def test_graphs_with_other_inputs(
-    options: Options, exports: Exports, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_with_other_inputs(options: Options, exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cache, or positions and a cache where other tasks usually have none."""
     task = options.task or "text-generation"
     directory = exports(Case("gpt2", task), options)
