@@ -15,6 +15,9 @@ SUFFIXES: Mapping[str, str] = {
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
 }
+#: BERT's tokenizer returns token types, which GPT-2 would take for tokens, and marks the end of a text, so that a prompt
+#: would not be continued.
+BERT_OPTIONS, BERT_PROMPT = ", return_token_type_ids=False", ", add_special_tokens=False"
 LOAD = """
 from {module} import {model_class}
 
@@ -72,10 +75,15 @@ def python_code(facts: CardFacts, module: str, model_class: str, arguments: str 
     if not facts.tokenized:
         return LOAD.format(module=module, model_class=model_class, load=load)
     task = facts.checkpoint.config.task
-    # Tokenizers of other models return token types, which GPT-2 would take for tokens.
-    options = ", return_token_type_ids=False" if "vocab.txt" in facts.files else ""
+    options = BERT_OPTIONS if uses_bert_tokenizer(facts) else ""
+    options += BERT_PROMPT if options and facts.generates else ""
     code = USE.format(imports=_imports(task, module, model_class), load=load)
     return code + USES[task].lstrip("\n").format(options=options)
+
+
+def uses_bert_tokenizer(facts: CardFacts) -> bool:
+    """Whether the tokenizer is BERT's, as in Chinese models."""
+    return "vocab.txt" in facts.files
 
 
 def auto_class(facts: CardFacts) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from gptconvert.targets.onnx.plan import NAME, has_cache, takes_positions
 from gptconvert.targets.package.sidecars import JS_DTYPE
-from gptconvert.targets.python_code import SUFFIXES, python_code
+from gptconvert.targets.python_code import BERT_PROMPT, SUFFIXES, python_code, uses_bert_tokenizer
 from gptconvert.targets.target import CardFacts, Snippet
 from reference_model.config import OUTPUTS
 
@@ -75,7 +75,7 @@ tokenizer = {tokenizer}
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=32)
 generator = og.Generator(model, params)
-generator.append_tokens(tokenizer.encode("Hello"){ids})
+generator.append_tokens({ids})
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))
@@ -157,20 +157,23 @@ def _about_transformers_js(facts: CardFacts) -> str | None:
 def _genai(facts: CardFacts) -> str | None:
     if not (facts.generates and facts.tokenized and _cached(facts)):
         return None
-    if facts.checkpoint.config.family == "gpt1":
-        imports, tokenizer, ids = (
-            "from tokenizers import Tokenizer\n",
-            'Tokenizer.from_file("tokenizer.json")',
-            ".ids",
-        )
-    else:
-        imports, tokenizer, ids = "", "og.Tokenizer(model)", ""
-    return GENAI.format(imports=imports, tokenizer=tokenizer, ids=ids)
+    if not _foreign_to_genai(facts):
+        return GENAI.format(imports="", tokenizer="og.Tokenizer(model)", ids='tokenizer.encode("Hello")')
+    prompt = BERT_PROMPT if uses_bert_tokenizer(facts) else ""
+    return GENAI.format(
+        imports="from tokenizers import Tokenizer\n",
+        tokenizer='Tokenizer.from_file("tokenizer.json")',
+        ids=f'tokenizer.encode("Hello"{prompt}).ids',
+    )
+
+
+def _foreign_to_genai(facts: CardFacts) -> bool:
+    return facts.checkpoint.config.family == "gpt1" or uses_bert_tokenizer(facts)
 
 
 def _about_genai(facts: CardFacts) -> str | None:
-    gpt1 = facts.checkpoint.config.family == "gpt1" and _genai(facts)
-    return "it does not know GPT-1's tokenizer, so the tokenizers library is used" if gpt1 else None
+    foreign = _genai(facts) and _foreign_to_genai(facts)
+    return "it does not know this tokenizer, so the tokenizers library is used" if foreign else None
 
 
 SNIPPETS = (

@@ -33,11 +33,20 @@ def tokenizer_files(family: str, directory: Path) -> tuple[dict[str, str], int]:
     return {name: str(directory / name) for name in ("vocab.json", "merges.txt")}, len(model["vocab"])
 
 
-def export(case: witness.Case, directory: Path, options: Options) -> Path:
-    """Write ONNX and safetensors of a case, without verification; returns the directory."""
-    tokenizer, size = tokenizer_files(case.family, directory / "tokenizers" / case.family)
+def export(
+    case: witness.Case, directory: Path, options: Options, tokenizer: tuple[dict[str, str], int] | None = None
+) -> Path:
+    """Write ONNX and safetensors of a case, without verification; returns the directory.
+
+    Args:
+        case: the model.
+        directory: for the output and the source.
+        options: of the conversion.
+        tokenizer: as :func:`tokenizer_files` returns; None for the family's.
+    """
+    files_of, size = tokenizer or tokenizer_files(case.family, directory / "tokenizers" / case.family)
     raw, arrays = witness.saved(witness.Case(case.family, case.task, {"vocab_size": size}), directory)
-    checkpoint = checkpoint_of(raw, arrays, request=options, tokenizer=tokenizer)
+    checkpoint = checkpoint_of(raw, arrays, request=options, tokenizer=files_of)
     exports = (*plan_onnx(checkpoint, options), *plan_safetensors(checkpoint, options))
     files = [*(file for each in exports for file in each.files), *sidecar_files(exports, options)]
     out = directory / f"{case}-{options.dtype}-{options.kv_cache}-{options.position_ids}"

@@ -136,3 +136,21 @@ def test_javascript_is_offered_where_it_works(case: Case, exports: Exports) -> N
             assert f'dtype: "{dtype or "fp32"}"' in code
             assert "env.allowLocalModels = true" in code
             assert ('model_type = "gpt2"' in code) == (case.family == "gpt1" and case.task == "text-generation")
+
+
+def test_tokenizer_of_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """As in Chinese models: no token types, which GPT-2 takes for tokens, and no end after the prompt."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    tokenizer = {name: str(tmp_path / name) for name in ("vocab.txt", "tokenizer_config.json")}
+    directory = export(Case("gpt2"), tmp_path, Options(), (tokenizer, 97))
+    found = snippets(directory, "python")
+    output = run(found["transformers"], directory, monkeypatch)["output"]
+    assert output[0, 0] == words.index("hello")
+    assert output[0, 1] != words.index("[SEP]")
+    assert run(found["onnxruntime"], directory, monkeypatch)["logits"].shape[-1] == 97
+    assert "Tokenizer.from_file" in found["onnxruntime-genai"]
+    for library in LIBRARIES:
+        if installed(library):
+            run(found[library], directory, monkeypatch)
