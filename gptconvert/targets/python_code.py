@@ -15,8 +15,8 @@ SUFFIXES: Mapping[str, str] = {
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
 }
-#: BERT's tokenizer returns token types, which GPT-2 would take for tokens, and marks the end of a text, so that a prompt
-#: would not be continued.
+#: BERT's tokenizer returns token types, which GPT-2 would take for tokens, and marks the end of a text, so that a
+#: prompt would not be continued.
 BERT_OPTIONS, BERT_PROMPT = ", return_token_type_ids=False", ", add_special_tokens=False"
 LOAD = """
 from {module} import {model_class}
