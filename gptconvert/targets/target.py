@@ -95,11 +95,15 @@ class Snippet:
         title: name of the library.
         language: of the code block.
         code: returns the code for given facts; None if the library cannot load the artifact.
+        remark: returns what else to know, in lower case; None if nothing. It may stand without code.
+        where: where the code expects the directory, if not at the current one.
     """
 
     title: str
     language: str
     code: Callable[[CardFacts], str | None]
+    remark: Callable[[CardFacts], str | None] = lambda _: None
+    where: str | None = None
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _loading(facts: CardFacts) -> str:
     parts = []
     for snippet in (snippet for target in _targets(facts) for snippet in target.snippets):
-        code = snippet.code(facts)
+        code, remark = snippet.code(facts), snippet.remark(facts)
         if code is not None:
-            parts += [f"{snippet.title}:", "", f"```{snippet.language}", code.strip(), "```", ""]
+            aside = f" ({remark})" if remark else ""
+            title = f"{snippet.title}, with {snippet.where}" if snippet.where else snippet.title
+            parts += [f"{title}{aside}:", "", f"```{snippet.language}", code.strip(), "```", ""]
+        elif remark:
+            parts += [f"{snippet.title}: {remark}.", ""]
     return "\n".join(["## Use", "", *parts]) if parts else ""

@@ -160,5 +160,9 @@ def kind_of(class_name: str | None, family: str) -> Kind:
     return next((kind for kind in KINDS.values() if class_name in kind.classes), KINDS[family])
 
 
-#: The same as ``Kind.settings``, for tokenizers of other kinds.
-OTHER_SETTINGS: Settings = {"clean_up_tokenization_spaces": False}
+#: The same as ``Kind.settings``, for tokenizers of other kinds. By default the class of transformers 4 also returns
+#: token types, which ``generate`` rejects.
+OTHER_SETTINGS: Settings = {
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+}

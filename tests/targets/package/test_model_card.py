@@ -223,7 +223,7 @@ def test_snippets_offered(tiny: Checkpoint) -> None:
 
     everything = ["onnxruntime", "optimum", "transformers.js", "onnxruntime-genai", "transformers"]
     assert titles("onnx", "safetensors") == everything
-    assert titles("onnx", kv_cache=False) == ["onnxruntime"]
+    assert titles("onnx", kv_cache=False) == ["onnxruntime", "optimum"]
     assert titles("safetensors") == ["transformers"]
     assert "## Use" not in text(tiny, "tf")
     assert "--xla" in command(text(tiny, "tf", xla=True))

@@ -102,6 +102,7 @@ def test_neox_as_transformers_reads_it_from_the_output(
     written = json.loads(files["tokenizer_config.json"])
     assert written["tokenizer_class"] == (config or {}).get("tokenizer_class", WHOLE_FILE)
     assert (written["eos_token"], written["pad_token"]) == (END, (config or {}).get("pad_token"))
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]  # transformers 4 adds token types
     out = write_all(tmp_path / "out", {**files, "config.json": b'{"model_type": "gpt_neox"}'})
     loaded, plain = transformers.AutoTokenizer.from_pretrained(out), neox()
     assert len(loaded) == SIZE

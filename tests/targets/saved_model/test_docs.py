@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,12 @@ def test_the_examples(config: GPTConfig, shared: TensorFlowProcess) -> None:
     assert documented is not None
     with pytest.raises(TensorFlowError, match=documented[1]):
         shared.run("serving_default", wrong)
+
+
+def test_the_python_code(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(FIXTURES / "tiny-gpt2/openai-tf"))
+    write(tmp_path / "out", plan(checkpoint, Options())[0].files)
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    check = "\nassert logits.shape == (1, 97)"
+    done = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
