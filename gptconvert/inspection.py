@@ -12,6 +12,7 @@ from typing import Any
 from gptconvert.errors import UsageError
 from gptconvert.families.registry import family_named, understand
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options
 from gptconvert.sources.detect import open_source
 
@@ -71,7 +72,7 @@ def inspect(source: str | os.PathLike[str], options: Options | None = None) -> d
             for name, t in stored.items()
         ],
         "dropped": dict(checkpoint.dropped),
-        "tokenizer": sorted(checkpoint.source.tokenizer),
+        "tokenizer": sorted(checkpoint.source.tokenizer.keys() - {GENERATION_CONFIG}),
         "inventory": [dataclasses.asdict(entry) for entry in checkpoint.source.inventory],
         "notes": list(checkpoint.notes),
     }

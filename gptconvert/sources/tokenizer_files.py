@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterable, Sequence
 
 from gptconvert.containers.untrusted import file_size
+from gptconvert.model.generation import GENERATION_CONFIG
 
 #: GPT-2's files: OpenAI's names first, then Hugging Face's names for the same files.
 GPT2 = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json")
 #: OpenAI's names for GPT-1's files.
 GPT1 = ("encoder_bpe_40000.json", "vocab_40000.bpe")
-GENERATION_CONFIG = "generation_config.json"
 #: What transformers saves, including the generation settings.
 HUGGING_FACE = (
     "tokenizer.json",

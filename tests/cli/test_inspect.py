@@ -111,3 +111,11 @@ def test_layer_names_of_other_trainers_are_folded(capsys: Any) -> None:
 )
 def test_configuration_summary(changes: dict[str, Any], row: str, expected: str) -> None:
     assert config(**changes)[row].startswith(expected)
+
+
+def test_generation_settings_are_not_called_a_tokenizer(capsys: Any, tmp_path: Path) -> None:
+    shutil.copytree(TINY / "hf-safetensors", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{}")
+    found = command(capsys, "inspect", tmp_path / "model", "--json").json
+    assert found["tokenizer"] == []
+    assert "generation_config.json" in {entry["name"] for entry in found["inventory"]}
