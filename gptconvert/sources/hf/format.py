@@ -8,6 +8,7 @@ from dataclasses import replace
 from gptconvert.containers.json import read_json_object
 from gptconvert.containers.untrusted import entries, file_size, is_regular, no_such_path, read_small
 from gptconvert.errors import InputError, UsageError
+from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.tensors import TensorSet
@@ -33,7 +34,7 @@ from gptconvert.sources.hf.files import (
     weights_named,
 )
 from gptconvert.sources.hf.shards import read_sharded
-from gptconvert.sources.tokenizer_files import GENERATION_CONFIG, find_tokenizer, huggingface_names
+from gptconvert.sources.tokenizer_files import find_tokenizer, huggingface_names
 
 #: Largest config.json accepted, in bytes.
 MAX_CONFIG = 16 << 20
