@@ -14,6 +14,7 @@ from gptconvert.model.assembly import assemble, cut
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.edits import edit_config
 from gptconvert.model.generation import GENERATION_CONFIG, SpecialIds, ids_outside, moved_settings, special_ids
+from gptconvert.model.mismatch import MismatchError
 from gptconvert.model.options import Options
 from gptconvert.model.quantised import refuse_quantised
 from gptconvert.model.resolution import choose_scope, find_prefix, resolve
@@ -101,6 +102,8 @@ def understand(source: Source, options: Options) -> Checkpoint:
         generation, special = _generation(source, config, carried)
     except InputError as error:
         better = _better_fit(source, family)
+        if isinstance(error, MismatchError) and source.config:
+            error.explain(source.config)
         if better is not None:
             error.hint = f"the configuration is for {family.name}, but the tensor names look like {better.name}"
         raise

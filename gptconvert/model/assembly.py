@@ -19,6 +19,7 @@ from gptconvert.model.schemes import Order, Row, Scheme, concrete, sizes_of
 from gptconvert.model.shards import Parts
 from gptconvert.model.source import Run, Source
 from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, TensorSet
+from gptconvert.model.wrappers import unwrapped
 from reference_model.config import GPTConfig
 
 UNKNOWN = "unknown tensors"
@@ -48,10 +49,14 @@ def assemble(scheme: Scheme, source: Source, options: Options | None = None) -> 
         UnsupportedError: tensors of an option that is not implemented.
         UsageError: a pattern of ``options.ignore_tensor`` matches no tensor.
     """
-    found, stored = (_named(scheme, source) if source.unnamed else source.tensors), dict[str, str]()
+    found = _named(scheme, source) if source.unnamed else source.tensors
+    stored, notes = unwrapped(found, source.path)
+    if stored:
+        tensors = {name: found[old] for name, old in stored.items()}
+        found = replace(found, tensors=tensors, notes=(*found.notes, *notes))
     if scheme.renamed is not None:
         names = scheme.renamed(found.keys(), source.path)
-        stored = {new: old for old, new in names.items()}
+        stored = {new: stored.get(old, old) for old, new in names.items()}
         found = replace(found, tensors={names[name]: tensor for name, tensor in found.items()})
     found = without_ignored(found, options or Options(), source.path, stored=stored)
     prefix = find_prefix(scheme, found) or ""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gptconvert.errors import InputError, UsageError
 from gptconvert.model.dtypes import holding_all
+from gptconvert.model.mismatch import MismatchError
 from gptconvert.model.names import collapse
 from gptconvert.model.quantised import refuse_other_types, types_of
 from gptconvert.model.schemes import Bound, Drop, Scheme, canonical_shapes, concrete, expand, sizes_of, to_canonical
 from gptconvert.model.shards import Merge, Parts, merge_parts
 from gptconvert.model.tensors import LazyTensor, Shape, filled
-from reference_model.config import GPTConfig
+from reference_model.config import ConfigError, GPTConfig
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,16 @@ def resolve(
     if outer and scheme.separator == ".":
         notes = (*notes, f"removed the prefix {outer!r} from the tensor names")
     if matching.missing or unexpected or matching.misshaped:
-        raise _mismatch(matching.missing, unexpected, matching.misshaped, path)
+        alone = not matching.missing and not unexpected
+        raise MismatchError(
+            matching.missing,
+            unexpected,
+            matching.misshaped,
+            path=path,
+            fit=_fitting_size(scheme, config, tensors, prefix) if alone else None,
+            untied=config.has_lm_head and not config.tied_head,
+            layers=config.n_layer,
+        )
     reasons = {name: drop.why for name, drop in dropped.items()}
     return Resolved(matching.weights, tensors, prefix, reasons, (*notes, *mixed, *_drop_notes(dropped)))
 
@@ -173,6 +182,26 @@ class _Matching:
                 self.misshaped.append((name, shape, self.tensors[name].shape))
                 return False
         return True
+
+
+def _fitting_size(
+    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str
+) -> tuple[str, int] | None:
+    """The one size of the configuration, and its value, with which every shape fits; None if there is none."""
+    for field_ in ("vocab_size", "n_ctx", "n_inner"):
+        axes = {size for tensor in tensors.values() for size in tensor.shape} - {0, getattr(config, field_)}
+        for size in sorted(axes):
+            try:
+                trial = replace(config, **{field_: size})
+            except ConfigError:
+                continue
+            outer = head_prefix(scheme, prefix)
+            shapes = {name: b.shape for b in expand(scheme.rows, trial, prefix, outer) for name in b.stored}
+            tied = [t for t in scheme.tied if t.when(trial)]
+            shapes |= {(outer if t.head else prefix) + t.stored: concrete(t.shape, sizes_of(trial)) for t in tied}
+            if all(tensors[name].shape == shape for name, shape in shapes.items() if name in tensors):
+                return field_, size
+    return None
 
 
 def _drop_notes(dropped: Mapping[str, Drop]) -> list[str]:
@@ -236,21 +265,3 @@ def _split_leftovers(
 def _some(names: list[str], most: int = 6) -> str:
     shown = ", ".join(collapse(names)[:most])
     return f"{shown}, … ({len(names)} in all)" if len(collapse(names)) > most else shown or "no tensors"
-
-
-def _mismatch(
-    missing: list[str], unexpected: list[str], misshaped: list[tuple[str, Shape, Shape]], path: str | None
-) -> InputError:
-    lines = ["the tensors do not match the configuration"]
-    for name in collapse(missing):
-        near = difflib.get_close_matches(name, collapse(unexpected), 1, 0.75)
-        lines.append(f"  missing     {name}" + (f"   (did you mean {near[0]}?)" if near else ""))
-    lines += [f"  unexpected  {name}" for name in collapse(unexpected)]
-    lines += [
-        f"  wrong shape {name}: expected {list(expected)}, found {list(found)}" for name, expected, found in misshaped
-    ]
-    return InputError(
-        "\n".join(lines),
-        path=path,
-        hint="the configuration and the weights belong to different models, or the file is incomplete",
-    )

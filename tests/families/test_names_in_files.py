@@ -123,6 +123,40 @@ def test_a_common_prefix_is_removed_and_announced(family: str, prefix: str, tmp_
     assert not any("prefix" in note for note in checkpoint_of(raw, arrays).notes)
 
 
+WRAPPED = {
+    "FSDP": ("_fsdp_wrapped_module.", "_fsdp_wrapped_module._checkpoint_wrapped_module."),
+    "checkpointed layers": ("", "_checkpoint_wrapped_module."),
+    "compiled layers": ("", "_orig_mod."),
+    "DDP around compiled layers": ("module.", "_orig_mod."),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("family", NAMES)
+def test_wrappers_inside_names_are_removed_and_announced(family: str, kind: str, tmp_path: Path) -> None:
+    raw, arrays = saved(Case(family), tmp_path)
+    outer, inner = WRAPPED[kind]
+    given = {outer + re.sub(r"(\.\d+\.)", rf"\1{inner}", name): array for name, array in arrays.items()}
+    checkpoint = checkpoint_of(raw, given)
+    assert same_weights(checkpoint, checkpoint_of(raw, arrays))
+    note = next(note for note in checkpoint.notes if "wrappers" in note)
+    assert inner.split(".")[-2] in note
+
+
+def test_a_compiled_body(tmp_path: Path) -> None:
+    raw, arrays = saved(Case("gpt2"), tmp_path)
+    given = {name.replace("transformer.", "transformer._orig_mod."): array for name, array in arrays.items()}
+    given["lm_head.weight"] = arrays["transformer.wte.weight"]
+    assert same_weights(checkpoint_of(raw, given), checkpoint_of(raw, arrays))
+
+
+def test_names_that_differ_in_wrappers_only(tmp_path: Path) -> None:
+    raw, arrays = saved(Case("gpt2"), tmp_path)
+    twice = {**arrays, "transformer.h.0._orig_mod.ln_1.weight": arrays["transformer.h.0.ln_1.weight"]}
+    with pytest.raises(InputError, match=r"two tensors are named transformer\.h\.0\.ln_1\.weight"):
+        checkpoint_of(raw, twice)
+
+
 def test_tensors_outside_the_prefix_are_not_dropped(tmp_path: Path) -> None:
     raw, arrays = saved(Case("gpt2"), tmp_path)
     given = {"decoder." + name: array for name, array in arrays.items()} | {"encoder.conv.weight": np.ones((3, 3))}
