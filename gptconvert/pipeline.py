@@ -327,7 +327,10 @@ def check_tied(checkpoint: Checkpoint) -> None:
             "the configuration ties this tensor to the embedding, but the weights differ",
             path=source.path,
             item=name,
-            hint='set "tie_word_embeddings": false in config.json if the model was trained with a separate head',
+            hint="transformers 5 uses the separate head: pass --set tie_word_embeddings=false; transformers 4 uses "
+            f"the embedding: pass --ignore-tensor {name}"
+            if source.scheme == "hf"
+            else f"to use the embedding, pass --ignore-tensor {name}",
         )
 
 

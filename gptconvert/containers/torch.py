@@ -25,6 +25,7 @@ from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, 
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_RESAVE_SCRIPT = RESAVE.replace("model.", "torch.jit.load(FILE, 'cpu').")
 #: Usual file name extensions.
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 #: Keys under which training scripts save the model's state dict beside their own state.
@@ -146,8 +147,11 @@ def _begins_like_torch(path: str) -> bool:
 def _read_zip(path: str) -> TorchFile:
     try:
         members = read_members(path)
-    except UnsafeInputError as error:  # TorchScript, for example, compresses its code
+    except UnsafeInputError as error:
         error.hint = f"save the weights alone, {RESAVE}"
+        if "code/__torch__" in str(error):  # TorchScript compresses its code
+            error.message = "this is a TorchScript program, which holds code (code/__torch__), not weights alone"
+            error.expected, error.hint = "tensors in plain dictionaries", f"save the weights alone, {_RESAVE_SCRIPT}"
         raise
     root = _root(members, path)
     used: dict[str, Member] = {}

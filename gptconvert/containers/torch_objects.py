@@ -46,6 +46,8 @@ _MEGATRON_CONSTANTS = tuple(
     for module in ("megatron.enums", "megatron.model.enums", "megatron.core.enums", "megatron.core.transformer.enums")
     for name in ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
 )
+#: Modules under which versions of Python save paths.
+_PATHS = ("pathlib", "pathlib._local")
 _UNTYPED = (Global("torch.storage", "UntypedStorage"), Global("torch", "UntypedStorage"))
 #: PyTorch's own limit on the number of axes.
 _MAX_RANK = 64
@@ -96,6 +98,11 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         # Saved beside the weights by training scripts: their arguments, and the states of random number generators.
         Global("argparse", "Namespace"): lambda _: Attributes(),
         Global("types", "SimpleNamespace"): lambda _: Attributes(),
+        **{
+            Global(module, name): lambda _: Opaque("path")
+            for module in _PATHS
+            for name in ("PosixPath", "WindowsPath")
+        },
         Global("numpy.core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         Global("numpy._core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         **{name: lambda _: Opaque("constant of Megatron-LM") for name in _MEGATRON_CONSTANTS},

@@ -62,7 +62,7 @@ CONFIG = keys.table(
     Key("activation_function", "activation", keys.ACTIVATION, "gelu_new"),
     Key("rotary_dim", "rotary_dim", WHOLE, 64, of=lambda c: c.rotary.dim if c.rotary else None),
     harmless=(*keys.SUMMARY_KEYS, "n_ctx"),  # transformers writes n_ctx and reads n_positions
-    unused={"scale_attn_weights": True},
+    unused={"scale_attn_weights": True, "rotary": True},
     writes={**keys.dropouts(0.0), **keys.ALWAYS},
     derived={"rotary": _rotary},
 )

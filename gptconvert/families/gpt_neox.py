@@ -111,6 +111,7 @@ CONFIG = keys.table(
     ),
     *rope.KEYS,
     harmless=(*DROPOUTS, "attention_probs_dropout_prob", "hidden_dropout_prob", "num_steps", "custom_pipelines"),
+    unused={"rotary": True},
     writes={**DROPOUTS, **keys.ALWAYS, "is_decoder": False},
     derived={"rotary": _rotary, "attn_out_bias": lambda v: v["qkv_bias"]},
 )

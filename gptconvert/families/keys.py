@@ -53,6 +53,7 @@ UNUSED: Mapping[str, object] = {
     "auto_map": None,
     "scale_attn_by_inverse_layer_idx": False,
     "normalize_attention_scores": True,
+    **dict.fromkeys("rotary use_rotary rope use_rope alibi use_alibi rms_norm qk_norm".split(), False),
     "adapters": None,
 }
 #: How a double-heads model scores each choice. Only these values are implemented.

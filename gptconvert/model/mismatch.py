@@ -91,7 +91,9 @@ class MismatchError(InputError):
             return
         field, value = self.setting
         names = SIZE_KEYS[field]
-        key = next((name for name in names if name in config), names[0])
+        key = next((name for name in names if name in config), names[0] if "model_type" in config else None)
+        if key is None:
+            return
         why = _REASONS.get(field, "the tensors have the shapes of {key} = {value}: if the configuration is outdated")
         other = "" if self.hint in (None, _OTHER_MODEL) else f"; {self.hint}"
         self.hint = f"{why.format(key=key, value=value)}, pass --set {key}={json.dumps(value)}{other}"

@@ -49,6 +49,7 @@ QUANTISERS: tuple[Quantiser, ...] = (
     ),
     Quantiser("GPTQ", r"\.g_idx"),
     Quantiser("AWQ or GPTQ", r"\.(qweight|qzeros)"),
+    Quantiser("bitsandbytes, 8 bits in blocks", r"\.(absmax|code)"),
     Quantiser("HQQ", r"\.W_q"),
     Quantiser("quanto", r"\.weight\.(_data|_scale|_shift)"),
     Quantiser("AQLM", r"\.(codebooks|codes)"),

@@ -298,7 +298,17 @@ def test_torchscript(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), str(tmp_path / "x.pt"))
     with pytest.raises(UnsafeInputError, match=r"code/__torch__") as caught:
         read_torch(tmp_path / "x.pt")
-    assert "state_dict" in str(caught.value.hint)
+    assert "TorchScript" in str(caught.value)
+    assert "torch.save(torch.jit.load(FILE, 'cpu').state_dict()" in str(caught.value.hint)
+
+
+def test_a_lightning_checkpoint_with_paths(tmp_path: Path) -> None:
+    import torch
+
+    state = {"model.w": torch.ones(2, 3)}
+    content = {"epoch": 1, "state_dict": state, "hyper_parameters": {"data": Path("/data"), "lr": 0.1}}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert list(read_torch(tmp_path / "last.ckpt")) == ["model.w"]
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,22 @@ def test_a_compiled_body(tmp_path: Path) -> None:
     assert same_weights(checkpoint_of(raw, given), checkpoint_of(raw, arrays))
 
 
+def test_a_head_unlike_the_embedding_to_which_it_is_tied(tmp_path: Path) -> None:
+    """transformers 4 and 5 disagree, so the user chooses; both ways work."""
+    raw, arrays = saved(Case("gpt2"), tmp_path)
+    arrays["lm_head.weight"] = arrays["transformer.wte.weight"] + 1
+    with pytest.raises(InputError, match="the weights differ") as caught:
+        convert(checkpoint_of(raw, arrays), tmp_path / "out", Options(targets=("safetensors",), verify=None))
+    hint = caught.value.hint or ""
+    assert "--set tie_word_embeddings=false" in hint
+    assert "--ignore-tensor lm_head.weight" in hint
+    for options, tied in (
+        (Options(set_key=("tie_word_embeddings=false",)), False),
+        (Options(ignore_tensor=("lm_head.weight",)), True),
+    ):
+        assert checkpoint_of(raw, arrays, request=options).config.tied_head == tied
+
+
 def test_names_that_differ_in_wrappers_only(tmp_path: Path) -> None:
     raw, arrays = saved(Case("gpt2"), tmp_path)
     twice = {**arrays, "transformer.h.0._orig_mod.ln_1.weight": arrays["transformer.h.0.ln_1.weight"]}

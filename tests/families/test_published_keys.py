@@ -100,6 +100,8 @@ DECISIVE: dict[str, object] = {
     "position_embedding_type": "relative",
     "type_vocab_size": 2,
     "temperature_per_layer": 2.0,
+    "use_rotary": True,
+    "rms_norm": True,
 }
 
 
@@ -110,6 +112,15 @@ def test_keys_that_could_change_the_logits_are_refused_by_name(family: str, key:
         read(family, **{key: DECISIVE[key]})
     unknown = key not in family_named(family).keys.unused or key in ADVICE
     assert (f"--ignore-key {key}" in str(error.value.hint)) == unknown
+
+
+def test_gpt_j_saved_as_gpt_neo_by_a_fork() -> None:
+    """finetuneanon's fork of transformers ran GPT-J as a rotary GPT-Neo."""
+    with pytest.raises(UnsupportedError, match="rotary = True") as error:
+        read("gpt_neo", rotary=True, jax=True, rotary_dim=4)
+    assert error.value.hint == "rotary would change the logits"
+    for family in ("gptj", "gpt_neox", "codegen"):
+        assert read(family, rotary=True).config == read(family).config
 
 
 @pytest.mark.parametrize("family", [name for name in NAMES if name != "gpt2"])

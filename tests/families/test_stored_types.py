@@ -103,6 +103,12 @@ def float8(tensors: dict[str, torch.Tensor], scale: bool) -> None:
         tensors[f"{BODY}.weight_scale"] = torch.ones(1)
 
 
+def blocks(tensors: dict[str, torch.Tensor]) -> None:
+    """The 8-bit GPT-J and GPT-Neo of early bitsandbytes: codes beside uint8 weights."""
+    integers(tensors, torch.uint8)
+    tensors[f"{BODY}.absmax"], tensors[f"{BODY}.code"] = torch.ones(3), torch.ones(256)
+
+
 QUANTISED: dict[str, tuple[Any, str]] = {
     "int8": (integers, "integers without scales"),
     "uint8": (lambda t: integers(t, torch.uint8), "integers without scales"),
@@ -112,6 +118,7 @@ QUANTISED: dict[str, tuple[Any, str]] = {
     "float8 scaled": (lambda t: float8(t, scale=True), "compressed-tensors or float8"),
     "bitsandbytes 8": (bnb8, "bitsandbytes, 8 bits"),
     "bitsandbytes 4": (bnb4, "bitsandbytes, 4 bits"),
+    "bitsandbytes blocks": (blocks, "bitsandbytes, 8 bits in blocks"),
     "GPTQ": (lambda t: packed(t, "g_idx"), "(GPTQ)"),
     "AWQ": (packed, "(AWQ or GPTQ)"),
 }

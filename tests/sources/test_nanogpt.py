@@ -69,6 +69,17 @@ def test_old_run_without_biases_and_with_an_untied_head() -> None:
         assert any(words in note for note in checkpoint.notes)
 
 
+def test_arguments_of_forks_without_effect_are_accepted(tmp_path: Path) -> None:
+    _, arrays = gpt2_arrays()
+    state = foreign.nanogpt_state(arrays)
+    more = {"flash": True, "compile": True, "device": "cuda", "init_from": "resume"}
+    plain, fork = opened(save(tmp_path / "plain.pt", state)), opened(save(tmp_path / "fork.pt", state, **more))
+    assert fork.config == plain.config
+    with pytest.raises(UnsupportedError, match="rope = True") as caught:
+        opened(save(tmp_path / "rope.pt", state, **more, rope=True))
+    assert caught.value.hint == "rope would change the logits"
+
+
 def test_weights_equal_those_of_hugging_face(tmp_path: Path) -> None:
     raw, arrays = gpt2_arrays()
     path = save(tmp_path / "any.pt", foreign.nanogpt_state(arrays))
