@@ -25,7 +25,7 @@ from gptconvert.model.tensors import FileChecksum, LazyTensor, Segment, Stored, 
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_RESAVE_SCRIPT = RESAVE.replace("model.", "torch.jit.load(FILE, 'cpu').")
+_RESAVE_SCRIPT = RESAVE.replace("model.state", "torch.jit.load(FILE, 'cpu').state")
 #: Usual file name extensions.
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 #: Keys under which training scripts save the model's state dict beside their own state.

@@ -47,7 +47,7 @@ _MEGATRON_CONSTANTS = tuple(
     for name in ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "PositionEmbeddingType")
 )
 #: Modules under which versions of Python save paths.
-_PATHS = ("pathlib", "pathlib._local")
+_PATHS = tuple(Global(m, name) for m in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath"))
 _UNTYPED = (Global("torch.storage", "UntypedStorage"), Global("torch", "UntypedStorage"))
 #: PyTorch's own limit on the number of axes.
 _MAX_RANK = 64
@@ -98,11 +98,7 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         # Saved beside the weights by training scripts: their arguments, and the states of random number generators.
         Global("argparse", "Namespace"): lambda _: Attributes(),
         Global("types", "SimpleNamespace"): lambda _: Attributes(),
-        **{
-            Global(module, name): lambda _: Opaque("path")
-            for module in _PATHS
-            for name in ("PosixPath", "WindowsPath")
-        },
+        **{name: lambda _: Opaque("path") for name in _PATHS},
         Global("numpy.core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         Global("numpy._core.multiarray", "_reconstruct"): lambda _: Opaque("numpy array"),
         **{name: lambda _: Opaque("constant of Megatron-LM") for name in _MEGATRON_CONSTANTS},

@@ -19,6 +19,7 @@ from gptconvert.model.options import Options
 from gptconvert.model.quantised import refuse_quantised
 from gptconvert.model.resolution import choose_scope, find_prefix, resolve
 from gptconvert.model.source import Source
+from gptconvert.model.strangers import refusal
 from gptconvert.model.tensors import LazyTensor
 from reference_model.config import GPTConfig
 
@@ -64,6 +65,8 @@ def family_of(source: Source) -> Family:
             found=declared,
         )
     guesses = _fitting(source)
+    if source.scheme == "hf" and not guesses and (refused := refusal(source.tensors, source.path)) is not None:
+        raise refused
     if source.scheme == "hf":
         raise InputError(
             "no model_type in the configuration, so the architecture is unknown",
@@ -101,6 +104,9 @@ def understand(source: Source, options: Options) -> Checkpoint:
         resolved = resolve(scheme, config, tensors, path=source.path)
         generation, special = _generation(source, config, carried)
     except InputError as error:
+        refused = refusal(source.tensors, source.path)
+        if refused is not None:
+            raise refused from error
         better = _better_fit(source, family)
         if isinstance(error, MismatchError) and source.config:
             error.explain(source.config)

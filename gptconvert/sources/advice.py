@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from gptconvert.containers.untrusted import entries, explain_file, is_regular
 from gptconvert.errors import UnsupportedError
 
+#: Names of weights in a checkpoint's directory.
+MODEL_NAMES = r"(model\.safetensors|pytorch_model\.bin|tf_model\.h5|flax_model\.msgpack)(\.index\.json)?"
 _UNPACK = "unpack it, and pass the directory inside"
 
 
@@ -24,6 +26,7 @@ class Advice:
         entry: regular expression for the whole name of an entry that identifies it.
         title: its name.
         hint: what to do; ``{path}`` is the directory, ``{entry}`` the matching entry, the last if several match.
+            ``{inner}`` is the last entry of that, and ``{snapshot}`` the last of its ``snapshots``.
     """
 
     entry: str
@@ -47,6 +50,8 @@ ADVICE: tuple[Advice, ...] = (
     ),
     Advice(r"checkpoint-\d+", "a Trainer run with checkpoints inside", "pass one of them: {path}/{entry}"),
     Advice(r"snapshots", "a hub cache", "pass the snapshot inside: {path}/snapshots/{inner}"),
+    Advice(r"models--.+", "a hub cache", "pass a snapshot inside: {path}/{entry}/snapshots/{snapshot}"),
+    Advice(r"onnx", "an ONNX export", "convert the checkpoint that it was exported from"),
     Advice(r".*\.(zip|tar|tar\.gz|tgz|tar\.xz|tar\.bz2|7z)", "an archive", f"{{entry}}: {_UNPACK}"),
 )
 
@@ -62,14 +67,27 @@ def advice_for(path: str, names: Collection[str] | None = None) -> tuple[str, st
     for each in ADVICE:
         found = [name for name in names if re.fullmatch(each.entry, name)]
         if found:
-            entry = max(found, key=_number)
+            entry = max(found, key=by_number)
             inner = max(entries(os.path.join(path, entry), quiet=True), default="COMMIT")
+            snapshots = os.path.join(path, entry, "snapshots")
+            snapshot = max(entries(snapshots, quiet=True), default="COMMIT")
             shards = path if entry.endswith(".distcp") else os.path.join(path, entry)
-            return each.title, each.hint.format(path=path, entry=entry, inner=inner, shards=shards)
-    return None
+            hint = each.hint.format(path=path, entry=entry, inner=inner, shards=shards, snapshot=snapshot)
+            return each.title, hint
+    model = next((name for name in names if _is_model(os.path.join(path, name))), None)
+    if model is None:
+        return None
+    return "a directory with a checkpoint inside", f"pass the directory inside: {path}/{model}"
 
 
-def _number(name: str) -> tuple[int, str]:
+def _is_model(path: str) -> bool:
+    """Whether a subdirectory holds a checkpoint in Hugging Face's layout, by name."""
+    names = entries(path, files_only=True, quiet=True) if os.path.isdir(path) else []
+    return "config.json" in names and any(re.fullmatch(MODEL_NAMES, name) for name in names)
+
+
+def by_number(name: str) -> tuple[int, str]:
+    """Sort key: the last number in a name, such as a step."""
     digits = re.findall(r"\d+", name)
     return (int(digits[-1][:18]) if digits else -1, name)
 

@@ -12,13 +12,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptconvert.containers.untrusted import entries, explain_file, no_such_path, read_head
+from gptconvert.containers.torch import SUFFIXES, read_if_torch, read_torch
+from gptconvert.containers.untrusted import entries, explain_file, is_regular, no_such_path, read_head
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
+from gptconvert.model.names import collapse
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
+from gptconvert.model.strangers import refusal
 from gptconvert.sources import hub, llmc, megatron, mesh_jax, mesh_tf, nanogpt, neox, openai_tf
 from gptconvert.sources import openai_gpt1 as gpt1_npy
-from gptconvert.sources.advice import advice_for, refuse_archive
+from gptconvert.sources.advice import advice_for, by_number, refuse_archive
 from gptconvert.sources.format import Format
 from gptconvert.sources.hf import format as hf
 from gptconvert.sources.hf.files import could_be_weights, weights_named
@@ -132,6 +135,8 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     Lookalike("mesh-transformer-jax shards (GPT-J) without their arrays", r"step_\d+|shard_\d+"),
     Lookalike("a DeepSpeed run (possibly GPT-NeoX) without weights", r"global_step\d+"),
     Lookalike("llama.cpp weights (GGUF)", r".*\.gguf", b"GGUF"),
+    Lookalike("ggml weights", r"ggml-.*\.bin", b"lmgg"),
+    Lookalike("a CTranslate2 model", r"vocabulary\.(?:json|txt)"),
     Lookalike("Keras weights (HDF5)", r".*\.(?:hdf5|keras)", b"\x89HDF\r\n\x1a\n"),
     Lookalike("an ONNX model", r".*\.onnx"),
     Lookalike("a TensorFlow SavedModel", r"saved_model\.pb(?:txt)?"),
@@ -153,6 +158,9 @@ def lookalike(path: str) -> str | None:
     return next((k.title for k in LOOKALIKES if re.fullmatch(k.names, name)), None)
 
 
+PUT_CONFIG = "put the model's config.json next to them"
+#: PyTorch files of a directory that are opened to find out what they hold.
+MAX_FILES = 8
 #: Format → pattern of the names of its files and of what lies beside them, and the files that it needs.
 FILES: Mapping[str, tuple[str, str]] = {
     "hf": (
@@ -182,6 +190,53 @@ def nearest(names: Collection[str]) -> str:
     return " or ".join(f"{form} ({FILES[form][1]})" for form in best)
 
 
+def _torch_inside(path: str, names: Collection[str]) -> GptConvertError | None:
+    """The error for a directory that holds PyTorch files under names of their own; None if it holds none.
+
+    Raises:
+        GptConvertError: there is one such file, and it cannot be read.
+    """
+    named = [name for name in names if name.endswith(SUFFIXES) and could_be_weights(name)]
+    files = [os.path.join(path, name) for name in sorted(named, key=by_number, reverse=True)]
+    files = [file for file in files if is_regular(file)]
+    fitting = [file for file in files[:MAX_FILES] if _is_checkpoint(file)]
+    if fitting:
+        listed = ", ".join(map(os.path.basename, fitting))
+        return InputError(
+            "no checkpoint under a standard name in this directory",
+            path=path,
+            found=listed,
+            hint=f"pass {'one of the files' if len(fitting) > 1 else 'the file'}: {fitting[0]}",
+        )
+    return _torch_without_config(files[0]) if len(files) == 1 else None
+
+
+def _is_checkpoint(file: str) -> bool:
+    """Whether a file is a checkpoint by itself; a Hugging Face directory would have been recognised."""
+    try:
+        found = detect(file, Options())
+        return found is not None and found[0] is not hf.FORMAT
+    except GptConvertError:
+        return False
+
+
+def _torch_without_config(file: str) -> GptConvertError | None:
+    """The error for PyTorch weights that no format claims; None for other files.
+
+    Raises:
+        GptConvertError: PyTorch wrote the file, but it cannot be read.
+    """
+    if read_if_torch(file) is None:
+        return None
+    tensors = read_torch(file)
+    return refusal(tensors, file) or InputError(
+        "not a checkpoint of a known format: this file holds PyTorch weights without their configuration",
+        path=file,
+        found=", ".join(collapse(sorted(tensors))[:5]),
+        hint=f"if these are Hugging Face weights, {PUT_CONFIG}",
+    )
+
+
 def _unrecognised(path: str) -> GptConvertError:
     """The error for an existing path that no format claims: what was found, then the nearest formats."""
     refuse_archive(path)
@@ -189,6 +244,9 @@ def _unrecognised(path: str) -> GptConvertError:
     if advice is not None:
         return InputError(f"no checkpoint in this directory: this is {advice[0]}", path=path, hint=advice[1])
     names = entries(path) if os.path.isdir(path) else [os.path.basename(path)]
+    found = _torch_inside(path, names) if os.path.isdir(path) else _torch_without_config(path)
+    if found is not None:
+        return found
     close = f"the nearest formats: {nearest(names)} (all: gptconvert formats)"
     title = lookalike(path)
     if title is not None:
@@ -197,7 +255,7 @@ def _unrecognised(path: str) -> GptConvertError:
         found = ", ".join(names[:8]) or "an empty directory"
         return InputError("no checkpoint of a known format in this directory", path=path, found=found, hint=close)
     explained = explain_file(path) or f"begins with {read_head(path)[:16]!r}"
-    hint = "if these are Hugging Face weights, put the model's config.json next to them"
+    hint = f"if these are Hugging Face weights, {PUT_CONFIG}"
     return InputError(
         f"not a checkpoint of a known format: this file {explained}",
         path=path,

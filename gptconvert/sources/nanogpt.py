@@ -13,10 +13,11 @@ import os
 from collections.abc import Mapping
 
 from gptconvert.containers.torch import TorchFile, read_if_torch, read_torch_pickle, tensors_of
-from gptconvert.containers.untrusted import no_such_path
+from gptconvert.containers.untrusted import entries, no_such_path
 from gptconvert.errors import InputError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
+from gptconvert.sources.advice import by_number
 from gptconvert.sources.format import EDITS, Format
 from gptconvert.sources.tokenizer_files import find_tokenizer
 
@@ -71,7 +72,13 @@ def _checkpoint_file(path: str, options: Options) -> str:
     if not os.path.lexists(path):
         raise no_such_path(path, hub=False)
     if os.path.isdir(path):
-        return os.path.join(path, options.weights_file or CHECKPOINT)
+        names, name = entries(path, files_only=True), options.weights_file or CHECKPOINT
+        others = [other for other in names if other.endswith(".pt")]
+        if name not in names and others:
+            listed, last = ", ".join(others[:8]), max(others, key=by_number)
+            hint = f"choose one: --weights-file {last}"
+            raise InputError("the checkpoint is missing", path=path, expected=name, found=listed, hint=hint)
+        return os.path.join(path, name)
     if options.weights_file is not None:
         hint = "pass the directory, or omit --weights-file"
         raise UsageError("--weights-file needs a directory, and this is a file", path=path, hint=hint)

@@ -299,7 +299,7 @@ def test_torchscript(tmp_path: Path) -> None:
     with pytest.raises(UnsafeInputError, match=r"code/__torch__") as caught:
         read_torch(tmp_path / "x.pt")
     assert "TorchScript" in str(caught.value)
-    assert "torch.save(torch.jit.load(FILE, 'cpu').state_dict()" in str(caught.value.hint)
+    assert "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'pytorch_model.bin')" in str(caught.value.hint)
 
 
 def test_a_lightning_checkpoint_with_paths(tmp_path: Path) -> None:

@@ -62,6 +62,21 @@ def hub_cache(folder: Path) -> None:
     (folder / "refs").mkdir()
 
 
+def whole_cache(folder: Path) -> None:
+    hub_cache(folder / "models--org--name")
+
+
+def inside(folder: Path) -> None:
+    """A script's output, with the model and the tokenizer in directories of their own."""
+    shutil.copytree(BIN, folder / "model")
+    (folder / "tokenizer").mkdir()
+
+
+def onnx_export(folder: Path) -> None:
+    (folder / "onnx").mkdir(parents=True)
+    shutil.copy(BIN / "config.json", folder)
+
+
 def zipped(folder: Path) -> None:
     folder.mkdir()
     with zipfile.ZipFile(folder / "gpt2.zip", "w") as archive:
@@ -73,6 +88,9 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "FSDP": (fsdp, "dcp_to_torch"),
     "Trainer run": (run_of_trainer, "checkpoint-1000"),
     "hub cache": (hub_cache, "snapshots/0123abc"),
+    "whole hub cache": (whole_cache, "models--org--name/snapshots/0123abc"),
+    "checkpoint inside": (inside, "run/model"),
+    "ONNX export": (onnx_export, "the checkpoint that it was exported from"),
     "archive": (zipped, "gpt2.zip: unpack it"),
 }
 
@@ -98,6 +116,7 @@ def test_directories_that_need_a_step_first(kind: str, tmp_path: Path, capsys: A
 
 def test_every_piece_of_advice_is_tested() -> None:
     shown = ("zero_to_fp32.py", "pytorch_model_fsdp_0", "checkpoint-500", "snapshots", "gpt2.zip")
+    shown += ("models--org--name", "onnx")
     assert all(any(re.fullmatch(each.entry, name) for name in shown) for each in ADVICE)
 
 
@@ -111,7 +130,7 @@ def test_an_fsdp_checkpoint_converts_after_the_hint(tmp_path: Path, capsys: Any)
     assert all(merged.weights[n].read().tobytes() == w.read().tobytes() for n, w in expected.weights.items())
 
 
-@pytest.mark.parametrize("kind", ["Trainer run", "hub cache"])
+@pytest.mark.parametrize("kind", ["Trainer run", "hub cache", "whole hub cache", "checkpoint inside"])
 def test_the_directory_named_in_the_hint_is_a_checkpoint(kind: str, tmp_path: Path, capsys: Any) -> None:
     DIRECTORIES[kind][0](tmp_path / "run")
     hint = hints(tmp_path / "run", capsys)[0]

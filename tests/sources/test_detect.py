@@ -180,6 +180,8 @@ STRANGERS = {
     "model.onnx": (b"x", "ONNX"),
     "rust_model.ot": (b"x", "rust-bert"),
     "weights.npz": (b"PK\3\4", "NumPy"),
+    "ggml-model-f16.bin": (b"lmgg\1\0\0\0", "ggml"),
+    "vocabulary.json": (b"[]", "CTranslate2"),
 }
 
 
@@ -199,6 +201,8 @@ def test_unsupported_files_are_refused_by_name(tmp_path: Path, name: str) -> Non
         ("step_383500", "mesh-transformer-jax"),
         ("global_step150000", "DeepSpeed"),
         ("model.onnx", "ONNX"),
+        ("ggml-model-f16.bin", "ggml"),
+        ("vocabulary.txt", "CTranslate2"),
     ],
 )
 def test_unsupported_directories_are_refused_by_name(tmp_path: Path, entry: str, title: str) -> None:
@@ -289,6 +293,39 @@ def test_torch_file_without_config(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         open_source(path, PLAIN)
     assert "config.json" in str(caught.value.hint)
+
+
+def test_pytorch_weights_under_any_name_without_a_config(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "best.ckpt")
+    for path in (tmp_path, tmp_path / "best.ckpt"):
+        with pytest.raises(InputError, match=r"best\.ckpt: .* without their configuration; found w") as caught:
+            open_source(path, PLAIN)
+        assert "config.json" in (caught.value.hint or "")
+
+
+def test_a_lone_pytorch_file_that_is_refused(tmp_path: Path) -> None:
+    """The reason is shown, not that the directory holds no known format."""
+    import torch
+
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(UnsafeInputError, match="whole pickled model"):
+        open_source(tmp_path, PLAIN)
+
+
+def test_checkpoints_of_nanogpt_under_other_names(tmp_path: Path) -> None:
+    import torch
+
+    for step in (900, 1000):
+        torch.save({"model": {"w": torch.ones(2)}, "model_args": {"n_layer": 1}}, tmp_path / f"ckpt_{step}.pt")
+    with pytest.raises(InputError, match=r"found ckpt_1000\.pt, ckpt_900\.pt") as caught:
+        open_source(tmp_path, PLAIN)
+    assert caught.value.hint == f"pass one of the files: {tmp_path / 'ckpt_1000.pt'}"
+    with pytest.raises(InputError, match="the checkpoint is missing") as caught:
+        open_source(tmp_path, PLAIN, "nanogpt")
+    assert caught.value.hint == "choose one: --weights-file ckpt_1000.pt"
+    assert open_source(tmp_path, Options(weights_file="ckpt_1000.pt"), "nanogpt").scheme == "nanogpt"
 
 
 def test_54_special_files_do_not_hang(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "rust_model.ot": "rust-bert weights",
     "*.gguf": "llama.cpp weights",
     "*.onnx": "an ONNX graph",
+    "*.weights.h5": "weights of Keras 3, KerasNLP or KerasHub",
     "adapter_model.*": "a LoRA adapter, not a model",
 }
 #: Files saved beside weights, under suffixes of weights.
@@ -140,7 +141,7 @@ def unsupported_kind(name: str) -> str | None:
 
 
 def _no_weights(names: Collection[str], where: str) -> Exception:
-    expected = " or ".join(name for kind in KINDS for name in (kind.default, kind.index))
+    expected = f"{' or '.join(kind.default for kind in KINDS)}, or the index of its shards"
     shards = sorted(name for name in names if fnmatch.fnmatchcase(name, "*-?????-of-?????.*") and weights_named(name))
     if shards:
         index = re.sub(r"-\d{5}-of-\d{5}", "", shards[0]) + ".index.json"
@@ -158,5 +159,11 @@ def _no_weights(names: Collection[str], where: str) -> Exception:
     strange = {name: what for name in sorted(names) if (what := unsupported_kind(name))}
     if strange:
         listed = ", ".join(f"{name} ({what})" for name, what in strange.items())
-        return UnsupportedError("no weights of a supported kind", path=where, expected=expected, found=listed)
+        return UnsupportedError(
+            "no weights of a supported kind",
+            path=where,
+            expected=expected,
+            found=listed,
+            hint="convert the checkpoint that they were made from",
+        )
     return InputError("no weights", path=where, expected=expected, found=", ".join(sorted(names)[:8]) or "no files")
