@@ -6,6 +6,7 @@ and so two programs could disagree about the model: all of these are refused her
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -62,7 +63,9 @@ def read_json_object(path: str | os.PathLike[str], limit: int, what: str) -> dic
         UnsafeInputError: not a regular file.
         InputError: missing, unreadable, too large, not JSON, or not an object.
     """
-    data = read_small(path, limit, what)
+    data = read_small(path, limit, what).removeprefix(codecs.BOM_UTF8)  # which editors on Windows add
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{what} is UTF-16, not UTF-8", path=path, hint="save it as UTF-8")
     explained = None if data.lstrip()[:1] == b"{" else explain_bytes(data[:512], allow={"text"})
     if explained is not None:
         raise InputError(f"{what} {explained}", path=path)

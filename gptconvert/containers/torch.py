@@ -263,13 +263,22 @@ def _unwrap(tree: object, name: str) -> tuple[Mapping[object, object], list[str]
     for _ in range(len(WRAPPERS)):
         if not isinstance(tree, dict):
             return {}, notes
-        inner = next((key for key in WRAPPERS if _has_tensors(tree.get(key))), None)
+        inner = _wrapper(tree)
         if inner is None:
             break
         left = ", ".join(str(key) for key in list(tree)[:9] if key != inner)
         notes.append(f"{name}: the weights are stored under '{inner}'" + (f"; left out: {left}" if left else ""))
         tree = tree[inner]
     return tree if isinstance(tree, dict) else {}, notes
+
+
+def _wrapper(tree: Mapping[object, object]) -> object | None:
+    """The key of the state dict in a training script's dictionary; None if there are none or several."""
+    known = next((key for key in WRAPPERS if _has_tensors(tree.get(key))), None)
+    if known is not None or any(isinstance(value, LazyTensor) for value in tree.values()):
+        return known
+    found = [key for key, value in tree.items() if isinstance(key, str) and _has_tensors(value)]
+    return found[0] if len(found) == 1 else None
 
 
 def _has_tensors(value: object) -> bool:

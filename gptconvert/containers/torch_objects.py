@@ -48,6 +48,8 @@ _MEGATRON_CONSTANTS = tuple(
 )
 #: Modules under which versions of Python save paths.
 _PATHS = tuple(Global(m, name) for m in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath"))
+#: Classes of tensors that are saved with attributes of their own, such as Megatron-LM's ``partition_dim``.
+_TENSORS = (Global("torch", "Tensor"), Global("torch.nn.parameter", "Parameter"))
 _UNTYPED = (Global("torch.storage", "UntypedStorage"), Global("torch", "UntypedStorage"))
 #: PyTorch's own limit on the number of axes.
 _MAX_RANK = 64
@@ -89,6 +91,8 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         Global("torch._utils", "_rebuild_tensor_v2"): partial(_rebuild, byte_order, None),
         Global("torch._utils", "_rebuild_tensor_v3"): partial(_rebuild, byte_order, 6),
         Global("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        Global("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+        Global("torch._utils", "_rebuild_qtensor"): lambda _: Opaque("quantised tensor"),  # its storage is refused
         Global("torch", "Size"): _size,
         Global("torch", "device"): lambda _: Opaque("device"),
         Global("_codecs", "encode"): lambda _: Opaque("bytes"),
@@ -104,10 +108,13 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
         **{name: lambda _: Opaque("constant of Megatron-LM") for name in _MEGATRON_CONSTANTS},
         **{name: lambda _: Opaque("state of DeepSpeed or GPT-NeoX") for name in _DEEPSPEED_STATE},
     }
+    calls[Global("torch._tensor", "_rebuild_from_type_v2")] = partial(_rebuild_with_attributes, dict(calls))
     storages = (Global(m, s) for m in ("torch", "torch.cuda") for s in (*STORAGES, *_STRANGE_STORAGES))
     dtypes = (Global("torch", name) for name in (*DTYPES, *_STRANGE_DTYPES))
     return Rules(
-        calls, frozenset((*storages, *dtypes, *_UNTYPED, Global("numpy", "ndarray"))), partial(_storage, path, locate)
+        calls,
+        frozenset((*storages, *dtypes, *_UNTYPED, *_TENSORS, Global("numpy", "ndarray"))),
+        partial(_storage, path, locate),
     )
 
 
@@ -135,6 +142,14 @@ def _storage(path: str, locate: Locate, identity: object) -> Storage:
 
 
 def _dtype(name: str, torch_name: str, path: str | None) -> np.dtype[np.generic]:
+    if name.lower().startswith(("qint", "quint")):
+        raise UnsupportedError(
+            "this is a quantised checkpoint (torch.ao.quantization), which is not supported",
+            path=path,
+            expected="weights of a float type",
+            found=name,
+            hint="convert the model that it was quantised from",
+        )
     if torch_name not in DTYPES:
         expected = f"one of {' '.join(DTYPES)}"
         raise UnsupportedError("element type not supported", path=path, expected=expected, found=name)
@@ -217,6 +232,19 @@ def _rebuild_parameter(arguments: tuple[object, ...]) -> LazyTensor:
     if not arguments or not isinstance(arguments[0], LazyTensor):
         raise RefusedError("a parameter that is not a tensor")
     return arguments[0]
+
+
+def _rebuild_with_attributes(
+    calls: Mapping[Global, Callable[[tuple[object, ...]], object]], arguments: tuple[object, ...]
+) -> LazyTensor:
+    """``_rebuild_from_type_v2(function, type, arguments, attributes)``: the tensor without its attributes."""
+    function, kind, inner = arguments[:3]
+    if kind not in _TENSORS or function not in calls or not isinstance(inner, tuple):
+        raise RefusedError("a tensor of another class")
+    tensor = calls[cast("Global", function)](inner)
+    if not isinstance(tensor, LazyTensor):
+        raise RefusedError("a tensor built from something else")
+    return tensor
 
 
 def _size(arguments: tuple[object, ...]) -> object:

@@ -17,6 +17,8 @@ from gptconvert.errors import UNFINISHED, GptConvertError, InputError, UnsafeInp
 
 _HEAD_BYTES = 512
 _TAR_MAGIC_AT = 257
+#: Length of the JSON header that begins a safetensors file, at most.
+_MAX_HEADER = 100_000_000
 
 #: ``stat`` predicate → name of a file type other than a regular file.
 _SPECIAL: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -77,6 +79,8 @@ def explain_bytes(head: bytes, allow: Collection[str] = ()) -> str | None:
     found += [(kind, description) for kind, magic, description in _MAGIC if head.startswith(magic)]
     if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
         found.append(("tar", "is a tar archive; unpack it first"))
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < _MAX_HEADER:
+        found.append(("safetensors", "is a safetensors file: rename it, so that its name ends in .safetensors"))
     if len(head) >= 64 and not any(head):
         found.append(("zeros", f"begins with zero bytes only; {UNFINISHED}"))
     if head and not found and _is_text(head):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from gptconvert.errors import InputError
 from gptconvert.model.names import collapse
@@ -25,6 +26,10 @@ _EMPTY = (
     "these tensors are empty: DeepSpeed ZeRO stage 3 saved them without gathering the weights; merge the training "
     "checkpoint with zero_to_fp32.py, or set stage3_gather_16bit_weights_on_model_save and save the model again"
 )
+_TRANSPOSED = (
+    "these weights are transposed, as in programs that use nn.Linear instead of Conv1D (minGPT, nanoGPT): transpose "
+    "the attention and MLP weights, or pass the file that the program itself wrote to the command for it"
+)
 #: Why a setting could be right; ``{key}`` and ``{value}`` are the setting's.
 _REASONS: Mapping[str, str] = {
     "tied_head": "if the head shares the embedding's weights",
@@ -32,6 +37,39 @@ _REASONS: Mapping[str, str] = {
 }
 #: Patterns listed in one hint.
 _MOST = 4
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A way of storing weights in parts.
+
+    Attributes:
+        pattern: regular expression found in the names of the parts.
+        hint: how to get whole weights.
+    """
+
+    pattern: str
+    hint: str
+
+
+#: The first match wins.
+CAUSES: tuple[Cause, ...] = (
+    Cause(
+        r"\.(base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.",
+        "a LoRA adapter is stored with the model, unmerged: merge it with peft's model.merge_and_unload(), save the "
+        "result and convert that; or save the adapter alone and pass it to the base model with --adapter DIR",
+    ),
+    Cause(
+        r"\.weight_(orig|mask)\Z",
+        "the weights are stored with pruning masks: call torch.nn.utils.prune.remove(module, 'weight') on each "
+        "pruned module, and save the weights again",
+    ),
+    Cause(
+        r"\.(weight_[gv]|parametrizations\..+)\Z",
+        "the weights are stored as parametrisations, such as weight_norm: call "
+        "torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) and save the weights again",
+    ),
+)
 
 
 class MismatchError(InputError):
@@ -61,8 +99,13 @@ class MismatchError(InputError):
         super().__init__("\n".join(_lines(missing, unexpected, misshaped)), path=path, hint=_OTHER_MODEL)
         #: The setting that resolves the mismatch: a field of GPTConfig and its value.
         self.setting: tuple[str, int | bool] | None = None
+        cause = next((c for c in CAUSES if any(re.search(c.pattern, name) for name in unexpected)), None)
         if misshaped and all(0 in found for _, _, found in misshaped):
             self.hint = _EMPTY
+        elif cause is not None:
+            self.hint = cause.hint
+        elif misshaped and not missing and all(shape == found[::-1] for _, shape, found in misshaped):
+            self.hint = _TRANSPOSED
         elif fit is not None:
             self.setting = fit
         elif not unexpected and not misshaped and untied and [*map(_last, missing)] in (["lm_head"], ["embed_out"]):

@@ -208,7 +208,18 @@ def _torch_inside(path: str, names: Collection[str]) -> GptConvertError | None:
             found=listed,
             hint=f"pass {'one of the files' if len(fitting) > 1 else 'the file'}: {fitting[0]}",
         )
-    return _torch_without_config(files[0]) if len(files) == 1 else None
+    return _torch_without_config(files[0]) if len(files) == 1 else _directory_inside(path, names)
+
+
+def _directory_inside(path: str, names: Collection[str]) -> InputError | None:
+    """The error for a directory with a checkpoint in a subdirectory, such as that of a training program's run."""
+    inside = [os.path.join(path, name) for name in names if os.path.isdir(os.path.join(path, name))]
+    found = next((each for each in inside[:MAX_FILES] if _is_checkpoint(each)), None)
+    if found is None:
+        return None
+    listed = ", ".join(map(os.path.basename, inside[:MAX_FILES]))
+    hint = f"pass the directory inside: {found}"
+    return InputError("no checkpoint directly in this directory", path=path, found=listed, hint=hint)
 
 
 def _is_checkpoint(file: str) -> bool:

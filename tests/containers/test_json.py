@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptconvert.containers.json import MAX_DEPTH, dump_json, parse_json
+from gptconvert.containers.json import MAX_DEPTH, dump_json, parse_json, read_json_object
 from gptconvert.errors import InputError
 
 VALUES = st.recursive(
@@ -85,3 +86,13 @@ def test_depth(opening: str) -> None:
 
 def test_minus_zero_becomes_a_float() -> None:
     assert type(parse_json(b"-0", "x", "file")) is float
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    """Editors on Windows write one before UTF-8; PowerShell writes UTF-16."""
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json_object(path, 100, "config.json") == {"a": 1}
+    path.write_text('{"a": 1}', encoding="utf-16")
+    with pytest.raises(InputError, match="UTF-16, not UTF-8"):
+        read_json_object(path, 100, "config.json")

@@ -20,7 +20,7 @@ from gptconvert.containers.pickle import Opaque
 from gptconvert.containers.torch import read_torch, read_torch_pickle
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.tensors import Stored, TensorSet, Transposed, map_segment
-from tests.containers.torch_files import LAYOUTS, rewrite, save
+from tests.containers.torch_files import LAYOUTS, rewrite, save, zip_of
 from tests.helpers import FIXTURES, ROOT
 
 
@@ -205,6 +205,52 @@ def test_29_whole_module_is_refused_with_a_hint(tmp_path: Path, layout: str) -> 
 def test_no_named_tensors(tmp_path: Path, value: Any) -> None:
     with pytest.raises(InputError, match="no named tensors"):
         read_torch(save(tmp_path / "x.bin", value))
+
+
+@pytest.mark.parametrize("key", ["net", "weights", "ema", "generator"])
+def test_the_only_state_dict_is_found_under_any_key(tmp_path: Path, key: str) -> None:
+    import torch
+
+    state = {"w": torch.ones(2, 3)}
+    found = read_torch(save(tmp_path / "x.bin", {key: state, "optimizer": {"state": {0: state}}, "epoch": 1}))
+    assert list(found) == ["w"]
+    assert f"x.bin: the weights are stored under '{key}'; left out: optimizer, epoch" in found.notes
+    assert list(read_torch(save(tmp_path / "y.bin", {"checkpoint": {"model": state}}))) == ["w"]
+    with pytest.raises(InputError, match="no named tensors"):
+        read_torch(save(tmp_path / "z.bin", {key: state, "other": state}))
+
+
+def test_tensors_with_attributes_of_their_own(tmp_path: Path) -> None:
+    """Megatron-LM and DeepSpeed set attributes on parameters, which change how PyTorch saves them."""
+    import torch
+
+    parameter, plain = torch.nn.Parameter(torch.ones(2, 3)), torch.full((3,), 2.0)
+    parameter.partition_dim, plain.origin = 0, "x"
+    found = read_torch(save(tmp_path / "x.bin", {"a": parameter, "b": plain}))
+    np.testing.assert_array_equal(found["a"].read(), np.ones((2, 3), np.float32))
+    np.testing.assert_array_equal(found["b"].read(), np.full(3, 2, np.float32))
+    data = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nSize\nctorch\nTensor\n)}tR."
+    with pytest.raises(InputError, match="damaged"):
+        read_torch(zip_of(tmp_path / "y.bin", data))
+    data = data.replace(b"ctorch\nTensor\n", b"cos\nsystem\n")
+    with pytest.raises(UnsafeInputError, match=r"refused global os\.system"):
+        read_torch(zip_of(tmp_path / "y.bin", data))
+
+
+def test_quantised_tensors(tmp_path: Path) -> None:
+    import torch
+
+    tensor = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8)
+    with pytest.raises(UnsupportedError, match=r"torch\.ao\.quantization"):
+        read_torch(save(tmp_path / "x.bin", {"w": tensor}))
+
+
+def test_a_safetensors_file_under_another_name(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"is a safetensors file: rename it"):
+        read_torch(tmp_path / "pytorch_model.bin")
 
 
 # Damaged files.

@@ -95,6 +95,31 @@ def test_the_key_of_another_format() -> None:
     assert "--set n_vocab=" in (caught.value.hint or "")
 
 
+CAUSES: Mapping[str, tuple[Mapping[str, str], str]] = {
+    "LoRA": ({"weight": "base_layer.weight", "lora": "lora_A.default.weight"}, "merge_and_unload"),
+    "pruning": ({"weight": "weight_orig", "mask": "weight_mask"}, "prune.remove"),
+    "weight_norm": ({"weight": "weight_v", "norm": "weight_g"}, "remove_weight_norm"),
+    "parametrisation": ({"weight": "parametrizations.weight.original0"}, "remove_parametrizations"),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_weights_stored_in_parts_by_a_training_program(name: str) -> None:
+    names, words = CAUSES[name]
+    raw, arrays = tiny_gpt2()
+    weight = "transformer.h.1.mlp.c_fc.weight"
+    array = arrays.pop(weight)
+    arrays |= {weight.removesuffix("weight") + stored: array for stored in names.values()}
+    assert words in (failure(raw, arrays).hint or "")
+
+
+def test_transposed_weights() -> None:
+    """minGPT's state dict has transformers' names; its square matrices alone would not show the difference."""
+    raw, arrays = tiny_gpt2()
+    turned = {n: a.T if a.ndim == 2 and ".h." in n else a for n, a in arrays.items()}
+    assert "transposed" in (failure(raw, turned).hint or "")
+
+
 def test_zero_stage_3_saved_without_gathering() -> None:
     raw, arrays = tiny_gpt2()
     error = failure(raw, {name: np.zeros(0, np.float32) for name in arrays})

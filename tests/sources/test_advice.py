@@ -137,6 +137,24 @@ def test_the_directory_named_in_the_hint_is_a_checkpoint(kind: str, tmp_path: Pa
     assert open_checkpoint(hint.rpartition(": ")[2]).config.family == "gpt2"
 
 
+def test_the_only_shard_without_its_index(tmp_path: Path, capsys: Any) -> None:
+    shutil.copy(BIN / "config.json", tmp_path)
+    shutil.copy(BIN / "pytorch_model.bin", tmp_path / "pytorch_model-00001-of-00001.bin")
+    name = "pytorch_model-00001-of-00001.bin"
+    assert hints(tmp_path, capsys) == [f"this is the only shard: pass --weights-file {name}"] * 2
+    assert open_checkpoint(tmp_path, Options(weights_file=name)).weights
+
+
+def test_the_run_inside_a_project(tmp_path: Path) -> None:
+    """gpt-2-simple writes checkpoint/run1 into the directory in which it runs."""
+    (tmp_path / "samples").mkdir()
+    shutil.copytree(TINY / "openai-tf", tmp_path / "checkpoint" / "run1")
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path, Options())
+    assert caught.value.hint == f"pass the directory inside: {tmp_path / 'checkpoint'}"
+    assert open_source(tmp_path / "checkpoint", Options()).scheme == "openai-tf"
+
+
 def test_the_state_of_a_training_run_is_never_proposed_as_weights(tmp_path: Path, capsys: Any) -> None:
     trainer(tmp_path / "run")
     for hint in hints(tmp_path / "run", capsys):

@@ -146,6 +146,8 @@ def _no_weights(names: Collection[str], where: str) -> Exception:
     if shards:
         index = re.sub(r"-\d{5}-of-\d{5}", "", shards[0]) + ".index.json"
         found, hint = f"{len(shards)} shards", f"fetch {index} as well"
+        if len(shards) == 1 and "-00001-of-00001." in shards[0]:
+            found, hint = shards[0], f"this is the only shard: pass --weights-file {shards[0]}"
         return InputError("the shards' index is missing", path=where, expected=index, found=found, hint=hint)
     advice = advice_for(where, names)
     if advice is not None:
