@@ -67,6 +67,8 @@ def family_of(source: Source) -> Family:
     guesses = _fitting(source)
     if source.scheme == "hf" and not guesses and (refused := refusal(source.tensors, source.path)) is not None:
         raise refused
+    if source.scheme == "hf" and "block_size" in (nested := _model_settings(source.config)):
+        raise _mingpt(source, nested)
     if source.scheme == "hf":
         raise InputError(
             "no model_type in the configuration, so the architecture is unknown",
@@ -80,6 +82,26 @@ def family_of(source: Source) -> Family:
     if able:
         return able[0]  # resolving its name table lists every tensor that does not fit
     raise UnsupportedError(f"no family reads {source.format} files", path=source.path)
+
+
+def _model_settings(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The settings of the model in minGPT's config.json, which also has those of the data and the training."""
+    model = config.get("model")
+    return model if isinstance(model, Mapping) else {}
+
+
+def _mingpt(source: Source, model: Mapping[str, object]) -> InputError:
+    """The error for minGPT's output directory: nanoGPT's reader fits its tensors, but needs the sizes beside them."""
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    sizes = ", ".join(
+        f"'{name}': {model[name] if isinstance(model.get(name), int) else name.upper()}" for name in names
+    )
+    return InputError(
+        "this is the config.json of minGPT, not of transformers",
+        path=source.config_path or source.path,
+        hint="save the weights as nanoGPT does: torch.save({'model': torch.load('model.pt'), 'model_args': "
+        f"{{{sizes}}}}}, 'ckpt.pt'), and run `gptconvert nanogpt ckpt.pt --activation tanh`",
+    )
 
 
 def understand(source: Source, options: Options) -> Checkpoint:

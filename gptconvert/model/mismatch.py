@@ -28,7 +28,8 @@ _EMPTY = (
 )
 _TRANSPOSED = (
     "these weights are transposed, as in programs that use nn.Linear instead of Conv1D (minGPT, nanoGPT): transpose "
-    "the attention and MLP weights, or pass the file that the program itself wrote to the command for it"
+    "the attention and MLP weights, or save {'model': STATE_DICT, 'model_args': {...}} as nanoGPT does and run "
+    "`gptconvert nanogpt` on it"
 )
 #: Why a setting could be right; ``{key}`` and ``{value}`` are the setting's.
 _REASONS: Mapping[str, str] = {

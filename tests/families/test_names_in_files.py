@@ -271,3 +271,26 @@ def test_another_family_is_named_if_it_fits_better(family: str, other: str, tmp_
     with pytest.raises(InputError) as caught:
         understand(source_of(raw, computed_tensors(arrays)), Options())
     assert f"look like {other}" in (caught.value.hint or "")
+
+
+def test_the_directory_of_mingpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Running the code of the hint, then its command, converts minGPT's weights, which are not tied."""
+    raw, arrays = tiny_gpt2(n_inner=None, tie_word_embeddings=False)
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {n: torch.tensor(a.T.copy() if n.endswith(linear) else a) for n, a in arrays.items()}
+    state["transformer.h.0.attn.bias"] = torch.tril(torch.ones(1, 1, 40, 40))
+    torch.save(state, tmp_path / "model.pt")
+    sizes = {"n_layer": 2, "n_head": 3, "n_embd": 24, "block_size": 40, "vocab_size": 97}
+    settings = {"system": {"seed": 3}, "model": {"model_type": None, **sizes}, "trainer": {"device": "auto"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="config.json of minGPT") as caught:
+        open_checkpoint(tmp_path / "model.pt")
+    hint = caught.value.hint or ""
+    code = re.search(r"torch\.save\(.+'ckpt\.pt'\)", hint)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    exec(code[0], {"torch": torch})
+    assert command(capsys, *hint.split("`")[1].split()[1:], "--to", "safetensors", "--dry-run").code == 0
+    found = open_checkpoint("ckpt.pt", Options(activation="tanh"), format="nanogpt")
+    assert same_weights(found, checkpoint_of(raw, arrays))
+    assert found.config.activation == "gelu_tanh"

@@ -7,6 +7,7 @@ contents must then match the index tensor by tensor.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 
 from gptconvert.containers.json import kind, read_json_object
@@ -17,6 +18,10 @@ from gptconvert.model.tensors import FileChecksum, LazyTensor, TensorSet
 #: Largest index accepted, in bytes; an index of 100 000 tensors takes 10 MB.
 MAX_INDEX = 64 << 20
 _LISTED = 10
+#: Names of mask buffers, tables of rotary angles, and heads that may repeat the embedding.
+REPEATED = re.compile(
+    r"\.(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq|embed_positions)\Z|(^|\.)(lm_head|embed_out)\.weight\Z"
+)
 
 
 def read_sharded(
@@ -36,12 +41,13 @@ def read_sharded(
     index = os.fspath(index)
     weight_map = {rename(name): shard for name, shard in read_weight_map(index).items()}
     shards = {name: read(path) for name, path in shard_paths(index, weight_map).items()}
+    weight_map, differences = _without_buffers(os.path.basename(index), weight_map, shards)
     _check_contents(index, weight_map, shards)
     tensors: dict[str, LazyTensor] = {name: shards[shard][name] for name, shard in weight_map.items()}
     files = tuple(file for shard in shards.values() for file in shard.files)
     notes = tuple(dict.fromkeys(note for shard in shards.values() for note in shard.notes))
     checksums: tuple[FileChecksum, ...] = tuple(c for shard in shards.values() for c in shard.checksums)
-    return TensorSet(tensors, files, notes, checksums)
+    return TensorSet(tensors, files, (*differences, *notes), checksums)
 
 
 def read_weight_map(index: str) -> dict[str, str]:
@@ -98,6 +104,21 @@ def shard_paths(index: str, weight_map: Mapping[str, str]) -> dict[str, str]:
             f"shards that are not regular files: {_some(strange)}", path=index, expected="regular files"
         )
     return paths
+
+
+def _without_buffers(
+    index: str, weight_map: Mapping[str, str], shards: Mapping[str, TensorSet]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The index without buffers and tied heads that no shard holds, and with those that it fails to list; a note.
+
+    Versions of transformers differ in whether they save them, and tools rewrite shards but not their index.
+    """
+    held = {name: shard for shard, tensors in shards.items() for name in tensors if REPEATED.search(name)}
+    gone = [name for name in weight_map if REPEATED.search(name) and name not in held]
+    added = {name: shard for name, shard in held.items() if name not in weight_map}
+    kept = {name: shard for name, shard in weight_map.items() if name not in gone} | added
+    listed = _some(sorted([*gone, *added]))
+    return kept, (f"{index} and the shards differ in buffers or tied heads: {listed}",) if gone or added else ()
 
 
 def _check_contents(index: str, weight_map: Mapping[str, str], shards: Mapping[str, TensorSet]) -> None:

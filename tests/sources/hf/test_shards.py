@@ -153,6 +153,19 @@ def test_18_shard_has_an_extra_tensor(tmp_path: Path) -> None:
         read_sharded(index, read_safetensors)
 
 
+def test_buffers_and_tied_heads_may_differ_between_index_and_shards(tmp_path: Path) -> None:
+    """transformers loads such files; whatever the model needs and no shard holds is reported as missing later."""
+    from safetensors.numpy import save_file
+
+    mask = np.ones((1, 1, 2, 2), np.float32)
+    save_file({"a": ARRAYS["a"], "h.1.attn.masked_bias": mask}, tmp_path / "m-1.safetensors")
+    weight_map = dict.fromkeys(("a", "lm_head.weight", "h.0.attn.bias"), "m-1.safetensors")
+    found = read_sharded(write_index(tmp_path, {"weight_map": weight_map}), read_safetensors)
+    assert list(found) == ["a", "h.1.attn.masked_bias"]
+    listed = "h.0.attn.bias, h.1.attn.masked_bias, lm_head.weight"
+    assert found.notes == (f"{INDEX} and the shards differ in buffers or tied heads: {listed}",)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "directory", "device", "link to device", "dangling link"])
 def test_19_shard_is_not_a_regular_file(tmp_path: Path, kind: str) -> None:
     index = write_shards(tmp_path)
