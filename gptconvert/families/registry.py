@@ -93,9 +93,8 @@ def _model_settings(config: Mapping[str, object]) -> Mapping[str, object]:
 def _mingpt(source: Source, model: Mapping[str, object]) -> InputError:
     """The error for minGPT's output directory: nanoGPT's reader fits its tensors, but needs the sizes beside them."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    sizes = ", ".join(
-        f"'{name}': {model[name] if isinstance(model.get(name), int) else name.upper()}" for name in names
-    )
+    known = {name: model[name] if isinstance(model.get(name), int) else name.upper() for name in names}
+    sizes = ", ".join(f"'{name}': {value}" for name, value in known.items())
     return InputError(
         "this is the config.json of minGPT, not of transformers",
         path=source.config_path or source.path,

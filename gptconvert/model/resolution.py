@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gptconvert.errors import InputError, UsageError
 from gptconvert.model.dtypes import holding_all
@@ -191,8 +192,9 @@ def _fitting_size(
     for field_ in ("vocab_size", "n_ctx", "n_inner"):
         axes = {size for tensor in tensors.values() for size in tensor.shape} - {0, getattr(config, field_)}
         for size in sorted(axes):
+            change: dict[str, Any] = {field_: size}
             try:
-                trial = replace(config, **{field_: size})
+                trial = replace(config, **change)
             except ConfigError:
                 continue
             outer = head_prefix(scheme, prefix)

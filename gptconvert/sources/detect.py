@@ -255,9 +255,9 @@ def _unrecognised(path: str) -> GptConvertError:
     if advice is not None:
         return InputError(f"no checkpoint in this directory: this is {advice[0]}", path=path, hint=advice[1])
     names = entries(path) if os.path.isdir(path) else [os.path.basename(path)]
-    found = _torch_inside(path, names) if os.path.isdir(path) else _torch_without_config(path)
-    if found is not None:
-        return found
+    inside = _torch_inside(path, names) if os.path.isdir(path) else _torch_without_config(path)
+    if inside is not None:
+        return inside
     close = f"the nearest formats: {nearest(names)} (all: gptconvert formats)"
     title = lookalike(path)
     if title is not None:

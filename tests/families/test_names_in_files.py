@@ -283,7 +283,7 @@ def test_the_directory_of_mingpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     sizes = {"n_layer": 2, "n_head": 3, "n_embd": 24, "block_size": 40, "vocab_size": 97}
     settings = {"system": {"seed": 3}, "model": {"model_type": None, **sizes}, "trainer": {"device": "auto"}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="config.json of minGPT") as caught:
+    with pytest.raises(InputError, match=r"config\.json of minGPT") as caught:
         open_checkpoint(tmp_path / "model.pt")
     hint = caught.value.hint or ""
     code = re.search(r"torch\.save\(.+'ckpt\.pt'\)", hint)
