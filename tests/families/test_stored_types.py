@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from gptconvert.errors import UnsupportedError
+from gptconvert.families import registry
 from gptconvert.inspection import open_checkpoint
 from gptconvert.model.options import Options
 from gptconvert.model.quantised import QUANTISERS
@@ -186,3 +187,21 @@ def test_float_weights_with_a_quantization_config() -> None:
     assert "--ignore-key quantization_config" in str(caught.value.hint)
     ignored = checkpoint_of(raw, arrays, request=Options(ignore_key=("quantization_config",)))
     assert any("quantization_config" in note for note in ignored.notes)
+
+
+@pytest.mark.parametrize("family", [family.name for family in registry.FAMILIES])
+def test_matrices_stored_in_columns(family: str, tmp_path: Path) -> None:
+    """torch.save keeps the strides of tensors that were transposed, as converters from other frameworks leave them."""
+    raw, tensors = saved(Case(family), tmp_path)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(raw))
+    torch.save(
+        {n: t.T.contiguous().T if t.ndim == 2 else t for n, t in tensors.items()}, source / "pytorch_model.bin"
+    )
+    checkpoint = open_checkpoint(source)
+    result = convert(checkpoint, tmp_path / "out", Options(targets=("onnx", "safetensors")))
+    assert result.report is not None
+    assert result.report.passed
+    plain = open_checkpoint(write(tmp_path / "plain", raw, tensors))
+    np.testing.assert_array_equal(logits(checkpoint), logits(plain))

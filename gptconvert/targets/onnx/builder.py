@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from gptconvert.model.tensors import LazyTensor, Transposed
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.targets.layout import as_stored
 
 Dim = int | str
 FLOAT32 = np.dtype(np.float32)
@@ -57,10 +58,9 @@ class Builder:
 
     def stored_weight(self, name: str) -> tuple[ir.Value, bool]:
         """The initializer that holds a weight, and whether it is the weight's transpose."""
-        weight = self.weights[name]
-        flipped = isinstance(weight, Transposed)
+        stored, flipped = as_stored(name, self.weights[name])
         if name not in self._values:
-            self.stored[name] = weight.base if isinstance(weight, Transposed) else weight
+            self.stored[name] = stored
             self._values[name] = ir.Value(name=name)
         return self._values[name], flipped
 

@@ -19,7 +19,8 @@ from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.encodings import encoded
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.options import Options
-from gptconvert.model.tensors import LazyTensor, Transposed
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.targets.layout import as_stored
 from gptconvert.targets.saved_model.bundle import plan_bundle
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
 
@@ -27,8 +28,6 @@ NAME, DIRECTORY = "tf", "saved_model"
 #: Generous size of the graph in bytes, constant and per layer (measured for GPT-2: 120 000 and 52 000); twice that
 #: with compiled twins.
 GRAPH_BYTES, LAYER_BYTES = 180_000, 60_000
-#: Weights that are looked up by row, and so never stored transposed.
-TABLES = ("wte.weight", "wpe.weight")
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
 
 def stored(name: str, weight: LazyTensor) -> LazyTensor:
     """A weight as stored in the file: a transposed matrix keeps the source's layout, and the graph transposes it."""
-    return weight.base if isinstance(weight, Transposed) and name not in TABLES else weight
+    return as_stored(name, weight)[0]
 
 
 def build_graph(
