@@ -191,7 +191,7 @@ def test_float_weights_with_a_quantization_config() -> None:
 
 @pytest.mark.parametrize("family", [family.name for family in registry.FAMILIES])
 def test_matrices_stored_in_columns(family: str, tmp_path: Path) -> None:
-    """torch.save keeps the strides of tensors that were transposed, as converters from other frameworks leave them."""
+    """torch.save keeps the strides of transposed tensors, which converters from other frameworks leave behind."""
     raw, tensors = saved(Case(family), tmp_path)
     source = tmp_path / "source"
     source.mkdir()
