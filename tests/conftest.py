@@ -17,6 +17,7 @@ pytest_plugins = ["tests.strict_skips"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # A job started in the background inherits an ignored SIGINT, and hands it on to what it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.targets.context import context_length
+from gptconvert.targets.onnx.library import import_onnxruntime
 
 Floats = NDArray[np.float32]
 
@@ -19,9 +20,7 @@ class OnnxRuntime:
     """An exported graph in onnxruntime, on the CPU, with plain ``session.run``."""
 
     def __init__(self, directory: str, config: Mapping[str, object]) -> None:
-        import onnxruntime
-
-        path = find_onnx(directory)
+        onnxruntime, path = import_onnxruntime(), find_onnx(directory)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:

@@ -13,6 +13,7 @@ from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.targets.onnx.file import OnnxFile
+from gptconvert.targets.onnx.library import import_onnxruntime
 from gptconvert.verify.runners import Feeds, Outputs, RunError, one_line
 from reference_model.config import INPUTS, OUTPUTS, GPTConfig
 
@@ -170,8 +171,7 @@ class OnnxRunner:
 
     def _open(self, outputs: Sequence[str] | None) -> Any:
         """A session on the file, or on its graph with other ``outputs``."""
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         file, skipped = self._file, list[str]()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
@@ -243,12 +243,11 @@ class OnnxRunner:
 def _value(tensor: LazyTensor) -> Any:
     """onnxruntime's view of a memory-mapped tensor, without a copy."""
     import onnx
-    import onnxruntime
 
     array, kind = tensor.read(), onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
     if array.dtype == BFLOAT16:
         array = array.view(np.uint16)
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
 
 
 def _returning(file: OnnxFile, names: Sequence[str]) -> bytes:
