@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -11,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from gptconvert.cli.output import print_json
-from gptconvert.errors import GptConvertError, UnsupportedError, VerificationError, printable
+from gptconvert.errors import GptConvertError, OutputError, UnsupportedError, VerificationError, printable
 from gptconvert.version import __version__
 
 #: command → (module, one-line help). The module defines the command, or builds it with ``format_command``.
@@ -32,6 +35,15 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 #: Import name → distribution, where they differ.
 PACKAGES: Mapping[str, str] = {"yaml": "pyyaml", "google_crc32c": "google-crc32c"}
+#: System errors that the user can mend → the exit code and the hint.
+SYSTEM_ERRORS: Mapping[int, tuple[int, str]] = {
+    errno.ENOSPC: (OutputError.exit_code, "free some space"),
+    errno.EDQUOT: (OutputError.exit_code, "free some space, or raise the quota"),
+    errno.EROFS: (OutputError.exit_code, "choose an output on a file system that can be written"),
+    errno.EMFILE: (1, "raise the limit of open files: ulimit -n 1024"),
+    errno.ENFILE: (1, "close other programs: the system has too many open files"),
+    errno.ENOMEM: (1, "no output was published"),
+}
 EPILOG = """\b
 Exit codes: 0 ok, 2 usage, 3 input invalid, 4 unsupported, 5 verification failed
 (nothing published), 6 output, 7 unsafe input refused, 130/143 interrupted.
@@ -89,6 +101,8 @@ def group(ctx: click.Context, debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code: the entry point."""
     args = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # √ and × are not in every encoding
     sys.exit(run(args))
 
 
@@ -107,11 +121,7 @@ def run(args: list[str]) -> int:
             error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _interrupted(signal.SIGINT, "interrupted", as_json)
     except GptConvertError as error:
         if debug:
             raise
@@ -121,7 +131,7 @@ def run(args: list[str]) -> int:
         from gptconvert.publish.signals import Interrupted
 
         if isinstance(error, Interrupted):  # raised after the staged files were removed
-            click.echo("interrupted; nothing was published", err=True)
+            return _interrupted(error.signum, "interrupted; nothing was published", as_json)
         return error.code if isinstance(error.code, int) else 1
     except MemoryError:
         _report(GptConvertError("out of memory", hint="no output was published"), 1, as_json)
@@ -130,12 +140,28 @@ def run(args: list[str]) -> int:
         # Not Exception: some libraries raise other classes (pyo3's PanicException).
         if debug:
             raise
-        missing = _missing_package(error)
-        hint = "this is a bug in gptconvert; please rerun with --debug and report it"
-        reported = missing or GptConvertError(f"{type(error).__name__}: {error}", hint=hint)
-        code = UnsupportedError.exit_code if missing else 1
+        reported, code = _explained(error)
         _report(reported, code, as_json)
         return code
+
+
+def _interrupted(number: int, message: str, as_json: bool) -> int:
+    code = 128 + number
+    _report(GptConvertError(message), code, as_json, kind="interrupted")
+    return code
+
+
+def _explained(error: BaseException) -> tuple[GptConvertError, int]:
+    """An exception that no other code explains, as an error for the user, with its exit code."""
+    missing = _missing_package(error)
+    if missing is not None:
+        return missing, UnsupportedError.exit_code
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        code, hint = SYSTEM_ERRORS[error.errno]
+        kind = OutputError if code == OutputError.exit_code else GptConvertError
+        return kind(os.strerror(error.errno), path=error.filename, hint=hint), code
+    hint = "this is a bug in gptconvert; please rerun with --debug and report it"
+    return GptConvertError(f"{type(error).__name__}: {error}", hint=hint), 1
 
 
 def _missing_package(error: BaseException) -> UnsupportedError | None:
@@ -173,7 +199,8 @@ def _report(error: GptConvertError, code: int, as_json: bool, kind: str | None =
     if as_json:
         fields = {**error.as_dict(), "exit_code": code, **({"kind": kind} if kind else {})}
         report = {"verification": error.report} if isinstance(error, VerificationError) else {}
-        print_json({"ok": False, "error": fields, **report})
+        with contextlib.suppress(OSError, OutputError):  # stdout may be what failed
+            print_json({"ok": False, "error": fields, **report})
     color = False if os.environ.get("NO_COLOR") else None  # None: colors on terminals only
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True, color=color)
     if error.hint:

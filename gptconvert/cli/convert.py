@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from gptconvert.cli import options
-from gptconvert.cli.output import Progress, human_bytes, note, print_json, table
+from gptconvert.cli.output import Progress, emit, human_bytes, note, print_json, table
 from gptconvert.cli.sources import ALWAYS, FORMAT_COMMANDS
 from gptconvert.errors import printable
 
@@ -80,7 +80,7 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
         if as_json:
             print_json({"ok": True, "dry_run": True, "output": output, **planned.as_dict()})
         else:
-            click.echo(describe_plan(planned, output))
+            emit(describe_plan(planned, output))
         return
     progress = Progress(quiet or as_json)
     try:
@@ -92,7 +92,7 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     if as_json:
         print_json({"ok": True, **result.as_dict()})
     else:
-        click.echo(describe_result(result, verbose=given["verbose"]))
+        emit(describe_result(result, verbose=given["verbose"]))
 
 
 def default_output(source: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gptconvert.cli.options import DEBUG, DISPLAY, JSON, Command, own
-from gptconvert.cli.output import print_json
+from gptconvert.cli.output import emit, print_json
 
 
 @click.command(cls=Command)
@@ -24,7 +24,7 @@ def formats(as_json: bool, markdown: bool) -> None:
     if as_json:
         print_json({"ok": True, **found})
         return
-    click.echo(_markdown_tables(found) if markdown else "\n\n".join(_sections(found)))
+    emit(_markdown_tables(found) if markdown else "\n\n".join(_sections(found)))
 
 
 def _sections(found: Mapping[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gptconvert.cli.options import DEBUG, JSON, Command, Decorator, own, quieten
-from gptconvert.cli.output import print_json
+from gptconvert.cli.output import emit, print_json
 from gptconvert.targets.registry import RUNTIMES
 
 RUNTIME, SAMPLING = "Runtime", "Sampling"
@@ -65,7 +65,7 @@ def generate(
         fields = {"prompt": prompt, "text": text, "prompt_ids": running.prompt, "ids": running.ids}
         print_json({"ok": True, **fields})
         return
-    click.echo(prompt, nl=False)
+    emit(prompt, nl=False)
     for piece in running.pieces:
-        click.echo(piece, nl=False)
-    click.echo()
+        emit(piece, nl=False)
+    emit()

@@ -9,7 +9,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.config_summary import config_summary
-from gptconvert.cli.output import human_bytes, note, print_json, table
+from gptconvert.cli.output import emit, human_bytes, note, print_json, table
 from gptconvert.errors import printable
 
 #: Dropped names listed per reason.
@@ -47,7 +47,7 @@ def inspect(source: str, tensors: bool | None, as_json: bool, quiet: bool, **giv
         return
     for text in found["notes"]:
         note(text, quiet)
-    click.echo("\n\n".join(filter(None, _sections(found, tensors))))
+    emit("\n\n".join(filter(None, _sections(found, tensors))))
 
 
 def _sections(found: Mapping[str, Any], tensors: bool | None) -> list[str]:

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
 
-from gptconvert.errors import printable
+from gptconvert.errors import OutputError, printable
 from gptconvert.model.schema import SCHEMA_VERSION
 
 
 def print_json(fields: Mapping[str, object]) -> None:
     """Print the object of ``--json``, in ASCII, which works in any encoding and for file names that are not UTF-8."""
-    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2))
+    emit(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2))
+
+
+def emit(text: str = "", *, nl: bool = True) -> None:
+    """Print a part of the result on stdout.
+
+    Raises:
+        OutputError: stdout cannot be written, as on a full disk.
+        SystemExit: stdout is a pipe whose reader has ended, as in ``… | head``. Ends the program as SIGPIPE would.
+    """
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        hint = "only the text or JSON for stdout is lost; the rest of the command is done"
+        raise OutputError(f"stdout cannot be written ({error.strerror})", hint=hint) from error
 
 
 def note(text: str, quiet: bool = False) -> None:

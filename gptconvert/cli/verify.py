@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gptconvert.cli import options
-from gptconvert.cli.output import Progress, note, print_json
+from gptconvert.cli.output import Progress, emit, note, print_json
 from gptconvert.errors import VerificationError
 
 
@@ -45,6 +45,6 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
         failed = {} if report.passed else {"error": error.as_dict()}
         print_json({"ok": report.passed, **failed, "verification": report.as_dict(), "notes": list(report.notes)})
     else:
-        click.echo(report.table(verbose=verbose))
+        emit(report.table(verbose=verbose))
     if not report.passed:
         raise click.exceptions.Exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""Raise SIGINT and SIGTERM as exceptions, so that open files and staging directories are cleaned up."""
+"""Raise SIGINT, SIGTERM and SIGHUP as exceptions, so that open files and staging directories are cleaned up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: SIGHUP: a closed terminal or a dropped connection.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(SystemExit):
@@ -16,7 +17,7 @@ class Interrupted(SystemExit):
 
     Attributes:
         signum: the signal.
-        code: 128 + signum: 130 for SIGINT, 143 for SIGTERM.
+        code: 128 + signum: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
     """
 
     def __init__(self, signum: int) -> None:
@@ -44,7 +45,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Raise :class:`Interrupted`, once, on SIGINT or SIGTERM inside the context; restore the handlers afterwards.
+    """Raise :class:`Interrupted`, once, on SIGINT, SIGTERM or SIGHUP inside the context; restore the handlers afterwards.
 
     Ignored signals (``nohup``, background jobs) stay ignored. Does nothing outside the main thread, where Python does
     not run handlers.

@@ -16,17 +16,18 @@ import pytest
 from gptconvert.publish import signals
 from tests.helpers import ROOT
 
-BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ALL = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 
 
 @pytest.fixture(autouse=True)
 def _handlers_are_restored() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in HANDLED]
     yield
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in HANDLED] == before
 
 
-@BOTH
+@ALL
 def test_a_signal_unwinds(number: int, code: int) -> None:
     steps = []
     with pytest.raises(signals.Interrupted) as caught, signals.raising():
@@ -51,7 +52,7 @@ def test_second_signal_does_not_interrupt_the_cleanup() -> None:
     assert steps == ["cleaned up"]
 
 
-@BOTH
+@ALL
 def test_held_signal_is_delayed(number: int, code: int) -> None:
     steps = []
     with pytest.raises(signals.Interrupted) as caught, signals.raising():
@@ -123,7 +124,7 @@ with signals.raising():
 """
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("delay", [0.0, 0.03])
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, number: int, code: int, delay: float) -> None:
     from tests.publishing import OLD, leftovers, tree
