@@ -13,7 +13,7 @@ from gptconvert.errors import UsageError
 from gptconvert.families.registry import family_named, understand
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.generation import GENERATION_CONFIG
-from gptconvert.model.options import Options
+from gptconvert.model.options import Options, as_options
 from gptconvert.sources.detect import open_source
 
 
@@ -30,7 +30,7 @@ def open_checkpoint(
     Raises:
         GptConvertError: it is damaged, incomplete, unsupported or unsafe, or an option does not apply to it.
     """
-    options, source = options or Options(), os.fspath(source)
+    options, source = as_options(options), os.fsdecode(source)
     if options.base is not None:
         source, options = _adapted(source, options, options.base)
     opened = open_source(source, options, format=format)

@@ -17,7 +17,7 @@ from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.inspection import open_checkpoint
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, PlannedFile
-from gptconvert.model.options import Options
+from gptconvert.model.options import Options, as_options
 from gptconvert.model.progress import Progress, Silent
 from gptconvert.model.resolution import tied_pairs
 from gptconvert.model.transforms import take_rows
@@ -122,11 +122,11 @@ class Result:
         }
 
 
-def plan(checkpoint: Checkpoint, options: Options | None = None) -> Plan:
+def plan(checkpoint: Checkpoint | str | os.PathLike[str], options: Options | None = None) -> Plan:
     """Plan every output file, except those that describe the others.
 
     Args:
-        checkpoint: from :func:`open_checkpoint`.
+        checkpoint: from :func:`open_checkpoint`, or any source that it accepts.
         options: what to write; None for the options that the checkpoint was opened with.
 
     Raises:
@@ -134,7 +134,9 @@ def plan(checkpoint: Checkpoint, options: Options | None = None) -> Plan:
         UnsupportedError: a target cannot be written: a package is missing, or the format cannot store the model.
         InputError: the checkpoint has notes, and ``options.strict`` is set.
     """
-    options = checkpoint.options if options is None else options.opened_with(checkpoint.options)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint, options = open_checkpoint(checkpoint, options), None
+    options = checkpoint.options if options is None else as_options(options).opened_with(checkpoint.options)
     targets = targets_for(options.targets, checkpoint)
     options.check_targets()
     tokenizer, notes = tokenizer_files(checkpoint)
@@ -191,7 +193,7 @@ def convert(
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint, options = open_checkpoint(checkpoint, options), None
-    progress, source, output = progress or Silent(), checkpoint.source, os.fspath(output)
+    progress, source, output = progress or Silent(), checkpoint.source, os.fsdecode(output)
     before = snapshot(source.files)
     planned = plan(checkpoint, options)
     options = planned.options
@@ -245,7 +247,7 @@ def verify_export(
     from gptconvert.targets.package.verify import verify_package
     from gptconvert.targets.verification import verify
 
-    options, artifact = options or Options(), os.fspath(artifact)
+    options, artifact = as_options(options), os.fsdecode(artifact)
     checkpoint = with_special_ids(open_checkpoint(source, options))
     candidates = find_candidates(checkpoint, artifact)
     package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None

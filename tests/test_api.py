@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import dataclasses
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import gptconvert
+import gptconvert.pipeline
 from tests.commands import TINY
 
 
@@ -49,3 +58,52 @@ def test_convert_opens_a_path(tmp_path: Path) -> None:
 
 def test_dir_lists_the_public_names() -> None:
     assert {*gptconvert.__all__, "__version__"} <= set(dir(gptconvert))
+
+
+def test_plan_opens_a_path() -> None:
+    assert gptconvert.plan(TINY / "openai-tf", gptconvert.Options(targets=("safetensors",))).nbytes
+
+
+@pytest.mark.parametrize("options", [{"verify": None}, "onnx", {}, ["onnx"]])
+def test_options_of_another_type_are_refused(tmp_path: Path, options: Any) -> None:
+    source, output = TINY / "openai-tf", tmp_path / "out"
+    checkpoint = gptconvert.open_checkpoint(source)
+    calls: list[Callable[[], object]] = [
+        lambda: gptconvert.open_checkpoint(source, options),
+        lambda: gptconvert.inspect(source, options),
+        lambda: gptconvert.plan(checkpoint, options),
+        lambda: gptconvert.convert(source, output, options),
+        lambda: gptconvert.convert(checkpoint, output, options),
+        lambda: gptconvert.verify_export(source, tmp_path, options),
+    ]
+    for call in calls:
+        with pytest.raises(gptconvert.errors.UsageError, match=r"gptconvert\.Options"):
+            call()
+
+
+def test_paths_may_be_bytes(tmp_path: Path) -> None:
+    options: Any = gptconvert.Options(verify=None)
+    result = gptconvert.convert(bytes(TINY / "openai-tf"), bytes(tmp_path / "out"), options)  # type: ignore[arg-type]
+    assert result.output == str(tmp_path / "out")
+
+
+def test_options_are_values() -> None:
+    options = gptconvert.Options(targets=("onnx", "tf"), set_key=("a=1",))
+    assert pickle.loads(pickle.dumps(options)) == options == copy.deepcopy(options)
+    assert len({options, gptconvert.Options(), dataclasses.replace(options)}) == 2
+    with pytest.raises(gptconvert.errors.UsageError):
+        dataclasses.replace(options, dtype="int8")
+
+
+def test_in_threads_and_in_an_event_loop(tmp_path: Path) -> None:
+    """As in notebooks and servers: signal handlers exist in the main thread only."""
+
+    async def several() -> list[gptconvert.pipeline.Result]:
+        convert, options = gptconvert.convert, gptconvert.Options(verify=None)
+        here = convert(TINY / "openai-tf", tmp_path / "here", options)
+        names = ("a", "b", "c")
+        jobs = [asyncio.to_thread(convert, TINY / "openai-tf", tmp_path / name, options) for name in names]
+        return [here, *await asyncio.gather(*jobs)]
+
+    results = asyncio.run(several())
+    assert len({file.sha256 for result in results for file in result.files if file.path == "manifest.json"}) == 1

@@ -85,13 +85,15 @@ class LazyGroup(click.Group):
 
             near = difflib.get_close_matches(name, COMMANDS, 1)
             hint = f" Did you mean {near[0]}?" if near else f" Commands: {', '.join(COMMANDS)}."
+            if not near and ("/" in name or os.path.exists(name)):
+                hint = f" To convert it: gptconvert convert {printable(name)}"
             raise click.UsageError(f"No such command {printable(name)!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
 @click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="gptconvert")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="gptconvert", allow_from_autoenv=False)  # scripts set GPTCONVERT_VERSION
+@click.option("--debug", is_flag=True, allow_from_autoenv=False, help="Show the traceback of an error.")
 @click.pass_context
 def group(ctx: click.Context, debug: bool) -> None:
     """Convert GPT checkpoints to ONNX, safetensors and TensorFlow, and prove each export equal to its checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import os
@@ -14,7 +15,8 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from gptconvert.errors import UsageError
+from gptconvert.cli.output import note
+from gptconvert.errors import UsageError, printable
 from gptconvert.model.option_info import Group, OptionInfo, Stage, parse_size
 from gptconvert.model.options import DEFAULTS, FIELDS, INFO, Options
 from gptconvert.targets.registry import TARGETS
@@ -24,6 +26,8 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DISPLAY = "Display"
 #: Sections of the help, in order.
 GROUPS: tuple[str, ...] = (*get_args(Group), "Runtime", "Sampling", DISPLAY)
+#: Parameters that may be empty: the scope of names without a prefix.
+MAY_BE_EMPTY = ("prompt", "scope")
 #: Width of the flags column; longer flags get a line to themselves.
 FLAGS_WIDTH = 24
 #: Replaces "-" while lines are wrapped, so that flags and names are not split.
@@ -53,6 +57,36 @@ class Option(click.Option):
 
 class Command(click.Command):
     """A command whose help lists its options by section."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, unless a value is empty or a variable of the command names no option.
+
+        Raises:
+            click.UsageError: one of these, which mostly come from scripts with a misspelled or unset variable.
+        """
+        for parameter in self.get_params(ctx):
+            value = ctx.params.get(parameter.name or "")
+            if parameter.name not in MAY_BE_EMPTY and (value == "" or (isinstance(value, tuple) and "" in value)):
+                raise click.BadParameter("the text is empty; is a shell variable unset?", ctx, parameter)
+        self._check_variables(ctx)
+        return super().invoke(ctx)
+
+    def _check_variables(self, ctx: click.Context) -> None:
+        prefix, bare = f"{ctx.auto_envvar_prefix}_", f"{ctx.auto_envvar_prefix}".partition("_")[0]
+        flags = [max(p.opts, key=len) for p in self.get_params(ctx) if isinstance(p, Option)]
+        known = {variable(bare, flag): variable(prefix[:-1], flag) for flag in flags if flag != "--debug"}
+        for name in sorted(name for name, value in os.environ.items() if value):
+            if name.startswith(prefix) and name not in {*known.values(), f"{prefix}DEBUG"}:
+                ends = [each.removeprefix(prefix) for each in known.values()]
+                near = difflib.get_close_matches(name.removeprefix(prefix).removeprefix("NO_"), ends, 1)
+                hint = f" Did you mean {prefix}{near[0]}?" if near else ""
+                raise click.UsageError(
+                    f"{printable(name)} is set, but {ctx.info_name} has no such option.{hint}", ctx
+                )
+            if name in known:
+                note(
+                    f"{name} is set and has no effect; the variable is {known[name]}", ctx.params.get("quiet", False)
+                )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}

@@ -60,7 +60,7 @@ class OptionInfo:
         """
         if self.metavar == "SIZE" and isinstance(value, str):
             return parse_size(value)
-        if self.metavar in ("FILE", "DIR") and isinstance(value, os.PathLike):
+        if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if self.choices:
             if value not in self.choices:
@@ -70,13 +70,19 @@ class OptionInfo:
         if isinstance(default, tuple):
             if not isinstance(value, tuple | list) or not all(isinstance(each, str) and each for each in value):
                 raise ValueError("a tuple of text")
+            if default and not value:
+                raise ValueError("at least one")
             if self.metavar == "KEY=VALUE" and not all(each.partition("=")[0] and "=" in each for each in value):
                 raise ValueError("KEY=VALUE, such as n_head=12")
+            if self.metavar == "KEY=VALUE" and len({each.partition("=")[0] for each in value}) < len(value):
+                raise ValueError("each key once")
             return tuple(value)
         if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
             value = operator.index(value)  # NumPy's integers too
         if type(value) is not kind:
             raise ValueError({bool: "True or False", int: "a whole number", str: "text"}[kind])
+        if value == "" and self.flag != "--scope":  # names without a prefix
+            raise ValueError("text that is not empty")
         if isinstance(value, int) and value < self.minimum:
             raise ValueError(f"at least {self.minimum}")
         return value

@@ -31,6 +31,8 @@ _ONNX, _SAFETENSORS, _TF = frozenset({"onnx"}), frozenset({"safetensors"}), froz
 class Options:
     """How to open a checkpoint, what to write, and how.
 
+    Paths may be :class:`os.PathLike`, and sizes text such as ``5GB``; both are converted.
+
     Attributes:
         step: training step, if a directory holds several checkpoints.
         hparams: configuration file to use instead of the one next to the weights.
@@ -62,8 +64,6 @@ class Options:
         force: replace an existing output.
         allow_nonfinite: convert weights that contain NaN or infinities.
         strict: treat notes as errors.
-
-    Paths may be :class:`os.PathLike`, and sizes text such as ``5GB``; both are converted.
 
     Raises:
         UsageError: a value is of the wrong type, too small, or not among its field's choices.
@@ -373,6 +373,18 @@ class Options:
     def _entries(self) -> Iterator[tuple[str, OptionInfo, Any]]:
         for name in FIELDS:
             yield name, INFO[name], getattr(self, name)
+
+
+def as_options(options: Options | None) -> Options:
+    """``options``, or the defaults for None.
+
+    Raises:
+        UsageError: it is something else, such as a dictionary.
+    """
+    if options is not None and not isinstance(options, Options):
+        found = f"{type(options).__name__} {options!r}"[:80]
+        raise UsageError("options are of the wrong type", expected="gptconvert.Options(...)", found=found)
+    return options or Options()
 
 
 INFO: Mapping[str, OptionInfo] = {f.name: f.metadata["info"] for f in dataclasses.fields(Options)}

@@ -45,7 +45,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Raise :class:`Interrupted`, once, on SIGINT, SIGTERM or SIGHUP inside the context; restore the handlers afterwards.
+    """Raise :class:`Interrupted`, once, on one of these signals inside the context; restore the handlers afterwards.
 
     Ignored signals (``nohup``, background jobs) stay ignored. Does nothing outside the main thread, where Python does
     not run handlers.

@@ -140,3 +140,52 @@ def test_base_packages_are_known_under_their_distribution(monkeypatch: pytest.Mo
 
 def test_help_ends_with_the_address_of_the_documentation(capsys: Any) -> None:
     assert command(capsys, "--help").out.rstrip().splitlines()[-1].strip().startswith("Documentation: https://")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("GPTCONVERT_CONVERT_OPST", "Did you mean GPTCONVERT_CONVERT_OPSET?"),
+        ("GPTCONVERT_CONVERT_NO_KV_CACHE", "Did you mean GPTCONVERT_CONVERT_KV_CACHE?"),
+        ("GPTCONVERT_CONVERT_TARGETS", "convert has no such option."),
+    ],
+)
+def test_a_variable_of_no_option_is_an_error(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, hint: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    done = command(capsys, *CONVERT, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert f"{name} is set" in done.err
+    assert hint in done.err
+    assert command(capsys, "inspect", TINY / "openai-tf").code == 0
+
+
+def test_a_variable_without_a_command_is_noted(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTCONVERT_TO", "tf")
+    done = command(capsys, *CONVERT, "-o", tmp_path / "out")
+    assert done.code == 0
+    assert "note: GPTCONVERT_TO is set and has no effect; the variable is GPTCONVERT_CONVERT_TO" in done.err
+
+
+@pytest.mark.parametrize("value", ["1", "0.1.0", ""])
+def test_variables_that_scripts_use_themselves(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("GPTCONVERT_VERSION", value)
+    done = command(capsys, *CONVERT, "-o", tmp_path / "out")
+    assert (done.code, "unverified" in done.err, (tmp_path / "out").is_dir()) == (0, False, True)
+
+
+def test_debug_from_the_environment(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptconvert.errors import InputError
+
+    monkeypatch.setenv("GPTCONVERT_DEBUG", "yes, please")
+    with pytest.raises(InputError):
+        command(capsys, "inspect", "no/such/path")
+
+
+def test_repeated_values_from_the_environment(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTCONVERT_INSPECT_SET", "n_head=2 n_head_is=text")
+    done = command(capsys, "inspect", TINY / "openai-tf")
+    assert "n_head_is" in done.err

@@ -193,3 +193,31 @@ def test_invalid_sizes(text: str) -> None:
 
     with pytest.raises(click.BadParameter):
         size_in_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", ""),
+        ("convert", "{source}", "-o", ""),
+        *(("convert", "{source}", f"--{flag}", "") for flag in ("hparams", "revision", "cache-dir", "weights-file")),
+        *(("convert", "{source}", f"--{flag}", "") for flag in ("adapter", "base", "ignore-key", "set", "task")),
+        ("verify", "{source}", ""),
+        ("generate", "", "x"),
+    ],
+)
+def test_empty_text_is_refused(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """From ``-o "$OUT"`` in a script that never set OUT."""
+    monkeypatch.chdir(tmp_path)
+    done = command(capsys, *(word.replace("{source}", str(TINY / "openai-tf")) for word in words))
+    assert done.code == 2
+    assert "the text is empty" in done.err or "--task" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_path_of_a_checkpoint_instead_of_a_command(capsys: Any) -> None:
+    done = command(capsys, TINY / "openai-tf", "--to", "onnx")
+    assert done.code == 2
+    assert f"gptconvert convert {TINY / 'openai-tf'}" in done.err

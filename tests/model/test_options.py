@@ -35,6 +35,10 @@ from gptconvert.model.options import DEFAULTS, FIELDS, Options
         ("strict", None, "True or False"),
         ("hparams", 3, "text"),
         ("weights_file", b"x", "text"),
+        ("weights_file", "", "not empty"),
+        ("hparams", "", "not empty"),
+        ("targets", (), "at least one"),
+        ("set_key", ("n_head=3", "n_head=4"), "each key once"),
     ],
 )
 def test_wrong_values_are_refused_by_name(name: str, value: Any, expected: str) -> None:
@@ -48,11 +52,14 @@ def test_values_are_converted(tmp_path: Path) -> None:
     options = Options(
         hparams=tmp_path / "x.json",  # type: ignore[arg-type]
         cache_dir=tmp_path,  # type: ignore[arg-type]
+        weights_file=Path("x.bin"),  # type: ignore[arg-type]
+        scope="",
         max_shard_size="5MB",  # type: ignore[arg-type]
         n_head=np.int64(3),  # type: ignore[arg-type]
         targets=["onnx", "tf"],  # type: ignore[arg-type]
     )
     assert (options.hparams, options.cache_dir) == (str(tmp_path / "x.json"), str(tmp_path))
+    assert (options.weights_file, options.scope) == ("x.bin", "")
     assert (options.max_shard_size, options.n_head, options.targets) == (5_000_000, 3, ("onnx", "tf"))
     assert type(options.n_head) is int
     assert options == Options(**{name: getattr(options, name) for name in FIELDS})
