@@ -7,17 +7,21 @@ from typing import Any
 import click
 
 from gptconvert.cli.options import DEBUG, JSON, Command, Decorator, own, quieten
-from gptconvert.cli.output import emit, print_json
+from gptconvert.cli.output import emit, note, print_json
 from gptconvert.targets.registry import RUNTIMES
 
 RUNTIME, SAMPLING = "Runtime", "Sampling"
+EPILOG = """\b
+Greedy unless --temperature, --top-k, --top-p or --seed is given.
+Put -- before DIRECTORY if the prompt begins with a hyphen.
+"""
 
 
 def _sampling(flag: str, kind: Any, metavar: str, text: str, **settings: Any) -> Decorator:
     return own(flag, type=kind, metavar=metavar, help=text, group=SAMPLING, show_default=True, **settings)
 
 
-@click.command(cls=Command, epilog="Greedy unless --temperature, --top-k, --top-p or --seed is given.")
+@click.command(cls=Command, epilog=EPILOG)
 @click.argument("directory", type=click.Path())
 @click.argument("prompt")
 @own(
@@ -63,9 +67,11 @@ def generate(
     if as_json:
         text = "".join(running.pieces)
         fields = {"prompt": prompt, "text": text, "prompt_ids": running.prompt, "ids": running.ids}
-        print_json({"ok": True, **fields})
-        return
-    emit(prompt, nl=False)
-    for piece in running.pieces:
-        emit(piece, nl=False)
-    emit()
+        print_json({"ok": True, **fields, "stopped": running.stopped})
+    else:
+        emit(prompt, nl=False)
+        for piece in running.pieces:
+            emit(piece, nl=False)
+        emit()
+    if running.stopped == "context":
+        note(f"stopped after {len(running.ids)} tokens: the context of {running.n_ctx} tokens is full")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gptconvert.errors import UsageError
 
 Floats = NDArray[np.float32]
 
@@ -20,6 +23,9 @@ class Sampling:
         top_k: keep this many best tokens; None for all.
         top_p: keep the smallest set of best tokens whose probabilities add up to this; None for all.
         seed: of the random generator.
+
+    Raises:
+        UsageError: the temperature is negative or not finite, or ``top_p`` is outside (0, 1].
     """
 
     max_new_tokens: int = 50
@@ -27,6 +33,12 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError("invalid", item="--temperature", expected="a number from 0 on", found=self.temperature)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError("invalid", item="--top-p", expected="a number above 0, up to 1", found=self.top_p)
 
 
 def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> int:

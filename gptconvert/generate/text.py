@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptconvert.containers.untrusted import no_such_path
 from gptconvert.errors import InputError, UsageError
 from gptconvert.generate.sampling import Sampling, choose
 from gptconvert.model.generation import GENERATION_CONFIG, SpecialIds, special_ids
 from gptconvert.targets.context import context_length
 from gptconvert.targets.registry import RUNTIMES, target_named
 from gptconvert.targets.target import Runtime
+
+DIRECTORY = "pass the directory that gptconvert wrote"
 
 
 def continuation(
@@ -43,11 +46,22 @@ class Continued:
         prompt: the prompt's token ids.
         pieces: pieces of text, generated when consumed; concatenated, they are the continuation.
         ids: new token ids, filled while ``pieces`` is consumed.
+        n_ctx: context length of the model.
+        limit: most new tokens.
     """
 
     prompt: tuple[int, ...]
     pieces: Iterator[str]
     ids: list[int]
+    n_ctx: int
+    limit: int
+
+    @property
+    def stopped(self) -> str:
+        """Why the continuation ended, once ``pieces`` is consumed."""
+        if len(self.ids) >= self.limit:
+            return "max_new_tokens"
+        return "context" if len(self.prompt) + len(self.ids) >= self.n_ctx else "end_of_text"
 
 
 def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "onnx") -> Continued:
@@ -56,9 +70,11 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     Raises:
         InputError: the directory lacks the artifact, config.json or tokenizer.json, or one of its files is broken.
         UnsupportedError: the runtime is not installed, or the model cannot generate.
-        UsageError: the prompt is empty or fills the context.
+        UsageError: the prompt is empty, fills the context or is not UTF-8.
     """
     from tokenizers import Tokenizer
+
+    _check(directory, prompt)
 
     tokenizer_path = os.path.join(directory, "tokenizer.json")
     config = _read_json(os.path.join(directory, "config.json"))
@@ -93,7 +109,18 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
                     shown = text
         yield text[len(shown) :]
 
-    return Continued(tuple(ids), pieces(), new)
+    return Continued(tuple(ids), pieces(), new, n_ctx, sampling.max_new_tokens)
+
+
+def _check(directory: str, prompt: str) -> None:
+    if not os.path.lexists(directory):
+        raise no_such_path(directory, hub=False)
+    if not os.path.isdir(directory):
+        raise InputError("not a directory", path=directory, hint=DIRECTORY)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not UTF-8 text", hint="convert it first: iconv -f latin1 -t utf-8") from None
 
 
 def _load(directory: str, config: Mapping[str, object], runtime: str) -> Runtime:
@@ -118,7 +145,7 @@ def _read_json(path: str) -> Mapping[str, object]:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
     except FileNotFoundError:
-        raise InputError("no such file", path=path, hint="DIR is a directory written by gptconvert") from None
+        raise InputError("no such file", path=path, hint=DIRECTORY) from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot be read as JSON: {error}", path=path) from error
     if not isinstance(value, dict):

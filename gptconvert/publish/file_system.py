@@ -228,8 +228,7 @@ class FileSystem:
                 # The owner may have removed the file between our open and our lock, which is then useless.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                        os.ftruncate(descriptor, 0)
-                        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+                        self._sign(path, descriptor)
                         return descriptor
             except BlockingIOError:
                 os.close(descriptor)
@@ -238,6 +237,16 @@ class FileSystem:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+
+    def _sign(self, path: str, descriptor: int) -> None:
+        """Write this process's id to its lock file; remove the file if that fails, as on a full disk."""
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        except OSError:
+            with suppress(OSError):
+                self.remove_file(path)
+            raise
 
     def unlock(self, path: str, descriptor: int) -> None:
         """Remove the lock file while it is locked, then release the lock."""

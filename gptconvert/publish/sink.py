@@ -16,6 +16,13 @@ from gptconvert.publish.file_system import ALIGNMENT, FileSystem
 from gptconvert.publish.io_settings import DEFAULT_IO, IoSettings
 from gptconvert.publish.source_reader import SourceReader, truncated_error
 
+#: Hints for errors that free space does not cure.
+HINTS = {
+    errno.EFBIG: "the file system, or `ulimit -f`, limits the size of a file: choose another disk, or for "
+    "safetensors a smaller --max-shard-size",
+    errno.EDQUOT: "your disk quota is full: free some space, or choose an output on another disk",
+}
+
 
 class Sink:
     """A file being written. The writing thread calls its methods, except :meth:`abandon`.
@@ -122,7 +129,7 @@ class Sink:
                 path=self.file.path,
                 expected=f"{self.file.nbytes} bytes",
                 found=f"{self.position} bytes written, {free} bytes free",
-                hint="free some space, or choose an output on another disk",
+                hint=HINTS.get(error.errno or 0, "free some space, or choose an output on another disk"),
             ) from error
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from gptconvert.containers.untrusted import no_such_path
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.sources.advice import refuse_archive
 from gptconvert.targets.openai_tf.verify import is_openai_folder
 from gptconvert.targets.target import Candidate
 
@@ -33,10 +34,12 @@ def find_candidates(checkpoint: Checkpoint, path: str) -> list[Candidate]:
         raise no_such_path(path, hub=False)
     found = list(_in_directory(path) if os.path.isdir(path) else _file(path))
     if not found:
+        refuse_archive(path)
         raise UnsupportedError(
             "no artifact to verify",
             path=path,
             expected=f"*.onnx, onnx/*.onnx, {' or '.join(SAFETENSORS)}, saved_model/",
+            hint="pass a directory that holds one of these, or the file itself",
         )
     return [Candidate(target, artifact, shown_as, checkpoint) for target, artifact, shown_as in found]
 

@@ -194,10 +194,12 @@ def _group_dict(group: Group, figures: bool) -> dict[str, object]:
 def _package_lines(package: PackageReport) -> list[str]:
     if not package.files:
         return []
-    one = len(package.files) == 1
-    count = "1 file" if one else f"{len(package.files)} files"
-    verdict = f"disagree{'s' * one}{_mark(False)}" if package.problems else f"agree{'s' * one}"
-    return [f"checksums, configuration and tokenizer: {count} {verdict}", *_some(package.problems)]
+    files, wrong = len(package.files), len({problem.partition(": ")[0] for problem in package.problems})
+    count = f"{files} file{'s' * (files > 1)}"
+    verdict = f"{wrong} of {count} disagree{'s' * (wrong == 1)}{_mark(False)}"
+    if not wrong:
+        verdict = f"{count} agree{'s' * (files == 1)}"
+    return [f"checksums, configuration and tokenizer: {verdict}", *_some(package.problems)]
 
 
 def _artifact_lines(artifact: ArtifactReport, verbose: bool) -> list[str]:

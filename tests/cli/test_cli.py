@@ -296,3 +296,17 @@ def test_verify_of_a_missing_artifact(capsys: Capture, tmp_path: Path) -> None:
     assert f"{tmp_path}/exprt: no such file or directory" in done.err
     assert f"did you mean {tmp_path}/export?" in done.err
     assert "hub" not in done.err
+
+
+def test_verify_of_other_files(capsys: Capture, tmp_path: Path) -> None:
+    import tarfile
+
+    with tarfile.open(tmp_path / "export.tar.gz", "w:gz") as archive:
+        archive.add(TINY / "openai-tf", "export")
+    packed = command(capsys, "verify", TINY / "openai-tf", tmp_path / "export.tar.gz")
+    assert packed.code == 4
+    assert "unpack it" in packed.err
+    (tmp_path / "model.onnx_data").write_bytes(b"x")
+    data = command(capsys, "verify", TINY / "openai-tf", tmp_path / "model.onnx_data")
+    assert data.code == 4
+    assert "hint: pass a directory" in data.err

@@ -6,13 +6,14 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from gptconvert.cli.generate import generate as command
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.generate.sampling import Sampling
 from gptconvert.generate.text import Continued, generate
 from gptconvert.model.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from gptconvert.targets.registry import RUNTIMES, target_named
 from gptconvert.targets.safetensors import plan as safetensors
 from gptconvert.targets.saved_model import plan as saved_model
 from gptconvert.targets.target import Runtime
+from tests.commands import command as run_command
 from tests.families.witness import Case, reference
 from tests.targets.saved_model.support import understood, write
 
@@ -128,6 +130,7 @@ def test_missing_artifact(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load(name, tmp_path, {"n_positions": 40})
     assert str(tmp_path) in str(caught.value)
+    assert f"--to {RUNTIMES[name]}" in str(caught.value.hint)
 
 
 def test_model_without_a_language_head(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -137,3 +140,46 @@ def test_model_without_a_language_head(tmp_path: Path, tmp_path_factory: pytest.
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_inner": 56, "tie_word_embeddings": False}))
     with pytest.raises(UnsupportedError, match="feature-extraction cannot generate"):
         load("torch", tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "flag"),
+    [
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"temperature": float("inf")}, "--temperature"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"top_p": float("nan")}, "--top-p"),
+        ({"top_p": 0.0}, "--top-p"),
+    ],
+)
+def test_numbers_that_choose_nothing(fields: dict[str, float], flag: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Sampling(**fields)  # type: ignore[arg-type]
+    assert caught.value.item == flag
+
+
+def test_a_prompt_that_is_not_utf8(export: Path) -> None:
+    with pytest.raises(UsageError, match="not UTF-8"):
+        generate(str(export), "w5 \udcff", Sampling(1), "torch")
+
+
+def test_a_directory_that_is_not_one(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or directory"):
+        generate(str(tmp_path / "nothere"), "w5", Sampling(1))
+    with pytest.raises(InputError, match="not a directory"):
+        generate(str(export / "config.json"), "w5", Sampling(1))
+
+
+def test_why_a_continuation_ended(capsys: Any, export: Path, tmp_path: Path) -> None:
+    shutil.copytree(export, tmp_path / "export")
+    config = json.loads((export / "config.json").read_text())
+    words = ["generate", tmp_path / "export", " ".join(f"w{i}" for i in PROMPT), "--runtime", "torch", "--json"]
+    (tmp_path / "export" / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    few = run_command(capsys, *words, "--max-new-tokens", 3)
+    full = run_command(capsys, *words, "--max-new-tokens", 1000)
+    (tmp_path / "export" / "config.json").write_text(json.dumps({**config, "eos_token_id": full.json["ids"][0]}))
+    ended = run_command(capsys, *words)
+    assert [done.json["stopped"] for done in (few, full, ended)] == ["max_new_tokens", "context", "end_of_text"]
+    assert len(full.json["ids"]) == config["n_positions"] - len(PROMPT)
+    note = "note: stopped after 35 tokens: the context of 40 tokens is full"
+    assert [note in done.err for done in (few, full, ended)] == [False, True, False]

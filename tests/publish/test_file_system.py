@@ -84,3 +84,11 @@ class TestLock:
         assert len(opened) == 2
         assert os.path.samestat(os.fstat(descriptor), os.stat(path))
         os.close(descriptor)
+
+
+def test_a_lock_that_cannot_be_signed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk."""
+    monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        OS.lock(str(tmp_path / "lock"))
+    assert not list(tmp_path.iterdir())

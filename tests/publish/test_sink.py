@@ -112,3 +112,14 @@ class TestDirectIo:
         with pytest.raises(OutputError, match="No space left"):
             write_files(str(tmp_path), [large], cached=False, settings=small_blocks(full))
         assert full.switched == [(True, True)]
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"), [(errno.EFBIG, "--max-shard-size"), (errno.EDQUOT, "quota"), (errno.ENOSPC, "free some space")]
+)
+def test_the_hint_fits_the_error(tmp_path: Path, large: PlannedFile, code: int, hint: str) -> None:
+    full = FileSystem()
+    full.allocate = failing(code)  # type: ignore[method-assign]
+    with pytest.raises(OutputError) as caught:
+        write_files(str(tmp_path), [large], settings=IoSettings(full))
+    assert hint in str(caught.value.hint)

@@ -68,4 +68,9 @@ def find_onnx(directory: str) -> str:
         found = sorted(glob.glob(os.path.join(glob.escape(directory), pattern)))
         if found:
             return found[0]
-    raise InputError("no ONNX graph here", path=directory, expected="onnx/model.onnx")
+    raise InputError(
+        "no ONNX graph here",
+        path=directory,
+        expected="onnx/model.onnx",
+        hint="convert with --to onnx, or choose another --runtime",
+    )

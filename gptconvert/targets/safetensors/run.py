@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.errors import UnsupportedError
+from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.families.registry import understand
 from gptconvert.model.options import Options
 from gptconvert.sources.hf import format as hf
+from gptconvert.sources.hf.files import could_be_weights
 
 Floats = NDArray[np.float32]
 
@@ -22,6 +24,9 @@ class TorchRuntime:
         from gptconvert.verify.truth import tensor_of
         from reference_model.model import GPT, KeyValue
 
+        if not any(map(could_be_weights, os.listdir(directory))):
+            hint = "convert with --to safetensors, or choose another --runtime"
+            raise InputError("no weights here", path=directory, expected="model.safetensors", hint=hint)
         checkpoint = understand(hf.FORMAT.open(directory, Options()), Options())
         if checkpoint.config.task != "text-generation":
             raise UnsupportedError(f"a model for {checkpoint.config.task} cannot generate", path=directory)

@@ -22,7 +22,12 @@ class TensorFlowRuntime:
     def __init__(self, directory: str, config: Mapping[str, object]) -> None:
         path = os.path.join(directory, "saved_model")
         if not os.path.isfile(os.path.join(path, "saved_model.pb")):
-            raise InputError("no SavedModel here", path=directory, expected="saved_model/saved_model.pb")
+            raise InputError(
+                "no SavedModel here",
+                path=directory,
+                expected="saved_model/saved_model.pb",
+                hint="convert with --to tf, or choose another --runtime",
+            )
         self.n_ctx = context_length(config)
         self.process = TensorFlowProcess()
         try:

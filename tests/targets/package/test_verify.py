@@ -153,7 +153,7 @@ def test_verify_fails_and_says_where(capsys: Any, export: Path) -> None:
     (export / "model.safetensors").unlink()
     done = command(capsys, "verify", TRAINED, export)
     assert done.code == 5
-    assert "checksums, configuration and tokenizer: 6 files disagree  FAIL" in done.out
+    assert "checksums, configuration and tokenizer: 1 of 6 files disagrees  FAIL" in done.out
     assert "15 of 15 probe groups" not in done.out  # a failure shows every group
     found = command(capsys, "verify", TRAINED, export, "--json").json
     assert found["verification"]["package"]["ok"] is False
