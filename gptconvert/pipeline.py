@@ -30,6 +30,7 @@ from gptconvert.publish.manifest import (
     manifest_files,
     snapshot,
 )
+from gptconvert.publish.replaceable import deletion_notes
 from gptconvert.publish.source_scan import sha256_of
 from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
@@ -147,14 +148,18 @@ def plan(checkpoint: Checkpoint | str | os.PathLike[str], options: Options | Non
     return Plan(checkpoint, options, exports, sidecar_files(exports, options, tokenizer), notes)
 
 
-def check_output(planned: Plan, output: str | os.PathLike[str]) -> None:
-    """Check that a plan could be published at ``output``; write nothing.
+def check_output(planned: Plan, output: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Check that a plan could be published at ``output``; write nothing. Returns notes about what it would replace.
 
     Raises:
         OutputError: the output is refused, or the files would not fit.
+        InputError: there are notes, and ``strict`` is set.
     """
     staging = Staging(output, inputs=_inputs(planned.checkpoint), force=planned.options.force)
     staging.require_space(planned.nbytes)
+    notes = deletion_notes(staging.output)
+    _refuse_notes(notes, planned.options)
+    return notes
 
 
 def _inputs(checkpoint: Checkpoint) -> list[str]:
@@ -202,6 +207,8 @@ def convert(
     check_tied(checkpoint)
     with signals.raising(), Staging(output, inputs=_inputs(checkpoint), force=options.force) as staging:
         staging.require_space(planned.nbytes)
+        deleted = deletion_notes(staging.output)
+        _refuse_notes(deleted, options)
         progress.stage("writing", planned.nbytes)
         written = write_and_digest(
             staging.path,
@@ -218,7 +225,7 @@ def convert(
         described = _describe(planned, written, staging.path, report)
         check_inputs_unchanged(before)
         staging.publish()
-    notes = (*planned.notes, *written.notes, *(report.notes if report else ()), *staging.notes)
+    notes = (*planned.notes, *deleted, *written.notes, *(report.notes if report else ()), *staging.notes)
     return Result(output, planned.exports[0].checkpoint, (*written.files, *described), report, notes)
 
 

@@ -485,3 +485,20 @@ def test_60_missing_tensorflow_names_the_extra(tmp_path: Path, capsys: Any, monk
     assert outcome.code == 4
     assert "tensorflow" in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["convert", "hf", "inspect"])
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("https://huggingface.co/distilgpt2", "gptconvert hf distilgpt2"),
+        ("https://huggingface.co/EleutherAI/pythia-70m/tree/main", "gptconvert hf EleutherAI/pythia-70m"),
+        ("file:///models/x", "download it, and pass the path"),
+        ("https://example.org/model.safetensors", "download it, and pass the path"),
+    ],
+)
+def test_urls(form: str, url: str, hint: str, capsys: Any) -> None:
+    done = command(capsys, form, url, *(["--dry-run"] if form != "inspect" else []))
+    assert done.code == 3
+    assert f"{url}: a URL, not a path" in done.err
+    assert hint in done.err

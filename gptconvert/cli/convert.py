@@ -74,11 +74,11 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(source, chosen, format=format)
     if given["dry_run"]:
         planned = pipeline.plan(checkpoint)
-        pipeline.check_output(planned, output)
-        for text in planned.notes:
+        notes = [*planned.notes, *pipeline.check_output(planned, output)]
+        for text in notes:
             note(text, quiet)
         if as_json:
-            print_json({"ok": True, "dry_run": True, "output": output, **planned.as_dict()})
+            print_json({"ok": True, "dry_run": True, "output": output, **planned.as_dict(), "notes": notes})
         else:
             emit(describe_plan(planned, output))
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Iterable
 
@@ -164,6 +165,10 @@ def no_such_path(path: str, *, hub: bool = True) -> InputError:
         path: the path.
         hub: whether a hub repository could be given instead.
     """
+    url = re.match(r"\w+://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+(?:/[^/?#]+)?))?", path)
+    if url is not None:
+        hub_hint = f"pass the name of the repository: gptconvert hf {url[1]}" if url[1] else None
+        return InputError("a URL, not a path", path=path, hint=hub_hint or "download it, and pass the path")
     hint = similar_path(path) or ("or name a hub repository: org/name" if hub else None)
     return InputError("no such file or directory", path=path, hint=hint)
 
