@@ -158,10 +158,11 @@ def _explained(error: BaseException) -> tuple[GptConvertError, int]:
     missing = _missing_package(error)
     if missing is not None:
         return missing, UnsupportedError.exit_code
-    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
-        code, hint = SYSTEM_ERRORS[error.errno]
+    known = SYSTEM_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and known is not None:
+        code, hint = known
         kind = OutputError if code == OutputError.exit_code else GptConvertError
-        return kind(os.strerror(error.errno), path=error.filename, hint=hint), code
+        return kind(error.strerror or "failed", path=error.filename, hint=hint), code
     hint = "this is a bug in gptconvert; please rerun with --debug and report it"
     return GptConvertError(f"{type(error).__name__}: {error}", hint=hint), 1
 

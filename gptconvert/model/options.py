@@ -375,16 +375,18 @@ class Options:
             yield name, INFO[name], getattr(self, name)
 
 
-def as_options(options: Options | None) -> Options:
+def as_options(options: object) -> Options:
     """``options``, or the defaults for None.
 
     Raises:
         UsageError: it is something else, such as a dictionary.
     """
-    if options is not None and not isinstance(options, Options):
-        found = f"{type(options).__name__} {options!r}"[:80]
-        raise UsageError("options are of the wrong type", expected="gptconvert.Options(...)", found=found)
-    return options or Options()
+    if options is None:
+        return Options()
+    if isinstance(options, Options):
+        return options
+    found = f"{type(options).__name__} {options!r}"[:80]
+    raise UsageError("options are of the wrong type", expected="gptconvert.Options(...)", found=found)
 
 
 INFO: Mapping[str, OptionInfo] = {f.name: f.metadata["info"] for f in dataclasses.fields(Options)}
