@@ -102,13 +102,13 @@ class _Tensors:
 
     def _dtype(self, name: str, entry: Entry) -> np.dtype[np.generic]:
         dtype, swapped = DTYPES.get(entry.data_type), self.index.big_endian
-        if dtype is None or (swapped and dtype.kind == "V"):  # ml_dtypes supports native byte order only
+        if dtype is None:
             raise UnsupportedError(
-                f"{'big-endian ' if swapped else ''}values of data type {entry.data_type} are not supported",
+                f"values of data type {entry.data_type} are not supported",
                 path=self.index.path,
                 item=name,
             )
-        return dtype.newbyteorder(">") if swapped else dtype
+        return dtype.newbyteorder(">") if swapped and dtype.itemsize > 1 else dtype
 
     def _joined(self, name: str, entry: Entry) -> LazyTensor:
         """The pieces of a partitioned variable, concatenated along the axis it was split on."""

@@ -15,6 +15,7 @@ from gptconvert.model.quantised import refuse_other_types, types_of
 from gptconvert.model.schemes import Bound, Drop, Scheme, canonical_shapes, concrete, expand, sizes_of, to_canonical
 from gptconvert.model.shards import Merge, Parts, merge_parts
 from gptconvert.model.tensors import LazyTensor, Shape, filled
+from gptconvert.model.transforms import in_native_order
 from reference_model.config import ConfigError, GPTConfig
 
 
@@ -23,7 +24,7 @@ class Resolved:
     """A file's tensors, with parts joined.
 
     Attributes:
-        weights: by canonical name, in canonical layout.
+        weights: by canonical name, in canonical layout and native byte order.
         tensors: by the file's names.
         prefix: of the file's body names.
         dropped: name of each tensor left out → the reason.
@@ -143,7 +144,8 @@ def resolve(
             layers=config.n_layer,
         )
     reasons = {name: drop.why for name, drop in dropped.items()}
-    return Resolved(matching.weights, tensors, prefix, reasons, (*notes, *mixed, *_drop_notes(dropped)))
+    weights = {name: in_native_order(weight) for name, weight in matching.weights.items()}
+    return Resolved(weights, tensors, prefix, reasons, (*notes, *mixed, *_drop_notes(dropped)))
 
 
 class _Matching:

@@ -114,6 +114,11 @@ def cast(tensor: LazyTensor, dtype: np.dtype[np.generic]) -> LazyTensor:
     return Cast(tensor, dtype)
 
 
+def in_native_order(tensor: LazyTensor) -> LazyTensor:
+    """The same values in the machine's byte order. A big-endian tensor is no longer copied raw."""
+    return cast(tensor, tensor.dtype.newbyteorder("="))
+
+
 class Transform(Protocol):
     """One step between a file's layout and the canonical one. ``sizes`` maps symbols of shapes (V, D …) to sizes."""
 

@@ -307,12 +307,10 @@ def test_bad_entry(tmp_path: Path, name: str) -> None:
         read_bundle(made.write_entries(tmp_path, (b"x", value)))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head"), [(29, {}), (11, {}), (99, {}), (0, {}), (14, {"endianness": 1})], ids=str
-)  # int4, qint8, unknown, unset, big-endian bfloat16
-def test_unsupported_data_type_is_named(tmp_path: Path, dtype: int, head: dict[str, int]) -> None:
+@pytest.mark.parametrize("dtype", [29, 11, 99, 0])  # int4, qint8, unknown, unset
+def test_unsupported_data_type_is_named(tmp_path: Path, dtype: int) -> None:
     with pytest.raises(UnsupportedError, match=f"data type {dtype}") as caught:
-        read_bundle(made.write_entries(tmp_path, (b"h/x", made.entry(dtype, (2,), size=4)), **head))
+        read_bundle(made.write_entries(tmp_path, (b"h/x", made.entry(dtype, (2,), size=4))))
     assert caught.value.item == "h/x"
 
 
