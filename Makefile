@@ -8,7 +8,7 @@ DEMO_OUTPUT := demo-out
 OLD_ONNXRUNTIME := $(addprefix $(VENV)/onnxruntime-,1.16.3 1.17.3 1.18.1)
 space := $(subst ,, )
 
-.PHONY: demo test test-fast test-old-onnxruntime test-web lint docs bench bench-scale fixtures clean
+.PHONY: campaign demo test test-fast test-old-onnxruntime test-web lint docs bench bench-scale fixtures clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/base: pyproject.toml constraints.txt
@@ -58,6 +58,9 @@ test-web: $(VENV)/dev tests/web/node_modules  ## Run exports in onnxruntime-web 
 
 docs: $(VENV)/dev  ## Write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py
+
+campaign: $(VENV)/dev  ## Search for faults with damaged and hostile files for two hours; QUICK=1 takes four minutes
+	$(BIN)/python -m campaigns $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/dev  ## Compare speed with cp and PyTorch; needs about 30 GB of disk
 	$(BIN)/python -m benchmarks

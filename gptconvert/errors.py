@@ -29,9 +29,15 @@ def install_hint(extra: str) -> str:
     return "pip install " + " ".join(f"'{requirement}'" for requirement in EXTRAS[extra])
 
 
+#: Longest line of a message, in characters: names come from untrusted files.
+MAX_LINE = 4000
+
+
 def printable(text: object) -> str:
-    """``text`` on one line, with control characters escaped: names come from untrusted files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    """``text`` on one line of limited length, with control characters escaped: names come from untrusted files."""
+    whole = str(text)
+    shown = whole if len(whole) <= MAX_LINE else f"{whole[: MAX_LINE - 1]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 class GptConvertError(Exception):
@@ -102,6 +108,10 @@ class InputError(GptConvertError):
 
     exit_code = 3
     kind = "input"
+
+
+class UnforeseenError(InputError):
+    """Reading failed with an exception that the reader does not foresee: the cause of this error."""
 
 
 class UnsupportedError(GptConvertError):

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from typing import Any
 
+from gptconvert.containers.untrusted import boundary
 from gptconvert.errors import UsageError
 from gptconvert.families.registry import family_named, understand
 from gptconvert.model.checkpoint import Checkpoint
@@ -35,7 +36,8 @@ def open_checkpoint(
         source, options = _adapted(source, options, options.base)
     opened = open_source(source, options, format=format)
     directory = source if os.path.isdir(source) else None
-    return understand(dataclasses.replace(opened, directory=directory), options)
+    with boundary(source, opened.format):
+        return understand(dataclasses.replace(opened, directory=directory), options)
 
 
 def _adapted(adapter: str, options: Options, base: str) -> tuple[str, Options]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gptconvert.containers.untrusted import boundary
 from gptconvert.errors import InputError, UnsupportedError, VerificationError
 from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.inspection import open_checkpoint
@@ -140,7 +141,8 @@ def plan(checkpoint: Checkpoint | str | os.PathLike[str], options: Options | Non
     options = checkpoint.options if options is None else as_options(options).opened_with(checkpoint.options)
     targets = targets_for(options.targets, checkpoint)
     options.check_targets()
-    tokenizer, notes = tokenizer_files(checkpoint)
+    with boundary(checkpoint.source.path, "a tokenizer"):
+        tokenizer, notes = tokenizer_files(checkpoint)
     checkpoint = with_special_ids(checkpoint, tokenizer)
     exports = tuple(export for target in targets for export in target.plan(checkpoint, options))
     notes = (*checkpoint.notes, *notes, *(note for export in exports for note in export.notes))

@@ -22,7 +22,7 @@ from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, 
 #: Filters built into HDF5. All others are plug-ins, and plug-ins are code.
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32"}
 #: Limits on an attribute: names, and characters per name.
-MAX_NAMES, MAX_NAME = 100_000, 1024
+MAX_NAMES, MAX_NAME = 20_000, 1024
 #: Maximum nesting of groups.
 MAX_DEPTH = 32
 #: Maximum bytes per chunk: reading one element decompresses its whole chunk.

@@ -18,23 +18,35 @@ from gptconvert.errors import InputError
 
 #: Maximum nesting depth: the limit of the parser inside the safetensors library.
 MAX_DEPTH = 127
+#: Maximum number of commas and opening brackets, which bounds the values to build: 200 bytes and a microsecond each.
+#: The safetensors header of a model of 1000 tensors has 9000.
+MAX_VALUES = 1_000_000
+
+
+_INT64 = 1 << 63
 
 
 class _BadJsonError(ValueError):
     """A fault found by the parser's hooks; the message describes it."""
 
 
-def parse_json(data: bytes, path: str | os.PathLike[str], what: str) -> object:
+def parse_json(data: bytes, path: str | os.PathLike[str], what: str, max_values: int = MAX_VALUES) -> object:
     """The value of the JSON document ``data``.
 
     Args:
         data: the document, UTF-8 without a byte order mark.
         path: the file it came from, used in error messages.
         what: the document's name in error messages (``safetensors header``).
+        max_values: maximum number of commas and opening brackets.
 
     Raises:
-        InputError: not UTF-8, not JSON, a duplicate key, a number beyond the range of a double, or nested too deep.
+        InputError: not UTF-8, not JSON, a duplicate key, a number beyond the range of a double, nested too deep, or
+            too many values.
     """
+    values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if values > max_values:
+        expected, found = f"at most {max_values} commas and brackets", str(values)
+        raise InputError(f"{what} has too many values", path=path, expected=expected, found=found)
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -56,8 +68,10 @@ def parse_json(data: bytes, path: str | os.PathLike[str], what: str) -> object:
     return value
 
 
-def read_json_object(path: str | os.PathLike[str], limit: int, what: str) -> dict[str, object]:
-    """The JSON object in the file ``path``, which may have at most ``limit`` bytes.
+def read_json_object(
+    path: str | os.PathLike[str], limit: int, what: str, max_values: int = MAX_VALUES
+) -> dict[str, object]:
+    """The JSON object in the file ``path``, which may have at most ``limit`` bytes and ``max_values`` values.
 
     Raises:
         UnsafeInputError: not a regular file.
@@ -69,7 +83,7 @@ def read_json_object(path: str | os.PathLike[str], limit: int, what: str) -> dic
     explained = None if data.lstrip()[:1] == b"{" else explain_bytes(data[:512], allow={"text"})
     if explained is not None:
         raise InputError(f"{what} {explained}", path=path)
-    value = parse_json(data, path, what)
+    value = parse_json(data, path, what, max_values)
     if not isinstance(value, dict):
         raise InputError(
             f"{what} holds the wrong kind of value", path=path, expected="a JSON object", found=kind(value)
@@ -112,10 +126,14 @@ def _number(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
-    """An integer; ``-0`` becomes a float, as in parsers with separate types for signed and unsigned integers."""
-    if len(text) > 300:
-        _number(text)
-    return -0.0 if text == "-0" else int(text)
+    """An integer; ``-0``, and one beyond 64 bits, becomes a float, as in parsers with types for 64-bit integers.
+
+    Larger integers could also be chosen to have the same hash, which makes sets of them quadratic.
+    """
+    if text == "-0" or len(text) > 21:
+        return _number(text)
+    value = int(text)
+    return value if -_INT64 <= value < 2 * _INT64 else float(value)
 
 
 def _check_values(value: object) -> None:

@@ -3,8 +3,8 @@
 A file is a sequence of blocks and a 48-byte footer with the address of the index block. Each block is followed by its
 compression type (1 byte) and masked CRC-32C (4 bytes, over the block and the type).
 
-Reading takes time and memory in proportion to the file size: overlapping blocks are refused, and so are keys whose
-shared prefixes expand too far.
+Time and memory are bounded: overlapping blocks are refused, and so are too many entries, keys whose shared prefixes
+expand too far, and compressed blocks that do.
 
 Sources: LevelDB ``doc/table_format.md``; tensorflow/core/lib/io/table_builder, whose files :func:`write_table`
 reproduces byte for byte.
@@ -26,6 +26,9 @@ _UNCOMPRESSED, _SNAPPY = 0, 1
 #: Maximum total size of the expanded keys, in multiples of the file size. Writers store a full key at least every 16
 #: entries, so a valid file stays below a quarter of it.
 MAX_EXPANSION = 64
+#: Maximum total size of the expanded keys, and of the decompressed blocks, in bytes; and number of entries. An index
+#: of 100 000 tensors takes about 10 MB.
+MAX_KEYS, MAX_BLOCKS, MAX_ENTRIES = 64 << 20, 64 << 20, 100_000
 #: TensorFlow's settings: bytes of keys and values at which a block ends, and entries per full key.
 BLOCK_BYTES = 262_144
 RESTART_INTERVAL = 16
@@ -53,10 +56,11 @@ def read_table(data: bytes) -> Iterator[Row]:
 
 
 class _Table:
-    """One table file, and the number of bytes by which its keys may still expand."""
+    """One table file, the number of bytes by which its keys may still expand, and its further budgets."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.budget = data, MAX_EXPANSION * len(data)
+        self.data, self.budget = data, min(MAX_EXPANSION * len(data), MAX_KEYS)
+        self.blocks, self.entries_left, self.elements = MAX_BLOCKS, MAX_ENTRIES, snappy.Elements()
 
     def index(self) -> tuple[int, int]:
         """Offset and size of the index block, which lists the addresses of the data blocks."""
@@ -83,7 +87,11 @@ class _Table:
             raise MalformedError(f"is damaged: checksum mismatch in the block of {size} bytes at {offset}")
         if kind not in (_UNCOMPRESSED, _SNAPPY):
             raise MalformedError(f"has a block of unknown compression type {kind}")
-        return snappy.decompress(data[offset:end]) if kind == _SNAPPY else data[offset:end]
+        if kind == _UNCOMPRESSED:
+            return data[offset:end]
+        block = snappy.decompress(data[offset:end], self.blocks, self.elements)
+        self.blocks -= len(block)
+        return block
 
     def entries(self, offset: int, size: int) -> Iterator[Row]:
         """(key, value) pairs of one block. Restart points are for binary search and not needed here."""
@@ -103,7 +111,12 @@ class _Table:
                 raise MalformedError("has an entry that extends past its block")
             self.budget -= shared + unshared
             if self.budget < 0:
-                raise MalformedError(f"has keys that expand to more than {MAX_EXPANSION} times the file size")
+                raise MalformedError(
+                    f"has keys that expand to more than {MAX_EXPANSION} times the file size, or {MAX_KEYS} bytes"
+                )
+            self.entries_left -= 1
+            if self.entries_left < 0:
+                raise MalformedError(f"has more than {MAX_ENTRIES} entries")
             key = key[:shared] + block[at : at + unshared]
             at += unshared
             yield key, block[at : at + length]

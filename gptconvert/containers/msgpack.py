@@ -22,7 +22,7 @@ from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import LazyTensor, Segment, Stored
 
 MAX_DEPTH = 64
-MAX_ITEMS = 1_000_000
+MAX_ITEMS = 500_000
 MAX_KEY = 1024
 MAX_RANK = 32
 #: Extension types of flax.

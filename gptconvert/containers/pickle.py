@@ -9,19 +9,25 @@ Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 
 from __future__ import annotations
 
+import math
 import pickletools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import BinaryIO, cast
 
 from gptconvert.errors import InputError, UnsafeInputError
 
 #: Maximum bytes of pickle read from one file: the names and shapes of the largest GPT take less than 1 MiB.
 MAX_BYTES = 64 << 20
-#: Maximum number of opcodes executed (one or two seconds of work).
-MAX_OPCODES = 2_000_000
-_MAX_INTEGER = 1 << 128
+#: Maximum number of opcodes executed, about two seconds of work: a tensor takes about 30.
+MAX_OPCODES = 600_000
+#: Maximum size of the object if every shared part were copied: characters, and values in containers.
+MAX_EXPANDED = 64 << 20
+#: Integers from here on are refused; and as keys of a dictionary, those whose hash is not the number itself: they can
+#: be chosen so that all keys collide.
+_MAX_INTEGER, _MAX_KEY = 1 << 128, 1 << 60
 
 RESAVE = "in an environment where you trust the file: torch.save(model.state_dict(), 'pytorch_model.bin')"
 
@@ -78,8 +84,12 @@ def load_pickle(file: BinaryIO, rules: Rules, path: str) -> object:
 
     Dictionaries and ordered dictionaries become ``dict``, sets become lists in undefined order.
 
+    The object has no cycles, and is small even if every shared part is copied: code that walks it or prints it takes
+    bounded time.
+
     Raises:
-        UnsafeInputError: the pickle uses a global or an opcode that ``rules`` do not allow, or is too long.
+        UnsafeInputError: the pickle uses a global or an opcode that ``rules`` do not allow, or is too long or expands
+            too far.
         InputError: the pickle is damaged or truncated.
     """
     machine = _Machine(rules, path)
@@ -94,7 +104,45 @@ def load_pickle(file: BinaryIO, rules: Rules, path: str) -> object:
         raise InputError(f"pickle is damaged: {error}", path=path) from error
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
         raise InputError(f"pickle is damaged ({error})", path=path) from error
+    if _expanded_size(machine.result) > MAX_EXPANDED:
+        raise UnsafeInputError("pickle refused: it contains itself, or the same large part very often", path=path)
     return machine.result
+
+
+def _expanded_size(value: object) -> float:
+    """The size of ``value`` if every shared part were copied, in time proportional to what is stored.
+
+    Infinite if it contains itself. Without recursion: nesting may be as deep as the pickle is long.
+    """
+    sizes: dict[int, float] = {}  # of containers by identity; infinite until all their parts are measured
+    stack: list[tuple[object, bool]] = [(value, False)]
+    while stack:
+        node, measured = stack.pop()
+        if measured:
+            sizes[id(node)] = 1 + sum(_size_of(part, sizes) for part in _parts(node))
+        elif isinstance(node, (dict, list, tuple)) and id(node) not in sizes:
+            sizes[id(node)] = math.inf
+            stack.append((node, True))
+            stack += [(part, False) for part in _parts(node)]
+    return _size_of(value, sizes)
+
+
+def _parts(container: object) -> Iterable[object]:
+    return (
+        chain(container.keys(), container.values())
+        if isinstance(container, dict)
+        else cast("list[object]", container)
+    )
+
+
+def _size_of(value: object, containers: Mapping[int, float]) -> float:
+    return 1 + len(value) if isinstance(value, (str, bytes)) else containers.get(id(value), 1)
+
+
+def describe(value: object) -> str:
+    """A value of a pickle for messages: plain values shortened, containers by type. They may be huge once printed."""
+    plain = value is None or isinstance(value, (str, bytes, int, float, Global))
+    return f"{value!r:.40}" if plain else type(value).__name__
 
 
 class _Bounded:
@@ -132,6 +180,8 @@ class _Machine:
         self.result: object = None
         #: A class outside the rules, whose instance the next opcodes must build from attributes alone.
         self.pending: Global | None = None
+        #: Attributes that may still be set: the same ones can be set again and again.
+        self.attributes = MAX_OPCODES
 
     def step(self, name: str, argument: object) -> None:
         if self.pending is not None and name not in _MEMOS and name != "EMPTY_TUPLE":
@@ -239,6 +289,9 @@ class _Machine:
         """Set attributes on an object. Those of dictionaries (``_metadata``) and placeholders are discarded."""
         state, target = self.pop(), self.top()
         if isinstance(target, Attributes) and isinstance(state, dict):
+            self.attributes -= len(state)
+            if self.attributes < 0:
+                raise UnsafeInputError("pickle refused: too many attributes", path=self.path)
             if not _MODULE_ATTRIBUTES.isdisjoint(state):
                 raise UnsafeInputError(
                     "file holds a whole pickled model object", path=self.path, hint=f"save the weights, {RESAVE}"
@@ -277,6 +330,8 @@ def _pairs(values: list[object]) -> dict[str | int | None, object]:
     for key, value in zip(values[::2], values[1::2], strict=True):
         if key is not None and not isinstance(key, (str, int)):
             raise RefusedError(f"a dictionary key of type {type(key).__name__}")
+        if isinstance(key, int) and abs(key) >= _MAX_KEY:
+            raise RefusedError(f"a dictionary key of more than {_MAX_KEY.bit_length() - 1} bits")
         found[key] = value
     return found
 

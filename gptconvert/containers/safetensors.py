@@ -1,6 +1,6 @@
 """The safetensors container: 8 bytes of header length, a JSON header, then the tensors packed without gaps.
 
-Only the header is read. The checks are those of the official library plus three more (see :func:`read_safetensors`),
+Only the header is read. The checks are those of the official library plus a few more (see :func:`read_safetensors`),
 and messages name the tensor and the byte. Written files are identical to the library's: compact JSON padded with
 spaces to a multiple of 8, tensors in the library's order.
 Format: https://github.com/huggingface/safetensors#format
@@ -24,6 +24,10 @@ from gptconvert.model.tensors import LazyTensor, Segment, Shape, Stored, TensorS
 
 #: Maximum header length in bytes, set by the format.
 MAX_HEADER = 100_000_000
+#: Maximum number of tensors: a GPT has 16 per layer.
+MAX_TENSORS = 50_000
+#: numpy's limit on the number of axes.
+MAX_RANK = 64
 _PREFIX = 8
 _U64 = 1 << 64
 
@@ -60,8 +64,9 @@ class _Entry:
 def read_safetensors(path: str | os.PathLike[str]) -> TensorSet:
     """The tensors of one safetensors file, in the order of their bytes; only its header is read.
 
-    Stricter than the official library in three ways: the header must begin with ``{`` (as the format demands), a key
-    must not occur twice in an object (the library takes the last), and a tensor must not be described by a JSON list.
+    Stricter than the official library: the header must begin with ``{`` (as the format demands), a key must not occur
+    twice in an object (the library takes the last), a tensor must not be described by a JSON list, it has at most 64
+    axes, and a file has at most :data:`MAX_TENSORS`.
 
     Raises:
         InputError: the file is not a safetensors file, or is damaged.
@@ -130,6 +135,9 @@ def _read_header(path: str, size: int) -> tuple[dict[str, object], int]:
         raise InputError(f"cannot be read ({error.strerror})", path=path) from error
     if not fits or data[:1] != b"{":
         raise _not_safetensors(path, size, prefix, length, data)
+    count = data.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
+        raise InputError("too many tensors", path=path, expected=f"at most {MAX_TENSORS}", found=count)
     header = parse_json(data, path, "safetensors header")
     if not isinstance(header, dict):
         raise InputError("safetensors header holds the wrong kind of value", path=path, expected="an object")
@@ -182,8 +190,9 @@ def _entry(name: str, info: object, path: str) -> _Entry:
     if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in UNSUPPORTED_BITS):
         known = " ".join((*DTYPES, *UNSUPPORTED_BITS))
         raise InputError("unknown dtype", path=path, item=name, expected=f"one of {known}", found=repr(dtype)[:80])
-    if not _whole_numbers(shape):
-        raise InputError("wrong shape", path=path, item=name, expected="whole numbers ≥ 0", found=repr(shape)[:80])
+    if not _whole_numbers(shape) or len(shape) > MAX_RANK:
+        expected = f"at most {MAX_RANK} whole numbers ≥ 0"
+        raise InputError("wrong shape", path=path, item=name, expected=expected, found=repr(shape)[:80])
     if not _whole_numbers(offsets) or len(offsets) != 2:
         expected = "two whole numbers ≥ 0"
         raise InputError("wrong data_offsets", path=path, item=name, expected=expected, found=repr(offsets)[:80])

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gptconvert.containers.protobuf import MalformedError, read_varint
 
+#: Maximum number of elements (literals and copies) in all blocks of a file, about a second of work.
+MAX_ELEMENTS = 1_000_000
+#: Maximum size of a decompressed block.
+MAX_BYTES = 64 << 20
 
-def decompress(data: bytes) -> bytes:
+
+@dataclass
+class Elements:
+    """The number of elements that the blocks of one file may still have."""
+
+    left: int = MAX_ELEMENTS
+
+
+def decompress(data: bytes, limit: int = MAX_BYTES, elements: Elements | None = None) -> bytes:
     """The decompressed content of one block.
 
     A block is a sequence of literals and copies of 1 to 64 bytes of earlier output, so the output is at most about
-    30 times the input. The declared length is only compared with the result; memory is never allocated from it.
+    30 times the input. Memory is never allocated from the declared length; decompression stops where the output
+    exceeds it.
+
+    Args:
+        data: the block.
+        limit: maximum declared length in bytes.
+        elements: budget of elements, shared by the blocks of a file.
 
     Raises:
-        MalformedError: truncated, a copy from before the start, or a length other than the declared one.
+        MalformedError: truncated, a copy from before the start, a length other than the declared one, or beyond a
+            limit.
     """
     length, at = read_varint(data, 0, 32)
-    output = bytearray()
-    while at < len(data):
+    if length > limit:
+        raise MalformedError(f"has a compressed block that declares {length} bytes, more than {limit}")
+    elements, output = elements or Elements(), bytearray()
+    while at < len(data) and len(output) <= length:
+        elements.left -= 1
+        if elements.left < 0:
+            raise MalformedError(f"has compressed blocks of more than {MAX_ELEMENTS} elements")
         tag, at = data[at], at + 1
         if tag & 3 == 0:
             count, at = _literal_length(data, at, tag >> 2)
@@ -30,9 +56,10 @@ def decompress(data: bytes) -> bytes:
                 raise MalformedError("has a compressed block that copies from before its start")
             start = len(output) - back
             piece = output[start : start + count]  # shorter than count if the copy overlaps its own output
-            output += (piece * (count // len(piece) + 1))[:count]
+            output += piece if back >= count else (piece * (count // back + 1))[:count]
     if len(output) != length:
-        raise MalformedError(f"has a compressed block of {len(output)} bytes that declares {length} bytes")
+        found = f"more than {length}" if len(output) > length else len(output)
+        raise MalformedError(f"has a compressed block of {found} bytes that declares {length} bytes")
     return bytes(output)
 
 

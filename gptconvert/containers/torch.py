@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from gptconvert.containers.pickle import MAX_BYTES, RESAVE, Opaque, load_pickle
+from gptconvert.containers.pickle import MAX_BYTES, RESAVE, Opaque, describe, load_pickle
 from gptconvert.containers.torch_objects import ByteOrder, torch_rules
 from gptconvert.containers.untrusted import explain_file, file_size, read_head
 from gptconvert.containers.zip import Member, read_members
@@ -222,7 +222,7 @@ def _read_legacy(file: BinaryIO, path: str) -> TorchFile:
         raise InputError("this Python pickle was not written by torch.save", path=path, hint=f"save it {RESAVE}")
     protocol, _machine = load_pickle(file, rules, path), load_pickle(file, rules, path)
     if protocol != _LEGACY_PROTOCOL:
-        raise UnsupportedError("unknown protocol", path=path, expected=_LEGACY_PROTOCOL, found=f"{protocol!r:.40}")
+        raise UnsupportedError("unknown protocol", path=path, expected=_LEGACY_PROTOCOL, found=describe(protocol))
     start = file.tell()
     load_pickle(file, rules, path)
     keys = load_pickle(file, rules, path)

@@ -13,7 +13,16 @@ from typing import Literal, TypeGuard, cast
 
 import numpy as np
 
-from gptconvert.containers.pickle import RESAVE, Attributes, Global, Opaque, RefusedError, Rules, ordered_dict
+from gptconvert.containers.pickle import (
+    RESAVE,
+    Attributes,
+    Global,
+    Opaque,
+    RefusedError,
+    Rules,
+    describe,
+    ordered_dict,
+)
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import (
@@ -136,7 +145,7 @@ def _storage(path: str, locate: Locate, identity: object) -> Storage:
             "storages that are views of others are not supported", path=path, hint=f"save it {RESAVE}"
         )
     if not _is_count(elements):
-        raise RefusedError(f"storage {key} has {elements!r:.40} elements")
+        raise RefusedError(f"storage {key} has {describe(elements)} elements")
     dtype = None if kind in _UNTYPED else _dtype(kind.name, STORAGES.get(kind.name, ""), path)
     return Storage(key, locate(key, elements, 1 if dtype is None else dtype.itemsize), dtype)
 
@@ -176,7 +185,8 @@ def _rebuild(byte_order: ByteOrder, dtype_at: int | None, arguments: tuple[objec
         raise RefusedError("a tensor whose size and stride do not match")
     if not all(_is_count(n) for n in (offset, *size, *stride)) or math.prod(size) >= _MAX_ELEMENTS:
         raise RefusedError(
-            f"a tensor of offset {offset!r:.40}, size {_short(size)}, stride {_short(stride)}: negative or too large"
+            f"a tensor of offset {describe(offset)}, size {_short(size)}, stride {_short(stride)}: "
+            "negative or too large"
         )
     return _view(storage, dtype.newbyteorder(byte_order), cast("int", offset), size, stride)
 
@@ -259,4 +269,4 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _short(values: Sequence[object]) -> str:
-    return repr(tuple(values))[:80]
+    return f"({', '.join(map(describe, values))})"[:80]

@@ -12,9 +12,10 @@ import difflib
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 
-from gptconvert.errors import UNFINISHED, GptConvertError, InputError, UnsafeInputError
+from gptconvert.errors import UNFINISHED, GptConvertError, InputError, UnforeseenError, UnsafeInputError
 
 _HEAD_BYTES = 512
 _TAR_MAGIC_AT = 257
@@ -263,6 +264,35 @@ def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
             return file.read(limit + 1)[:limit]
     except OSError as error:
         raise InputError(f"cannot be read ({_reason(error)})", path=path) from error
+
+
+@contextmanager
+def boundary(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """The boundary of all code that reads a checkpoint: no exception of the block but our own passes it.
+
+    A damaged file can make any line of a reader, and of the libraries that it uses, fail. Such a failure is the
+    file's, not the conversion's.
+
+    Args:
+        path: what is read.
+        what: its format (``Hugging Face, PyTorch``).
+
+    Raises:
+        UnforeseenError: instead of an exception of another class, which is its cause. Interrupts and missing packages
+            are raised unchanged.
+    """
+    try:
+        yield
+    except (GptConvertError, KeyboardInterrupt, SystemExit, GeneratorExit, ImportError):
+        raise
+    except BaseException as error:  # not Exception: panics of Rust libraries have a class of their own
+        reason = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"[:300]
+        raise UnforeseenError(
+            f"cannot be read as {what} ({reason})",
+            path=path,
+            hint="the file is probably damaged: fetch it again. If other programs read it, report this with the "
+            "traceback that --debug shows",
+        ) from error
 
 
 def _is_text(head: bytes) -> bool:

@@ -21,6 +21,8 @@ from gptconvert.model.tensors import Segment
 
 #: Maximum size of a central directory in bytes; a member takes about 100.
 MAX_DIRECTORY = 64 << 20
+#: Maximum number of members. Each is located with a read of its own; a file of 100 000 tensors has as many.
+MAX_MEMBERS = 100_000
 
 _END = struct.Struct("<4s4H2LH")  # disks ×2, entries ×2, directory size and offset, comment length
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -82,14 +84,22 @@ def _read_directory(file: BinaryIO, size: int, path: str) -> list[_Entry]:
     if nbytes > MAX_DIRECTORY:
         expected, found = f"at most {MAX_DIRECTORY} bytes", f"{nbytes} bytes"
         raise UnsafeInputError("zip central directory is too long", path=path, expected=expected, found=found)
+    if count > MAX_MEMBERS:
+        raise UnsafeInputError(
+            "zip archive has too many members", path=path, expected=f"at most {MAX_MEMBERS}", found=count
+        )
     file.seek(offset)
     data = file.read(nbytes)
-    entries, position = [], 0
-    while position < len(data):
+    entries, position = list[_Entry](), 0
+    while position < len(data) and len(entries) <= count:
         entry, position = _parse_entry(data, position, path)
         entries.append(entry)
     if len(entries) != count:
-        raise _damaged(path, f"central directory declares {count} members but lists {len(entries)}")
+        raise _damaged(
+            path,
+            f"central directory declares {count} members but lists "
+            f"{'more' if len(entries) > count else len(entries)}",
+        )
     return entries
 
 

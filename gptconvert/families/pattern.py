@@ -7,7 +7,7 @@ only ``attention_types``.
 from __future__ import annotations
 
 from gptconvert.errors import InputError
-from gptconvert.model.config_table import Values, per_layer
+from gptconvert.model.config_table import MAX_LAYERS, Values, per_layer
 from reference_model.config import GPTConfig
 
 #: The released pattern.
@@ -59,12 +59,12 @@ def windows(values: Values, key: str = "window_size") -> tuple[int | None, ...]:
 
 def expanded(types: object, layers: int) -> list[str] | None:
     """[[["global", "local"], 2]] → ["global", "local", "global", "local"]; None if it is malformed or too long."""
-    kinds: list[str] = []
+    kinds, layers = list[str](), min(layers, MAX_LAYERS)
     for item in types if isinstance(types, list) else [None]:
         if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], list):
             return None
         pattern, times = item
-        if not isinstance(times, int) or len(pattern) * times > layers:
+        if not isinstance(times, int) or len(kinds) + len(pattern) * times > layers:
             return None
         kinds += pattern * times
     return kinds

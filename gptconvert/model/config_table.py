@@ -34,6 +34,8 @@ ADVICE: Final[Mapping[str, str]] = {
 }
 #: One more than the layer limit of a configuration, so that a damaged count is rejected before it exhausts memory.
 MAX_LAYERS: Final = 10_001
+#: Most keys that one message lists.
+MAX_LISTED: Final = 50
 
 
 @dataclass(frozen=True)
@@ -198,10 +200,12 @@ class Reading:
         left = [key for key in self.raw if key not in table.handled and not table.is_harmless(key)]
         unknown = {key for key in left if key not in unused and self.raw[key] is not None}
         selected = [key for key in left if key in unused and not _same(self.raw[key], unused[key])]
-        rejected = [key for key in left if key in unknown.union(selected)]
+        refused = unknown.union(selected)
+        rejected = [key for key in left if key in refused]
         if rejected:
-            listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in rejected)
-            flags = " ".join(f"--ignore-key {key}" for key in rejected)
+            listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in rejected[:MAX_LISTED])
+            listed += f" and {len(rejected) - MAX_LISTED} more" if len(rejected) > MAX_LISTED else ""
+            flags = " ".join(f"--ignore-key {key}"[:120] for key in rejected[:MAX_LISTED])
             known = "; ".join(ADVICE.get(key, f"{key} would change the logits") for key in selected)
             raise UnsupportedError(
                 f"configuration keys not implemented: {listed}",

@@ -73,6 +73,10 @@ CAUSES: tuple[Cause, ...] = (
 )
 
 
+#: Most names of one kind that a message lists; most names, and longest, among which a similar one is sought.
+MAX_LISTED, MAX_COMPARED = 100, 200
+
+
 class MismatchError(InputError):
     """Tensors that are missing, unexpected or mis-shaped; lists all of them.
 
@@ -156,11 +160,14 @@ def _lines(
     missing: Collection[str], unexpected: Collection[str], misshaped: Collection[tuple[str, Shape, Shape]]
 ) -> list[str]:
     """What is wrong, one line for each name with the layer numbers folded."""
-    lines, strange = ["the tensors do not match the configuration"], collapse(unexpected)
-    for name in collapse(missing):
-        near = difflib.get_close_matches(name, strange, 1, 0.75)
+    lines, absent, strange = ["the tensors do not match the configuration"], collapse(missing), collapse(unexpected)
+    close = [name for name in strange[:MAX_COMPARED] if len(name) <= MAX_COMPARED]  # difflib takes quadratic time
+    for name in absent[:MAX_LISTED]:
+        near = difflib.get_close_matches(name, close, 1, 0.75)
         lines.append(f"  missing     {name}" + (f"   (did you mean {near[0]}?)" if near else ""))
-    lines += [f"  unexpected  {name}" for name in strange]
+    lines += [f"  unexpected  {name}" for name in strange[:MAX_LISTED]]
+    more = {"missing": len(absent) - MAX_LISTED, "unexpected": len(strange) - MAX_LISTED}
+    lines += [f"  {what}: {count} more" for what, count in more.items() if count > 0]
     by_shape: dict[tuple[Shape, Shape], list[str]] = {}
     for name, expected, found in misshaped:
         by_shape.setdefault((expected, found), []).append(name)

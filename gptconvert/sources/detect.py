@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptconvert.containers.torch import SUFFIXES, read_if_torch, read_torch
-from gptconvert.containers.untrusted import entries, explain_file, is_regular, no_such_path, read_head
+from gptconvert.containers.untrusted import boundary, entries, explain_file, is_regular, no_such_path, read_head
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError, UsageError
 from gptconvert.model.names import collapse
 from gptconvert.model.options import Options
@@ -57,20 +57,23 @@ def open_source(path: str | os.PathLike[str], options: Options, format: str | No
         UnsafeInputError: not a regular file, or a file that tries to run code.
     """
     path = os.fspath(path)
-    if format in (None, openai_tf.FORMAT.name):
-        path = _own_output(path)
-    return with_inventory(_open(path, options, format), path, options)
+    named = None if format is None else _format_named(format)
+    with boundary(path, "a checkpoint" if named is None else named.title):
+        if format in (None, openai_tf.FORMAT.name):
+            path = _own_output(path)
+        return with_inventory(_open(path, options, named), path, options)
 
 
-def _open(path: str, options: Options, format: str | None) -> Source:
+def _open(path: str, options: Options, named: Format[Any] | None) -> Source:
     """The source, before the inventory of its directory."""
-    if format is not None:
-        return _format_named(format).open(path, options)
+    if named is not None:
+        return named.open(path, options)
     found = detect(path, options)
     if found is not None:
         form, located = found
         form.check_options(path, options)
-        return form.read(located, options)
+        with boundary(path, form.title):
+            return form.read(located, options)
     if os.path.lexists(path):
         raise _unrecognised(path)
     if hub.is_repo_id(path) and not _in_local_directory(path):

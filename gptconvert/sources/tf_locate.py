@@ -23,7 +23,7 @@ MAX_STATE_BYTES = 16 << 20
 SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")
 _DATA = re.compile(r"(.+)\.data-[0-9]{5}-of-[0-9]{5}", re.DOTALL)
 _STEP = re.compile(r"(.*)-([0-9]{1,18})", re.DOTALL)
-_LATEST = re.compile(rb"""^\s*model_checkpoint_path\s*:\s*(["'])((?:\\.|(?!\1)[^\\\n])*)\1""", re.MULTILINE)
+_LATEST = re.compile(rb"""^[ \t]*model_checkpoint_path\s*:\s*(["'])((?:\\.|(?!\1)[^\\\n])*)\1""", re.MULTILINE)
 _ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{1,2})|([0-7]{1,3})|(.))", re.DOTALL)
 _RESAVE = "load it in TensorFlow and save the weights with tf.compat.v1.train.Saver().save(session, PREFIX)"
 

@@ -104,6 +104,35 @@ def test_23_the_attack_is_real(tmp_path: Path) -> None:
 
 
 TOO_LONG = "UnsafeInputError", "pickle refused: too long"
+TOO_LARGE = "UnsafeInputError", "it contains itself, or the same large part very often"
+#: Lists made empty, each put twice into the one before: their sizes are known only at the end.
+FILLED_LATER = (
+    b"".join(b"]q%c" % i for i in range(60))
+    + b"".join(b"h%c(h%ch%ce" % (i, i + 1, i + 1) for i in range(59))
+    + b"h\x00"
+)
+#: A tensor whose size contains a tuple that doubles.
+SIZE_OF_DOUBLED = (
+    b"\x80\x02]" + b"q\x00h\x00h\x00\x86" * 60 + b"q\x01"
+    b"0ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
+    b"X\x03\x00\x00\x00cpuK\x01tQK\x00h\x01\x85K\x01\x85tR."
+)
+#: The same attributes, set on one object again and again.
+SET_OFTEN = (
+    b"\x80\x02cargparse\nNamespace\n)\x81}("
+    + b"".join(b"J%sN" % struct.pack("<i", i) for i in range(20_000))
+    + b"uq\x000"
+    + b"h\x00b" * 100
+    + b"."
+)
+
+
+def colliding(count: int) -> bytes:
+    """A dictionary whose keys all have the hash 0: multiples of 2^61 - 1."""
+    keys = (((1 << 61) - 1) * i for i in range(1, count))
+    return b"\x80\x02}(" + b"".join(b"\x8a\x0a" + key.to_bytes(10, "little") + b"N" for key in keys) + b"u."
+
+
 NO_KEY = "InputError", "a dictionary key of type tuple"
 NO_VALUE = "InputError", "a value is missing"
 NO_TENSORS = "InputError", "no named tensors"
@@ -115,15 +144,25 @@ BOMBS: dict[str, tuple[bytes, tuple[str, str]]] = {
     "bytearray of 2^40": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"x.", TOO_LONG),
     "frame of 2^63": (b"\x80\x04\x95" + struct.pack("<Q", 1 << 63) + b".", NO_VALUE),
     "deep tuple as key": (b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.", NO_KEY),
-    "deep list": (b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b".", NO_TENSORS),
+    "deep list": (b"\x80\x02" + b"]" * 250_000 + b"a" * 249_999 + b".", NO_TENSORS),
+    "deep tuple": (b"\x80\x02N" + b"\x85" * 590_000 + b".", NO_TENSORS),
     "huge whole number": (
         b"\x80\x02\x8b" + struct.pack("<i", 4 << 20) + b"\x7f" * (4 << 20) + b".",
         ("InputError", "more than 128 bits"),
     ),
     "three million opcodes": (b"\x80\x02" + b"N0" * 1_500_000 + b"N.", TOO_LONG),
-    "doubling": (b"\x80\x02]" + b"2a2a" * 300_000 + b".", NO_TENSORS),
-    "one size, a hundred thousand times": (
-        b"\x80\x02](K\x01" + b"2" * 200_000 + b"tq\x000ctorch\nSize\nq\x010" + b"h\x01h\x00\x85R0" * 100_000 + b".",
+    "list in itself": (b"\x80\x02]" + b"2a2a" * 100_000 + b".", TOO_LARGE),
+    "doubling": (b"\x80\x02]" + b"q\x00h\x00h\x00\x86" * 60 + b".", TOO_LARGE),
+    "doubling, from the outside in": (b"\x80\x02" + FILLED_LATER + b".", TOO_LARGE),
+    "doubling in a size": (SIZE_OF_DOUBLED, ("InputError", "a tensor of offset 0, size (tuple)")),
+    "one long text, often": (
+        b"\x80\x02X\x00\x00\x10\x00" + b"x" * (1 << 20) + b"q\x000](" + b"h\x00" * 80 + b"e.",
+        TOO_LARGE,
+    ),
+    "keys of one hash": (colliding(60_000), ("InputError", "a dictionary key of more than 60 bits")),
+    "attributes, set often": (SET_OFTEN, ("UnsafeInputError", "too many attributes")),
+    "one size, fifty thousand times": (
+        b"\x80\x02](K\x01" + b"2" * 200_000 + b"tq\x000ctorch\nSize\nq\x010" + b"h\x01h\x00\x85R0" * 50_000 + b".",
         NO_TENSORS,
     ),
     "no stop": (b"\x80\x02]]]]", ("InputError", "exhausted")),
@@ -137,18 +176,19 @@ BOMBS: dict[str, tuple[bytes, tuple[str, str]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_cost_little(tmp_path: Path, name: str) -> None:
-    """Each runs in its own process, limited to 1 GiB of address space and a minute: a crash must not kill pytest."""
-    path = zip_of(tmp_path / "x.bin", BOMBS[name][0])
+    """Each runs in its own process, limited to 1 GiB of address space and ten seconds of processor time."""
+    path = zip_of(tmp_path / "x.bin", BOMBS[name][0], **{"data/0": bytes(4)})
     code = (
         "import resource, sys\n"
         "from gptconvert.errors import GptConvertError\n"
         "from gptconvert.containers.torch import read_torch\n"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (10, 10))\n"
         "try: read_torch(sys.argv[1])\n"
         "except GptConvertError as error: print(type(error).__name__, error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[-500:]
     kind, words = BOMBS[name][1]

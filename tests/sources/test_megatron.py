@@ -243,7 +243,7 @@ def test_arguments_are_read_as_plain_data(tmp_path: Path) -> None:
     loop: dict[str, Any] = {}
     loop["language_model"] = loop
     torch.save({"model": loop}, tmp_path / "model_optim_rng.pt")
-    with pytest.raises(UnsafeInputError, match="nested too deeply"):
+    with pytest.raises(UnsafeInputError, match="it contains itself"):
         opened(tmp_path)
     torch.save({"optimizer": 1}, tmp_path / "model_optim_rng.pt")
     with pytest.raises(InputError, match="not a Megatron-LM checkpoint"):

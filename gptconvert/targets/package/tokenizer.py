@@ -33,8 +33,11 @@ from gptconvert.targets.package.tokenizer_kinds import (
 
 #: Limit on file sizes, far above any real vocabulary.
 MAX_BYTES = 256 << 20
-#: Ids must fit int32, although the tokenizers library uses uint32.
-MAX_ID = 1 << 31
+#: Ids are below this: the tokenizers library takes time and memory in proportion to the largest.
+MAX_ID = 1 << 23
+MAX_MERGES = 1_000_000
+#: Limit on the commas and brackets of JSON: three of each merge and one of each token, of a million tokens.
+MAX_VALUES = 4_000_000
 VERSION_LINE = "#version: 0.2"
 #: Keys of tokenizer_config.json about the origin of the file rather than the tokenizer.
 LOCATIONS = frozenset("name_or_path special_tokens_map_file tokenizer_file is_local local_files_only".split())
@@ -125,7 +128,7 @@ def parse_vocabulary(data: bytes, path: str) -> dict[str, int]:
     Raises:
         InputError: not a JSON object of distinct non-negative integers.
     """
-    raw = parse_json(data, path, "vocabulary")
+    raw = parse_json(data, path, "vocabulary", MAX_VALUES)
     if not isinstance(raw, dict) or not raw:
         raise InputError("invalid vocabulary", path=path, expected="a JSON object of ids", found=repr(raw)[:80])
     return _checked_ids(raw, path)
@@ -146,6 +149,8 @@ def parse_merges(data: bytes, path: str) -> list[tuple[str, str]]:
         raise InputError(
             f"merges file is not UTF-8 text ({error.reason} at byte {error.start})", path=path
         ) from error
+    if (count := text.count("\n")) > MAX_MERGES:
+        raise InputError("too many merges", path=path, expected=f"at most {MAX_MERGES}", found=count)
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     while lines and not lines[-1]:
         lines.pop()
@@ -193,7 +198,7 @@ def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, 
     """Add the tokens of an ``added_tokens.json`` in the order of their ids, and check that they keep their ids."""
     from tokenizers import AddedToken
 
-    added = _checked_ids(read_json_object(path, MAX_BYTES, "added tokens"), path)
+    added = _checked_ids(read_json_object(path, MAX_BYTES, "added tokens", MAX_VALUES), path)
     for token, number in sorted(added.items(), key=lambda entry: entry[1]):
         is_special = token in special
         tokenizer.add_tokens([AddedToken(token, normalized=not is_special, special=is_special)])
@@ -211,7 +216,7 @@ def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, 
 def _copy(path: str, pair: _Pair | None) -> _Made:
     """Copy a ``tokenizer.json``, with vocab.json and merges.txt of the same content."""
     data = read_small(path, MAX_BYTES, "tokenizer.json")
-    raw = parse_json(data, path, "tokenizer.json")
+    raw = parse_json(data, path, "tokenizer.json", MAX_VALUES)
     tokenizer = _load(data, path)
     tokens = tokenizer.get_vocab(with_added_tokens=True)
     if not tokens:
@@ -257,7 +262,7 @@ def _checked_ids(raw: Mapping[str, object], path: str) -> dict[str, int]:
     for token, number in raw.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_ID:
             raise InputError(
-                "invalid id", path=path, item=token, expected="a non-negative integer", found=repr(number)[:80]
+                "invalid id", path=path, item=token, expected=f"0 to {MAX_ID - 1}", found=repr(number)[:80]
             )
         if number in owner:
             raise InputError(f"two tokens have the id {number}", path=path, found=f"{owner[number]!r} and {token!r}")

@@ -24,7 +24,7 @@ from gptconvert.model.generation import GENERATION_CONFIG, GENERATION_DEFAULTS, 
 from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE
 from gptconvert.targets.package.model_card import CARD_FILE
 from gptconvert.targets.package.sidecars import genai_config
-from gptconvert.targets.package.tokenizer import parse_merges, tokenizer_files
+from gptconvert.targets.package.tokenizer import MAX_VALUES, parse_merges, tokenizer_files
 from gptconvert.verify.report import PackageReport
 
 MAX_JSON_BYTES = 16 << 20
@@ -183,7 +183,7 @@ def _load(data: bytes) -> Any:
 def _vocabulary(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("vocab.json")
     if expected is not None:
-        own, found = json.loads(expected), read_json_object(path, MAX_TOKENIZER_BYTES, "vocabulary")
+        own, found = json.loads(expected), read_json_object(path, MAX_TOKENIZER_BYTES, "vocabulary", MAX_VALUES)
         differing = [token for token in own | found if own.get(token) != found.get(token)]
         if differing:
             token = differing[0]
