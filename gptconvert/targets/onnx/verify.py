@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +15,15 @@ from gptconvert.model.tensors import LazyTensor
 from gptconvert.publish.source_reader import StoppedError
 from gptconvert.targets.onnx.contract import check_contract
 from gptconvert.targets.onnx.file import OnnxFile, open_onnx
-from gptconvert.targets.onnx.foreign import pair_up, unplanned
+from gptconvert.targets.onnx.foreign import pair_up, unplanned, used_tensors
 from gptconvert.targets.onnx.localise import first_bad_block
 from gptconvert.targets.onnx.plan import NAME
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
 from gptconvert.targets.rotary import rotary_tables
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.background import half_the_cores, in_background, torch_threads
-from gptconvert.verify.foreign import as_stored, match_by_content
+from gptconvert.verify.content import match_by_content
+from gptconvert.verify.foreign import as_stored
 from gptconvert.verify.outputs import Group, OutputComparison
 from gptconvert.verify.probes import Probe, make_probes, waves
 from gptconvert.verify.report import ArtifactReport, RunReport
@@ -113,7 +115,8 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
     checkpoint = as_stored(candidate.checkpoint, file.initializers.values())
     if file.is_own:
         return checkpoint, *pair_up(file, checkpoint.weights, tables)
-    return checkpoint, match_by_content(file.initializers, checkpoint.weights), []
+    report, found = match_by_content(used_tensors(file), candidate.checkpoint)
+    return dataclasses.replace(checkpoint, weights={**checkpoint.weights, **found}), report, []
 
 
 class Runs:
