@@ -35,6 +35,8 @@ FEW_TOKENS = 8
 MOST_NOISE = 0.01
 #: Distance from 1 to the next number; unit roundoff is half of it.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+#: Numbers below this may be rounded to zero, whatever their relative error.
+UNDERFLOW = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,14 @@ class Errors:
         return cls(difference.square_().sum(1), largest)
 
     @classmethod
+    def widest(cls, yardsticks: Sequence[Tensor], truth: Tensor) -> Errors:
+        """Per token, the largest errors of several ``yardsticks`` [N, width] each."""
+        import torch
+
+        errors = [cls.of(values, truth) for values in yardsticks]
+        return cls(*(torch.stack(e).amax(0) for e in ([x.square for x in errors], [x.largest for x in errors])))
+
+    @classmethod
     def of_all(cls, pieces: Sequence[Errors]) -> Errors:
         """The errors of all ``pieces``, concatenated."""
         import torch
@@ -71,6 +81,7 @@ class Measure:
     Attributes:
         tensor: its name (``logits``, ``present.3.key``, ``h.3``).
         epsilon: of the computing type.
+        underflow: of the computing type.
         typical: root mean square of the truth over all probes. The few numbers of one group may be small by chance,
             while rounding errors scale with the terms of a sum, not with the sum.
         usual_rmse: the yardstick's rmse over all probes.
@@ -79,6 +90,7 @@ class Measure:
 
     tensor: str
     epsilon: float
+    underflow: float = 0.0
     typical: float = 0.0
     usual_rmse: float = 0.0
     usual_max: float = 0.0
@@ -116,7 +128,9 @@ class Measure:
     @property
     def floor(self) -> float:
         """Error allowed on top of the noise."""
-        return FLOOR_ROUNDINGS * self.epsilon * max(self._root(self.truth_square), self.typical)
+        return FLOOR_ROUNDINGS * max(
+            self.epsilon * self._root(self.truth_square), self.epsilon * self.typical, self.underflow
+        )
 
     @property
     def most_rmse(self) -> float:

@@ -24,7 +24,7 @@ from gptconvert.targets.target import Candidate
 from gptconvert.verify.background import half_the_cores, in_background, torch_threads
 from gptconvert.verify.content import match_by_content
 from gptconvert.verify.foreign import as_stored
-from gptconvert.verify.outputs import Group, OutputComparison
+from gptconvert.verify.outputs import Group, judge
 from gptconvert.verify.probes import Probe, make_probes, waves
 from gptconvert.verify.report import ArtifactReport, RunReport
 from gptconvert.verify.run_probes import run_probes
@@ -185,9 +185,16 @@ class Runs:
             alone.set()
             self.stage("computing the truth", 0)
             truth = computed.result()
-        OutputComparison(answers, self.binding.compute, truth, self.config, groups).judge()
 
-    def _truth(self, wave: Sequence[Probe], stop: threading.Event, alone: threading.Event) -> Truth:
+        def measure_noise(yardsticks: int) -> Truth:
+            self.stage("measuring the rounding noise", 0)
+            return self._truth(wave, threading.Event(), alone, yardsticks)
+
+        judge(answers, self.binding.compute, self.config, groups, truth, measure_noise)
+
+    def _truth(
+        self, wave: Sequence[Probe], stop: threading.Event, alone: threading.Event, yardsticks: int = 1
+    ) -> Truth:
         """Compute the truth on half of the cores, and on all once ``alone`` is set."""
         with torch_threads() as use:
 
@@ -197,4 +204,6 @@ class Runs:
                 use(half_the_cores() * (2 if alone.is_set() else 1))
 
             go_on()
-            return TruthPass(self.checkpoint, wave, self.binding.compute, presents=bool(self.binding.past)).run(go_on)
+            presents = bool(self.binding.past)
+            truth = TruthPass(self.checkpoint, wave, self.binding.compute, presents=presents, yardsticks=yardsticks)
+            return truth.run(go_on)
