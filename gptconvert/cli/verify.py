@@ -15,7 +15,7 @@ from gptconvert.errors import VerificationError
 @click.argument("source")
 @click.argument("artifact", type=click.Path())
 @options.options_of("source", "checkpoint")
-@options.options_of("run", only=("strict",))
+@options.options_of("run", only=("seed", "strict"))
 @options.own(
     "--full", is_flag=True, group="Verification", help="Test all lengths up to the context; slow for large models."
 )

@@ -197,13 +197,13 @@ class OutputComparison:
         measure.typical = max(measure.typical, typical)
         measure.usual_rmse = max(measure.usual_rmse, usual_rmse)
         measure.usual_max = max(measure.usual_max, usual_max)
-        square, largest = noise.square[row.tokens][only], noise.largest[row.tokens][only]
+        own = noise.at(row.tokens).at(only)
         for start in range(0, len(truth), AT_ONCE):
             some = slice(start, start + AT_ONCE)
             candidate, exact = tensor_of(np.ascontiguousarray(values[some])), truth[some]
-            measure.add(Errors.of(candidate, exact), Errors(square[some], largest[some]), exact)
+            measure.add(Errors.of(candidate, exact), own.at(some), exact)
             if name == "logits" and exact.shape[1] > 1:
-                group.similarity.add(candidate, exact, float(largest.max()))
+                group.similarity.add(candidate, exact, float(own.largest.max()))
 
     def _over_all(self, name: str) -> tuple[float, float, float]:
         """Root mean square of a tensor's truth, rmse and largest error of its yardstick, over all these probes."""

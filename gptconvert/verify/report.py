@@ -52,7 +52,8 @@ class ArtifactReport:
         path: relative to the path being verified.
         weights: rule 1.
         runs: rule 2, once per runtime; empty for artifacts that do not compute.
-        problems: other failures: names, types and shapes of the contract, a configuration that differs.
+        problems: other failures: names, types and shapes of the contract, nodes, a configuration that differs.
+        notes: for the user, one sentence each.
         probes: the probes that were run.
         computes: whether outputs must be computed; if not, weights alone decide.
         seconds: wall time.
@@ -64,6 +65,7 @@ class ArtifactReport:
     weights: WeightReport
     runs: list[RunReport] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     probes: list[dict[str, object]] = field(default_factory=list)
     computes: bool = True
     seconds: float = 0.0
@@ -133,7 +135,7 @@ class Report:
         """For the user, one sentence each: on the package, on weights that only the outputs vouch for, and on outputs
         whose comparison proves nothing.
         """
-        notes = (note for artifact in self.artifacts for note in (*_not_found(artifact), *_unprovable(artifact)))
+        notes = (n for each in self.artifacts for n in (*each.notes, *_not_found(each), *_unprovable(each)))
         return tuple(dict.fromkeys((*(self.package.notes if self.package else ()), *notes)))
 
     def as_dict(self, *, figures: bool = True) -> dict[str, object]:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 #: Elements of a weight converted at once: with the matrix product's own packed copy they fit a core's share of the
 #: cache (1.5 times as fast as whole weights, whose float64 copies go through memory twice).
 PART_ELEMENTS = 1 << 19
+#: In a varied pass, two of this many elements of a block's input are moved by one rounding.
+MOVED = 16
 #: The heap is trimmed after this many blocks; each trim costs a few milliseconds.
 TRIM_BLOCKS = 4
 #: Tokens that the head runs on at once: the logits of a long sequence take as much memory as a small model.
@@ -81,8 +83,9 @@ class PrecisionPass:
     Args:
         dtype: the type to compute in.
         scratch: float64 buffer for converted parts of weights, as long as the longest part; passes may share it.
-        varied: draws the places where rounding differs from that of a plain pass: every block's input is moved by up
-            to one rounding, which redraws all those after it, and products are summed in another order. None: plain.
+        varied: draws the places where rounding differs from that of a plain pass: elements of every block's input are
+            moved by one rounding, which redraws all those after it, and products are summed in another order. None:
+            plain.
     """
 
     def __init__(self, dtype: torch.dtype, scratch: Tensor, varied: torch.Generator | None = None) -> None:
@@ -104,12 +107,16 @@ class PrecisionPass:
                 part.to(self.dtype)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """``x``, or in a varied pass each element moved by one rounding up, down or not at all."""
+        """``x``, or in a varied pass with some elements moved by one rounding, up or down.
+
+        Few are enough to redraw the roundings after it; all would add as much noise as those.
+        """
         import torch
 
         if self._varied is None:
             return x
-        steps = torch.randint(-1, 2, x.shape, generator=self._varied).to(self.dtype)
+        draws = torch.randint(MOVED, x.shape, generator=self._varied)
+        steps = (draws == 0).to(self.dtype) - (draws == 1).to(self.dtype)
         return x + x * steps * torch.finfo(self.dtype).eps
 
     def _linear(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -178,7 +185,7 @@ class TruthPass:
         compute: the candidate's computing type (``float32``, ``float16``).
         presents: whether the candidate returns keys and values.
         taps: whether to keep every block's output.
-        yardsticks: how many passes measure the noise, the first one plain; of each token, the largest error counts.
+        yardsticks: how many passes measure the noise, the first one plain.
         head_tokens: tokens that the head runs on at once.
     """
 
@@ -342,7 +349,7 @@ class TruthPass:
                 if name not in whole:
                     whole[name] = exact.new_empty(self.truth.pack.length, exact.shape[1])
                 whole[name][some] = exact
-                noise.setdefault(name, []).append(Errors.widest(yardsticks, exact))
+                noise.setdefault(name, []).append(Errors.of_several(yardsticks, exact))
         for name, exact in whole.items():
             self.truth.keep(name, exact, Errors.of_all(noise[name]))
 
@@ -353,7 +360,7 @@ class TruthPass:
     def _keep(self, name: str, values: Sequence[Tensor]) -> None:
         """Record a tensor [N, width], given in all passes."""
         exact, *yardsticks = values
-        self.truth.keep(name, exact, Errors.widest(yardsticks, exact))
+        self.truth.keep(name, exact, Errors.of_several(yardsticks, exact))
 
 
 def _rows(table: LazyTensor, rows: Integers) -> Tensor:

@@ -76,8 +76,7 @@ def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:
     measure = Measure(name, EPSILON["float32"])
     for row in truth.pack.rows:
         exact, noise = truth.values[name][row.tokens], truth.noise[name]
-        own = Errors(noise.square[row.tokens], noise.largest[row.tokens])
-        measure.add(Errors.of(tensor_of(rows[row.row][row.new]), exact), own, exact)
+        measure.add(Errors.of(tensor_of(rows[row.row][row.new]), exact), noise.at(row.tokens), exact)
     return measure.ok
 
 

@@ -17,6 +17,7 @@ from gptconvert.targets.onnx.contract import check_contract
 from gptconvert.targets.onnx.file import OnnxFile, open_onnx
 from gptconvert.targets.onnx.foreign import pair_up, unplanned, used_tensors
 from gptconvert.targets.onnx.localise import first_bad_block
+from gptconvert.targets.onnx.own_graph import graph_differences, version_note
 from gptconvert.targets.onnx.plan import NAME
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
 from gptconvert.targets.rotary import rotary_tables
@@ -70,10 +71,13 @@ class OnnxVerifier:
         report = ArtifactReport(NAME, candidate.shown_as, weights)
         if candidate.export or file.is_own:
             report.problems = check_contract(file, checkpoint.config)
-        if weights.ok and not report.problems:
-            self._run(report, file, checkpoint, pairs, level, stage)
-        else:
+        if not weights.ok or report.problems:
             self.compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
+            return report
+        self._run(report, file, checkpoint, pairs, level, candidate.seed, stage)
+        if file.is_own and not candidate.export:
+            report.notes = version_note(file, candidate.shown_as)
+            report.problems += [] if report.notes else graph_differences(file, checkpoint)
         return report
 
     def _run(
@@ -83,13 +87,14 @@ class OnnxVerifier:
         checkpoint: Checkpoint,
         pairs: Sequence[Pair],
         level: Level,
+        seed: int,
         stage: Stage,
     ) -> None:
         """Check both rules at once."""
         with in_background(lambda stop: self.compare(report.weights, pairs, stop=stop)) as compared:
             small = file.weight_bytes <= min(self.small_model, available_memory() // 4)
             lent = None if small else in_one_piece(pairs)
-            runs = Runs(file, checkpoint, lent, level, stage, runner=self.runner)
+            runs = Runs(file, checkpoint, lent, level, stage, runner=self.runner, seed=seed)
             report.probes = [probe.as_dict() for probe in runs.probes]
             run = runs.run()
             stage("comparing weights", 0)
@@ -132,6 +137,7 @@ class Runs:
         level: selects the probes.
         stage: receives progress.
         runner: runs the graph.
+        seed: of the probes.
     """
 
     def __init__(
@@ -143,6 +149,7 @@ class Runs:
         stage: Stage,
         *,
         runner: type[OnnxRunner] = OnnxRunner,
+        seed: int = 0,
     ) -> None:
         self.file, self.checkpoint, self.lent, self.stage, self.runner = file, checkpoint, lent, stage, runner
         self.config: GPTConfig = checkpoint.config
@@ -153,6 +160,7 @@ class Runs:
             kv_cache=bool(self.binding.past),
             free_positions="position_ids" in self.binding.inputs,
             level=level,
+            seed=seed,
         )
 
     def run(self) -> RunReport:

@@ -86,7 +86,7 @@ class SavedModelVerifier:
                 raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
             report.problems = list(contract_problems(loaded, checkpoint.config))
             if not report.problems:
-                _run(report, tensorflow, loaded["signatures"], checkpoint, level, stage)
+                _run(report, tensorflow, loaded["signatures"], checkpoint, level, candidate.seed, stage)
         return report
 
 
@@ -178,12 +178,13 @@ def _run(
     signatures: Mapping[str, object],
     checkpoint: Checkpoint,
     level: Level,
+    seed: int,
     stage: Stage,
 ) -> None:
     """Rule 2: run all probes on the signatures with all inputs and outputs, then compare the others with these."""
     config, runner = checkpoint.config, SavedModelRunner(tensorflow, checkpoint.config)
     probes: tuple[Probe, ...] = make_probes(
-        config, kv_cache=runner.kv_cache, free_positions=runner.free_positions, level=level
+        config, kv_cache=runner.kv_cache, free_positions=runner.free_positions, level=level, seed=seed
     )
     report.probes = [probe.as_dict() for probe in probes]
     groups: dict[str, Group] = {}
