@@ -258,7 +258,7 @@ def verify_export(
 
     options, artifact = as_options(options), os.fsdecode(artifact)
     checkpoint = with_special_ids(open_checkpoint(source, options))
-    candidates = find_candidates(checkpoint, artifact)
+    candidates = find_candidates(checkpoint, artifact, options.seed)
     package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None
     check_tied(checkpoint)
     report = verify(candidates, options.verify or "default", progress)
@@ -291,7 +291,8 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
         return None
     from gptconvert.targets.verification import verify_exports
 
-    report = verify_exports(planned.exports, directory, planned.options.verify, progress)
+    seed = planned.options.seed
+    report = verify_exports(planned.exports, directory, planned.options.verify, progress, seed=seed)
     if not report.passed:
         error = VerificationError(
             f"the export does not compute what the checkpoint computes\n{report.table()}",

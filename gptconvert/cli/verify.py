@@ -15,7 +15,7 @@ from gptconvert.errors import VerificationError
 @click.argument("source")
 @click.argument("artifact", type=click.Path())
 @options.options_of("source", "checkpoint")
-@options.options_of("run", only=("strict",))
+@options.options_of("run", only=("seed", "strict"))
 @options.own(
     "--full", is_flag=True, group="Verification", help="Test all lengths up to the context; slow for large models."
 )
@@ -27,7 +27,8 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
     """Check ARTIFACT, a directory or graph exported by any program, against the checkpoint SOURCE.
 
     The exit code is 0 if every weight equals the checkpoint's and every output is within rounding noise,
-    otherwise 5.
+    otherwise 5. Weights that another program stored in an unknown form are judged by the outputs, and a note
+    names them.
     """
     options.quieten()
     from gptconvert.pipeline import verify_export

@@ -61,6 +61,7 @@ class Options:
         max_shard_size: largest safetensors file, in bytes.
         xla: whether to add jit-compiled signatures of fixed shape to the SavedModel.
         verify: ``default`` or ``full``; None: skip verification.
+        seed: of the probes; any but 0 adds some of random length, batch size, mask and past.
         force: replace an existing output.
         allow_nonfinite: convert weights that contain NaN or infinities.
         strict: treat notes as errors.
@@ -293,6 +294,16 @@ class Options:
         "Verification",
         "Verify at this level; full tests every length up to the context length.",
         choices=("default", "full"),
+    )
+    seed: int = option(
+        0,
+        "--seed",
+        "run",
+        "Verification",
+        "Draw the probes from this seed, and add some of random length, batch size, padding and past.",
+        metavar="N",
+        default_text="0, the fixed probes",
+        shapes=False,
     )
     force: bool = option(
         False, "--force", "run", "Output", "Replace an existing output once the new one is complete.", shapes=False

@@ -23,8 +23,10 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 Found = tuple[str, str, str]
 
 
-def find_candidates(checkpoint: Checkpoint, path: str) -> list[Candidate]:
+def find_candidates(checkpoint: Checkpoint, path: str, seed: int = 0) -> list[Candidate]:
     """Artifacts at ``path`` that can be compared with a checkpoint: a file, or those in a directory.
+
+    ``seed`` is that of the probes.
 
     Raises:
         InputError: no such path.
@@ -41,7 +43,7 @@ def find_candidates(checkpoint: Checkpoint, path: str) -> list[Candidate]:
             expected=f"*.onnx, onnx/*.onnx, {' or '.join(SAFETENSORS)}, saved_model/",
             hint="pass a directory that holds one of these, or the file itself",
         )
-    return [Candidate(target, artifact, shown_as, checkpoint) for target, artifact, shown_as in found]
+    return [Candidate(target, artifact, shown_as, checkpoint, seed=seed) for target, artifact, shown_as in found]
 
 
 def _file(path: str) -> Iterator[Found]:

@@ -30,6 +30,7 @@ class Candidate:
         shown_as: path in reports, relative to the path being verified.
         checkpoint: the original; with its weights as stored, if ``export`` is given.
         export: its plan; None for an artifact of unknown origin.
+        seed: of the probes.
     """
 
     target: str
@@ -37,6 +38,7 @@ class Candidate:
     shown_as: str
     checkpoint: Checkpoint
     export: Export | None = None
+    seed: int = 0
 
 
 class Runtime(Protocol):

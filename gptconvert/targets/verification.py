@@ -26,9 +26,10 @@ def verify_exports(
     level: Level = "default",
     progress: Progress | None = None,
     *,
+    seed: int = 0,
     target_of: Callable[[str], Target] = target_named,
 ) -> Report:
-    """Verify all planned exports from the files in ``directory``.
+    """Verify all planned exports from the files in ``directory``, with the probes of ``seed``.
 
     Raises:
         VerificationError: an export has no report.
@@ -36,7 +37,7 @@ def verify_exports(
         UnsupportedError: an artifact cannot be run here.
     """
     candidates = [
-        Candidate(e.target, os.path.normpath(os.path.join(directory, e.path)), e.path, e.checkpoint, e)
+        Candidate(e.target, os.path.normpath(os.path.join(directory, e.path)), e.path, e.checkpoint, e, seed)
         for e in exports
     ]
     with _relative_to(directory):

@@ -6,35 +6,17 @@ Nothing is inferred about our own: the :class:`~gptconvert.model.export.Export` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import LazyTensor
-from gptconvert.model.transforms import cast, transpose
-from gptconvert.verify.weights import WeightReport, difference
+from gptconvert.model.transforms import cast
 
 #: Types that weights are stored in.
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
-
-
-def match_by_content(found: Mapping[str, LazyTensor], weights: Mapping[str, LazyTensor]) -> WeightReport:
-    """Count the weights that the file stores under any name, in either orientation.
-
-    Most comparisons end at the first element.
-    """
-    report = WeightReport(len(weights), strict=False)
-    free = dict(found)
-    for weight in weights.values():
-        orientations = [weight, transpose(weight)] if len(weight.shape) == 2 else [weight]
-        for name, tensor in free.items():
-            if any(difference(name, expected, tensor) is None for expected in orientations):
-                report.equal, report.nbytes = report.equal + 1, report.nbytes + weight.nbytes
-                del free[name]
-                break
-    return report
 
 
 def as_stored(checkpoint: Checkpoint, tensors: Iterable[LazyTensor]) -> Checkpoint:

@@ -28,13 +28,16 @@ MAX_ABS_RATIO = 8.0
 FLOOR_ROUNDINGS = 8.0
 #: With fewer tokens than this, the yardstick's error may be small by chance: one rounding of a large attention score
 #: (thousands in GPT-Neo, which does not scale them) outweighs all others, and may go one way in the candidate and the
-#: other in the yardstick. The yardstick's error over all probes then counts if it is larger.
+#: other in the yardstick. The yardstick's error over all probes then counts if it is larger; of several yardsticks,
+#: the widest counts.
 FEW_TOKENS = 8
 #: With noise above this share of the values themselves, a wrong result passes as rounding. Ordinary models stay below
 #: 1e-4.
 MOST_NOISE = 0.01
 #: Distance from 1 to the next number; unit roundoff is half of it.
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+#: Numbers below this may be rounded to zero, whatever their relative error.
+UNDERFLOW = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,26 +45,43 @@ class Errors:
     """Errors of values [N, width] against the truth, per token.
 
     Attributes:
-        square: [N] sum of squared errors.
+        square: [N] sum of squared errors; of several yardsticks, the mean of their sums.
         largest: [N] largest absolute error.
+        widest: [N] sum of squared errors of the yardstick with the largest.
     """
 
     square: Tensor
     largest: Tensor
+    widest: Tensor
 
     @classmethod
     def of(cls, values: Tensor, truth: Tensor) -> Errors:
         """Errors of ``values`` (any type) against float64 ``truth``, both [N, width]."""
         difference = values.double().sub_(truth) if values.dtype != truth.dtype else values - truth
         largest = difference.abs().amax(1)
-        return cls(difference.square_().sum(1), largest)
+        square = difference.square_().sum(1)
+        return cls(square, largest, square)
+
+    @classmethod
+    def of_several(cls, yardsticks: Sequence[Tensor], truth: Tensor) -> Errors:
+        """The spread of ``yardsticks`` [N, width] each around the truth."""
+        import torch
+
+        errors = [cls.of(values, truth) for values in yardsticks]
+        squares, largest = torch.stack([e.square for e in errors]), torch.stack([e.largest for e in errors])  # (k, N)
+        return cls(squares.mean(0), largest.amax(0), squares.amax(0))
+
+    def at(self, tokens: Any) -> Errors:
+        """The errors of some tokens, given as an index, a slice or a mask."""
+        return Errors(self.square[tokens], self.largest[tokens], self.widest[tokens])
 
     @classmethod
     def of_all(cls, pieces: Sequence[Errors]) -> Errors:
         """The errors of all ``pieces``, concatenated."""
         import torch
 
-        return cls(torch.cat([piece.square for piece in pieces]), torch.cat([piece.largest for piece in pieces]))
+        fields = ([piece.square, piece.largest, piece.widest] for piece in pieces)
+        return cls(*(torch.cat(column) for column in zip(*fields, strict=True)))
 
 
 @dataclass
@@ -71,6 +91,7 @@ class Measure:
     Attributes:
         tensor: its name (``logits``, ``present.3.key``, ``h.3``).
         epsilon: of the computing type.
+        underflow: of the computing type.
         typical: root mean square of the truth over all probes. The few numbers of one group may be small by chance,
             while rounding errors scale with the terms of a sum, not with the sum.
         usual_rmse: the yardstick's rmse over all probes.
@@ -79,6 +100,7 @@ class Measure:
 
     tensor: str
     epsilon: float
+    underflow: float = 0.0
     typical: float = 0.0
     usual_rmse: float = 0.0
     usual_max: float = 0.0
@@ -88,6 +110,7 @@ class Measure:
     error_square: float = 0.0
     error_max: float = 0.0
     noise_square: float = 0.0
+    noise_widest: float = 0.0
     noise_max: float = 0.0
 
     def add(self, errors: Errors, noise: Errors, truth: Tensor) -> None:
@@ -97,6 +120,7 @@ class Measure:
         self.truth_square += float(truth.square().sum())
         self.error_square += float(errors.square.sum())
         self.noise_square += float(noise.square.sum())
+        self.noise_widest += float(noise.widest.sum())
         self.error_max = max(self.error_max, float(errors.largest.max()))
         self.noise_max = max(self.noise_max, float(noise.largest.max()))
 
@@ -116,12 +140,15 @@ class Measure:
     @property
     def floor(self) -> float:
         """Error allowed on top of the noise."""
-        return FLOOR_ROUNDINGS * self.epsilon * max(self._root(self.truth_square), self.typical)
+        return FLOOR_ROUNDINGS * max(
+            self.epsilon * self._root(self.truth_square), self.epsilon * self.typical, self.underflow
+        )
 
     @property
     def most_rmse(self) -> float:
         """Largest rmse allowed."""
-        noise = max(self.noise_rmse, self.usual_rmse) if self.tokens < FEW_TOKENS else self.noise_rmse
+        few = self.tokens < FEW_TOKENS
+        noise = max(self._root(self.noise_widest), self.usual_rmse) if few else self.noise_rmse
         return MAX_RMSE_RATIO * noise + self.floor
 
     @property

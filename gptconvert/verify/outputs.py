@@ -6,15 +6,16 @@ passed through, an output that ignores its input or depends on later tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from gptconvert.model.tensors import Array
-from gptconvert.verify.metrics import EPSILON, Errors, LogitSimilarity, Measure
+from gptconvert.verify.metrics import EPSILON, UNDERFLOW, Errors, LogitSimilarity, Measure
 from gptconvert.verify.packing import Row
 from gptconvert.verify.probes import Integers, Probe
 from gptconvert.verify.run_probes import ProbeResults
@@ -24,6 +25,8 @@ from gptconvert.verify.truth import Truth, tensor_of
 from reference_model.config import GPTConfig
 
 CHUNKED = "chunked prefill"
+#: If a group fails, the noise is measured again by this many yardsticks: one alone may be near the truth by chance.
+YARDSTICKS = 8
 #: Tokens compared at once: float64 logits of a long sequence take as much memory as a small model.
 AT_ONCE = 64
 
@@ -53,10 +56,47 @@ class Group:
         """Whether the group passes."""
         return not self.problems and all(measure.ok for measure in self.measures.values())
 
+    def copy(self) -> Group:
+        """A copy that can be extended on its own."""
+        return dataclasses.replace(
+            self,
+            measures={name: dataclasses.replace(measure) for name, measure in self.measures.items()},
+            similarity=dataclasses.replace(self.similarity),
+            problems=[*self.problems],
+            probes=[*self.probes],
+        )
+
     def worst(self, *, presents: bool) -> Measure | None:
         """The measure closest to failing, among keys and values or among the task's outputs."""
         chosen = [m for m in self.measures.values() if m.tensor.startswith("present.") == presents]
         return max(chosen, key=lambda m: m.error_ratio, default=None)
+
+
+def judge(
+    answers: ProbeResults,
+    compute: str,
+    config: GPTConfig,
+    groups: dict[str, Group],
+    truth: Truth,
+    measure_noise: Callable[[int], Truth],
+) -> None:
+    """Add a candidate's answers to ``groups``. If one fails, measure the noise properly and judge again.
+
+    Args:
+        answers: the candidate's results on the probes of ``truth``.
+        compute: the candidate's computing type.
+        config: the architecture.
+        groups: results so far, by name; extended in place.
+        truth: with the noise of one yardstick.
+        measure_noise: number of yardsticks → the same truth with the noise of them all.
+    """
+    before = {name: group.copy() for name, group in groups.items()}
+    OutputComparison(answers, compute, truth, config, groups).judge()
+    earlier = {name for name, group in before.items() if not group.ok}
+    if any(group.measures and not group.ok and name not in earlier for name, group in groups.items()):
+        groups.clear()
+        groups.update(before)
+        OutputComparison(answers, compute, measure_noise(YARDSTICKS), config, groups).judge()
 
 
 class OutputComparison:
@@ -118,7 +158,8 @@ class OutputComparison:
             if array.size > 1 and np.ptp(array) == 0:
                 places = [row.tokens[self._places(name, row)] for row in rows]
                 exact = self.truth.values[name][np.concatenate(places)]
-                noise = float(self.truth.noise[name].largest.max())
+                rms, _, noise = self._over_all(name)
+                noise = max(noise, Measure(name, EPSILON[self.compute], UNDERFLOW[self.compute], rms).floor)
                 if exact.numel() and float(exact.max() - exact.min()) > 100 * noise:
                     yield f"{name} is constant"
 
@@ -151,18 +192,18 @@ class OutputComparison:
         if not len(truth):
             return
         epsilon = EPSILON[self.compute]
-        measure = group.measures.setdefault(name, Measure(name, epsilon))
+        measure = group.measures.setdefault(name, Measure(name, epsilon, UNDERFLOW[self.compute]))
         typical, usual_rmse, usual_max = self._over_all(name)
         measure.typical = max(measure.typical, typical)
         measure.usual_rmse = max(measure.usual_rmse, usual_rmse)
         measure.usual_max = max(measure.usual_max, usual_max)
-        square, largest = noise.square[row.tokens][only], noise.largest[row.tokens][only]
+        own = noise.at(row.tokens).at(only)
         for start in range(0, len(truth), AT_ONCE):
             some = slice(start, start + AT_ONCE)
             candidate, exact = tensor_of(np.ascontiguousarray(values[some])), truth[some]
-            measure.add(Errors.of(candidate, exact), Errors(square[some], largest[some]), exact)
+            measure.add(Errors.of(candidate, exact), own.at(some), exact)
             if name == "logits" and exact.shape[1] > 1:
-                group.similarity.add(candidate, exact, float(largest.max()))
+                group.similarity.add(candidate, exact, float(own.largest.max()))
 
     def _over_all(self, name: str) -> tuple[float, float, float]:
         """Root mean square of a tensor's truth, rmse and largest error of its yardstick, over all these probes."""

@@ -24,6 +24,8 @@ Floats = NDArray[np.float32]
 
 #: A model with more weights than this in its blocks is large.
 LARGE = 1_000_000_000
+#: Longest random sequence.
+MOST_RANDOM = 128
 #: The longest prompt repeats the shorter ones except for the id at this index: only outputs from there on may change.
 CHANGED = 6
 
@@ -196,7 +198,7 @@ def make_probes(
         kv_cache: whether the candidate takes and returns keys and values.
         free_positions: whether the candidate lets its caller choose positions.
         level: ``default``, about 100 tokens, or 55 for a large model; ``full``, sequences as long as the context too.
-        seed: of all random values.
+        seed: of all random values; any but 0 adds probes of random length, batch size, mask and past.
     """
     make = _Maker(config, seed)
     amount = USUAL if level == "full" else usual_amount(config)
@@ -207,6 +209,8 @@ def make_probes(
         probes += _pasts(make, level)
     if free_positions:
         probes += _chosen_positions(make, kv_cache)
+    if seed:
+        probes += _random(make, kv_cache, 12 if level == "full" else 3)
     return (*probes, *_beyond_windows(make, kv_cache))
 
 
@@ -290,6 +294,18 @@ def _chosen_positions(make: _Maker, kv_cache: bool) -> Iterator[Probe]:
         yield make.probe(groups, rows, positions=np.concatenate((last, counted)))
     elif not kv_cache:
         yield make.probe(["last positions"], ["1" * n], positions=last)
+
+
+def _random(make: _Maker, kv_cache: bool, count: int) -> Iterator[Probe]:
+    """Batches that an exporter cannot foresee; each row has at least one new token."""
+    n_ctx, random = make.config.n_ctx, np.random.default_rng([make.seed])
+    for number in range(1, count + 1):
+        batch, total = int(random.integers(1, 10)), int(random.integers(1, min(n_ctx, MOST_RANDOM) + 1))
+        past = int(random.integers(0, total)) if kv_cache and random.random() < 0.5 else 0
+        mask = random.random((batch, total)) < random.choice([0.5, 0.9, 1.0], (batch, 1))
+        mask[np.arange(batch), random.integers(past, total, batch)] = True
+        rows = ["".join("01"[int(seen)] for seen in row) for row in mask]
+        yield make.probe([f"random {number}"] * batch, rows, past=past)
 
 
 def _beyond_windows(make: _Maker, kv_cache: bool) -> Iterator[Probe]:

@@ -52,7 +52,8 @@ class ArtifactReport:
         path: relative to the path being verified.
         weights: rule 1.
         runs: rule 2, once per runtime; empty for artifacts that do not compute.
-        problems: other failures: names, types and shapes of the contract, a configuration that differs.
+        problems: other failures: names, types and shapes of the contract, nodes, a configuration that differs.
+        notes: for the user, one sentence each.
         probes: the probes that were run.
         computes: whether outputs must be computed; if not, weights alone decide.
         seconds: wall time.
@@ -64,6 +65,7 @@ class ArtifactReport:
     weights: WeightReport
     runs: list[RunReport] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     probes: list[dict[str, object]] = field(default_factory=list)
     computes: bool = True
     seconds: float = 0.0
@@ -130,9 +132,11 @@ class Report:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the user, one sentence each: on the package, and on outputs whose comparison proves nothing."""
-        unprovable = (note for artifact in self.artifacts for note in _unprovable(artifact))
-        return tuple(dict.fromkeys((*(self.package.notes if self.package else ()), *unprovable)))
+        """For the user, one sentence each: on the package, on weights that only the outputs vouch for, and on outputs
+        whose comparison proves nothing.
+        """
+        notes = (n for each in self.artifacts for n in (*each.notes, *_not_found(each), *_unprovable(each)))
+        return tuple(dict.fromkeys((*(self.package.notes if self.package else ()), *notes)))
 
     def as_dict(self, *, figures: bool = True) -> dict[str, object]:
         """Plain values for JSON.
@@ -163,8 +167,33 @@ class Report:
         verbose = verbose or not self.passed
         lines = [] if self.package is None else _package_lines(self.package)
         lines += [line for artifact in self.artifacts for line in _artifact_lines(artifact, verbose)]
-        verdict = "verified" if self.passed else "VERIFICATION FAILED" if self.artifacts else "nothing to verify"
-        return "\n".join([*lines, verdict])
+        return "\n".join([*lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """The result, with its qualification."""
+        if not self.passed:
+            return "VERIFICATION FAILED" if self.artifacts else "nothing to verify"
+        count = sum(len(artifact.weights.outputs_only) for artifact in self.artifacts)
+        if not count:
+            return "verified"
+        return f"verified, except for {_weights(count)} found in no stored form: outputs only"
+
+
+def _not_found(artifact: ArtifactReport) -> Iterator[str]:
+    """A note on the weights that the outputs alone vouch for."""
+    names = artifact.weights.outputs_only
+    if names:
+        more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+        verb, their = ("is", "its") if len(names) == 1 else ("are", "their")
+        yield (
+            f"{artifact.path}: {_weights(len(names))} {verb} found in no stored form "
+            f"({', '.join(names[:MOST_SHOWN])}{more}), so only {their} effect on the probes' outputs was compared"
+        )
+
+
+def _weights(count: int) -> str:
+    return "1 weight" if count == 1 else f"{count} weights"
 
 
 def _unprovable(artifact: ArtifactReport) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 The tokens of all probes are packed into one sequence of N tokens, so that each weight is read once and each linear
 layer is one large product; a block-diagonal mask keeps the probes apart. A second pass beside it computes the
-yardstick, the reference model in the candidate's computing type; only its distance from the truth is kept.
+yardstick, the reference model in the candidate's computing type; only its distance from the truth is kept. Further
+yardsticks round differently: together they measure how far rounding alone can move an output.
 
 Shapes: N tokens; n tokens and p past tokens of one part; V, D, H, hd as in ``reference_model/config.py``.
 """
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 #: Elements of a weight converted at once: with the matrix product's own packed copy they fit a core's share of the
 #: cache (1.5 times as fast as whole weights, whose float64 copies go through memory twice).
 PART_ELEMENTS = 1 << 19
+#: In a varied pass, two of this many elements of a block's input are moved by one rounding.
+MOVED = 16
 #: The heap is trimmed after this many blocks; each trim costs a few milliseconds.
 TRIM_BLOCKS = 4
 #: Tokens that the head runs on at once: the logits of a long sequence take as much memory as a small model.
@@ -80,10 +83,14 @@ class PrecisionPass:
     Args:
         dtype: the type to compute in.
         scratch: float64 buffer for converted parts of weights, as long as the longest part; passes may share it.
+        varied: draws the places where rounding differs from that of a plain pass: elements of every block's input are
+            moved by one rounding, which redraws all those after it, and products are summed in another order. None:
+            plain.
     """
 
-    def __init__(self, dtype: torch.dtype, scratch: Tensor) -> None:
+    def __init__(self, dtype: torch.dtype, scratch: Tensor, varied: torch.Generator | None = None) -> None:
         self.dtype, self._scratch, self._part_elements = dtype, scratch.view(dtype), len(scratch)
+        self._varied = varied
         self.pasts: dict[Part, KeyValue] = {}  # only those that are the same in every layer
 
     def fill(self, module: nn.Module, stored: Mapping[str, Tensor], config: GPTConfig, prefix: str) -> None:
@@ -94,13 +101,26 @@ class PrecisionPass:
 
         fill(module, stored.__getitem__, config, prefix)
         for part in module.modules():
-            if isinstance(part, nn.Linear) and part.weight.dtype != self.dtype:
+            if isinstance(part, nn.Linear) and (part.weight.dtype != self.dtype or self._varied):
                 part.forward = functools.partial(self._linear, part.weight, part.bias)  # type: ignore[method-assign]
             elif next(part.children(), None) is None:
                 part.to(self.dtype)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x``, or in a varied pass with some elements moved by one rounding, up or down.
+
+        Few are enough to redraw the roundings after it; all would add as much noise as those.
+        """
+        import torch
+
+        if self._varied is None:
+            return x
+        draws = torch.randint(MOVED, x.shape, generator=self._varied)
+        steps = (draws == 0).to(self.dtype) - (draws == 1).to(self.dtype)
+        return x + x * steps * torch.finfo(self.dtype).eps
+
     def _linear(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        """``x @ weight.T + bias``, [..., in] → [..., out], for a weight of another type.
+        """``x @ weight.T + bias``, [..., in] → [..., out], for a weight of another type, or in a varied pass.
 
         Converts and multiplies as much at a time as fits the processor's cache, so that the converted weight is never
         written to memory.
@@ -114,12 +134,21 @@ class PrecisionPass:
             some = slice(start, start + step)
             part = self._typed(dense[some])
             if by_output:
-                out[:, some] = rows @ part.T
+                out[:, some] = self._product(rows, part.T)
             else:
                 out.addmm_(rows[:, some], part)
         if bias is not None:
             out += bias.to(self.dtype)
         return out.view(*x.shape[:-1], len(weight))
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a @ b``; in a varied pass, the sum of two products of random length."""
+        import torch
+
+        if self._varied is None or len(b) < 2:
+            return a @ b
+        cut = int(torch.randint(1, len(b), (), generator=self._varied))
+        return a[:, cut:] @ b[cut:] + a[:, :cut] @ b[:cut]
 
     def _typed(self, stored: Tensor) -> Tensor:
         """A part of a weight in this pass's type, valid until the next call in any pass that shares the scratch."""
@@ -156,6 +185,7 @@ class TruthPass:
         compute: the candidate's computing type (``float32``, ``float16``).
         presents: whether the candidate returns keys and values.
         taps: whether to keep every block's output.
+        yardsticks: how many passes measure the noise, the first one plain.
         head_tokens: tokens that the head runs on at once.
     """
 
@@ -167,13 +197,19 @@ class TruthPass:
         *,
         presents: bool,
         taps: bool = False,
+        yardsticks: int = 1,
         head_tokens: int = HEAD_TOKENS,
     ) -> None:
         import torch
 
         self.config, self.weights = checkpoint.config, checkpoint.weights
         scratch = torch.empty(PART_ELEMENTS, dtype=torch.float64)
-        self.passes = (PrecisionPass(torch.float64, scratch), PrecisionPass(getattr(torch, compute), scratch))
+        dtype = getattr(torch, compute)
+        varied = [torch.Generator().manual_seed(number) for number in range(1, yardsticks)]
+        self.passes = (
+            PrecisionPass(torch.float64, scratch),
+            *(PrecisionPass(dtype, scratch, generator) for generator in (None, *varied)),
+        )
         self.taps, self._head_tokens = taps, head_tokens
         windowed = any(window is not None for window in self.config.attn_window)
         self.truth = Truth(Pack(probes, windowed=windowed), {}, {})
@@ -212,12 +248,13 @@ class TruthPass:
         for pass_ in self.passes:
             embedding = Embedding(small)  # too small to justify importing the meta device's kernels
             pass_.fill(embedding, tables, small, "embedding.")
-            xs.append(embedding(torch.from_numpy(token[None]), torch.from_numpy(position[None])))  # (1, N, D)
+            x = embedding(torch.from_numpy(token[None]), torch.from_numpy(position[None]))  # (1, N, D)
+            xs.append(pass_.rounded(x))
         self._tap("embedding", xs)
         return xs
 
     def _block(self, i: int, xs: list[Tensor], seen: list[Tensor]) -> list[Tensor]:
-        """Run one block in both passes, [1, N, D] → [1, N, D], and record keys and values. ``seen`` is per part."""
+        """Run one block in every pass, [1, N, D] → [1, N, D], and record keys and values. ``seen`` is per part."""
         import torch
 
         from reference_model.model import Block
@@ -231,11 +268,11 @@ class TruthPass:
             pass_.fill(block, stored, self.config, prefix)
             block.attn.attend = self._in_parts(seen, self._caches(pass_, i))
             out, present = block(x, seen[0], self._angles(pass_))
-            outs.append(out)
+            outs.append(pass_.rounded(out))
             caches.append([cache[0].transpose(0, 1).flatten(1) for cache in present])  # (N, D) each
         for part, name in enumerate(("key", "value") if len(self.cache) else ()):
-            exact, yardstick = (cache[part] for cache in caches)
-            self._keep(f"present.{i}.{name}", [self.cache[i, part].copy_(exact), yardstick])
+            exact, *yardsticks = (cache[part] for cache in caches)
+            self._keep(f"present.{i}.{name}", [self.cache[i, part].copy_(exact), *yardsticks])
         self._tap(f"h.{i}", outs)
         del stored, caches  # memory freed after the trim would be kept until the next one
         if i % TRIM_BLOCKS == 0:
@@ -308,11 +345,11 @@ class TruthPass:
             some = slice(start, start + self._head_tokens)
             outs = [head.per_token(x[:, some]) for head, x in zip(heads, xs, strict=True)]
             for name in outs[0]:
-                exact, yardstick = (out[name][0] for out in outs)  # (n, width) each
+                exact, *yardsticks = (out[name][0] for out in outs)  # (n, width) each
                 if name not in whole:
                     whole[name] = exact.new_empty(self.truth.pack.length, exact.shape[1])
                 whole[name][some] = exact
-                noise.setdefault(name, []).append(Errors.of(yardstick, exact))
+                noise.setdefault(name, []).append(Errors.of_several(yardsticks, exact))
         for name, exact in whole.items():
             self.truth.keep(name, exact, Errors.of_all(noise[name]))
 
@@ -321,9 +358,9 @@ class TruthPass:
             self._keep(name, [x[0] for x in xs])
 
     def _keep(self, name: str, values: Sequence[Tensor]) -> None:
-        """Record a tensor [N, width], given in both passes."""
-        exact, yardstick = values
-        self.truth.keep(name, exact, Errors.of(yardstick, exact))
+        """Record a tensor [N, width], given in all passes."""
+        exact, *yardsticks = values
+        self.truth.keep(name, exact, Errors.of_several(yardsticks, exact))
 
 
 def _rows(table: LazyTensor, rows: Integers) -> Tensor:

@@ -41,6 +41,7 @@ class WeightReport:
         problems: one line for each tensor that is missing, different or unexpected.
         strict: whether a missing weight is a problem. It is in our own files; other exporters may fuse or fold
             weights, and there the outputs decide.
+        outputs_only: the weights that are stored in no known form, so that the outputs alone vouch for them.
     """
 
     expected: int
@@ -48,6 +49,7 @@ class WeightReport:
     equal: int = 0
     nbytes: int = 0
     problems: list[str] = field(default_factory=list)
+    outputs_only: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -63,6 +65,7 @@ class WeightReport:
             "bytes": self.nbytes,
             "every_weight_required": self.strict,
             "problems": list(self.problems),
+            **({} if self.strict else {"outputs_only": list(self.outputs_only)}),
         }
 
 

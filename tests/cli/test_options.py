@@ -221,3 +221,15 @@ def test_the_path_of_a_checkpoint_instead_of_a_command(capsys: Any) -> None:
     done = command(capsys, TINY / "openai-tf", "--to", "onnx")
     assert done.code == 2
     assert f"gptconvert convert {TINY / 'openai-tf'}" in done.err
+
+
+@pytest.mark.parametrize("arguments", [("convert",), ("verify",)])
+def test_probes_of_a_seed(capsys: Any, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    source, out = TINY / "openai-tf", tmp_path / "out"
+    seeded = ("--seed", "7") if arguments == ("convert",) else ("--no-verify",)
+    done = command(capsys, "convert", source, "-o", out, "--json", *seeded)
+    if arguments == ("verify",):
+        done = command(capsys, "verify", source, out / "onnx" / "model.onnx", "--json", "--seed", "7")
+    assert done.code == 0
+    groups = {group["group"] for group in done.json["verification"]["artifacts"][0]["runs"][0]["groups"]}
+    assert {"random 1", "random 2", "random 3"} <= groups

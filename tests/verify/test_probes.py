@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from gptconvert.verify.packing import Pack
 from gptconvert.verify.probes import Integers, Probe, default_positions, make_probes, waves
 from reference_model.config import TASKS, GPTConfig
 from reference_model.model import default_positions as torch_positions
+from tests.helpers import checkpoint_of, tiny_gpt2
 
 
 def config_of(n_ctx: int = 40, vocabulary: int = 97, window: int | None = None) -> GPTConfig:
@@ -184,3 +186,26 @@ def test_large_model_runs_few_passes() -> None:
     probes = make_probes(LARGE, kv_cache=True)
     assert len(probes) + sum(len(probe.chunks) - 1 for probe in probes if probe.chunks) == 8
     assert Pack(probes).length <= 36
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+def test_seed_adds_probes_that_an_exporter_cannot_foresee(kv_cache: bool) -> None:
+    found = checkpoint_of(*tiny_gpt2(n_positions=300)).config
+
+    def added(seed: int, level: Any = "full") -> list[Probe]:
+        probes = make_probes(found, kv_cache=kv_cache, level=level, seed=seed)
+        return [probe for probe in probes if probe.name.startswith("random")]
+
+    assert added(0) == [] and len(added(1, "default")) == 3
+    first, again, other = added(1), added(1), added(2)
+    assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(first, again, strict=True))
+    assert [p.input_ids.shape for p in first] != [p.input_ids.shape for p in other]
+    assert len({len(p.input_ids) for p in first + other}) > 4 and len({p.attention_mask.shape[1] for p in first}) > 4
+    assert {bool(p.past_length) for p in first} == ({True, False} if kv_cache else {False})
+    assert all((p.attention_mask[:, p.past_length :].sum(1) > 0).all() for p in first + other)
+
+
+def test_seed_changes_the_fixed_probes() -> None:
+    config = checkpoint_of(*tiny_gpt2()).config
+    a, b = (make_probes(config, kv_cache=True, seed=seed) for seed in (0, 1))
+    assert any(not np.array_equal(x.input_ids, y.input_ids) for x, y in zip(a, b, strict=False))

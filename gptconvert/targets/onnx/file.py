@@ -46,6 +46,10 @@ class OnnxFile:
         """Bytes of all initializers in a plain session, which widens 16-bit ones to 32."""
         return sum(t.size * (4 if t.dtype.itemsize == 2 else t.dtype.itemsize) for t in self.initializers.values())
 
+    def lazy(self, tensor: Any) -> list[LazyTensor]:
+        """A TensorProto of the file as a lazy tensor; none if its elements are strings or smaller than a byte."""
+        return [_lazy(self.path, tensor)] if _whole_bytes(tensor) else []
+
     def inputs(self) -> dict[str, Any]:
         """Name → ValueInfoProto of the inputs to feed, in order."""
         fixed = {tensor.name for tensor in self.model.graph.initializer}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any
 
 from gptconvert.model.tensors import Array, LazyTensor
@@ -43,6 +43,31 @@ def unplanned(file: OnnxFile, weights: Container[str], tables: Collection[Array]
         for name, tensor in file.initializers.items()
         if name not in weights and tensor.size > MOST_CONSTANT_ELEMENTS and tensor.read().tobytes() not in known
     ]
+
+
+def used_tensors(file: OnnxFile) -> dict[str, LazyTensor]:
+    """The initializers and constants that the outputs depend on, by name.
+
+    A correct copy of a weight that nothing uses proves nothing.
+    """
+    graph = file.model.graph
+    needed, constants = {value.name for value in graph.output}, dict[str, LazyTensor]()
+    for node in reversed(graph.node):  # topological order, which ONNX requires
+        if not needed.isdisjoint(node.output):
+            needed.update(node.input)
+            needed.update(name for attribute in node.attribute for name in _captured(attribute))
+            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+                constants.update(zip(node.output, file.lazy(node.attribute[0].t), strict=False))
+    return {name: tensor for name, tensor in {**file.initializers, **constants}.items() if name in needed}
+
+
+def _captured(attribute: Any) -> Iterator[str]:
+    """Names that the subgraphs of an attribute use."""
+    for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+        yield from (value.name for value in graph.output)
+        for node in graph.node:
+            yield from node.input
+            yield from (name for inner in node.attribute for name in _captured(inner))
 
 
 def orientations(graph: Any) -> dict[str, set[bool]]:

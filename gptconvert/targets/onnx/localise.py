@@ -13,7 +13,7 @@ from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner
 from gptconvert.verify.localise import from_groups
 from gptconvert.verify.metrics import EPSILON, Errors, Measure
-from gptconvert.verify.outputs import Group, OutputComparison
+from gptconvert.verify.outputs import YARDSTICKS, Group, OutputComparison
 from gptconvert.verify.probes import Probe
 from gptconvert.verify.run_probes import whole
 from gptconvert.verify.runners import Outputs, RunError
@@ -34,7 +34,9 @@ def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, gr
     values = {name for node in file.model.graph.node for name in node.output}
     taps = [name for name in ("embedding", *(f"h.{i}" for i in range(config.n_layer))) if name in values]
     runner = OnnxRunner(file, binding, config, optimise=False, taps=taps)
-    truth = TruthPass(checkpoint, [probe], binding.compute, presents=runner.kv_cache, taps=True).run()
+    truth = TruthPass(
+        checkpoint, [probe], binding.compute, presents=runner.kv_cache, taps=True, yardsticks=YARDSTICKS
+    ).run()
     try:
         outputs = whole(runner, probe, config)
     except RunError:
@@ -74,8 +76,7 @@ def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:
     measure = Measure(name, EPSILON["float32"])
     for row in truth.pack.rows:
         exact, noise = truth.values[name][row.tokens], truth.noise[name]
-        own = Errors(noise.square[row.tokens], noise.largest[row.tokens])
-        measure.add(Errors.of(tensor_of(rows[row.row][row.new]), exact), own, exact)
+        measure.add(Errors.of(tensor_of(rows[row.row][row.new]), exact), noise.at(row.tokens), exact)
     return measure.ok
 
 

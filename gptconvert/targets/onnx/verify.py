@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,17 @@ from gptconvert.model.tensors import LazyTensor
 from gptconvert.publish.source_reader import StoppedError
 from gptconvert.targets.onnx.contract import check_contract
 from gptconvert.targets.onnx.file import OnnxFile, open_onnx
-from gptconvert.targets.onnx.foreign import pair_up, unplanned
+from gptconvert.targets.onnx.foreign import pair_up, unplanned, used_tensors
 from gptconvert.targets.onnx.localise import first_bad_block
+from gptconvert.targets.onnx.own_graph import graph_differences, version_note
 from gptconvert.targets.onnx.plan import NAME
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
 from gptconvert.targets.rotary import rotary_tables
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.background import half_the_cores, in_background, torch_threads
-from gptconvert.verify.foreign import as_stored, match_by_content
-from gptconvert.verify.outputs import Group, OutputComparison
+from gptconvert.verify.content import match_by_content
+from gptconvert.verify.foreign import as_stored
+from gptconvert.verify.outputs import Group, judge
 from gptconvert.verify.probes import Probe, make_probes, waves
 from gptconvert.verify.report import ArtifactReport, RunReport
 from gptconvert.verify.run_probes import run_probes
@@ -68,10 +71,13 @@ class OnnxVerifier:
         report = ArtifactReport(NAME, candidate.shown_as, weights)
         if candidate.export or file.is_own:
             report.problems = check_contract(file, checkpoint.config)
-        if weights.ok and not report.problems:
-            self._run(report, file, checkpoint, pairs, level, stage)
-        else:
+        if not weights.ok or report.problems:
             self.compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
+            return report
+        self._run(report, file, checkpoint, pairs, level, candidate.seed, stage)
+        if file.is_own and not candidate.export:
+            report.notes = version_note(file, candidate.shown_as)
+            report.problems += [] if report.notes else graph_differences(file, checkpoint)
         return report
 
     def _run(
@@ -81,13 +87,14 @@ class OnnxVerifier:
         checkpoint: Checkpoint,
         pairs: Sequence[Pair],
         level: Level,
+        seed: int,
         stage: Stage,
     ) -> None:
         """Check both rules at once."""
         with in_background(lambda stop: self.compare(report.weights, pairs, stop=stop)) as compared:
             small = file.weight_bytes <= min(self.small_model, available_memory() // 4)
             lent = None if small else in_one_piece(pairs)
-            runs = Runs(file, checkpoint, lent, level, stage, runner=self.runner)
+            runs = Runs(file, checkpoint, lent, level, stage, runner=self.runner, seed=seed)
             report.probes = [probe.as_dict() for probe in runs.probes]
             run = runs.run()
             stage("comparing weights", 0)
@@ -113,7 +120,8 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
     checkpoint = as_stored(candidate.checkpoint, file.initializers.values())
     if file.is_own:
         return checkpoint, *pair_up(file, checkpoint.weights, tables)
-    return checkpoint, match_by_content(file.initializers, checkpoint.weights), []
+    report, found = match_by_content(used_tensors(file), candidate.checkpoint)
+    return dataclasses.replace(checkpoint, weights={**checkpoint.weights, **found}), report, []
 
 
 class Runs:
@@ -129,6 +137,7 @@ class Runs:
         level: selects the probes.
         stage: receives progress.
         runner: runs the graph.
+        seed: of the probes.
     """
 
     def __init__(
@@ -140,6 +149,7 @@ class Runs:
         stage: Stage,
         *,
         runner: type[OnnxRunner] = OnnxRunner,
+        seed: int = 0,
     ) -> None:
         self.file, self.checkpoint, self.lent, self.stage, self.runner = file, checkpoint, lent, stage, runner
         self.config: GPTConfig = checkpoint.config
@@ -150,6 +160,7 @@ class Runs:
             kv_cache=bool(self.binding.past),
             free_positions="position_ids" in self.binding.inputs,
             level=level,
+            seed=seed,
         )
 
     def run(self) -> RunReport:
@@ -182,9 +193,16 @@ class Runs:
             alone.set()
             self.stage("computing the truth", 0)
             truth = computed.result()
-        OutputComparison(answers, self.binding.compute, truth, self.config, groups).judge()
 
-    def _truth(self, wave: Sequence[Probe], stop: threading.Event, alone: threading.Event) -> Truth:
+        def measure_noise(yardsticks: int) -> Truth:
+            self.stage("measuring the rounding noise", 0)
+            return self._truth(wave, threading.Event(), alone, yardsticks)
+
+        judge(answers, self.binding.compute, self.config, groups, truth, measure_noise)
+
+    def _truth(
+        self, wave: Sequence[Probe], stop: threading.Event, alone: threading.Event, yardsticks: int = 1
+    ) -> Truth:
         """Compute the truth on half of the cores, and on all once ``alone`` is set."""
         with torch_threads() as use:
 
@@ -194,4 +212,6 @@ class Runs:
                 use(half_the_cores() * (2 if alone.is_set() else 1))
 
             go_on()
-            return TruthPass(self.checkpoint, wave, self.binding.compute, presents=bool(self.binding.past)).run(go_on)
+            presents = bool(self.binding.past)
+            truth = TruthPass(self.checkpoint, wave, self.binding.compute, presents=presents, yardsticks=yardsticks)
+            return truth.run(go_on)

@@ -5,6 +5,7 @@ TensorFlow runs in a process of its own. A SavedModel is a program: verify only 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -34,12 +35,12 @@ from gptconvert.targets.saved_model.verify_signatures import check_other_signatu
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.foreign import as_stored
 from gptconvert.verify.localise import from_groups
-from gptconvert.verify.outputs import Group, OutputComparison
+from gptconvert.verify.outputs import Group, judge
 from gptconvert.verify.probes import Probe, default_positions, make_probes, waves
 from gptconvert.verify.report import ArtifactReport, RunReport
 from gptconvert.verify.run_probes import run_probes
 from gptconvert.verify.runners import Feeds, Outputs, RunError, available_memory, one_line
-from gptconvert.verify.truth import TruthPass
+from gptconvert.verify.truth import Truth, TruthPass
 from gptconvert.verify.weights import Pair, WeightReport, compare, difference, pairs_of
 from reference_model.config import CACHED_TASKS, GPTConfig
 
@@ -85,7 +86,7 @@ class SavedModelVerifier:
                 raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
             report.problems = list(contract_problems(loaded, checkpoint.config))
             if not report.problems:
-                _run(report, tensorflow, loaded["signatures"], checkpoint, level, stage)
+                _run(report, tensorflow, loaded["signatures"], checkpoint, level, candidate.seed, stage)
         return report
 
 
@@ -177,20 +178,26 @@ def _run(
     signatures: Mapping[str, object],
     checkpoint: Checkpoint,
     level: Level,
+    seed: int,
     stage: Stage,
 ) -> None:
     """Rule 2: run all probes on the signatures with all inputs and outputs, then compare the others with these."""
     config, runner = checkpoint.config, SavedModelRunner(tensorflow, checkpoint.config)
     probes: tuple[Probe, ...] = make_probes(
-        config, kv_cache=runner.kv_cache, free_positions=runner.free_positions, level=level
+        config, kv_cache=runner.kv_cache, free_positions=runner.free_positions, level=level, seed=seed
     )
     report.probes = [probe.as_dict() for probe in probes]
     groups: dict[str, Group] = {}
     for wave in waves(probes):
         advance = stage("computing the truth", config.n_layer)
-        truth = TruthPass(checkpoint, wave, runner.compute, presents=runner.kv_cache).run(advance)
+        truth_pass = functools.partial(TruthPass, checkpoint, wave, runner.compute, presents=runner.kv_cache)
+        truth = truth_pass().run(advance)
         answers = run_probes(runner, wave, config, stage("running TensorFlow", len(wave)))
-        OutputComparison(answers, runner.compute, truth, config, groups).judge()
+
+        def measure_noise(yardsticks: int, truth_pass: Callable[..., TruthPass] = truth_pass) -> Truth:
+            return truth_pass(yardsticks=yardsticks).run(stage("measuring the rounding noise", config.n_layer))
+
+        judge(answers, runner.compute, config, groups, truth, measure_noise)
     run = RunReport("TensorFlow", list(groups.values()))
     report.runs.append(run)
     if not run.ok:

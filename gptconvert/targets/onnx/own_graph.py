@@ -1,0 +1,127 @@
+"""Compares one of our own graphs, node for node, with the one that this version builds for the checkpoint.
+
+Outputs show an error only if it exceeds rounding noise with the checkpoint's weights; a wrong epsilon or mask value
+may not. The options of the conversion that shape a graph (operator set, cache, positions, types and orientations of
+weights) are read from the graph itself, so it needs no manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.tensors import LazyTensor, Transposed, filled
+from gptconvert.targets.onnx.file import OnnxFile
+from gptconvert.targets.onnx.foreign import orientations
+from gptconvert.version import __version__
+
+
+def version_note(file: OnnxFile, shown_as: str) -> list[str]:
+    """A note if another version of this program wrote the graph, which is then not compared."""
+    version = file.model.producer_version
+    if version == __version__:
+        return []
+    return [
+        f"{shown_as}: its nodes were not compared, because gptconvert {version} wrote it and this is {__version__}"
+    ]
+
+
+def graph_differences(file: OnnxFile, checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the nodes and constants that differ from those of the graph that this version builds.
+
+    Inputs, outputs and weights have been compared before.
+    """
+    found, weights = file.model.graph, _placeholders(file, checkpoint)
+    expected = _built(file, checkpoint, weights)
+    yield from _node_differences(_by_outputs(expected.node), _by_outputs(found.node))
+    constants = [{t.name: t for t in graph.initializer if t.name not in weights} for graph in (expected, found)]
+    for name in dict.fromkeys((*constants[0], *constants[1])):
+        before, after = (_content(each.get(name)) for each in constants)
+        if before != after:
+            yield f"constant {name}: expected {_shown(before)}, found {_shown(after)}"
+    others = {"function": file.model.functions, "sparse initializer": found.sparse_initializer}
+    yield from (f"the graph has a {kind}" for kind, values in others.items() if len(values))
+
+
+def _placeholders(file: OnnxFile, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """Weights without content, of the type and orientation that the graph stores."""
+    uses, made = orientations(file.model.graph), dict[str, LazyTensor]()
+    for name in checkpoint.weights:
+        stored = file.initializers[name]
+        empty = filled(0.0, stored.dtype, stored.shape)
+        made[name] = Transposed(empty) if uses.get(name) == {True} else empty
+    return made
+
+
+def _built(file: OnnxFile, checkpoint: Checkpoint, weights: Mapping[str, LazyTensor]) -> Any:
+    """The GraphProto that this version builds, without weights."""
+    import onnx_ir as ir
+
+    from gptconvert.targets.onnx.graph import build
+
+    inputs, (opset,) = file.inputs(), [o.version for o in file.model.opset_import]
+    cached = any(name.startswith("past_key_values.") for name in inputs)
+    graph, builder = build(checkpoint.config, weights, opset, cached, "position_ids" in inputs)
+    for name in builder.stored:
+        del graph.initializers[name]
+    return ir.to_proto(graph)
+
+
+Nodes = Mapping[tuple[str, ...], Any]
+
+
+def _by_outputs(nodes: Any) -> Nodes:
+    return {tuple(node.output): node for node in nodes}
+
+
+def _node_differences(expected: Nodes, found: Nodes) -> Iterator[str]:
+    yield from (f"node {', '.join(outputs)}: missing" for outputs in expected if outputs not in found)
+    yield from (f"node {', '.join(outputs)}: unexpected" for outputs in found if outputs not in expected)
+    for outputs, node in expected.items():
+        before, after = _described(node), _described(found.get(outputs, node))
+        for what in dict.fromkeys((*before, *after)):
+            if before.get(what) != after.get(what):
+                yield (
+                    f"node {', '.join(outputs)}: {what} is {after.get(what, 'missing')}, "
+                    f"expected {before.get(what, 'none')}"
+                )
+    if list(expected) != list(found) and expected.keys() == found.keys():
+        yield "the nodes are in another order"
+
+
+def _described(node: Any) -> dict[str, str]:
+    """Operator, inputs and attributes of a node, as text."""
+    attributes = {a.name: _value(a) for a in node.attribute}
+    operator = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+    return {"the operator": operator, "the input": ", ".join(node.input), **attributes}
+
+
+def _value(attribute: Any) -> str:
+    import numpy as np
+    import onnx
+
+    if attribute.type == onnx.AttributeProto.FLOAT:
+        return str(np.float32(attribute.f))
+    if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.TENSOR):
+        return repr(attribute.SerializeToString(deterministic=True))
+    return repr(onnx.helper.get_attribute_value(attribute))
+
+
+def _content(tensor: Any) -> tuple[str, tuple[int, ...], bytes] | None:
+    """Type, shape and bytes of a constant; None if there is none."""
+    import onnx
+
+    if tensor is None:
+        return None
+    array = onnx.numpy_helper.to_array(tensor)
+    return array.dtype.name, array.shape, array.tobytes()
+
+
+def _shown(content: tuple[str, tuple[int, ...], bytes] | None) -> str:
+    import numpy as np
+
+    if content is None:
+        return "none"
+    dtype, shape, raw = content
+    return f"{dtype} {list(shape)}" if len(raw) > 64 else str(np.frombuffer(raw, dtype).tolist())
