@@ -2,7 +2,7 @@
 
 t is the truth (float64), e the yardstick (the reference model in the candidate's computing type), c the candidate.
 The principle comes from ``torch._dynamo.utils.same``: compare with a float64 run, not with a hand-picked tolerance.
-Correct exports measure ratios between 0.7 and 1.6; the mildest planted bug measures 271.
+Correct exports measure ratios between 0.7 and 1.6; docs/verification.md lists what planted bugs measure.
 """
 
 from __future__ import annotations
