@@ -23,7 +23,7 @@ class TensorFlowRuntime:
     """A SavedModel in a TensorFlow process of its own, run through its ``decode`` signature."""
 
     def __init__(self, directory: str, config: Mapping[str, object]) -> None:
-        path = os.path.join(directory, "saved_model")
+        path = self.path = os.path.join(directory, "saved_model")
         if not os.path.isfile(os.path.join(path, "saved_model.pb")):
             raise InputError(
                 "no SavedModel here",
@@ -50,5 +50,8 @@ class TensorFlowRuntime:
         self.process.close()
 
     def step(self, ids: Sequence[int]) -> Floats:
-        logits: Any = self.process.step(ids)
+        try:
+            logits: Any = self.process.step(ids)
+        except TensorFlowError as error:
+            raise InputError("TensorFlow cannot run the SavedModel", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]
