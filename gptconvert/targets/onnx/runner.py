@@ -171,6 +171,7 @@ class OnnxRunner:
         self.compute = binding.compute
         self._file, self._prepack, self._optimise, self._threads = file, prepack, optimise, threads
         self._lent = dict(lent or {})
+        self._values: dict[str, Any] = {}  # a session does not keep them alive
         self._process = self._confined(max(tokens, config.n_ctx)) if file.confined else None
         self._session = self._open([*file.outputs(), *taps] if taps else None)
         self._without_cache: Any = None
@@ -197,8 +198,9 @@ class OnnxRunner:
         try:
             if self._process is not None:
                 return RemoteSession(self._process, file.path, content, settings, self._lent)
-            lent = {name: _value(tensor) for name, tensor in self._lent.items()}
-            return open_session(file.path, content, settings, lent)
+            if not self._values:
+                self._values = {name: _value(tensor) for name, tensor in self._lent.items()}
+            return open_session(file.path, content, settings, self._values)
         except GptConvertError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class

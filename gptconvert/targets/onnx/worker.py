@@ -14,7 +14,8 @@ from gptconvert.targets.child.server import Command, serve
 from gptconvert.targets.onnx.decoding import Decoding
 from gptconvert.targets.onnx.session import Settings, open_session, ort_value
 
-SESSIONS: dict[int, Any] = {}
+#: Number → session, and the values lent to it, which it does not keep alive.
+SESSIONS: dict[int, tuple[Any, Mapping[str, Any]]] = {}
 DECODING: list[Decoding] = []
 NUMBERS = itertools.count()
 
@@ -29,13 +30,13 @@ def open_(request: Mapping[str, Any], arrays: Arrays) -> Answer:
     }
     content = arrays["content"].tobytes() if "content" in arrays else None
     number = next(NUMBERS)
-    SESSIONS[number] = open_session(request["path"], content, Settings(**request["settings"]), lent)
+    SESSIONS[number] = open_session(request["path"], content, Settings(**request["settings"]), lent), lent
     return {"session": number}, {}
 
 
 def run(request: Mapping[str, Any], arrays: Arrays) -> Answer:
     """Run a session; return the outputs in ``names``."""
-    outputs = SESSIONS[request["session"]].run(request["names"], arrays)
+    outputs = SESSIONS[request["session"]][0].run(request["names"], arrays)
     return {}, dict(zip(request["names"], outputs, strict=True))
 
 
