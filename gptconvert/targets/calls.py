@@ -1,4 +1,4 @@
-"""How much a graph with functions computes: their calls, expanded. Untrusted graphs are checked before they are loaded."""
+"""How much an untrusted graph with functions computes: their calls, expanded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Body:
 
 
 def call_problems(functions: Mapping[str, Body], roots: Sequence[str]) -> Iterator[str]:
-    """Yield why the calls of ``functions`` are too many, too deep, or recursive. Calls of unknown names are ignored."""
+    """Yield why the calls of ``functions`` are too many, too deep or recursive. Other names are ignored."""
     nodes: dict[str, int] = {}
     depth: dict[str, int] = {}
     active: set[str] = set()

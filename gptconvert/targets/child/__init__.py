@@ -1,1 +1,1 @@
-"""Processes that run other programs' graphs: limited in time, memory and access, so that a hostile graph is harmless."""
+"""Child processes that run graphs; those of unknown origin with limits on time, memory and access."""

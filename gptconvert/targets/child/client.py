@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import subprocess
@@ -26,8 +27,8 @@ LOG_BYTES = 1 << 16
 MEMORY = 2 << 30
 #: Copies of the weights, and of the largest values per token, that a runtime may need.
 WEIGHT_COPIES, VALUE_COPIES = 4, 8
-#: Memory per byte of graph file.
-GRAPH_FACTOR = 64
+#: Memory per byte of graph file, and the largest file that counts: three times that of the largest GPT.
+GRAPH_FACTOR, MOST_GRAPH = 64, 16 << 20
 #: Time for any request; more per byte of graph, which is optimised or compiled on first use; and per multiplication
 #: (1 GFLOP/s, a fiftieth of one core's speed).
 SECONDS, SECONDS_PER_GRAPH_BYTE, SECONDS_PER_PRODUCT = 60.0, 60 / (1 << 20), 2e-9
@@ -57,7 +58,9 @@ class Limits:
     def of(cls, path: str, weight_bytes: int, graph_bytes: int, config: GPTConfig | None, tokens: int) -> Self:
         """Limits for runs of at most ``tokens`` tokens; without ``config``, whatever fits the weights."""
         values = 0 if config is None else config.vocab_size + 16 * config.n_embd + config.n_head * config.n_ctx
-        memory = MEMORY + WEIGHT_COPIES * weight_bytes + GRAPH_FACTOR * graph_bytes + VALUE_COPIES * 4 * tokens * values
+        graph_bytes = min(graph_bytes, MOST_GRAPH)
+        memory = MEMORY + WEIGHT_COPIES * weight_bytes + GRAPH_FACTOR * graph_bytes
+        memory += VALUE_COPIES * 4 * tokens * values
         return cls(path, memory, weight_bytes, graph_bytes)
 
     def seconds(self, tokens: int) -> float:
@@ -197,10 +200,8 @@ class ChildProcess:
 
 
 def _close(stream: BinaryIO | Any) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError):  # a request was not read to its end
         stream.close()
-    except BrokenPipeError:  # a request was not read to its end
-        pass
 
 
 def _environment() -> dict[str, str]:

@@ -77,7 +77,7 @@ def _shape(sizes: Any) -> tuple[int, ...]:
 
 def _fill(stream: BinaryIO, flat: Array) -> bool:
     """Read bytes into an array; False if the stream ends first."""
-    view, done = memoryview(flat), 0
+    view, done = flat.data, 0
     while done < len(view):
         count = stream.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:

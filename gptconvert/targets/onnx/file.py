@@ -55,6 +55,11 @@ class OnnxFile:
         """Bytes of all initializers in a plain session, which widens 16-bit ones to 32."""
         return sum(t.size * (4 if t.dtype.itemsize == 2 else t.dtype.itemsize) for t in self.initializers.values())
 
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes of the file without its initializers."""
+        return int(self.model.ByteSize() - sum(len(tensor.raw_data) for tensor in self.model.graph.initializer))
+
     def inputs(self) -> dict[str, Any]:
         """Name → ValueInfoProto of the inputs to feed, in order."""
         fixed = {tensor.name for tensor in self.model.graph.initializer}
@@ -100,7 +105,9 @@ def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
     problems += [InputError("two initializers have this name", item=name) for name in _twice(model.graph)]
     if problems:
         raise _worst(problems, path)
-    return OnnxFile(path, model, {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)}, confined)
+    return OnnxFile(
+        path, model, {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)}, confined
+    )
 
 
 def _is_external(tensor: Any) -> bool:

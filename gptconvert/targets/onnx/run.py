@@ -25,7 +25,7 @@ class OnnxRuntime:
     def __init__(self, directory: str, config: Mapping[str, object]) -> None:
         path = self.path = find_onnx(directory)
         file, self.n_ctx = open_onnx(path), context_length(config)
-        self.process = OnnxProcess(Limits.of(path, file.weight_bytes, os.path.getsize(path), None, self.n_ctx))
+        self.process = OnnxProcess(Limits.of(path, file.weight_bytes, file.graph_bytes, None, self.n_ctx))
         try:
             outputs = self.process.call("start", path=path)[0]["outputs"]
         except ChildError as error:

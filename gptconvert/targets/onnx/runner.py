@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import weakref
 from collections.abc import Mapping, Sequence
@@ -180,8 +179,7 @@ class OnnxRunner:
     def _confined(self, tokens: int) -> OnnxProcess:
         """A process for a graph of unknown origin; it ends with this object."""
         file = self._file
-        graph_bytes = os.path.getsize(file.path)
-        process = OnnxProcess(Limits.of(file.path, file.weight_bytes, graph_bytes, self.config, tokens))
+        process = OnnxProcess(Limits.of(file.path, file.weight_bytes, file.graph_bytes, self.config, tokens))
         weakref.finalize(self, process.close)
         return process
 

@@ -1,7 +1,7 @@
 """Checks the operators of an untrusted ONNX graph before any runtime loads it.
 
-Every node passes or is named: in the main graph, in the branches of ``If``, and in the bodies of the model's functions,
-called or not.
+Every node passes or is named: in the main graph, in the branches of ``If``, and in the model's functions, called or
+not.
 """
 
 from __future__ import annotations

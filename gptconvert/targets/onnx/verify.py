@@ -61,8 +61,8 @@ class OnnxVerifier:
         Raises:
             InputError: the file cannot be read as a model.
             UnsupportedError: its inputs or outputs are unknown.
-            UnsafeInputError: its external data is stored outside its directory, an operator does more than compute, or
-                a run exceeds its limits.
+            UnsafeInputError: its external data is stored outside its directory, an operator does more than compute,
+                or a run exceeds its limits.
         """
         file = open_onnx(candidate.path, confined=candidate.export is None)
         checkpoint, weights, pairs = _weights(candidate, file)

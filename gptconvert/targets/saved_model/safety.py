@@ -1,7 +1,7 @@
 """Reads an untrusted ``saved_model.pb`` as data, and refuses what TensorFlow must not load.
 
-A SavedModel is a program: its operators read and write files, open sockets and call Python, and some run as soon as it
-is loaded. Only operators listed in :mod:`.operators` pass, in every function of the library, called or not, with the
+A SavedModel is a program: operators read and write files, open sockets and call Python, and some run as soon as it is
+loaded. Only the operators of :mod:`.operators` pass, in every function of the library, called or not, and only the
 kinds of objects that our own SavedModels hold.
 Formats: tensorflow/core/protobuf/{saved_model,meta_graph,saved_object_graph}.proto, tensorflow/core/framework/{graph,
 function,node_def,attr_value,tensor}.proto.
@@ -38,7 +38,13 @@ OTHER_OBJECTS = {
 }
 #: Python objects that loading may create.
 CLASSES = frozenset(
-    ("_generic_user_object", "signature_map", "trackable_dict_wrapper", "trackable_list_wrapper", "trackable_tuple_wrapper")
+    (
+        "_generic_user_object",
+        "signature_map",
+        "trackable_dict_wrapper",
+        "trackable_list_wrapper",
+        "trackable_tuple_wrapper",
+    )
 )
 #: Collections that TensorFlow 2 writes; its loader reads none.
 COLLECTIONS = frozenset(("saved_model_main_op", "trainable_variables", "variables"))
@@ -79,7 +85,9 @@ def check_saved_model(path: str) -> int:
     """
     others = [name for name in OTHER_GRAPHS if os.path.lexists(os.path.join(path, name))]
     if others:
-        raise UnsafeInputError("more than one graph, so the one checked may not be the one run", path=path, found=others[0])
+        raise UnsafeInputError(
+            "more than one graph, so the one checked may not be the one run", path=path, found=others[0]
+        )
     file = os.path.join(path, "saved_model.pb")
     content = read_small(file, MOST_BYTES, "the graph of a GPT")
     try:

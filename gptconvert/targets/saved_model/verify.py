@@ -105,7 +105,9 @@ def limits_of(path: str, variables: Mapping[str, LazyTensor], config: GPTConfig,
         InputError: it cannot be read.
     """
     graph_bytes, weight_bytes = check_saved_model(path), sum(tensor.nbytes for tensor in variables.values())
-    longest = max(probe.input_ids.size for probe in make_probes(config, kv_cache=True, free_positions=True, level=level))
+    longest = max(
+        probe.input_ids.size for probe in make_probes(config, kv_cache=True, free_positions=True, level=level)
+    )
     return Limits.of(path, weight_bytes, graph_bytes, config, max(longest, config.n_ctx))
 
 

@@ -57,11 +57,15 @@ def graph(name: str, *nodes: Any, inputs: Any = (), outputs: Any = ()) -> Any:
 def branch_on(then: Any, name: str = "choice") -> Any:
     """An ``If`` with a node in one branch."""
     other = graph("else", constant(f"{name}_else", [1.0]))
-    return helper.make_node("If", ["yes"], [f"{name}_out"], name=name, then_branch=graph("then", then), else_branch=other)
+    return helper.make_node(
+        "If", ["yes"], [f"{name}_out"], name=name, then_branch=graph("then", then), else_branch=other
+    )
 
 
 def function(name: str, *nodes: Any) -> Any:
-    return helper.make_function("local", name, [], ["y"], nodes, [helper.make_opsetid("", 17), helper.make_opsetid("evil", 1)])
+    return helper.make_function(
+        "local", name, [], ["y"], nodes, [helper.make_opsetid("", 17), helper.make_opsetid("evil", 1)]
+    )
 
 
 def call(name: str, output: str) -> Any:
@@ -179,7 +183,10 @@ def test_harmless_functions_and_branches_are_run(checkpoint: Checkpoint, tmp_pat
     outer = function("outer", call("inner", "z"), helper.make_node("Identity", ["z"], ["y"]))
     for each in (inner, outer):
         each.opset_import.append(helper.make_opsetid("local", 1))
-    other = helper.make_tensor_value_info("t", TensorProto.FLOAT, None), helper.make_tensor_value_info("e", TensorProto.FLOAT, None)
+    other = (
+        helper.make_tensor_value_info("t", TensorProto.FLOAT, None),
+        helper.make_tensor_value_info("e", TensorProto.FLOAT, None),
+    )
     choice = helper.make_node(
         "If",
         ["yes"],
@@ -230,7 +237,7 @@ def test_three_gigabytes(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: py
     file, config = open_onnx(str(path)), checkpoint.config
     confined = runner.OnnxRunner(file, runner.bind(file, config), config)
     feeds = feeds_of(make_probes(config, kv_cache=True)[0], config)
-    with pytest.raises(RunError, match="(?i)allocate|bad_alloc"):
+    with pytest.raises(RunError, match=r"(?i)allocate|bad_alloc"):
         confined.run(feeds, False)
 
 
