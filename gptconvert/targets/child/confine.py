@@ -1,8 +1,8 @@
 """Restricts this process, then runs a module in it: ``python -m gptconvert.targets.child.confine MODULE [BYTES]``.
 
 The limits come before any import: Landlock restricts threads, not processes, and numerical libraries start threads
-when imported. With ``BYTES``, writable memory is limited to that size and no file can be written. On Linux 5.13 and later
-(Landlock), nothing can be created, removed, renamed or executed; from 6.7 on, no TCP connection can be made.
+when imported. With ``BYTES``, writable memory is limited to that size and no file can be written. On Linux 5.13 and
+later (Landlock), nothing can be created, removed, renamed or executed; from 6.7 on, no TCP connection can be made.
 Reading is not restricted.
 """
 
