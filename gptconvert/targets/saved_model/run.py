@@ -13,7 +13,7 @@ from gptconvert.containers.tf_bundle import read_bundle
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.context import context_length
-from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
 from gptconvert.targets.saved_model.safety import check_saved_model
 
 Floats = NDArray[np.float32]
@@ -32,6 +32,7 @@ class TensorFlowRuntime:
                 hint="convert with --to tf, or choose another --runtime",
             )
         self.n_ctx = context_length(config)
+        require_tensorflow()
         variables = read_bundle(os.path.join(path, "variables", "variables"))
         weight_bytes = sum(tensor.nbytes for tensor in variables.values())
         self.process = TensorFlowProcess(Limits.of(path, weight_bytes, check_saved_model(path), None, self.n_ctx))
