@@ -205,13 +205,12 @@ def _close(stream: BinaryIO | Any) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The child's environment: quiet, no accelerator or telemetry, the same gptconvert, a fixed hash seed."""
+    """The child's environment: quiet, no accelerator, the same gptconvert, a fixed hash seed."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     fixed = {
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": "-1",
-        "ORT_DISABLE_TELEMETRY": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": path,
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptconvert.model.tensors import Array
+from gptconvert.targets.onnx.library import import_onnxruntime
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def open_session(path: str, content: bytes | None, settings: Settings, lent: Map
     Raises:
         Exception: onnxruntime's exceptions share no base class.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = settings.severity
     options.intra_op_num_threads = settings.threads
@@ -66,6 +66,4 @@ def open_session(path: str, content: bytes | None, settings: Settings, lent: Map
 
 def ort_value(array: Array, kind: int) -> Any:
     """onnxruntime's view of an array, without a copy; ``kind`` is ONNX's number of the type."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from gptconvert.targets.child.frames import Arrays
 from gptconvert.targets.child.server import Command, serve
 from gptconvert.targets.onnx.decoding import Decoding
+from gptconvert.targets.onnx.library import import_onnxruntime
 from gptconvert.targets.onnx.session import Settings, open_session, ort_value
 
 #: Number → session, and the values lent to it, which it does not keep alive.
@@ -61,4 +61,4 @@ COMMANDS: Mapping[str, Command] = {"open": open_, "run": run, "close": close, "s
 
 
 if __name__ == "__main__":
-    serve(COMMANDS, f"onnxruntime {onnxruntime.__version__}")
+    serve(COMMANDS, f"onnxruntime {import_onnxruntime().__version__}")
