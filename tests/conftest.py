@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -45,6 +45,46 @@ def tf() -> Any:
     import tensorflow
 
     return tensorflow
+
+
+class SharedOnnx:
+    """One onnxruntime process for all tests, since starting one takes longer than most runs."""
+
+    process: Any = None
+    closed: ClassVar[list[int]] = []
+
+    def __init__(self, limits: object = None) -> None:
+        from gptconvert.targets.child.client import Limits
+        from gptconvert.targets.onnx.process import OnnxProcess
+
+        if SharedOnnx.process is None:
+            SharedOnnx.process = OnnxProcess(Limits("a test's graph", 4 << 30, 0, 0))
+        self.sessions: list[int] = []
+
+    def call(self, command: str, **fields: Any) -> Any:
+        while SharedOnnx.closed:
+            SharedOnnx.process.call("close", session=SharedOnnx.closed.pop())
+        answer = SharedOnnx.process.call(command, **fields)
+        if command == "open":
+            self.sessions.append(answer[0]["session"])
+        return answer
+
+    def close(self) -> None:
+        """Called by the garbage collector too, perhaps during another call."""
+        SharedOnnx.closed += self.sessions
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_onnx() -> Iterator[None]:
+    """Run graphs of unknown origin in one process, except in tests that patch the name back."""
+    from gptconvert.targets.onnx import runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "OnnxProcess", SharedOnnx)
+        yield
+    if SharedOnnx.process is not None:
+        SharedOnnx.process.close()
+        SharedOnnx.process = None
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def check_continuation(
     """
     group = Group(f"greedy as {candidate.shown_as}", tokens=continuation.new * len(continuation.input_ids))
     own = max(group.measures["logits"].most for group in groups if "logits" in group.measures)
-    file, config = open_onnx(candidate.path), candidate.checkpoint.config
+    file, config = open_onnx(candidate.path, confined=candidate.export is None), candidate.checkpoint.config
     special = candidate.checkpoint.special_ids
     positions = default_positions(config.task, continuation.attention_mask, continuation.input_ids.shape[1])
     try:

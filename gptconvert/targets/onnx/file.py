@@ -6,6 +6,8 @@ onnxruntime opens a file only after every external tensor has been found inside 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,9 +17,14 @@ import numpy as np
 from gptconvert.containers.untrusted import file_beside, file_size
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
+from gptconvert.targets.onnx.safety import check_operators
 
 #: Keys that ONNX defines for external data.
 EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
+#: Fields of TensorProto that hold data by type.
+TYPED_DATA = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+#: In a location, this makes onnxruntime read its own memory at the offset.
+MEMORY_ADDRESS = "_ORT_MEM_ADDR_"
 #: Elements per byte of the types smaller than one.
 PACKED = {"int4": 2, "uint4": 2, "float4e2m1fn": 2, "int2": 4, "uint2": 4}
 
@@ -30,11 +37,13 @@ class OnnxFile:
         path: of the graph file.
         model: the ModelProto, external data not loaded.
         initializers: name → lazy tensor, except for types smaller than a byte and strings.
+        confined: whether it runs in a process with limits.
     """
 
     path: str
     model: Any
     initializers: Mapping[str, LazyTensor]
+    confined: bool = True
 
     @property
     def is_own(self) -> bool:
@@ -50,6 +59,11 @@ class OnnxFile:
         """A TensorProto of the file as a lazy tensor; none if its elements are strings or smaller than a byte."""
         return [_lazy(self.path, tensor)] if _whole_bytes(tensor) else []
 
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes of the file without its initializers."""
+        return int(self.model.ByteSize() - sum(len(tensor.raw_data) for tensor in self.model.graph.initializer))
+
     def inputs(self) -> dict[str, Any]:
         """Name → ValueInfoProto of the inputs to feed, in order."""
         fixed = {tensor.name for tensor in self.model.graph.initializer}
@@ -60,12 +74,18 @@ class OnnxFile:
         return {value.name: value for value in self.model.graph.output}
 
 
-def open_onnx(path: str) -> OnnxFile:
-    """Parse a model and check where its weights are stored.
+def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
+    """Parse a model, and check its operators and where its weights are stored.
+
+    Args:
+        path: the graph file.
+        confined: whether to run it in a process with limits: unless this process has just written it.
 
     Raises:
-        InputError: not an ONNX model, or its external data is missing, truncated or malformed.
-        UnsafeInputError: external data is stored outside the model's directory or not in a regular file.
+        InputError: not an ONNX model; an initializer is ambiguous or without data; or its external data is missing,
+            truncated or malformed.
+        UnsafeInputError: an operator does more than compute; or external data is stored outside the model's directory
+            or not in a regular file.
     """
     import onnx
 
@@ -76,18 +96,22 @@ def open_onnx(path: str) -> OnnxFile:
         raise InputError("is not an ONNX model", path=path, found=str(error)[:200] or type(error).__name__) from error
     if not model.graph.node:
         raise InputError("is not an ONNX model", path=path, found="no nodes")
+    check_operators(model, path)
     problems: list[GptConvertError] = []
-    for tensor in _tensors(model.graph):
+    for tensor in (*_tensors(model.graph), *(t for function in model.functions for t in _in_nodes(function.node))):
         try:
             if _is_external(tensor):
                 _locate(path, tensor)
-            elif tensor.HasField("raw_data"):
+            else:
                 _require_filled(tensor)
         except GptConvertError as error:
             problems.append(error)
+    problems += [InputError("two initializers have this name", item=name) for name in _twice(model.graph)]
     if problems:
         raise _worst(problems, path)
-    return OnnxFile(path, model, {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)})
+    return OnnxFile(
+        path, model, {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)}, confined
+    )
 
 
 def _is_external(tensor: Any) -> bool:
@@ -110,19 +134,43 @@ def _tensors(graph: Any) -> Iterator[Any]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    for node in graph.node:
+    yield from _in_nodes(graph.node)
+
+
+def _in_nodes(nodes: Any) -> Iterator[Any]:
+    """Every TensorProto of nodes and their subgraphs."""
+    for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for inner in _subgraphs(attribute):
                 yield from _tensors(inner)
+
+
+def _subgraphs(attribute: Any) -> list[Any]:
+    return [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+
+
+def _twice(graph: Any) -> Iterator[str]:
+    """Names that several initializers of one graph share: runtimes differ in the one they use."""
+    sparse = (tensor.values.name for tensor in graph.sparse_initializer)
+    counts = Counter((*(tensor.name for tensor in graph.initializer), *sparse))
+    yield from (name for name, count in counts.items() if count > 1)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in _subgraphs(attribute):
+                yield from _twice(inner)
 
 
 def _locate(model_path: str, tensor: Any) -> Segment:
     """The checked byte range of an external tensor."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     name, nbytes = tensor.name, _nbytes(tensor)
+    if len(entries) < len(tensor.external_data):
+        raise InputError("external data has a key twice", item=name)
+    if MEMORY_ADDRESS in entries.get("location", ""):
+        raise UnsafeInputError("external data is an address in memory", item=name)
     unknown = sorted(set(entries) - EXTERNAL_KEYS)
     if unknown or "location" not in entries:
         raise InputError(
@@ -150,10 +198,19 @@ def _locate(model_path: str, tensor: Any) -> Segment:
 
 
 def _require_filled(tensor: Any) -> None:
-    """Raise InputError unless a tensor inside the graph has as many bytes as its type and shape need."""
-    expected, found = _nbytes(tensor), len(tensor.raw_data)
+    """Raise InputError unless a tensor inside the graph has as much data as its type and shape need."""
+    if tensor.HasField("raw_data"):
+        expected, found, unit = _nbytes(tensor), len(tensor.raw_data), "bytes"
+    else:  # the field depends on the type; types smaller than a byte are packed in several ways
+        expected, unit = math.prod(tensor.dims), "numbers"
+        found = max(len(getattr(tensor, field)) for field in TYPED_DATA)
+        name = _dtype(tensor).name
+        if name.startswith("complex"):
+            expected *= 2
+        elif name in PACKED:
+            expected = found or 1
     if expected != found:
-        raise InputError(f"data does not fill its shape: {found} bytes, expected {expected}", item=tensor.name)
+        raise InputError(f"data does not fill its shape: {found} {unit}, expected {expected}", item=tensor.name)
 
 
 def _dtype(tensor: Any) -> np.dtype[np.generic]:

@@ -33,7 +33,7 @@ def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, gr
     config = checkpoint.config
     values = {name for node in file.model.graph.node for name in node.output}
     taps = [name for name in ("embedding", *(f"h.{i}" for i in range(config.n_layer))) if name in values]
-    runner = OnnxRunner(file, binding, config, optimise=False, taps=taps)
+    runner = OnnxRunner(file, binding, config, optimise=False, taps=taps, tokens=probe.input_ids.size)
     truth = TruthPass(
         checkpoint, [probe], binding.compute, presents=runner.kv_cache, taps=True, yardsticks=YARDSTICKS
     ).run()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.errors import GptConvertError, InputError, UnsupportedError
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Array, LazyTensor
+from gptconvert.targets.child.client import Limits
 from gptconvert.targets.onnx.file import OnnxFile
-from gptconvert.targets.onnx.library import import_onnxruntime
+from gptconvert.targets.onnx.process import OnnxProcess, RemoteSession
+from gptconvert.targets.onnx.session import Settings, open_session, ort_value
 from gptconvert.verify.runners import Feeds, Outputs, RunError, one_line
 from reference_model.config import INPUTS, OUTPUTS, GPTConfig
 
@@ -145,6 +148,7 @@ class OnnxRunner:
         lent: weights stored in other files to use instead of the file's own, by name.
         threads: number of threads; 0 for one per core.
         most_cache: bytes of keys and values that are computed even if a run does not request them.
+        tokens: largest number of tokens of a run, if more than the context; limits the memory of a confined process.
     """
 
     def __init__(
@@ -159,41 +163,44 @@ class OnnxRunner:
         lent: Mapping[str, LazyTensor] | None = None,
         threads: int = 0,
         most_cache: int = MOST_CACHE,
+        tokens: int = 0,
     ) -> None:
         self.binding, self.config, self.taps = binding, config, tuple(taps)
         self.kv_cache, self.free_positions = bool(binding.past), "position_ids" in binding.inputs
         self.compute = binding.compute
         self._file, self._prepack, self._optimise, self._threads = file, prepack, optimise, threads
-        self._lent = {name: _value(tensor) for name, tensor in (lent or {}).items()}
+        self._lent = dict(lent or {})
+        self._values: dict[str, Any] = {}  # a session does not keep them alive
+        self._process = self._confined(max(tokens, config.n_ctx)) if file.confined else None
         self._session = self._open([*file.outputs(), *taps] if taps else None)
         self._without_cache: Any = None
         self._most_cache = most_cache
 
+    def _confined(self, tokens: int) -> OnnxProcess:
+        """A process for a graph of unknown origin; it ends with this object."""
+        file = self._file
+        process = OnnxProcess(Limits.of(file.path, file.weight_bytes, file.graph_bytes, self.config, tokens))
+        weakref.finalize(self, process.close)
+        return process
+
     def _open(self, outputs: Sequence[str] | None) -> Any:
         """A session on the file, or on its graph with other ``outputs``."""
-        onnxruntime = import_onnxruntime()
-        file, skipped = self._file, list[str]()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = self._threads
-        if not self._prepack:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = False  # an arena keeps the memory of its largest run
-            if any(tensor.dtype.itemsize == 2 for tensor in file.initializers.values()):
-                skipped = HOLDING_FLOAT32
-        if not self._optimise:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        for name, value in self._lent.items():
-            options.add_initializer(name, value)
-        source: str | bytes = file.path
-        if outputs is not None:
-            source = _returning(file, outputs)
-            folder = file.path.rpartition("/")[0] or "."
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        file, narrow = self._file, any(t.dtype.itemsize == 2 for t in self._file.initializers.values())
+        settings = Settings(
+            threads=self._threads,
+            prepack=self._prepack,
+            optimise=self._optimise,
+            skipped=HOLDING_FLOAT32 if narrow and not self._prepack else (),
+        )
+        content = None if outputs is None else _returning(file, outputs)
         try:
-            return onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=skipped
-            )
+            if self._process is not None:
+                return RemoteSession(self._process, file.path, content, settings, self._lent)
+            if not self._values:
+                self._values = {name: _value(tensor) for name, tensor in self._lent.items()}
+            return open_session(file.path, content, settings, self._values)
+        except GptConvertError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InputError("onnxruntime cannot load the model", path=file.path, found=one_line(error)) from error
 
@@ -205,6 +212,8 @@ class OnnxRunner:
         session = self._session if presents or self._small_cache(feeds) else self._session_without_cache()
         try:
             arrays = session.run([*names, *self.taps], self._inputs(feeds))
+        except GptConvertError:
+            raise
         except Exception as error:
             raise RunError(one_line(error)) from error
         named = dict(zip(self.binding.outputs, arrays, strict=False))
@@ -245,9 +254,7 @@ def _value(tensor: LazyTensor) -> Any:
     import onnx
 
     array, kind = tensor.read(), onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
-    if array.dtype == BFLOAT16:
-        array = array.view(np.uint16)
-    return import_onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+    return ort_value(array.view(np.uint16) if array.dtype == BFLOAT16 else array, kind)
 
 
 def _returning(file: OnnxFile, names: Sequence[str]) -> bytes:

@@ -64,9 +64,10 @@ class OnnxVerifier:
         Raises:
             InputError: the file cannot be read as a model.
             UnsupportedError: its inputs or outputs are unknown.
-            UnsafeInputError: its external data is stored outside its directory.
+            UnsafeInputError: its external data is stored outside its directory, an operator does more than compute,
+                or a run exceeds its limits.
         """
-        file = open_onnx(candidate.path)
+        file = open_onnx(candidate.path, confined=candidate.export is None)
         checkpoint, weights, pairs = _weights(candidate, file)
         report = ArtifactReport(NAME, candidate.shown_as, weights)
         if candidate.export or file.is_own:
@@ -181,7 +182,13 @@ class Runs:
         """The session that runs beside the truth."""
         small = self.lent is None
         return self.runner(
-            self.file, self.binding, self.config, prepack=small, lent=self.lent, threads=half_the_cores()
+            self.file,
+            self.binding,
+            self.config,
+            prepack=small,
+            lent=self.lent,
+            threads=half_the_cores(),
+            tokens=max(probe.input_ids.size for probe in self.probes),
         )
 
     def _run_wave(self, wave: Sequence[Probe], groups: dict[str, Group]) -> None:

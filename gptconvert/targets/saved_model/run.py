@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gptconvert.containers.tf_bundle import read_bundle
 from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.targets.child.client import Limits
 from gptconvert.targets.context import context_length
-from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
+from gptconvert.targets.saved_model.safety import check_saved_model
 
 Floats = NDArray[np.float32]
 
@@ -20,7 +23,7 @@ class TensorFlowRuntime:
     """A SavedModel in a TensorFlow process of its own, run through its ``decode`` signature."""
 
     def __init__(self, directory: str, config: Mapping[str, object]) -> None:
-        path = os.path.join(directory, "saved_model")
+        path = self.path = os.path.join(directory, "saved_model")
         if not os.path.isfile(os.path.join(path, "saved_model.pb")):
             raise InputError(
                 "no SavedModel here",
@@ -29,7 +32,10 @@ class TensorFlowRuntime:
                 hint="convert with --to tf, or choose another --runtime",
             )
         self.n_ctx = context_length(config)
-        self.process = TensorFlowProcess()
+        require_tensorflow()
+        variables = read_bundle(os.path.join(path, "variables", "variables"))
+        weight_bytes = sum(tensor.nbytes for tensor in variables.values())
+        self.process = TensorFlowProcess(Limits.of(path, weight_bytes, check_saved_model(path), None, self.n_ctx))
         try:
             loaded = self.process.ask("load", path=os.path.abspath(path))
         except TensorFlowError as error:
@@ -45,5 +51,8 @@ class TensorFlowRuntime:
         self.process.close()
 
     def step(self, ids: Sequence[int]) -> Floats:
-        logits: Any = self.process.step(ids)
+        try:
+            logits: Any = self.process.step(ids)
+        except TensorFlowError as error:
+            raise InputError("TensorFlow cannot run the SavedModel", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
 """Verifies our SavedModels by both rules: variables read back from the bundle, signatures run by TensorFlow.
 
-TensorFlow runs in a process of its own. A SavedModel is a program: verify only those of known origin.
+TensorFlow runs in a process of its own. A SavedModel is a program: one of unknown origin is read as data first
+(:mod:`.safety`), and runs with limits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import transpose
+from gptconvert.targets.child.client import Limits
 from gptconvert.targets.saved_model.contract import (
     POSITIONS,
     XLA,
@@ -31,6 +33,7 @@ from gptconvert.targets.saved_model.contract import (
 )
 from gptconvert.targets.saved_model.plan import NAME
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from gptconvert.targets.saved_model.safety import check_saved_model
 from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.foreign import as_stored
@@ -70,15 +73,17 @@ class SavedModelVerifier:
             InputError: it cannot be read or loaded.
             UnsupportedError: TensorFlow is not installed, the variables have other names than ours, or they do not
                 fit in memory.
+            UnsafeInputError: its graph holds more than a model's mathematics, or exceeds its limits.
         """
         path, variables = candidate.path, read_variables(candidate.path)
+        limits = None if candidate.export else limits_of(path, variables, candidate.checkpoint.config, level)
         checkpoint, weights, pairs = _weights(candidate, variables)
         report = ArtifactReport(NAME, candidate.shown_as, weights)
         compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
         if not weights.ok:
             return report
         require_memory(path, sum(tensor.nbytes for tensor in variables.values()), self.free_memory())
-        with (self.process or TensorFlowProcess)() as tensorflow:
+        with self.process() if self.process else TensorFlowProcess(limits) as tensorflow:
             stage("loading the SavedModel", 0)
             try:
                 loaded = tensorflow.ask("load", path=os.path.abspath(path))
@@ -91,6 +96,20 @@ class SavedModelVerifier:
 
 
 verify = SavedModelVerifier()
+
+
+def limits_of(path: str, variables: Mapping[str, LazyTensor], config: GPTConfig, level: Level) -> Limits:
+    """Check the graph of a SavedModel of unknown origin, and limit its runs.
+
+    Raises:
+        UnsafeInputError: it holds more than a model's mathematics.
+        InputError: it cannot be read.
+    """
+    graph_bytes, weight_bytes = check_saved_model(path), sum(tensor.nbytes for tensor in variables.values())
+    longest = max(
+        probe.input_ids.size for probe in make_probes(config, kv_cache=True, free_positions=True, level=level)
+    )
+    return Limits.of(path, weight_bytes, graph_bytes, config, max(longest, config.n_ctx))
 
 
 def _weights(

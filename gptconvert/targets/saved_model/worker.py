@@ -1,22 +1,20 @@
 """The TensorFlow process: builds the graph, or runs a SavedModel. Started by :mod:`.process`, never imported.
 
-Importing TensorFlow takes seconds and half a gigabyte, so only this process does. Requests and answers are lines of
-JSON on stdin and stdout; arrays and files are exchanged in a directory that the parent creates and removes.
+Importing TensorFlow takes seconds and half a gigabyte, so only this process does.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from gptconvert.model.generation import SpecialIds
+from gptconvert.targets.child.frames import Arrays
+from gptconvert.targets.child.server import Command, serve
 from gptconvert.targets.saved_model.graph import Weights
 from gptconvert.targets.saved_model.signatures import signatures
 from reference_model.config import GPTConfig, Rotary
@@ -137,17 +135,14 @@ def _described(spec: Any) -> list[object]:
     return [spec.dtype.name, spec.shape.as_list()]
 
 
-def run(request: Mapping[str, Any]) -> dict[str, object]:
-    """Run ``signature`` on the arrays of the file ``inputs``; the outputs named in ``wanted`` go to ``outputs``."""
-    function = LOADED["model"].signatures[request["signature"]]
-    with np.load(request["inputs"], allow_pickle=False) as arrays:
-        results = function(**{name: tf.constant(arrays[name]) for name in arrays.files})
-    np.savez(request["outputs"], **{name: results[name].numpy() for name in request["wanted"] or results})
-    return {}
+def run(request: Mapping[str, Any], inputs: Arrays) -> dict[str, Any]:
+    """The outputs of ``signature`` that are named in ``wanted``, or all."""
+    results = LOADED["model"].signatures[request["signature"]](**{n: tf.constant(a) for n, a in inputs.items()})
+    return {name: results[name].numpy() for name in request["wanted"] or results}
 
 
-def step(request: Mapping[str, Any]) -> dict[str, object]:
-    """Feed ``ids`` to ``decode`` with the cache of the steps before; the last logits [V] go to ``outputs``."""
+def step(request: Mapping[str, Any], _: Arrays) -> dict[str, Any]:
+    """Feed ``ids`` to ``decode`` with the cache of the steps before; return the last logits [V]."""
     decode, seen = LOADED["model"].signatures["decode"], LOADED.get("seen", 0)
     specs = {spec.name: spec for spec in tf.nest.flatten(decode.structured_input_signature)}
     empty = {
@@ -164,31 +159,27 @@ def step(request: Mapping[str, Any]) -> dict[str, object]:
     )
     LOADED["past"] = {name: results[name.replace("past_key_values", "present")] for name in empty}
     LOADED["seen"] = total
-    np.savez(request["outputs"], logits=results["logits"][0, -1].numpy())
-    return {}
+    return {"logits": results["logits"][0, -1].numpy()}
 
 
-COMMANDS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, object]]] = {
-    "build": build,
-    "load": load,
-    "run": run,
-    "step": step,
+def _described_by(command: Callable[[Mapping[str, Any]], dict[str, object]]) -> Command:
+    """A command that neither takes nor returns arrays."""
+    return lambda request, _: (command(request), {})
+
+
+def _computed_by(command: Callable[[Mapping[str, Any], Arrays], dict[str, Any]]) -> Command:
+    """A command that returns arrays alone."""
+    return lambda request, arrays: ({}, command(request, arrays))
+
+
+COMMANDS: Mapping[str, Command] = {
+    "build": _described_by(build),
+    "load": _described_by(load),
+    "run": _computed_by(run),
+    "step": _computed_by(step),
 }
 
 
-def main() -> None:
-    """Answer requests until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # keep prints of libraries out of the answers
-    tf.get_logger().setLevel("ERROR")
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = {"ok": True, "tensorflow": tf.__version__, **COMMANDS[request["command"]](request)}
-        except Exception as error:
-            answer = {"ok": False, "tensorflow": tf.__version__, "kind": type(error).__name__, "message": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    tf.get_logger().setLevel("ERROR")
+    serve(COMMANDS, f"TensorFlow {tf.__version__}")

@@ -13,6 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
+from gptconvert.targets.onnx import runner
 from gptconvert.targets.onnx.file import open_onnx
 from tests.verify.exports import edit, export, report_on, tiny
 
@@ -36,6 +37,28 @@ def drop_location(model: Any) -> None:
         tensor.external_data.add(key=key, value=value)
 
 
+def repeat_offset(model: Any) -> None:
+    tensor = next(t for t in model.graph.initializer if t.name == "h.1.mlp.c_fc.weight")
+    tensor.external_data.add(key="offset", value="0")
+
+
+def repeat_initializer(model: Any) -> None:
+    """A second value of the weight, which comes last or first depending on the reader."""
+    twin = numpy_helper.from_array(np.zeros((56, 24), np.float32), "h.1.mlp.c_fc.weight")
+    model.graph.initializer.append(twin)
+
+
+def drop_data(model: Any) -> None:
+    tensor = next(t for t in model.graph.initializer if t.name == "h.1.mlp.c_fc.weight")
+    del tensor.external_data[:]
+    tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+def too_few_numbers(model: Any) -> None:
+    drop_data(model)
+    next(t for t in model.graph.initializer if t.name == "h.1.mlp.c_fc.weight").float_data.append(1.0)
+
+
 CASES: list[tuple[str, Callable[[Any], None], type[GptConvertError], str]] = [
     ("parent", put("location", "../secret"), UnsafeInputError, "leaves"),
     ("parent inside", put("location", "sub/../../secret"), UnsafeInputError, "leaves"),
@@ -51,6 +74,11 @@ CASES: list[tuple[str, Callable[[Any], None], type[GptConvertError], str]] = [
     ("short", put("length", "4"), InputError, "need"),
     ("long", put("length", "99999999"), InputError, "need"),
     ("unknown key", put("hook", "x"), InputError, "hook"),
+    ("repeated key", repeat_offset, InputError, "key twice"),
+    ("address in memory", put("location", "*/_ORT_MEM_ADDR_/*"), UnsafeInputError, "address in memory"),
+    ("two initializers", repeat_initializer, InputError, "two initializers"),
+    ("no data", drop_data, InputError, "0 numbers"),
+    ("too few numbers", too_few_numbers, InputError, "1 numbers"),
 ]
 
 
@@ -58,12 +86,11 @@ CASES: list[tuple[str, Callable[[Any], None], type[GptConvertError], str]] = [
 def test_external_data(
     tmp_path: Path, change: Callable[[Any], None], error: type[GptConvertError], words: str, monkeypatch: Any
 ) -> None:
-    import onnxruntime
-
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("onnxruntime opened the file")
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", never)
+    for name in ("open_session", "OnnxProcess"):
+        monkeypatch.setattr(runner, name, never)
     (tmp_path / "secret").write_bytes(b"x" * 100_000)
     checkpoint = tiny(tmp_path)
     path = export(tmp_path, checkpoint)
@@ -131,6 +158,20 @@ def test_tensors_hidden_in_subgraphs_are_checked(tmp_path: Path) -> None:
     node = helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch)
     graph = helper.make_graph([node], "g", [], [])
     (tmp_path / "model.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(UnsafeInputError, match="leaves"):
+        open_onnx(str(tmp_path / "model.onnx"))
+
+
+def test_tensors_hidden_in_functions_are_checked(tmp_path: Path) -> None:
+    inner = numpy_helper.from_array(np.zeros(3, np.float32), "inner")
+    inner.ClearField("raw_data")
+    inner.data_location = onnx.TensorProto.EXTERNAL
+    inner.external_data.add(key="location", value="../../etc/passwd")
+    body = [helper.make_node("Constant", [], ["y"], value=inner)]
+    opsets = [helper.make_opsetid("", 17)]
+    function = helper.make_function("local", "f", [], ["y"], body, opsets)
+    graph = helper.make_graph([helper.make_node("f", [], ["z"], domain="local")], "g", [], [])
+    (tmp_path / "model.onnx").write_bytes(helper.make_model(graph, functions=[function]).SerializeToString())
     with pytest.raises(UnsafeInputError, match="leaves"):
         open_onnx(str(tmp_path / "model.onnx"))
 

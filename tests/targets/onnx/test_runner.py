@@ -54,7 +54,7 @@ def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype:
     """Twenty layers take 3 MiB each in float32; neither loading nor running may hold half of that."""
     wide = tiny(tmp_path, n_embd=240, n_head=3, n_inner=960, n_layer=20)
     narrow = dataclasses.replace(wide, weights={name: cast(w, dtype) for name, w in wide.weights.items()})
-    file = open_onnx(str(export(tmp_path, narrow)))
+    file = open_onnx(str(export(tmp_path, narrow)), confined=False)
     binding, probe = bind(file, narrow.config), make_probes(narrow.config, kv_cache=True)[0]
     feeds = feeds_of(probe, narrow.config)
     first = OnnxRunner(file, binding, narrow.config)  # kept alive, so that its memory is not reused
@@ -68,7 +68,7 @@ def test_half_precision_weights_are_widened_one_at_a_time(tmp_path: Path, dtype:
 
 def test_long_past_is_returned_only_on_request(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
-    file = open_onnx(str(export(tmp_path, checkpoint)))
+    file = open_onnx(str(export(tmp_path, checkpoint)), confined=False)
     binding = bind(file, checkpoint.config)
     probe = next(p for p in make_probes(checkpoint.config, kv_cache=True) if p.shared_past)
     feeds, answers = feeds_of(probe, checkpoint.config), []

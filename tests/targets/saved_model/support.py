@@ -27,7 +27,7 @@ class Shared:
     def __init__(self, process: Any) -> None:
         self.process = process
 
-    def __call__(self) -> Shared:
+    def __call__(self, limits: object = None) -> Shared:
         return self
 
     def __enter__(self) -> Any:

@@ -1,0 +1,1 @@
+"""Child processes that run graphs; those of unknown origin with limits on time, memory and access."""

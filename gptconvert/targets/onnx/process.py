@@ -1,0 +1,69 @@
+"""The client of :mod:`.worker`: one onnxruntime process, confined to what a model needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gptconvert.model.tensors import Array, LazyTensor
+from gptconvert.targets.child.client import ChildProcess
+from gptconvert.targets.onnx.session import Settings
+
+
+class OnnxProcess(ChildProcess):
+    """An onnxruntime process."""
+
+    module, program = "gptconvert.targets.onnx.worker", "onnxruntime"
+
+    def failure(self, answer: Mapping[str, Any]) -> str:
+        """The message alone, which names onnxruntime."""
+        return " ".join(answer["message"].split())[:400]
+
+
+class RemoteSession:
+    """The part of an InferenceSession that a runner uses, in another process.
+
+    Args:
+        process: runs it.
+        path: of the graph file.
+        content: another graph to load in its place; None to load the file.
+        settings: how to load it.
+        lent: initializer → tensor in one piece of a file, to use instead.
+
+    Raises:
+        ChildError: onnxruntime cannot load the graph.
+        UnsafeInputError: loading it exceeds a limit.
+    """
+
+    def __init__(
+        self, process: Any, path: str, content: bytes | None, settings: Settings, lent: Mapping[str, LazyTensor]
+    ) -> None:
+        self.process = process
+        arrays = {} if content is None else {"content": np.frombuffer(content, np.uint8)}
+        described = [_described(name, tensor) for name, tensor in lent.items()]
+        fields = {"path": path, "settings": dataclasses.asdict(settings), "lent": described}
+        self.number: int = process.call("open", arrays=arrays, **fields)[0]["session"]
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs in ``names``.
+
+        Raises:
+            ChildError: the run failed.
+            UnsafeInputError: it exceeded a limit.
+        """
+        tokens = sum(array.size for array in feeds.values() if array.dtype.kind == "i")
+        outputs = self.process.call("run", arrays=feeds, tokens=tokens, session=self.number, names=list(names))[1]
+        return [outputs[name] for name in names]
+
+
+def _described(name: str, tensor: LazyTensor) -> tuple[str, str, int, str, tuple[int, ...], int]:
+    """Where a tensor is stored, its type as numpy reads it, and ONNX's number of the type."""
+    import onnx
+
+    (segment,) = tensor.segments() or ()
+    kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+    numpy_type = tensor.dtype if tensor.dtype.kind == "f" else np.dtype(np.uint16)  # bfloat16 is opaque to numpy
+    return name, segment.path, segment.offset, numpy_type.str, tensor.shape, kind
