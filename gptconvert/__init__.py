@@ -1,9 +1,14 @@
 """Convert GPT checkpoints to other formats, and prove that they compute what the checkpoint computes."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from gptconvert import errors
 from gptconvert.version import __version__ as __version__
+
+# onnxruntime's telemetry looks up names, sends events and writes into the user's cache. It reads the variable when it
+# is imported: set it here, before any module of this package, in any process, can import onnxruntime.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from gptconvert.inspection import inspect, open_checkpoint

@@ -53,7 +53,7 @@ class TensorFlowProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=_environment(),
+            env=_environment(self.directory),
             text=True,
             encoding="utf-8",
         )
@@ -128,9 +128,13 @@ class TensorFlowProcess:
         return f"the TensorFlow process {how}" + (f": {lines[-1].strip()[:400]}" if lines else "")
 
 
-def _environment() -> dict[str, str]:
-    """The worker's environment: quiet, no accelerator, the same gptconvert, a fixed hash seed."""
+def _environment(directory: str) -> dict[str, str]:
+    """The worker's environment: quiet, no accelerator, the same gptconvert, a fixed hash seed.
+
+    Keras's settings and AutoGraph's generated code, which TensorFlow would leave in the user's home and in the
+    system's temporary directory, go to ``directory``.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     fixed = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONHASHSEED": "0", "PYTHONPATH": path}
-    return {**os.environ, **fixed}
+    return {**os.environ, **fixed, "KERAS_HOME": directory, "TMPDIR": directory}
