@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 from gptconvert import errors
 from gptconvert.version import __version__ as __version__
 
-# onnxruntime's telemetry looks up names, sends events and writes into the user's cache. It reads the variable when it
-# is imported: set it here, before any module of this package, in any process, can import onnxruntime.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# onnxruntime's telemetry looks up names, sends events and writes into the user's cache; huggingface_hub's fetches a
+# list of agents. Both read their variable when they are imported: set it here, before any module of this package, in
+# any process, can import them.
+for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
     from gptconvert.inspection import inspect, open_checkpoint

@@ -187,7 +187,7 @@ def table(rows: int, width: int) -> nn.Embedding:
     Random ones, drawn on the meta device, would import PyTorch's compiler, which takes a second and creates a
     directory for its cache.
     """
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)  # (rows, width)
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))  # (rows, width)
 
 
 class Embedding(nn.Module):

@@ -85,7 +85,8 @@ def fetch_adapter(repo: str, options: Options) -> Fetched:
     """
     from huggingface_hub import constants, hf_hub_download
 
-    options, notes = replace(options, revision=None), ()
+    options = replace(options, revision=None)
+    notes: tuple[str, ...] = ()
     with translated(repo, options):
         if options.offline or constants.HF_HUB_OFFLINE:
             config = hf_hub_download(repo, ADAPTER_CONFIG, cache_dir=options.cache_dir, local_files_only=True)

@@ -118,9 +118,9 @@ class _Guard:
 
     def traced(self, event: str, details: Mapping[str, Any]) -> None:
         """Remember the socket of every connection that the client opens."""
-        stream = details.get("return_value")
-        if event.endswith(".complete") and hasattr(stream, "get_extra_info"):
-            opened = stream.get_extra_info("socket")
+        extra = getattr(details.get("return_value"), "get_extra_info", None)
+        if event.endswith(".complete") and extra is not None:
+            opened = extra("socket")
             if isinstance(opened, socket.socket):
                 self.sockets.add(opened)
 

@@ -56,8 +56,8 @@ def read_listing(repo: str, revision: str | None) -> Listing:
         InputError: the reply is not a listing.
         UnsafeInputError: a file's name leads out of the repository.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     url = f"{constants.ENDPOINT}/api/models/{repo}{at}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import REPOSITORY, TINY, TRAINED
+from tests.sources.hub_server import COMMIT, Hub, serve
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +67,10 @@ class Sandbox:
             words, cwd=self.root / "work", env=self.environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
+
+    def addresses(self) -> set[str]:
+        """The IPv4 addresses in :meth:`sockets`."""
+        return set(re.findall(r"\d+\.\d+\.\d+\.\d+", "".join(self.sockets())))
 
     def sockets(self) -> list[str]:
         """Every use of the network. Local sockets, such as those of name services, are not."""
@@ -126,6 +132,17 @@ def test_reading(sandbox: Sandbox, words: list[str]) -> None:
     assert (sandbox.sockets(), sandbox.files()) == ([], [])
 
 
+def test_hub_access(sandbox: Sandbox) -> None:
+    """It connects to the endpoint only, and writes into the hub cache only."""
+    files = {path.name: path.read_bytes() for path in (TINY / "hf-safetensors").iterdir()}
+    with serve(Hub({"org/tiny": {"main": COMMIT}}, {COMMIT: files})) as hub:
+        proxies = {name: "" for name in os.environ if "proxy" in name.lower()}
+        sandbox.environment |= {"HF_ENDPOINT": hub.endpoint, **proxies}
+        sandbox.run("-m", "gptconvert", "inspect", "org/tiny", "--cache-dir", sandbox.root / "work" / "cache")
+    assert sandbox.addresses() == {"127.0.0.1"}
+    assert {name for name in sandbox.files() if not name.startswith("work/cache/")} == {"work/cache"}
+
+
 @pytest.mark.tensorflow
 def test_tensorflow(sandbox: Sandbox, tmp_path: Path) -> None:
     """Keras writes its settings into the home directory, and AutoGraph its code into the temporary directory."""
@@ -135,6 +152,7 @@ def test_tensorflow(sandbox: Sandbox, tmp_path: Path) -> None:
     assert (sandbox.sockets(), sandbox.files()) == ([], [])
 
 
-def test_a_users_choice_about_telemetry_stands(sandbox: Sandbox) -> None:
-    sandbox.environment["ORT_DISABLE_TELEMETRY"] = "0"
-    sandbox.run("-c", "import os, gptconvert; assert os.environ['ORT_DISABLE_TELEMETRY'] == '0'")
+@pytest.mark.parametrize("name", ["ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"])
+def test_a_users_choice_about_telemetry_stands(sandbox: Sandbox, name: str) -> None:
+    sandbox.environment[name] = "0"
+    sandbox.run("-c", f"import os, gptconvert; assert os.environ[{name!r}] == '0'")
