@@ -173,13 +173,19 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(seconds)
 
 
+class Server(ThreadingHTTPServer):
+    """A server that does not wait for its threads, and stays quiet when a client hangs up."""
+
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, *_: object) -> None: ...
+
+
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
     """Serve ``hub`` on a free port of the loopback and set ``hub.endpoint``."""
     handler = type("Handler", (Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    server.block_on_close = False
+    server = Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
