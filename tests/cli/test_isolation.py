@@ -140,6 +140,7 @@ def test_hub_access(sandbox: Sandbox) -> None:
         sandbox.environment |= {"HF_ENDPOINT": hub.endpoint, **proxies}
         sandbox.run("-m", "gptconvert", "inspect", "org/tiny", "--cache-dir", sandbox.root / "work" / "cache")
     assert sandbox.addresses() == {"127.0.0.1"}
+    assert [request for request in hub.requests if "org/tiny" not in request] == []
     assert {name for name in sandbox.files() if not name.startswith("work/cache/")} == {"work/cache"}
 
 
