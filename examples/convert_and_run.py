@@ -8,8 +8,11 @@ tokenizer files must be beside the checkpoint. Prints the five most likely next 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it when it is imported
 
 import numpy as np
 import onnxruntime

@@ -10,8 +10,11 @@ last column and one decode step serves the whole batch.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it when it is imported
 
 import numpy as np
 import onnxruntime

@@ -1,9 +1,16 @@
 """Convert GPT checkpoints to other formats, and prove that they compute what the checkpoint computes."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from gptconvert import errors
 from gptconvert.version import __version__ as __version__
+
+# onnxruntime's telemetry looks up names, sends events and writes into the user's cache; huggingface_hub's fetches a
+# list of agents. Both read their variable when they are imported: set it here, before any module of this package, in
+# any process, can import them.
+for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
     from gptconvert.inspection import inspect, open_checkpoint

@@ -181,14 +181,23 @@ class Block(nn.Module):
         return x + a + m, present  # (B, S, D)
 
 
+def table(rows: int, width: int) -> nn.Embedding:
+    """An embedding with uninitialised values.
+
+    Random ones, drawn on the meta device, would import PyTorch's compiler, which takes a second and creates a
+    directory for its cache.
+    """
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))  # (rows, width)
+
+
 class Embedding(nn.Module):
     """Token vectors, plus position vectors if positions are learned."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = table(config.vocab_size, config.n_embd)
         if config.rotary is None:
-            self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+            self.wpe = table(config.n_ctx, config.n_embd)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         x: Tensor = self.wte(input_ids)  # (B, S, D)

@@ -1,32 +1,34 @@
 """Checkpoints on the Hugging Face hub: resolve to one commit, fetch only the files needed, check their digests.
 
 huggingface_hub handles requests, caching, proxies and authentication. The token comes from the environment or
-``hf auth login``, never from an option; the server from ``HF_ENDPOINT``. This module chooses the files and verifies
-the downloads: huggingface_hub compares only lengths.
+``hf auth login``, never from an option; the server from ``HF_ENDPOINT``. This module chooses the files;
+:mod:`.hub_listing` reads the repository's listing, :mod:`.hub_cache` fetches and checks one file, :mod:`.hub_http`
+limits what a reply may do, and :mod:`.hub_errors` words what goes wrong.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
-from gptconvert.containers.untrusted import entries, similar_path
-from gptconvert.errors import GptConvertError, InputError, OutputError
+from gptconvert.containers.untrusted import entries
+from gptconvert.errors import InputError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.sources.documents import is_document
 from gptconvert.sources.hf.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LEFT_BEHIND, lone_adapter
 from gptconvert.sources.hf.files import CONFIG, STANDARD_NAMES, Weights, choose_weights
 from gptconvert.sources.hf.shards import read_weight_map
+from gptconvert.sources.hub_cache import check_links, download
+from gptconvert.sources.hub_errors import translated
+from gptconvert.sources.hub_listing import Listing, read_listing
 from gptconvert.sources.tokenizer_files import HUGGING_FACE, huggingface_names, is_copied
 
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?)?", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index", ".json", ".npy", ".h5", ".onnx", ".gguf")
-_BLOCK = 1 << 20
+#: In a revision, what git does not allow and the cache would take as a path.
+_NO_REVISION = re.compile(r"\.\.|^/|[\\\0-\x1f\x7f]|^$")
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,6 @@ class Fetched:
     names: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class _Digest:
-    """A file's digest as the hub lists it: SHA-256 for large files, the git blob id for small ones."""
-
-    value: str
-    git: bool
-
-
 def is_repo_id(text: str) -> bool:
     """Whether ``text`` could name a repository (``org/name`` or ``name``), rather than a mistyped path."""
     return _REPO_ID.fullmatch(text) is not None and ".." not in text and not text.endswith(_FILE_ENDINGS)
@@ -65,13 +59,18 @@ def fetch(repo: str, options: Options) -> Fetched:
     """Download a repository's configuration, weights and tokenizer unless they are already cached.
 
     Raises:
-        InputError: repository, revision or file not found, no access, no network, or a digest does not match.
+        InputError: repository, revision or file not found, no access, no network, a reply that is not a hub's, or a
+            digest does not match.
+        UnsafeInputError: a reply, or a link in the cache, leads out of the cache.
         UnsupportedError: the repository has only unsupported weights.
         OutputError: the cache cannot be written.
+        UsageError: ``options.revision`` cannot be a revision.
     """
     from huggingface_hub import constants
 
-    with _translated(repo, options):
+    if options.revision is not None and _NO_REVISION.search(options.revision):
+        raise UsageError("not a valid revision", item="--revision", expected="a branch, tag or commit")
+    with translated(repo, options):
         if options.offline or constants.HF_HUB_OFFLINE:
             return _from_cache(repo, options)
         return _from_hub(repo, options)
@@ -84,66 +83,79 @@ def fetch_adapter(repo: str, options: Options) -> Fetched:
         InputError: as :func:`fetch`, or the repository holds no adapter.
         OutputError: the cache cannot be written.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     options = replace(options, revision=None)
-    with _translated(repo, options):
+    notes: tuple[str, ...] = ()
+    with translated(repo, options):
         if options.offline or constants.HF_HUB_OFFLINE:
             config = hf_hub_download(repo, ADAPTER_CONFIG, cache_dir=options.cache_dir, local_files_only=True)
+            _check_links(os.path.dirname(config))
         else:
-            info = HfApi().model_info(repo, files_metadata=True)
-            digests = {file.rfilename: _digest(file) for file in info.siblings or () if "/" not in file.rfilename}
-            weights = next((name for name in ADAPTER_WEIGHTS if name in digests), None)
-            if ADAPTER_CONFIG not in digests or weights is None:
+            listing = read_listing(repo, None)
+            files = listing.files
+            weights = next((name for name in ADAPTER_WEIGHTS if name in files), None)
+            if ADAPTER_CONFIG not in files or weights is None:
                 expected = f"{ADAPTER_CONFIG} and {' or '.join(ADAPTER_WEIGHTS)}"
-                found = ", ".join(sorted(digests)[:8]) or "no files"
-                raise InputError("no LoRA adapter in the repository", path=repo, expected=expected, found=found)
-            config = _download(repo, ADAPTER_CONFIG, None, digests[ADAPTER_CONFIG], options)
-            for name in (weights, *(each for each in digests if each in HUGGING_FACE or is_copied(each))):
-                _download(repo, name, str(info.sha), digests[name], options)
+                raise InputError(
+                    "no LoRA adapter in the repository", path=repo, expected=expected, found=_some(files)
+                )
+            config = download(repo, ADAPTER_CONFIG, None, listing.commit, files[ADAPTER_CONFIG], options)
+            others = [weights, *(each for each in files if each in HUGGING_FACE or is_copied(each))]
+            _download_all(repo, others, listing, options)
+            notes = _unchecked((ADAPTER_CONFIG, *others), listing)
     directory = os.path.dirname(config)
-    return Fetched(directory, os.path.basename(directory), "")
+    return Fetched(directory, os.path.basename(directory), "", notes)
 
 
 def _from_hub(repo: str, options: Options) -> Fetched:
-    from huggingface_hub import HfApi
-
-    info = HfApi().model_info(repo, revision=options.revision, files_metadata=True)
-    commit = str(info.sha)
-    digests = {file.rfilename: _digest(file) for file in info.siblings or () if "/" not in file.rfilename}
-    if ADAPTER_CONFIG in digests and not any(name in digests for name in STANDARD_NAMES):
-        config = _download(repo, ADAPTER_CONFIG, commit, digests[ADAPTER_CONFIG], options)
+    listing = read_listing(repo, options.revision)
+    files, commit = listing.files, listing.commit
+    if ADAPTER_CONFIG in files and not any(name in files for name in STANDARD_NAMES):
+        config = download(repo, ADAPTER_CONFIG, commit, commit, files[ADAPTER_CONFIG], options)
         raise lone_adapter(os.path.dirname(config), [ADAPTER_CONFIG], repo)
-    if CONFIG not in digests:
+    if CONFIG not in files:
         raise InputError(
             "config.json is missing from the repository",
             path=repo,
-            found=", ".join(sorted(digests)[:8]) or "no files",
+            found=_some(files),
             hint="check the name; if the files are right, download them, add config.json and convert the directory",
         )
-    weights, notes = choose_weights(digests, options.weights_file, repo)
-    notes += [LEFT_BEHIND] if ADAPTER_CONFIG in digests else []
+    weights, notes = choose_weights(files, options.weights_file, repo)
+    notes += [LEFT_BEHIND] if ADAPTER_CONFIG in files else []
     # Request the revision by the name given, so that the cache can resolve that name offline.
-    directory = os.path.dirname(_download(repo, CONFIG, options.revision, digests[CONFIG], options))
-    if os.path.basename(directory) != commit:
-        raise InputError("the repository changed during the download", path=repo, hint="run the same command again")
-    for name in (*huggingface_names(digests), *filter(is_copied, digests), *filter(is_document, digests)):
-        _download(repo, name, commit, digests[name], options)
-    for name in _weights_files(repo, weights, commit, digests, options):
-        _download(repo, name, commit, digests[name], options)
-    names = {head + slash for file in info.siblings or () for head, slash, _ in [file.rfilename.partition("/")]}
-    return Fetched(directory, commit, weights.name, tuple(notes), tuple(sorted(names)))
+    directory = os.path.dirname(download(repo, CONFIG, options.revision, commit, files[CONFIG], options))
+    small = [*huggingface_names(files), *filter(is_copied, files), *filter(is_document, files)]
+    _download_all(repo, small, listing, options)
+    large = _weights_files(repo, weights, listing, options)
+    _download_all(repo, large, listing, options)
+    notes += _unchecked((CONFIG, *small, weights.name, *large), listing)
+    return Fetched(directory, commit, weights.name, tuple(notes), listing.names)
 
 
-def _weights_files(
-    repo: str, weights: Weights, commit: str, digests: Mapping[str, _Digest | None], options: Options
-) -> list[str]:
+def _download_all(repo: str, names: Iterable[str], listing: Listing, options: Options) -> None:
+    for name in names:
+        download(repo, name, listing.commit, listing.commit, listing.files[name], options)
+
+
+def _unchecked(names: Iterable[str], listing: Listing) -> tuple[str, ...]:
+    """The note on files whose digest is not listed."""
+    found = [name for name in dict.fromkeys(names) if listing.files[name].digest is None]
+    return (f"not checked after the download, as the hub lists no digest: {_some(found)}",) if found else ()
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:8]) or "no files"
+
+
+def _weights_files(repo: str, weights: Weights, listing: Listing, options: Options) -> list[str]:
     """The weights file, or all shards that its index names."""
     if not weights.sharded:
         return [weights.name]
-    index = _download(repo, weights.name, commit, digests[weights.name], options)
+    entry = listing.files[weights.name]
+    index = download(repo, weights.name, listing.commit, listing.commit, entry, options)
     shards = sorted(set(read_weight_map(index).values()))
-    missing = [name for name in shards if name not in digests]
+    missing = [name for name in shards if name not in listing.files]
     if missing:
         listed = ", ".join(missing[:8])
         raise InputError(
@@ -161,6 +173,7 @@ def _from_cache(repo: str, options: Options) -> Fetched:
         repo, CONFIG, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True
     )
     directory = os.path.dirname(config)
+    _check_links(directory)
     try:
         weights, notes = choose_weights(entries(directory), options.weights_file, directory)
     except InputError as error:
@@ -169,103 +182,7 @@ def _from_cache(repo: str, options: Options) -> Fetched:
     return Fetched(directory, os.path.basename(directory), weights.name, tuple(notes))
 
 
-def _download(repo: str, name: str, revision: str | None, digest: _Digest | None, options: Options) -> str:
-    """Fetch one file and return its path in the cache. A new download that fails its digest check is deleted."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    cache = options.cache_dir
-    known = isinstance(try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision), str)
-    path = hf_hub_download(repo, name, revision=revision, cache_dir=cache)
-    if digest is not None and not known:
-        try:
-            _check(path, digest, f"{repo}/{name}")
-        except BaseException:  # an interrupted check must not leave a file that the next run would trust
-            for leftover in (os.path.realpath(path), path):
-                if os.path.lexists(leftover):
-                    os.unlink(leftover)
-            raise
-    return path
-
-
-def _digest(file: Any) -> _Digest | None:
-    """The digest of one entry in the hub's listing."""
-    if file.lfs is not None:
-        return _Digest(file.lfs.sha256, git=False)
-    return None if file.blob_id is None else _Digest(file.blob_id, git=True)
-
-
-def _check(path: str, expected: _Digest, where: str) -> None:
-    digest = hashlib.sha1(usedforsecurity=False) if expected.git else hashlib.sha256()
-    if expected.git:
-        digest.update(b"blob %d\0" % os.path.getsize(path))
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != expected.value:
-        raise InputError(
-            "the downloaded file is damaged and was removed from the cache",
-            path=where,
-            expected=f"{'git blob' if expected.git else 'SHA-256'} {expected.value}",
-            found=digest.hexdigest(),
-            hint="run the same command again; if it fails again, a proxy or mirror is altering the file",
-        )
-
-
-@contextmanager
-def _translated(repo: str, options: Options) -> Iterator[None]:
-    """Translate huggingface_hub's errors into this program's."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except GptConvertError:
-        raise
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        what = f"offline, and revision {options.revision or 'main'} is not in the local cache"
-        raise _not_local(repo, what, "run once without --offline and with HF_HUB_OFFLINE unset") from error
-    except errors.HfHubHTTPError as error:
-        raise _http_error(repo, options, error) from error
-    except errors.HFValidationError as error:
-        raise InputError("not a valid repository name", path=repo, expected="org/name") from error
-    except OSError as error:
-        if error.errno is None:
-            raise _unreachable(repo, error) from error
-        raise OutputError(f"the hub cache cannot be written ({error.strerror})", path=error.filename) from error
-    except Exception as error:  # transport errors: the library that raises them depends on huggingface_hub's version
-        if not isinstance(error, getattr(errors, "HTTPError", ())):
-            raise
-        raise _unreachable(repo, error) from error
-
-
-def _http_error(repo: str, options: Options, error: Any) -> InputError:
-    from huggingface_hub import constants, errors
-
-    status = getattr(error.response, "status_code", None)
-    login = "set HF_TOKEN or run `hf auth login`"
-    if isinstance(error, errors.GatedRepoError):
-        hint = f"request access at {constants.ENDPOINT}/{repo}, then {login}"
-        return InputError("this repository is gated: its owner must grant you access", path=repo, hint=hint)
-    if isinstance(error, errors.RevisionNotFoundError):
-        hint = "pass --revision with an existing branch, tag or full commit hash"
-        return InputError(f"the repository has no revision {options.revision!r}", path=repo, hint=hint)
-    if status in (401, 403):
-        what = "the hub denied access" if status == 403 else "no such repository, or it is private"
-        return _not_local(repo, what, f"check the name; if it is private, {login}", found=f"HTTP {status}")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return _not_local(repo, "no such repository on the hub", "check the name", found=f"HTTP {status}")
-    return InputError("the hub returned an error", path=repo, found=f"HTTP {status}", hint="try again later")
-
-
-def _unreachable(repo: str, error: Exception) -> InputError:
-    hint = "check the network, HF_ENDPOINT and proxies; to use a cached copy, pass --offline"
-    return _not_local(repo, "the hub cannot be reached", hint, found=str(error)[:120] or type(error).__name__)
-
-
-def _not_local(repo: str, what: str, hint: str, *, found: str | None = None) -> InputError:
-    """The error for a name that is not on the hub, and may be a mistyped path: that comes first."""
-    return InputError(
-        f"no such file or directory, and as a hub repository: {what}",
-        path=repo,
-        found=found,
-        hint="; ".join(filter(None, (similar_path(repo), hint))),
-    )
+def _check_links(directory: str) -> None:
+    """Refuse a cached snapshot with links out of the cache, which another program may have let a hub create."""
+    for name in entries(directory):
+        check_links(os.path.join(directory, name))

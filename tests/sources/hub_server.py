@@ -1,11 +1,15 @@
-"""A hub on the loopback: the part of the Hugging Face protocol needed to resolve and download a model."""
+"""A hub on the loopback: the part of the Hugging Face protocol needed to resolve and download a model.
+
+It is honest unless ``Hub.trick`` replaces its replies.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +17,29 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the server sends.
+
+    Attributes:
+        status: HTTP status.
+        headers: added to ``Content-Length``, or replacing it; None removes one.
+        body: the content, or parts of it that are sent as they are made.
+        seconds: pause after each byte of the headers and the body.
+        slow_headers: whether the pause applies to the headers.
+    """
+
+    status: int
+    headers: Mapping[str, str | None]
+    body: bytes | Iterable[bytes]
+    seconds: float = 0
+    slow_headers: bool = False
+
+
+#: Method, path of the request (``org/tiny/resolve/main/config.json``), and the honest reply → the reply sent.
+Trick = Callable[[str, str, Reply], Reply]
 
 
 @dataclass
@@ -28,6 +55,7 @@ class Hub:
         requests: method and path of every request.
         authorization: the token of every request.
         status: HTTP status returned for every request; None for normal operation.
+        trick: replaces replies; None for normal operation.
         endpoint: the server's address.
     """
 
@@ -39,6 +67,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     authorization: list[str | None] = field(default_factory=list)
     status: int | None = None
+    trick: Trick | None = None
     endpoint: str = ""
 
     def downloads(self) -> list[str]:
@@ -123,20 +152,41 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, b"", {} if code is None else {"X-Error-Code": code, "X-Error-Message": code})
 
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+        reply = Reply(status, headers, body)
+        if self.hub.trick is not None:
+            reply = self.hub.trick(self.command, unquote(urlsplit(self.path).path).strip("/"), reply)
+        length = {"Content-Length": str(len(reply.body))} if isinstance(reply.body, bytes) else {}
+        named = {name: value for name, value in {**length, **reply.headers}.items() if value is not None}
+        self.close_connection = self.command == "GET" and named.get("Content-Length") != length.get("Content-Length")
+        head = f"HTTP/1.1 {reply.status} OK\r\n" + "".join(f"{name}: {value}\r\n" for name, value in named.items())
+        try:
+            self.write([(head + "\r\n").encode("latin-1")], reply.seconds if reply.slow_headers else 0)
+            if self.command == "GET":
+                self.write([reply.body] if isinstance(reply.body, bytes) else reply.body, reply.seconds)
+        except OSError:  # the client gave up, as it should
+            self.close_connection = True
+
+    def write(self, parts: Iterable[bytes], seconds: float) -> None:
+        for part in parts:
+            for piece in [part] if not seconds else (part[i : i + 1] for i in range(len(part))):
+                self.wfile.write(piece)
+                time.sleep(seconds)
+
+
+class Server(ThreadingHTTPServer):
+    """A server that does not wait for its threads, and stays quiet when a client hangs up."""
+
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, *_: object) -> None: ...
 
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
     """Serve ``hub`` on a free port of the loopback and set ``hub.endpoint``."""
     handler = type("Handler", (Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    server = Server(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     try:

@@ -63,7 +63,7 @@ def _with_adapter(source: Source, path: str, options: Options) -> Source:
     if not os.path.lexists(path) and hub.is_repo_id(path):
         fetched = hub.fetch_adapter(path, options)
         adapter = replace(read_adapter(fetched.directory), repo=path, revision=fetched.revision)
-        notes = (f"adapter {path} at commit {fetched.revision}",)
+        notes = (f"adapter {path} at commit {fetched.revision}", *fetched.notes)
     else:
         adapter = read_adapter(adapter_directory(path))
     tokenizer = source.tokenizer

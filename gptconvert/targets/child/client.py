@@ -74,6 +74,7 @@ class ChildProcess:
 
     Args:
         limits: for a graph of unknown origin; None for our own, which runs without limits.
+        variables: added to its environment.
 
     Attributes:
         module: the program, which calls :func:`.server.serve`.
@@ -85,7 +86,7 @@ class ChildProcess:
     program: ClassVar[str]
     error: ClassVar[type[ChildError]] = ChildError
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, variables: Mapping[str, str] | None = None) -> None:
         self.limits, self._expired = limits, False
         memory = [] if limits is None else [str(limits.memory)]
         self._process = subprocess.Popen(
@@ -93,7 +94,7 @@ class ChildProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,  # not a file: a confined process cannot write files
-            env=_environment(),
+            env={**_environment(), **(variables or {})},
         )
         self._log: deque[bytes] = deque()
         self._logging = threading.Thread(target=self._keep_log, daemon=True)

@@ -44,7 +44,8 @@ class TensorFlowProcess(ChildProcess):
         require_tensorflow()
         self._temporary = tempfile.TemporaryDirectory(prefix="gptconvert-tf-")
         self.directory = self._temporary.name
-        super().__init__(limits)
+        # Keras's settings and AutoGraph's generated code would be left in the user's home and temporary directory.
+        super().__init__(limits, {"KERAS_HOME": self.directory, "TMPDIR": self.directory})
 
     def close(self) -> None:
         """Kill the process and remove its directory."""
