@@ -36,6 +36,7 @@ try:
     first = next(iter(source.tensors.values()))
     print(json.dumps({
         "revision": source.revision, "repo": source.repo, "format": source.format, "notes": source.notes,
+        "adapter": source.adapter and [source.adapter.repo, source.adapter.revision],
         "names": sorted(source.tensors), "tokenizer": sorted(source.tokenizer), "files": list(source.files),
         "config": dict(source.config), "sum": float(first.read().sum()),
     }))
@@ -103,7 +104,8 @@ def test_first_run_downloads_what_is_needed_and_pins_the_commit(hub: Hub, client
     assert found["tokenizer"] == ["merges.txt"]
     assert sorted(hub.downloads()) == ["README.md", "config.json", "merges.txt", "model.safetensors"]
     assert all(file.startswith(str(client.home)) and COMMIT in file for file in found["files"])
-    assert any(COMMIT in note for note in found["notes"])
+    assert found["revision"] == COMMIT
+    assert not any(COMMIT in note for note in found["notes"])  # --strict must accept a hub repository
     assert any("pytorch_model.bin" in note for note in found["notes"])
 
 
@@ -299,14 +301,14 @@ def lora(hub: Hub, tmp_path: Path) -> dict[str, bytes]:
 def test_adapter_repository(hub: Hub, lora: dict[str, bytes], client: Client) -> None:
     found = client.open(adapter=LORA)
     assert (found["repo"], found["revision"]) == (REPO, COMMIT)
-    assert f"adapter {LORA} at commit {OF_LORA}" in found["notes"]
+    assert found["adapter"] == [LORA, OF_LORA]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {Path(file).name for file in found["files"]}
     assert found["tokenizer"] == ["tokenizer.json"]
     assert "training_args.bin" not in hub.downloads()
     hub.requests.clear()
     offline = client.open(adapter=LORA, offline=True)
     assert offline["files"] == found["files"]
-    assert f"adapter {LORA} at commit {OF_LORA}" in offline["notes"]
+    assert offline["adapter"] == [LORA, OF_LORA]
     assert hub.requests == []
 
 

@@ -63,7 +63,7 @@ def _with_adapter(source: Source, path: str, options: Options) -> Source:
     if not os.path.lexists(path) and hub.is_repo_id(path):
         fetched = hub.fetch_adapter(path, options)
         adapter = replace(read_adapter(fetched.directory), repo=path, revision=fetched.revision)
-        notes = (f"adapter {path} at commit {fetched.revision}", *fetched.notes)
+        notes = fetched.notes
     else:
         adapter = read_adapter(adapter_directory(path))
     tokenizer = source.tokenizer
@@ -92,7 +92,7 @@ def _open_model(path: str, options: Options) -> Source:
         raise no_such_path(path)
     fetched = hub.fetch(path, options)
     source = _open_local(fetched.directory, Options(hparams=options.hparams, weights_file=fetched.weights_file))
-    notes = tuple(dict.fromkeys((f"{path} at commit {fetched.revision}", *fetched.notes, *source.notes)))
+    notes = tuple(dict.fromkeys((*fetched.notes, *source.notes)))
     return Source(
         scheme=source.scheme,
         format=f"{source.format} (hub)",
