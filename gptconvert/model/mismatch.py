@@ -66,7 +66,7 @@ CAUSES: tuple[Cause, ...] = (
         "pruned module, and save the weights again",
     ),
     Cause(
-        r"\.(weight_[gv]|parametrizations\..+)\Z",
+        r"(?s)\.(weight_[gv]|parametrizations\..+)\Z",
         "the weights are stored as parametrisations, such as weight_norm: call "
         "torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) and save the weights again",
     ),
@@ -127,7 +127,7 @@ class MismatchError(InputError):
             if len(patterns) <= _MOST:
                 self.hint = f"to leave them out: {_ignoring(patterns)}"
             return
-        patterns = dict.fromkeys(re.sub(r"\{.*?\}", "*", name) for name in collapse(unexpected))
+        patterns = dict.fromkeys(re.sub(r"\{[^{}]*\}", "*", name) for name in collapse(unexpected))
         if len(patterns) > _MOST:
             patterns = dict.fromkeys(f"{name.partition('.')[0]}.*" for name in patterns)
         known = f"; if the outputs do not depend on them, leave them out: {_ignoring(patterns)}"

@@ -71,12 +71,12 @@ def choose_scope(
     Raises:
         UsageError: the file holds several models and none was chosen, or not the chosen one.
     """
-    found = {head_prefix(scheme, prefix) for prefix in find_prefixes(scheme, tensors)}
-    scopes = {prefix.removesuffix(scheme.separator): prefix for prefix in sorted(found)}
+    prefixes = {head_prefix(scheme, prefix) for prefix in find_prefixes(scheme, tensors)}
+    scopes = {prefix.removesuffix(scheme.separator): prefix for prefix in sorted(prefixes)}
     if len(scopes) < 2 and scope in (None, *scopes):
         return {}
     if scope not in scopes:
-        listed = ", ".join(each or '"" (no prefix)' for each in scopes) or "no model"
+        listed = _some([each or '"" (no prefix)' for each in scopes]) if scopes else "no model"
         raise UsageError(
             "several models in one file" if scope is None else f"no model under --scope {scope!r}",
             path=path,
@@ -84,11 +84,10 @@ def choose_scope(
             found=listed,
             hint="pass --scope NAME with one of these names" if scopes else "omit --scope",
         )
-    owners = {
-        name: max((s for s, prefix in scopes.items() if name.startswith(prefix)), key=len, default=scope)
-        for name in tensors
-    }
-    return {name: owner for name, owner in owners.items() if owner != scope}
+    owners = {prefix: each for each, prefix in scopes.items()}
+    lengths = sorted({*map(len, owners)}, reverse=True)  # the longest prefix of a name is its model's
+    found = {name: next((owners[name[:n]] for n in lengths if name[:n] in owners), scope) for name in tensors}
+    return {name: owner for name, owner in found.items() if owner != scope}
 
 
 def head_prefix(scheme: Scheme, prefix: str) -> str:
