@@ -40,7 +40,7 @@ class RopeScaling:
         factor: of the context length, above 0.
         original_max_position_embeddings: context length of the original training (yarn, llama3).
         attention_factor: of cosines and sines (yarn); None to derive it from ``factor`` and the two ``mscale``.
-        beta_fast, beta_slow: turns within the original context where the ramp begins and ends (yarn); None for 32 and 1.
+        beta_fast, beta_slow: turns within the original context where the ramp begins and ends (yarn); None: 32 and 1.
         mscale, mscale_all_dim: see ``attention_factor``.
         truncate: whether the ramp's ends are rounded to whole features (yarn); None for true.
         low_freq_factor, high_freq_factor: turns within the original context where the ramp ends and begins (llama3).

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gptconvert.containers.untrusted import entries, similar_path
+from gptconvert.containers.untrusted import entries, is_plain_name, similar_path
 from gptconvert.errors import GptConvertError, InputError, OutputError
 from gptconvert.model.options import Options
 from gptconvert.sources.documents import is_document
@@ -92,7 +92,7 @@ def fetch_adapter(repo: str, options: Options) -> Fetched:
             config = hf_hub_download(repo, ADAPTER_CONFIG, cache_dir=options.cache_dir, local_files_only=True)
         else:
             info = HfApi().model_info(repo, files_metadata=True)
-            digests = {file.rfilename: _digest(file) for file in info.siblings or () if "/" not in file.rfilename}
+            digests = _digests(info)
             weights = next((name for name in ADAPTER_WEIGHTS if name in digests), None)
             if ADAPTER_CONFIG not in digests or weights is None:
                 expected = f"{ADAPTER_CONFIG} and {' or '.join(ADAPTER_WEIGHTS)}"
@@ -110,7 +110,7 @@ def _from_hub(repo: str, options: Options) -> Fetched:
 
     info = HfApi().model_info(repo, revision=options.revision, files_metadata=True)
     commit = str(info.sha)
-    digests = {file.rfilename: _digest(file) for file in info.siblings or () if "/" not in file.rfilename}
+    digests = _digests(info)
     if ADAPTER_CONFIG in digests and not any(name in digests for name in STANDARD_NAMES):
         config = _download(repo, ADAPTER_CONFIG, commit, digests[ADAPTER_CONFIG], options)
         raise lone_adapter(os.path.dirname(config), [ADAPTER_CONFIG], repo)
@@ -185,6 +185,11 @@ def _download(repo: str, name: str, revision: str | None, digest: _Digest | None
                     os.unlink(leftover)
             raise
     return path
+
+
+def _digests(info: Any) -> dict[str, _Digest | None]:
+    """The files at the top of a repository, with their digests."""
+    return {file.rfilename: _digest(file) for file in info.siblings or () if is_plain_name(file.rfilename)}
 
 
 def _digest(file: Any) -> _Digest | None:

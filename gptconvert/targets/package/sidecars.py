@@ -20,7 +20,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options
-from gptconvert.sources.documents import is_licence
+from gptconvert.sources.documents import MAX_LICENCE, is_licence
 from gptconvert.targets.package.tokenizer import end_token_id, tokenizer_files
 
 #: Keys about the origin of a file, and keys that are written anew.
@@ -30,7 +30,6 @@ NOT_CARRIED = frozenset(
 )
 #: The target whose graphs config.json and genai_config.json name.
 ONNX = "onnx"
-MAX_LICENCE_BYTES = 16 << 20
 #: Written if no graph has a cache, which optimum's ``generate`` would request. transformers' ``generate`` reads only
 #: generation_config.json.
 UNCACHED: Mapping[str, object] = {"use_cache": False}
@@ -76,7 +75,7 @@ def sidecar_files(
 def licence_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The source's licence files, unchanged: file name → bytes."""
     found = {name: path for name, path in checkpoint.source.documents.items() if is_licence(name)}
-    return {name: read_small(path, MAX_LICENCE_BYTES, "a licence") for name, path in found.items()}
+    return {name: read_small(path, MAX_LICENCE, "a licence") for name, path in found.items()}
 
 
 def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes] | None = None) -> Checkpoint:
