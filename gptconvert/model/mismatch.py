@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -148,7 +149,7 @@ class MismatchError(InputError):
 
 
 def _ignoring(patterns: Iterable[str]) -> str:
-    return " ".join(f"--ignore-tensor '{pattern}'" for pattern in patterns)
+    return " ".join(f"--ignore-tensor {shlex.quote(pattern)}" for pattern in patterns)
 
 
 def _last(name: str) -> str:

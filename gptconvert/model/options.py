@@ -257,7 +257,7 @@ class Options:
         "--position-ids",
         "output",
         "ONNX",
-        "Take position_ids as an input, as language models do; otherwise other tasks count padding too.",
+        "Take position_ids as an input, as language models always do; other tasks count padding without it.",
         targets=_ONNX,
     )
     single_file: bool = option(

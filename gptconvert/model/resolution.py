@@ -18,6 +18,9 @@ from gptconvert.model.tensors import LazyTensor, Shape, filled
 from gptconvert.model.transforms import in_native_order
 from reference_model.config import ConfigError, GPTConfig
 
+#: Different sizes in tensors of wrong shapes; more do not come from one wrong size of the configuration.
+MAX_AXES = 8
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -138,7 +141,7 @@ def resolve(
             unexpected,
             matching.misshaped,
             path=path,
-            fit=_fitting_size(scheme, config, tensors, prefix) if alone else None,
+            fit=_fitting_size(scheme, config, tensors, prefix, matching.misshaped) if alone else None,
             untied=config.has_lm_head and not config.tied_head,
             layers=config.n_layer,
         )
@@ -187,12 +190,18 @@ class _Matching:
 
 
 def _fitting_size(
-    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str
+    scheme: Scheme,
+    config: GPTConfig,
+    tensors: Mapping[str, LazyTensor],
+    prefix: str,
+    misshaped: Iterable[tuple[str, Shape, Shape]],
 ) -> tuple[str, int] | None:
     """The one size of the configuration, and its value, with which every shape fits; None if there is none."""
+    axes = {size for _, _, found in misshaped for size in found} - {0}
+    if len(axes) > MAX_AXES:
+        return None
     for field_ in ("vocab_size", "n_ctx", "n_inner"):
-        axes = {size for tensor in tensors.values() for size in tensor.shape} - {0, getattr(config, field_)}
-        for size in sorted(axes):
+        for size in sorted(axes - {getattr(config, field_)}):
             change: dict[str, Any] = {field_: size}
             try:
                 trial = replace(config, **change)
