@@ -7,16 +7,14 @@ one tensor per key and value, since its only GPT type, ``gpt2``, expects a combi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import numpy as np
 
 from gptconvert.containers.json import dump_json
 from gptconvert.containers.untrusted import read_small
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import holding_all
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options
@@ -161,5 +159,4 @@ def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, object]:
 
 def _dtype_name(checkpoint: Checkpoint) -> str:
     """The dtype in which transformers loads the weights: the smallest that represents every weight exactly."""
-    kinds = {weight.dtype.newbyteorder("=") for weight in checkpoint.weights.values()}
-    return str(kinds.pop() if len(kinds) == 1 else functools.reduce(np.promote_types, kinds, np.dtype(np.float32)))
+    return holding_all(weight.dtype for weight in checkpoint.weights.values()).name

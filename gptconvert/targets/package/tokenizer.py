@@ -21,6 +21,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.package.tokenizer_foreign import copied_files, foreign_files, is_other, stated_class
 from gptconvert.targets.package.tokenizer_json import portable_json
 from gptconvert.targets.package.tokenizer_kinds import (
+    MAX_BYTES,
     OTHER_SETTINGS,
     WHOLE_FILE,
     Kind,
@@ -31,8 +32,6 @@ from gptconvert.targets.package.tokenizer_kinds import (
     token_text,
 )
 
-#: Limit on file sizes, far above any real vocabulary.
-MAX_BYTES = 256 << 20
 #: Ids are below this: the tokenizers library takes time and memory in proportion to the largest.
 MAX_ID = 1 << 23
 MAX_MERGES = 1_000_000

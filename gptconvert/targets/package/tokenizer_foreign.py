@@ -14,11 +14,10 @@ from typing import Any
 from gptconvert.containers.json import dump_json, parse_json
 from gptconvert.containers.untrusted import read_small
 from gptconvert.errors import InputError
+from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.sources.tokenizer_files import is_copied, is_foreign
-from gptconvert.targets.package.tokenizer_kinds import KINDS, WHOLE_FILE, Settings, token_text
+from gptconvert.targets.package.tokenizer_kinds import KINDS, MAX_BYTES, WHOLE_FILE, Settings, token_text
 
-#: As in ``tokenizer``.
-MAX_BYTES = 256 << 20
 #: transformers' classes for the two kinds of BPE, and those that read any tokenizer.json; without ``Fast``.
 OWN_CLASSES = frozenset(
     {
@@ -59,7 +58,7 @@ def is_other(found: Mapping[str, str], name: str | None, *, complete: bool) -> b
         name: from :func:`stated_class`.
         complete: whether there are a vocabulary and merges.
     """
-    if "tokenizer.json" in found or not found.keys() - {"generation_config.json"}:
+    if "tokenizer.json" in found or not found.keys() - {GENERATION_CONFIG}:
         return False
     foreign = any(map(is_foreign, found))
     return foreign if name is None or name in OWN_CLASSES else foreign or complete
@@ -81,7 +80,7 @@ def foreign_files(
     Raises:
         InputError: a file is corrupt.
     """
-    files = {n: read_small(path, MAX_BYTES, n) for n, path in found.items() if n != "generation_config.json"}
+    files = {n: read_small(path, MAX_BYTES, n) for n, path in found.items() if n != GENERATION_CONFIG}
     obstacle = _obstacle(found, settings, name)
     made: Any = None
     if obstacle is None:

@@ -22,6 +22,8 @@ Settings = Mapping[str, object]
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
 WORD_END = "</w>"
+#: Limit on file sizes, far above any real vocabulary.
+MAX_BYTES = 256 << 20
 #: transformers' class that uses all of tokenizer.json; its other classes read only the vocabulary and the merges, and
 #: split text by their own rules.
 WHOLE_FILE = "PreTrainedTokenizerFast"

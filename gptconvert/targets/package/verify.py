@@ -25,10 +25,10 @@ from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE
 from gptconvert.targets.package.model_card import CARD_FILE
 from gptconvert.targets.package.sidecars import genai_config
 from gptconvert.targets.package.tokenizer import MAX_VALUES, parse_merges, tokenizer_files
+from gptconvert.targets.package.tokenizer_kinds import MAX_BYTES
 from gptconvert.verify.report import PackageReport
 
 MAX_JSON_BYTES = 16 << 20
-MAX_TOKENIZER_BYTES = 256 << 20
 CONFIG, GENAI_CONFIG = "config.json", "genai_config.json"
 #: Text on which tokenizers must agree: words, spaces, digits, scripts, emoji, code, control characters.
 CORPUS = (
@@ -157,7 +157,7 @@ def _tokenizer(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("tokenizer.json")
     if expected is None:
         return
-    own, found = _load(expected), _load(read_small(path, MAX_TOKENIZER_BYTES, "tokenizer"))
+    own, found = _load(expected), _load(read_small(path, MAX_BYTES, "tokenizer"))
     if found is None or own is None:
         yield "cannot be read by the tokenizers library"
         return
@@ -189,7 +189,7 @@ def _load(data: bytes) -> Any:
 def _vocabulary(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("vocab.json")
     if expected is not None:
-        own, found = json.loads(expected), read_json_object(path, MAX_TOKENIZER_BYTES, "vocabulary", MAX_VALUES)
+        own, found = json.loads(expected), read_json_object(path, MAX_BYTES, "vocabulary", MAX_VALUES)
         differing = [token for token in own | found if own.get(token) != found.get(token)]
         if differing:
             token = differing[0]
@@ -200,7 +200,7 @@ def _merges(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("merges.txt")
     if expected is not None:
         own = parse_merges(expected, path)
-        found = parse_merges(read_small(path, MAX_TOKENIZER_BYTES, "merges"), path)
+        found = parse_merges(read_small(path, MAX_BYTES, "merges"), path)
         if own != found:
             yield "other merges than the checkpoint's"
 
