@@ -159,7 +159,7 @@ def _folder(path: str) -> str:
 
 
 def _is_beside(name: str) -> bool:
-    """Whether a file of this name is carried whatever the format of the weights."""
+    """Whether a file of this name is carried, for every format of weights."""
     return is_copied(name) or is_document(name)
 
 

@@ -25,7 +25,7 @@ from gptconvert.model.tensors import LazyTensor
 from gptconvert.sources.tokenizer_files import HUGGING_FACE, find_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
-#: The note on an adapter that lies next to a model and is not merged.
+#: The note on an adapter next to a model, which is not merged.
 LEFT_BEHIND = "left behind: the LoRA adapter next to the weights; merge it by passing its directory as --adapter DIR"
 #: In the order in which peft prefers them.
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -65,7 +65,7 @@ def is_other(found: Mapping[str, str], name: str | None, *, complete: bool) -> b
 
 
 def copied_files(found: Mapping[str, str]) -> dict[str, bytes]:
-    """The files that are copied whatever the tokenizer: chat template, vocabularies of slow tokenizer classes."""
+    """The files that are copied with every tokenizer: chat template, vocabularies of slow tokenizer classes."""
     return {name: read_small(path, MAX_BYTES, name) for name, path in found.items() if is_copied(name)}
 
 
