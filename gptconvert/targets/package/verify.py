@@ -24,8 +24,8 @@ from gptconvert.model.generation import GENERATION_CONFIG, GENERATION_DEFAULTS, 
 from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE
 from gptconvert.targets.package.model_card import CARD_FILE
 from gptconvert.targets.package.sidecars import genai_config
-from gptconvert.targets.package.tokenizer import MAX_VALUES, parse_merges, tokenizer_files
-from gptconvert.targets.package.tokenizer_kinds import MAX_BYTES
+from gptconvert.targets.package.tokenizer import parse_merges, tokenizer_files
+from gptconvert.targets.package.tokenizer_kinds import MAX_BYTES, MAX_VALUES
 from gptconvert.verify.report import PackageReport
 
 MAX_JSON_BYTES = 16 << 20
