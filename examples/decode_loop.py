@@ -72,8 +72,8 @@ def decode(
 def main(directory: str, *prompts: str, new_tokens: int = NEW_TOKENS) -> list[str]:
     """Print and return every prompt with its continuation."""
     tokenizer = Tokenizer.from_file(str(Path(directory, "tokenizer.json")))
-    end = json.loads(Path(directory, "generation_config.json").read_text()).get("eos_token_id", [])
-    stops = end if isinstance(end, list) else [end]
+    end = json.loads(Path(directory, "generation_config.json").read_text()).get("eos_token_id")
+    stops = end if isinstance(end, list) else [] if end is None else [end]
     session = onnxruntime.InferenceSession(Path(directory, "onnx/model.onnx"), providers=["CPUExecutionProvider"])
     rows = [tokenizer.encode(prompt).ids for prompt in prompts]
     ids, mask = pad_left(rows, pad=stops[0] if stops else 0)

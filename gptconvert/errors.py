@@ -40,6 +40,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
+def short_repr(value: object, most: int = 80) -> str:
+    """``repr`` of a value, cut to ``most`` characters: values in untrusted files may be huge."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 class GptConvertError(Exception):
     """Base class of every error raised on purpose.
 

@@ -159,7 +159,7 @@ class GPTConfig:
 
     @property
     def padding_id(self) -> int | None:
-        """``pad_token_id``, or None if the vocabulary does not have it, so that no input can."""
+        """``pad_token_id``; None if it is outside the vocabulary, where no input can contain it."""
         pad = self.pad_token_id
         return pad if pad is not None and 0 <= pad < self.vocab_size else None
 

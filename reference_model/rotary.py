@@ -26,24 +26,24 @@ SCALINGS: Mapping[str, tuple[str, ...]] = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-#: Parameters that cannot be absent from a kind that reads them.
+#: Parameters without a default.
 REQUIRED = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are slowed down for a longer context than the one first trained on.
+    """How rotary frequencies are reduced for a context longer than that of the original training.
 
     Attributes:
         kind: ``linear`` divides all frequencies by ``factor``; ``yarn`` and ``llama3`` divide only the slow ones,
             with a ramp between; ``dynamic`` changes nothing up to n_ctx.
         factor: of the context length, above 0.
-        original_max_position_embeddings: C of the first training (yarn, llama3).
+        original_max_position_embeddings: context length of the original training (yarn, llama3).
         attention_factor: of cosines and sines (yarn); None to derive it from ``factor`` and the two ``mscale``.
-        beta_fast, beta_slow: turns within the first context where the ramp begins and ends (yarn); None for 32 and 1.
+        beta_fast, beta_slow: turns within the original context where the ramp begins and ends (yarn); None: 32 and 1.
         mscale, mscale_all_dim: see ``attention_factor``.
         truncate: whether the ramp's ends are rounded to whole features (yarn); None for true.
-        low_freq_factor, high_freq_factor: turns within the first context where the ramp ends and begins (llama3).
+        low_freq_factor, high_freq_factor: turns within the original context where the ramp ends and begins (llama3).
     """
 
     kind: str
@@ -106,7 +106,15 @@ class Rotary:
             return "rotary.dim", self.dim, f"must be from 0 to {head_dim}, rounded up to even"
         if not 0 < self.base < math.inf:
             return "rotary.base", self.base, "must be above 0"
-        return None if self.scaling is None else self._scaling_problem(self.scaling)
+        if self.scaling is not None and (problem := self._scaling_problem(self.scaling)):
+            return problem
+        return None if self._is_finite() else ("rotary", self, "its frequencies overflow")
+
+    def _is_finite(self) -> bool:
+        try:
+            return all(map(math.isfinite, (*self.frequencies, self.magnitude)))
+        except (ArithmeticError, ValueError):
+            return False
 
     def _scaling_problem(self, scaling: RopeScaling) -> tuple[str, object, str] | None:
         if scaling.kind not in SCALINGS:
@@ -132,7 +140,7 @@ def _linear(rotary: Rotary, scaling: RopeScaling, plain: Frequencies) -> Frequen
 
 
 def _dynamic(rotary: Rotary, scaling: RopeScaling, plain: Frequencies) -> Frequencies:
-    """The plain ones: up to n_ctx, the base does not grow."""
+    """The plain frequencies: up to n_ctx, the base does not grow."""
     return plain
 
 
@@ -141,7 +149,7 @@ def _yarn(rotary: Rotary, scaling: RopeScaling, plain: Frequencies) -> Frequenci
     context = scaling.original_max_position_embeddings or 1
 
     def pair(turns: float) -> float:
-        """Index of the pair that turns so many times within the first context."""
+        """Index of the pair that turns so many times within the original context."""
         return rotary.dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rotary.base))
 
     low, high = pair(scaling.beta_fast or 32), pair(scaling.beta_slow or 1)

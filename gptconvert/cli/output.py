@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,9 @@ import click
 
 from gptconvert.errors import OutputError, printable
 from gptconvert.model.schema import SCHEMA_VERSION
+
+#: Windows has no such signal.
+SIGPIPE = 13
 
 
 def print_json(fields: Mapping[str, object]) -> None:
@@ -31,7 +33,7 @@ def emit(text: str = "", *, nl: bool = True) -> None:
         click.echo(text, nl=nl)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        raise SystemExit(128 + signal.SIGPIPE) from None
+        raise SystemExit(128 + SIGPIPE) from None
     except OSError as error:
         hint = "only the text or JSON for stdout is lost; the rest of the command is done"
         raise OutputError(f"stdout cannot be written ({error.strerror})", hint=hint) from error

@@ -26,9 +26,9 @@ from gptconvert.errors import VerificationError
 def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
     """Check ARTIFACT, a directory or graph exported by any program, against the checkpoint SOURCE.
 
-    The exit code is 0 if every weight equals the checkpoint's and every output is within rounding noise,
-    otherwise 5. Weights that another program stored in an unknown form are judged by the outputs, and a note
-    names them.
+    The exit code is 0 if every weight equals the checkpoint's, every output is within rounding noise, and the
+    configuration and tokenizer of a directory agree with the checkpoint; otherwise 5. Weights that another program
+    stored in an unknown form are judged by the outputs, and a note names them.
     """
     options.quieten()
     from gptconvert.pipeline import verify_export

@@ -151,8 +151,12 @@ def entries(folder: str, *, files_only: bool = False, marked: bool = False, quie
     """
     try:
         with os.scandir(folder) as found:
-            named = ((entry.name, (files_only or marked) and entry.is_dir()) for entry in found)
-            return sorted(name + "/" * (marked and folder) for name, folder in named if not (files_only and folder))
+            listed = [(entry.name, (files_only or marked) and entry.is_dir()) for entry in found]
+            return sorted(
+                f"{name}/" if marked and is_folder else name
+                for name, is_folder in listed
+                if not (files_only and is_folder)
+            )
     except (OSError, ValueError) as error:
         if quiet:
             return []

@@ -19,6 +19,9 @@ from gptconvert.model.source import Source
 from gptconvert.model.tensors import LazyTensor, Shape
 from gptconvert.model.transforms import Transpose, cast
 
+#: Components of a name that are compared with the adapter's lists.
+MAX_COMPONENTS = 20
+
 
 def merged(source: Source, family: Family) -> Source:
     """The source with its adapter merged lazily into its tensors and its configuration.
@@ -233,8 +236,14 @@ class _Merge:
         weights = {n: t for n, t in self.tensors.items() if n.endswith(".weight") and len(t.shape) == 2}
         left = [self._bare(name).removesuffix(".weight") for name in weights if name not in self.touched]
         for what, ends in (("LoRA tensors of", self.adapter.targets), ("trained weight of", self.adapter.saved)):
-            lacking = [module for module in left if any(f".{module}".endswith(f".{end}") for end in ends)]
-            self.problems += [f"  missing     {what} {module}" for module in lacking]
+            wanted = frozenset(ends)
+            self.problems += [f"  missing     {what} {m}" for m in left if not wanted.isdisjoint(_endings(m))]
+
+
+def _endings(module: str) -> list[str]:
+    """A module's name and its last components: ``h.0.attn`` → ``h.0.attn``, ``0.attn``, ``attn``."""
+    parts = module.split(".")[-MAX_COMPONENTS:]
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _stored_by_input(row: Row) -> bool:

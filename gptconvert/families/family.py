@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gptconvert.errors import UsageError
+from gptconvert.errors import UsageError, short_repr
 from gptconvert.families import rope
 from gptconvert.families.heads import choose_task, head_config, head_fields
 from gptconvert.families.precedence import Agrees, Rule, without_default_scaling
@@ -165,6 +165,18 @@ class Family:
         layout = next((layout for layout in self.trainers if layout.scheme.name == scheme), None)
         return read_config_json(given) if layout is None else layout.read(given)
 
+    def read_keys(
+        self, raw: Mapping[str, object], path: str | None, tensors: Mapping[str, LazyTensor]
+    ) -> tuple[Reading, dict[str, object], list[str]]:
+        """The keys of config.json that transformers reads, the values of those that it does not, and notes.
+
+        Raises:
+            InputError, UnsupportedError: as :meth:`ConfigTable.read`.
+        """
+        chosen, notes = self.precedence(raw, tensors)
+        unread = {key: chosen.pop(key) for key in self.unread if key in chosen}
+        return self.keys.read(chosen, path), unread, notes
+
     def write_config(self, config: GPTConfig, carried: Mapping[str, object]) -> dict[str, object]:
         """config.json, as transformers would save it, with the source's harmless keys carried over."""
         heads = head_config(self.heads, config, carried)
@@ -174,16 +186,14 @@ class Family:
 def read_config_json(given: ConfigInput) -> ReadConfig:
     """Hugging Face's config.json. Raises: see :meth:`Family.read_config`."""
     family = given.family
-    chosen, notes = family.precedence(given.raw, given.tensors)
-    unread = {key: chosen.pop(key) for key in family.unread.keys() & chosen.keys()}
-    reading = family.keys.read(chosen, given.path)
+    reading, unread, notes = family.read_keys(given.raw, given.path, given.tensors)
     bias = bool(family.fixed.get("head_bias", False))
     decided, more = head_fields(family.heads, reading, given.tensors, given.options, head_bias=bias)
     config = reading.config(**family.common, **decided)
     for key, value in sorted(unread.items()):
         if value is not None and not family.unread[key](config, value):
             name = family.title.partition(",")[0]
-            notes.append(f"{key} = {value!r} is ignored: transformers' {name} does not read it")
+            notes.append(f"{key} = {short_repr(value)} is ignored: transformers' {name} does not read it")
     carried = {**reading.carried, **reading.special_ids(config)}
     return ReadConfig(config, carried, [*notes, *more, *rope.notes(reading.values, config)])
 

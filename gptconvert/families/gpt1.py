@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from gptconvert.families import keys
 from gptconvert.families.family import Family
-from gptconvert.families.heads import hf_scheme, tied_lm_head
+from gptconvert.families.heads import embedding, hf_scheme
 from gptconvert.families.precedence import COMMON_NAMES, common_names_win, in_turn, without_default_scaling
 from gptconvert.families.rows import CONV1D_BLOCK
 from gptconvert.families.trainers import openai_gpt1
 from gptconvert.model.config_kinds import SIZE, WHOLE
 from gptconvert.model.config_table import Key
-from gptconvert.model.schemes import Drop, Row, Tied
+from gptconvert.model.schemes import Drop, Row
 
 HEADS = {
     "text-generation": "OpenAIGPTLMHeadModel",
@@ -27,14 +27,12 @@ HEADS = {
 }
 
 HF = hf_scheme(
-    Row("wte.weight", "tokens_embed.weight", "V D", when=lambda c: not c.tied_head),
     # transformers 5 saves double heads under the head's name only, which transformers 4 cannot load.
-    Row("wte.weight", "tokens_embed.weight", "V D", when=lambda c: c.tied_head, aliases=("lm_head.weight",)),
+    *embedding("tokens_embed.weight"),
     Row("wpe.weight", "positions_embed.weight", "C D"),
     *CONV1D_BLOCK,
     anchor="positions_embed.weight",
     drops=(Drop(r"position_ids", "position buffer"),),
-    tied=(Tied("lm_head.weight", "wte.weight", "V D", when=tied_lm_head),),
 )
 CONFIG = keys.table(
     *keys.vocabulary(40478, tied=True, bos=None, eos=None),

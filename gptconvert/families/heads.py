@@ -103,7 +103,6 @@ def hf_scheme(
     body: str = "transformer.",
     attention: str = r"h\.\d+\.attn",
     drops: tuple[Drop, ...] = (),
-    tied: tuple[Tied, ...] | None = None,
     lm_head: Row = LM_HEAD,
 ) -> Scheme:
     """A family's name table for Hugging Face's files: its body ``rows`` plus the parts common to all families.
@@ -115,7 +114,6 @@ def hf_scheme(
         body: prefix of body names.
         attention: regular expression for an attention module, which may contain mask buffers.
         drops: further tensors to ignore.
-        tied: repeated tensors; None: the tied language-model head.
         lm_head: the row of an untied language-model head.
     """
     names = (*lm_head.names, *lm_head.aliases)
@@ -130,7 +128,7 @@ def hf_scheme(
         write_prefix=body,
         rows=(*rows, lm_head, *HEAD_ROWS),
         drops=(*drops, *masks, *HEAD_DROPS, VALUE_HEADS),
-        tied=tied or tuple(Tied(name, "wte.weight", "V D", when=tied_lm_head) for name in names),
+        tied=tuple(Tied(name, "wte.weight", "V D", when=tied_lm_head) for name in names),
     )
 
 

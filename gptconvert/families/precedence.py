@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from gptconvert.errors import short_repr
 from gptconvert.families.pattern import expanded
 from gptconvert.model.tensors import LazyTensor
 from reference_model.config import GPTConfig
@@ -54,7 +55,7 @@ def common_names_win(names: Mapping[str, str]) -> Rule:
     def rule(raw: Raw, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, object], list[str]]:
         both = [(own, common) for own, common in names.items() if own in raw and common in raw]
         notes = [
-            _ignored(raw, own, f"{common} = {raw[common]!r} is used, as in transformers")
+            _ignored(raw, own, f"{common} = {short_repr(raw[common])} is used, as in transformers")
             for own, common in both
             if raw[own] != raw[common]
         ]
@@ -71,7 +72,8 @@ def positions_from_the_table(raw: Raw, tensors: Mapping[str, LazyTensor]) -> tup
         return dict(raw), []
     rows = next((t.shape[0] for n, t in tensors.items() if n.endswith("wpe.weight") and t.shape), None)
     wrong, right = (name, "n_ctx") if rows == raw["n_ctx"] else ("n_ctx", name)
-    reason = f"{right} = {raw[right]!r} is used" + (", the size of the position table" if rows == raw[right] else "")
+    size = ", the size of the position table" if rows == raw[right] else ""
+    reason = f"{right} = {short_repr(raw[right])} is used{size}"
     return {key: value for key, value in raw.items() if key != wrong}, [_ignored(raw, wrong, reason)]
 
 
@@ -117,13 +119,17 @@ def neox_rope(raw: Raw, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, ob
         notes.append("rope_parameters is ignored beside rope_scaling, as in transformers")
     for old, new, value in (("rotary_emb_base", "rope_theta", base), ("rotary_pct", "partial_rotary_factor", share)):
         if old in raw and chosen.get(new, value) != value:
-            instead = f"{name}.{new} = {chosen[new]!r} is used, as in transformers 5 (transformers 4 reads {old})"
+            instead = (
+                f"{name}.{new} = {short_repr(chosen[new])} is used, as in transformers 5 (transformers 4 reads {old})"
+            )
             notes.append(_ignored(raw, old, instead))
     found = whole(chosen)
     if found["rope_type"] == "default":
         extra = sorted(key for key, value in found.items() if key not in DEFAULT_ROPE and value is not None)
         found = {key: found[key] for key in DEFAULT_ROPE}
-        notes += [f"{name}.{key} = {chosen[key]!r} has no effect: the rope type is default" for key in extra]
+        notes += [
+            f"{name}.{key} = {short_repr(chosen[key])} has no effect: the rope type is default" for key in extra
+        ]
     return {**read, "rope_parameters": found}, notes
 
 
@@ -137,10 +143,10 @@ def _is_default(scaling: object) -> bool:
 
 
 def _ignored(raw: Raw, key: str, instead: str) -> str:
-    return f"{key} = {raw[key]!r} is ignored: {instead}"
+    return f"{key} = {short_repr(raw[key])} is ignored: {instead}"
 
 
-# --- keys that transformers does not read --------------------------------------------------------------------------
+# Comparisons of keys that transformers does not read:
 
 
 def _same_size(config: GPTConfig, value: object) -> bool:

@@ -34,6 +34,8 @@ FAMILIES: tuple[Family, ...] = (
 
 #: Limit on generation_config.json.
 MAX_JSON_BYTES = 16 << 20
+#: Special ids outside the vocabulary with a note of their own.
+MAX_NOTED = 8
 
 __all__ = ["FAMILIES", "Family", "Options", "family_of", "understand"]
 
@@ -177,12 +179,15 @@ def _generation(
 
 
 def _outside(config: GPTConfig, *files: Mapping[str, object]) -> list[str]:
-    """A note on each special id outside the vocabulary."""
+    """A note on each special id outside the vocabulary; if there are many, on the first ones."""
     size, pad = config.vocab_size, {"pad_token_id": config.pad_token_id}
-    return [
+    found = list(ids_outside(size, *files, pad))
+    notes = [
         f"{key} {token} is outside the vocabulary (ids 0 to {size - 1}): the model can neither read nor generate it"
-        for key, token in ids_outside(size, *files, pad)
+        for key, token in found[:MAX_NOTED]
     ]
+    more = f"{len(found) - MAX_NOTED} more special ids are outside the vocabulary"
+    return [*notes, more] if len(found) > MAX_NOTED else notes
 
 
 def _other_models(others: Mapping[str, str]) -> list[str]:

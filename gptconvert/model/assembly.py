@@ -162,8 +162,14 @@ def _lists(scheme: Scheme, bare: str) -> bool:
     return dropped or bare in others or row_of(scheme, bare) is not None
 
 
+#: Longer names are in no table.
+MAX_NAME = 200
+
+
 def row_of(scheme: Scheme, bare: str) -> Row | None:
     """The row of a name without prefix, for any layer and configuration."""
+    if len(bare) > MAX_NAME:
+        return None
     templates = {bare, *(f"{bare[: n.start()]}{{i}}{bare[n.end() :]}" for n in re.finditer(r"\d+", bare))}
     return next((row for row in scheme.rows if not templates.isdisjoint((*row.names, *row.aliases))), None)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError
@@ -91,7 +93,7 @@ class ConfigTable:
     writes: Mapping[str, object] = field(default_factory=dict)
     derived: Mapping[str, Callable[[Values], object]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def handled(self) -> frozenset[str]:
         """All names of all keys."""
         return frozenset(name for key in self.keys for name in key.names)
@@ -205,7 +207,7 @@ class Reading:
         if rejected:
             listed = ", ".join(f"{key} = {self.raw[key]!r}"[:120] for key in rejected[:MAX_LISTED])
             listed += f" and {len(rejected) - MAX_LISTED} more" if len(rejected) > MAX_LISTED else ""
-            flags = " ".join(f"--ignore-key {key}"[:120] for key in rejected[:MAX_LISTED])
+            flags = " ".join(f"--ignore-key {shlex.quote(key[:100])}" for key in rejected[:MAX_LISTED])
             known = "; ".join(ADVICE.get(key, f"{key} would change the logits") for key in selected)
             raise UnsupportedError(
                 f"configuration keys not implemented: {listed}",

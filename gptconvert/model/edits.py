@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gptconvert.errors import UsageError
+from gptconvert.errors import UsageError, short_repr
 from gptconvert.model.names import collapse
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
@@ -54,8 +54,8 @@ def edit_config(source: Source, options: Options) -> Source:
     for text in options.set_key:
         name, _, value = text.partition("=")
         before = _get(source.config, _path(source.config, name))
-        was = "" if before is ... else f" instead of {before!r}"
-        notes.append(f"{name} is set to {_parsed(value)!r}{was} (--set)")
+        was = "" if before is ... else f" instead of {short_repr(before)}"
+        notes.append(f"{name} is set to {short_repr(_parsed(value))}{was} (--set)")
     return replace(source, config=edited_config(source.config, options), notes=(*source.notes, *notes))
 
 
@@ -108,7 +108,7 @@ def _ignored_key(source: Source, name: str) -> str:
             path=source.config_path or source.path,
             hint=f"did you mean {near}?" if near else "omit the option",
         )
-    return f"{name} = {_get(source.config, path)!r} is ignored (--ignore-key)"[:200]
+    return f"{name} = {short_repr(_get(source.config, path))} is ignored (--ignore-key)"
 
 
 def _near(name: str, names: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ CAUSES: tuple[Cause, ...] = (
         "pruned module, and save the weights again",
     ),
     Cause(
-        r"\.(weight_[gv]|parametrizations\..+)\Z",
+        r"(?s)\.(weight_[gv]|parametrizations\..+)\Z",
         "the weights are stored as parametrisations, such as weight_norm: call "
         "torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) and save the weights again",
     ),
@@ -127,7 +128,7 @@ class MismatchError(InputError):
             if len(patterns) <= _MOST:
                 self.hint = f"to leave them out: {_ignoring(patterns)}"
             return
-        patterns = dict.fromkeys(re.sub(r"\{.*?\}", "*", name) for name in collapse(unexpected))
+        patterns = dict.fromkeys(re.sub(r"\{[^{}]*\}", "*", name) for name in collapse(unexpected))
         if len(patterns) > _MOST:
             patterns = dict.fromkeys(f"{name.partition('.')[0]}.*" for name in patterns)
         known = f"; if the outputs do not depend on them, leave them out: {_ignoring(patterns)}"
@@ -148,7 +149,7 @@ class MismatchError(InputError):
 
 
 def _ignoring(patterns: Iterable[str]) -> str:
-    return " ".join(f"--ignore-tensor '{pattern}'" for pattern in patterns)
+    return " ".join(f"--ignore-tensor {shlex.quote(pattern)}" for pattern in patterns)
 
 
 def _last(name: str) -> str:

@@ -55,8 +55,8 @@ class Options:
         dtype: storage type: ``fp32``, ``fp16`` or ``bf16``; None: each weight as stored.
         opset: ONNX operator set.
         kv_cache: whether the ONNX graph takes and returns cached keys and values; None: if it is a language model.
-        position_ids: whether the ONNX graph takes ``position_ids``, whatever its task (a language model always does);
-            else its positions count slots, padding included.
+        position_ids: whether the ONNX graph takes ``position_ids`` for every task (a language model always does);
+            otherwise its positions count slots, padding included.
         single_file: whether ONNX weights are stored inside the graph file.
         max_shard_size: largest safetensors file, in bytes.
         xla: whether to add jit-compiled signatures of fixed shape to the SavedModel.
@@ -257,7 +257,7 @@ class Options:
         "--position-ids",
         "output",
         "ONNX",
-        "Take position_ids as an input, as language models do; otherwise other tasks count padding too.",
+        "Take position_ids as an input, as language models always do; other tasks count padding without it.",
         targets=_ONNX,
     )
     single_file: bool = option(

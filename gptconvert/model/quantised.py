@@ -66,7 +66,7 @@ def refuse_quantised(tensors: Mapping[str, LazyTensor], path: str | None) -> Non
         UnsupportedError: it is quantised.
     """
     for quantiser in QUANTISERS:
-        found = [name for name in tensors if re.search(rf"{quantiser.beside}\Z", name)]
+        found = [name for name in tensors if re.search(rf"{quantiser.beside}\Z", name, re.DOTALL)]
         if found:
             raise UnsupportedError(
                 f"this is a quantised checkpoint ({quantiser.title}), which is not supported",

@@ -18,6 +18,9 @@ from gptconvert.model.tensors import LazyTensor, Shape, filled
 from gptconvert.model.transforms import in_native_order
 from reference_model.config import ConfigError, GPTConfig
 
+#: Different sizes in tensors of wrong shapes; more do not come from one wrong size of the configuration.
+MAX_AXES = 8
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -71,12 +74,12 @@ def choose_scope(
     Raises:
         UsageError: the file holds several models and none was chosen, or not the chosen one.
     """
-    found = {head_prefix(scheme, prefix) for prefix in find_prefixes(scheme, tensors)}
-    scopes = {prefix.removesuffix(scheme.separator): prefix for prefix in sorted(found)}
+    prefixes = {head_prefix(scheme, prefix) for prefix in find_prefixes(scheme, tensors)}
+    scopes = {prefix.removesuffix(scheme.separator): prefix for prefix in sorted(prefixes)}
     if len(scopes) < 2 and scope in (None, *scopes):
         return {}
     if scope not in scopes:
-        listed = ", ".join(each or '"" (no prefix)' for each in scopes) or "no model"
+        listed = _some([each or '"" (no prefix)' for each in scopes]) if scopes else "no model"
         raise UsageError(
             "several models in one file" if scope is None else f"no model under --scope {scope!r}",
             path=path,
@@ -84,11 +87,10 @@ def choose_scope(
             found=listed,
             hint="pass --scope NAME with one of these names" if scopes else "omit --scope",
         )
-    owners = {
-        name: max((s for s, prefix in scopes.items() if name.startswith(prefix)), key=len, default=scope)
-        for name in tensors
-    }
-    return {name: owner for name, owner in owners.items() if owner != scope}
+    owners = {prefix: each for each, prefix in scopes.items()}
+    lengths = sorted({*map(len, owners)}, reverse=True)  # the longest prefix of a name is its model's
+    found = {name: next((owners[name[:n]] for n in lengths if name[:n] in owners), scope) for name in tensors}
+    return {name: owner for name, owner in found.items() if owner != scope}
 
 
 def head_prefix(scheme: Scheme, prefix: str) -> str:
@@ -139,7 +141,7 @@ def resolve(
             unexpected,
             matching.misshaped,
             path=path,
-            fit=_fitting_size(scheme, config, tensors, prefix) if alone else None,
+            fit=_fitting_size(scheme, config, tensors, prefix, matching.misshaped) if alone else None,
             untied=config.has_lm_head and not config.tied_head,
             layers=config.n_layer,
         )
@@ -188,12 +190,18 @@ class _Matching:
 
 
 def _fitting_size(
-    scheme: Scheme, config: GPTConfig, tensors: Mapping[str, LazyTensor], prefix: str
+    scheme: Scheme,
+    config: GPTConfig,
+    tensors: Mapping[str, LazyTensor],
+    prefix: str,
+    misshaped: Iterable[tuple[str, Shape, Shape]],
 ) -> tuple[str, int] | None:
     """The one size of the configuration, and its value, with which every shape fits; None if there is none."""
+    axes = {size for _, _, found in misshaped for size in found} - {0}
+    if len(axes) > MAX_AXES:
+        return None
     for field_ in ("vocab_size", "n_ctx", "n_inner"):
-        axes = {size for tensor in tensors.values() for size in tensor.shape} - {0, getattr(config, field_)}
-        for size in sorted(axes):
+        for size in sorted(axes - {getattr(config, field_)}):
             change: dict[str, Any] = {field_: size}
             try:
                 trial = replace(config, **change)

@@ -16,7 +16,7 @@ from gptconvert.model.names import collapse
 
 @dataclass(frozen=True)
 class Stranger:
-    """A program or model that names its tensors so.
+    """A program or model, and its names of tensors.
 
     Attributes:
         title: its name.

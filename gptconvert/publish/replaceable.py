@@ -27,6 +27,7 @@ def _unlisted(output: str) -> Iterator[str]:
     """Relative paths of files, and of links to directories, that no conversion wrote."""
     known = {SUMS_FILE, *_listed(os.path.join(output, SUMS_FILE))}
     for folder, folders, names in os.walk(output):
+        folders.sort()
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted([*names, *links]):
             path = os.path.relpath(os.path.join(folder, name), output)

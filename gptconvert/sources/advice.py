@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -25,8 +26,9 @@ class Advice:
     Attributes:
         entry: regular expression for the whole name of an entry that identifies it.
         title: its name.
-        hint: what to do; ``{path}`` is the directory, ``{entry}`` the matching entry, the last if several match.
-            ``{inner}`` is the last entry of that, and ``{snapshot}`` the last of its ``snapshots``.
+        hint: what to do; ``{path}`` is the directory, ``{entry}`` the matching entry (the last if several match),
+            ``{inner}`` the last entry inside it, ``{snapshot}`` the last in its ``snapshots``, and ``{shards}`` the
+            directory that holds the shards.
     """
 
     entry: str
@@ -52,7 +54,7 @@ ADVICE: tuple[Advice, ...] = (
     Advice(r"snapshots", "a hub cache", "pass the snapshot inside: {path}/snapshots/{inner}"),
     Advice(r"models--.+", "a hub cache", "pass a snapshot inside: {path}/{entry}/snapshots/{snapshot}"),
     Advice(r"onnx", "an ONNX export", "convert the checkpoint that it was exported from"),
-    Advice(r".*\.(zip|tar|tar\.gz|tgz|tar\.xz|tar\.bz2|7z)", "an archive", f"{{entry}}: {_UNPACK}"),
+    Advice(r".*\.(zip|tar|tar\.gz|tgz|tar\.xz|tar\.bz2|7z)", "a directory with an archive", f"{{entry}}: {_UNPACK}"),
 )
 
 
@@ -72,12 +74,15 @@ def advice_for(path: str, names: Collection[str] | None = None) -> tuple[str, st
             snapshots = os.path.join(path, entry, "snapshots")
             snapshot = max(entries(snapshots, quiet=True), default="COMMIT")
             shards = path if entry.endswith(".distcp") else os.path.join(path, entry)
-            hint = each.hint.format(path=path, entry=entry, inner=inner, shards=shards, snapshot=snapshot)
-            return each.title, hint
+            where = {"path": path, "entry": entry, "inner": inner, "shards": shards, "snapshot": snapshot}
+            return each.title, each.hint.format(**{name: shlex.quote(text) for name, text in where.items()})
     model = next((name for name in names if _is_model(os.path.join(path, name))), None)
     if model is None:
         return None
-    return "a directory with a checkpoint inside", f"pass the directory inside: {path}/{model}"
+    return (
+        "a directory with a checkpoint inside",
+        f"pass the directory inside: {shlex.quote(os.path.join(path, model))}",
+    )
 
 
 def _is_model(path: str) -> bool:

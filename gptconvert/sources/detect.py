@@ -164,7 +164,7 @@ def lookalike(path: str) -> str | None:
 PUT_CONFIG = "put the model's config.json next to them"
 #: PyTorch files of a directory that are opened to find out what they hold.
 MAX_FILES = 8
-#: Format → pattern of the names of its files and of what lies beside them, and the files that it needs.
+#: Format → pattern of the names of its files and of the entries beside them, and the files that it needs.
 FILES: Mapping[str, tuple[str, str]] = {
     "hf": (
         r"config\.json|.*\.(safetensors|bin|h5|msgpack)|.*token.*\.json|merges\.txt|vocab\.json|generation_config\.json",

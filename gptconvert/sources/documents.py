@@ -16,6 +16,7 @@ from gptconvert.errors import GptConvertError
 
 CARD = "README.md"
 MAX_BYTES = 4 << 20
+MAX_LICENCE = 16 << 20
 #: PyYAML takes about a second for this many characters.
 MAX_FRONT_MATTER = 128 << 10
 MAX_TEXT, MAX_LIST = 200, 100
@@ -45,11 +46,7 @@ def is_document(name: str) -> bool:
 
 
 def read_card(path: str) -> tuple[dict[str, object], tuple[str, ...]]:
-    """The metadata of a README.md: the known keys whose values are text or lists of text; and notes for the user.
-
-    Raises:
-        UnsafeInputError: not a regular file.
-    """
+    """The metadata of a README.md: the known keys whose values are text or lists of text; and notes for the user."""
     try:
         text = read_small(path, MAX_BYTES, "a model card").decode("utf-8-sig").replace("\r\n", "\n")
         matter = _FRONT_MATTER.match(text)

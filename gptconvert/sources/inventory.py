@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from gptconvert.containers.untrusted import entries, hub_homes, is_regular, links_out
 from gptconvert.model.options import Options
 from gptconvert.model.source import Entry, Source
-from gptconvert.sources.documents import CARD, is_document, read_card
+from gptconvert.sources.documents import CARD, MAX_LICENCE, is_document, is_licence, read_card
 from gptconvert.sources.hf.adapter import LEFT_BEHIND
 from gptconvert.sources.tokenizer_files import GPT1, GPT2, HUGGING_FACE, is_copied
 
@@ -49,7 +49,7 @@ TOKENIZER = Rule(READ, "tokenizer or generation settings")
 COPIED_TOKENIZER = Rule(CARRIED, "tokenizer")
 METADATA = Rule(READ, "metadata for the model card")
 LICENCE = Rule(CARRIED, "licence")
-UNUSABLE = Rule(LEFT, "not a regular file, or a link that leaves the directory")
+UNUSABLE = Rule(LEFT, "not a regular file, a link that leaves the directory, or too large")
 SAME_WEIGHTS = Rule(
     LEFT,
     "the same or other weights",
@@ -83,7 +83,7 @@ RULES: tuple[Rule, ...] = (
         train_config.* hparams.* args.json graph.pbtxt *.meta
         counter mp_rank_*_model_states.pt""",
     ),
-    Rule(UNNEEDED, "names a checkpoint", "checkpoint latest latest_checkpointed_iteration.txt meta.json"),
+    Rule(UNNEEDED, "the name of a checkpoint", "checkpoint latest latest_checkpointed_iteration.txt meta.json"),
     Rule(UNNEEDED, "another checkpoint", "*.index *.data-?????-of-????? step_*/ iter_*/ release/"),
     Rule(
         UNNEEDED,
@@ -136,14 +136,13 @@ def with_inventory(source: Source, path: str, options: Options) -> Source:
     if folder is None:
         return source
     names = entries(folder, marked=True)
-    beside = {name: os.path.join(folder, name) for name in names if _is_beside(name) and _usable(folder, name)}
-    documents = {name: file for name, file in beside.items() if is_document(name)}
+    beside = _usable_files(folder, filter(_is_beside, names))
+    documents = {name: file for name, file in beside.items() if name == CARD or _is_small_licence(name, file)}
     card, notes = read_card(documents[CARD]) if CARD in documents else ({}, ())
     copied = {name: file for name, file in beside.items() if is_copied(name)}
     if source.adapter is not None and source.adapter.tokenizer:  # it replaces the base's tokenizer as a whole
         home = source.adapter.path
-        names_there = [name for name in entries(home, files_only=True) if is_copied(name) and _usable(home, name)]
-        copied = {name: os.path.join(home, name) for name in names_there}
+        copied = _usable_files(home, filter(is_copied, entries(home, files_only=True)))
     source = replace(source, folder=folder, tokenizer={**source.tokenizer, **copied}, documents=documents, card=card)
     read = {os.path.realpath(file) for file in source.files}
     found = {name: _rule(name, source, read) for name in source.listing or names}
@@ -160,14 +159,19 @@ def _folder(path: str) -> str:
 
 
 def _is_beside(name: str) -> bool:
-    """Whether a file of this name is carried whatever the format of the weights."""
+    """Whether a file of this name is carried, for every format of weights."""
     return is_copied(name) or is_document(name)
 
 
-def _usable(folder: str, name: str) -> bool:
-    """Whether the file is a regular one, and not a link by which a checkpoint could publish files of its reader."""
-    path = os.path.join(folder, name)
-    return is_regular(path) and not links_out(path, hub_homes(folder))
+def _is_small_licence(name: str, file: str) -> bool:
+    return is_licence(name) and os.path.getsize(file) <= MAX_LICENCE
+
+
+def _usable_files(folder: str, names: Iterable[str]) -> dict[str, str]:
+    """Name → path of the regular files, without links by which a checkpoint could publish files of its reader."""
+    homes = hub_homes(folder)
+    paths = {name: os.path.join(folder, name) for name in names}
+    return {name: path for name, path in paths.items() if is_regular(path) and not links_out(path, homes)}
 
 
 def _rule(name: str, source: Source, read: Collection[str]) -> Rule:
@@ -181,10 +185,11 @@ def _rule(name: str, source: Source, read: Collection[str]) -> Rule:
         return CONFIGURATION
     if path in read or (name.endswith("/") and any(file.startswith(path + os.sep) for file in read)):
         return WEIGHTS
-    stem, ending = os.path.splitext(name.removesuffix(".index.json"))
-    shards = [file for file in map(os.path.basename, source.tensors.files) if file.startswith(f"{stem}-")]
-    if name.endswith(".index.json") and any(file.endswith(ending) for file in shards):
-        return INDEX
+    if name.endswith(".index.json"):
+        stem, ending = os.path.splitext(name.removesuffix(".index.json"))
+        shards = [file for file in map(os.path.basename, source.tensors.files) if file.startswith(f"{stem}-")]
+        if any(file.endswith(ending) for file in shards):
+            return INDEX
     if source.adapter is not None and source.adapter.tokenizer and (is_copied(name) or REPLACED.matches(name)):
         return REPLACED
     if _is_beside(name):

@@ -41,13 +41,13 @@ def read_nanogpt(file: TorchFile, options: Options) -> Source:
     """
     path = file.path
     state, arguments = _parts(file)
-    from_scratch = _is_build(file.tree)
+    is_build = _is_build(file.tree)
     tensors = tensors_of(file, state, path)
     folder = os.path.dirname(path)
     tokenizer = find_tokenizer([folder])
     return Source(
-        scheme=f"{FORMAT.name}:build" if from_scratch else FORMAT.name,
-        format=BUILD_TITLE if from_scratch else TITLE,
+        scheme=f"{FORMAT.name}:build" if is_build else FORMAT.name,
+        format=BUILD_TITLE if is_build else TITLE,
         path=path,
         tensors=tensors,
         config=arguments,

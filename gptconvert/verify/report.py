@@ -132,8 +132,10 @@ class Report:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the user, one sentence each: on the package, on weights that only the outputs vouch for, and on outputs
-        whose comparison proves nothing.
+        """For the user, one sentence each.
+
+        They are about the package, weights checked only through the outputs, and outputs whose comparison proves
+        nothing.
         """
         notes = (n for each in self.artifacts for n in (*each.notes, *_not_found(each), *_unprovable(each)))
         return tuple(dict.fromkeys((*(self.package.notes if self.package else ()), *notes)))
@@ -181,7 +183,7 @@ class Report:
 
 
 def _not_found(artifact: ArtifactReport) -> Iterator[str]:
-    """A note on the weights that the outputs alone vouch for."""
+    """A note on the weights that were checked only through the outputs."""
     names = artifact.weights.outputs_only
     if names:
         more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""

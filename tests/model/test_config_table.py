@@ -172,3 +172,10 @@ def test_the_first_word_of_a_choice_is_written() -> None:
     with pytest.raises(UnsupportedError, match="'d' is not implemented") as error:
         kind.read("key", "d")
     assert error.value.expected == "one of a, b, c"
+
+
+def test_many_unknown_keys_are_listed_in_part_and_quoted_for_the_shell() -> None:
+    error = rejected(UnsupportedError, **{"; ls": 1}, **{f"unknown_{i}": i for i in range(20_000)})
+    assert "'; ls'" in str(error.hint)
+    assert len(str(error)) < 4000
+    assert "and 19951 more" in str(error)

@@ -48,7 +48,7 @@ CASES: Mapping[str, tuple[Callable[..., Model], str]] = {
     "positions": (longer, "--set n_positions="),
     "head": (head_only_in_the_config, "--set tie_word_embeddings=true"),
     "layers": (shallower, "--set n_layer=2"),
-    "custom head": (custom_head, "--ignore-tensor 'fc1.weight' --ignore-tensor 'fc1.bias'"),
+    "custom head": (custom_head, "--ignore-tensor fc1.weight --ignore-tensor fc1.bias"),
     "many": (many_unknown, "--ignore-tensor 'mapper.*'"),
 }
 

@@ -144,3 +144,16 @@ def test_linear_scaling_slows_every_pair_down() -> None:
 def test_yarn_magnitude() -> None:
     assert Rotary(8, scaling=RopeScaling("yarn", 4.0, 10)).magnitude == pytest.approx(0.1 * math.log(4) + 1)
     assert Rotary(8, scaling=RopeScaling("yarn", 0.5, 10)).magnitude == 1
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        Rotary(64, 5e-324),
+        Rotary(4, scaling=RopeScaling("yarn", 2.0, 2048, beta_fast=1e-310)),
+    ],
+)
+def test_frequencies_that_overflow_are_a_problem(rotary: Rotary) -> None:
+    problem = rotary.problem(64)
+    assert problem is not None
+    assert "overflow" in problem[2]

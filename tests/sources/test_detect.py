@@ -15,7 +15,7 @@ import pytest
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, UnsupportedError, UsageError
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
-from gptconvert.sources.detect import LOOKALIKES, open_source
+from gptconvert.sources.detect import FILES, FORMATS, LOOKALIKES, open_source
 from gptconvert.sources.hf import format as hf
 from tests.helpers import FIXTURES, NO_RELEASED_FILES, REAL_GPT2
 from tests.sources.detection import claimants
@@ -372,3 +372,7 @@ def test_output_with_safetensors_is_read_from_them(tmp_path: Path) -> None:
 
     convert(FIXTURES / "gpt2-stdlib", tmp_path / "out", Options(targets=("safetensors", "openai-tf"), verify=None))
     assert open_source(tmp_path / "out", PLAIN).scheme == "hf"
+
+
+def test_every_format_can_be_suggested() -> None:
+    assert {form.name for form in FORMATS} == set(FILES)

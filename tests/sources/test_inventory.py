@@ -112,7 +112,7 @@ def test_a_copied_file_must_be_inside_the_directory(name: str, kind: str, direct
     else:
         (directory / name).symlink_to(secret if kind == "link out" else tmp_path / "nothing")
     checkpoint = open_checkpoint(directory)
-    reason = "not a regular file, or a link that leaves the directory"
+    reason = "not a regular file, a link that leaves the directory, or too large"
     assert left(directory) == [f"left behind: {name} ({reason})"]
     assert str(directory / name) not in checkpoint.source.files
 
@@ -122,6 +122,13 @@ def test_a_link_inside_the_directory_is_followed(directory: Path) -> None:
     (directory / "legal" / "text").write_text("terms")
     (directory / "LICENSE").symlink_to(directory / "legal" / "text")
     assert outcomes(directory)["LICENSE"] == ("carried", "licence")
+
+
+def test_a_licence_that_is_too_large_is_left_behind(directory: Path) -> None:
+    with open(directory / "LICENSE", "wb") as file:
+        file.truncate((16 << 20) + 1)
+    assert outcomes(directory)["LICENSE"][0] == "left behind"
+    assert not open_checkpoint(directory).source.documents
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +25,7 @@ from gptconvert.model.tensors import LazyTensor
 from gptconvert.sources.tokenizer_files import HUGGING_FACE, find_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
-#: Other files with the suffixes of weights that trainers leave beside an adapter.
-TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pth?)")
-#: The note on an adapter that lies next to a model and is not merged.
+#: The note on an adapter next to a model, which is not merged.
 LEFT_BEHIND = "left behind: the LoRA adapter next to the weights; merge it by passing its directory as --adapter DIR"
 #: In the order in which peft prefers them.
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -58,6 +57,10 @@ _TENSOR = re.compile(
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 #: Longest pattern for module names, and the most quantifiers in it: patterns come from untrusted files.
 _MAX_PATTERN, _MAX_QUANTIFIERS = 500, 3
+#: Longest module name that is matched: the effort grows with its fourth power.
+_MAX_MODULE = 120
+#: Patterns for module names, and the number for each.
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 
 def is_adapter(names: Collection[str]) -> bool:
@@ -133,12 +136,12 @@ def lone_adapter(directory: str, names: Collection[str], repo: str | None = None
     path = os.path.join(directory, ADAPTER_CONFIG)
     raw = read_json_object(path, MAX_CONFIG, ADAPTER_CONFIG) if ADAPTER_CONFIG in names else {"peft_type": "LORA"}
     _require_lora(raw, path)
-    base = raw.get("base_model_name_or_path") or None
+    base = _base(raw)
     return InputError(
         "this is a LoRA adapter (PEFT), not a model: it changes the weights of a base model",
         path=repo or directory,
         expected=f"its base model, {base}" if base else "its base model, which the adapter does not name",
-        hint=f"pass the LoRA adapter's base model: --base {base or 'DIR_OR_REPO'}",
+        hint=f"pass the LoRA adapter's base model: --base {shlex.quote(base or 'DIR_OR_REPO')}",
     )
 
 
@@ -149,8 +152,8 @@ class _Settings:
     Attributes:
         rank: of modules that no pattern matches.
         alpha: likewise.
-        ranks: pattern → rank; the first that matches the end of a module's name counts.
-        alphas: pattern → alpha, likewise.
+        ranks: by pattern; the first that matches the end of a module's name counts.
+        alphas: likewise.
         by_root: whether the scale is alpha / √r instead of alpha / r.
         dora: whether every update has a magnitude.
         biased: whether every update of a linear layer has a bias.
@@ -159,8 +162,8 @@ class _Settings:
 
     rank: float
     alpha: float
-    ranks: Mapping[str, float]
-    alphas: Mapping[str, float]
+    ranks: Patterns
+    alphas: Patterns
     by_root: bool
     dora: bool
     biased: bool
@@ -184,7 +187,6 @@ def _read_settings(raw: Mapping[str, Any], path: str) -> _Settings:
     _refuse_variants(raw, path)
     chosen = any(raw.get(key) not in _OFF for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     by_pattern = isinstance(raw.get("target_modules"), str)
-    base = raw.get("base_model_name_or_path")
     return _Settings(
         rank=_number(raw, "r", 8, path),
         alpha=_number(raw, "lora_alpha", 8, path),
@@ -196,8 +198,14 @@ def _read_settings(raw: Mapping[str, Any], path: str) -> _Settings:
         targets=() if chosen or by_pattern else _names(raw, "target_modules", path),
         saved=_names(raw, "modules_to_save", path),
         keeps_tying=_flag(raw, "ensure_weight_tying", path),
-        base=base if isinstance(base, str) and base else None,
+        base=_base(raw),
     )
+
+
+def _base(raw: Mapping[str, Any]) -> str | None:
+    """The name of the base model, if the configuration has it."""
+    name = raw.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def _require_lora(raw: Mapping[str, Any], path: str) -> None:
@@ -248,19 +256,26 @@ def _names(raw: Mapping[str, Any], key: str, path: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _patterns(raw: Mapping[str, Any], key: str, path: str) -> dict[str, float]:
-    """Pattern → number, with patterns that could take long to match refused."""
+def _patterns(raw: Mapping[str, Any], key: str, path: str) -> Patterns:
+    """Patterns and their numbers; patterns that could take long to match are refused."""
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise InputError("wrong value", path=path, item=key, expected="an object", found=repr(value)[:80])
+    found = []
     for pattern in value:
-        _number(value, pattern, 0, path)
+        number = _number(value, pattern, 0, path)
         slow = len(re.findall(r"[*+?{]", pattern)) > _MAX_QUANTIFIERS or re.search(r"\)[*+{]", pattern)
-        if slow or len(pattern) > _MAX_PATTERN or _compiled(pattern) is None:
+        compiled = None if slow or len(pattern) > _MAX_PATTERN else _compiled(pattern)
+        if compiled is None:
             raise UnsupportedError(
-                "this pattern for module names is invalid or too complex", path=path, item=key, found=pattern[:80]
+                "this pattern for module names is invalid or too complex",
+                path=path,
+                item=key,
+                found=pattern[:80],
+                hint=_MERGE_WITH_PEFT,
             )
-    return value
+        found.append((compiled, number))
+    return tuple(found)
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:
@@ -270,13 +285,11 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
         return None
 
 
-def _matching(patterns: Mapping[str, float], module: str, default: float) -> float:
+def _matching(patterns: Patterns, module: str, default: float) -> float:
     """The number of the first pattern that matches a module's name or its last components, as in peft."""
-    for pattern, number in patterns.items():
-        compiled = _compiled(pattern)
-        if compiled is not None and compiled.match(module):
-            return number
-    return default
+    if len(module) > _MAX_MODULE:
+        return default
+    return next((number for pattern, number in patterns if pattern.match(module)), default)
 
 
 @dataclass

@@ -19,7 +19,6 @@ from gptconvert.sources.hf.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     LEFT_BEHIND,
-    TRAINER_STATE,
     adapter_directory,
     is_adapter,
     lone_adapter,
@@ -27,9 +26,10 @@ from gptconvert.sources.hf.adapter import (
 )
 from gptconvert.sources.hf.files import (
     CONFIG,
-    KINDS,
+    STANDARD_NAMES,
     Weights,
     choose_weights,
+    could_be_weights,
     unsupported_kind,
     weights_named,
 )
@@ -93,18 +93,12 @@ def _open_model(path: str, options: Options) -> Source:
     fetched = hub.fetch(path, options)
     source = _open_local(fetched.directory, Options(hparams=options.hparams, weights_file=fetched.weights_file))
     notes = tuple(dict.fromkeys((*fetched.notes, *source.notes)))
-    return Source(
-        scheme=source.scheme,
+    return replace(
+        source,
         format=f"{source.format} (hub)",
-        path=source.path,
-        tensors=source.tensors,
-        config=source.config,
-        config_path=source.config_path,
-        tokenizer=source.tokenizer,
         revision=fetched.revision,
         repo=path,
         notes=notes,
-        folder=source.folder,
         listing=fetched.names,
     )
 
@@ -112,7 +106,7 @@ def _open_model(path: str, options: Options) -> Source:
 def _open_local(path: str, options: Options) -> Source:
     directory, wanted = _split(path, options.weights_file)
     names = entries(directory, files_only=True)
-    if is_adapter(names) and (wanted in ADAPTER_WEIGHTS or not any(map(_is_model, names))):
+    if is_adapter(names) and (wanted in ADAPTER_WEIGHTS or not any(map(could_be_weights, names))):
         raise lone_adapter(directory, names)
     config_path = options.hparams or os.path.join(directory, CONFIG)
     if options.hparams is None and CONFIG not in names:
@@ -159,7 +153,7 @@ def _read(path: str, weights: Weights) -> TensorSet:
 
 def _no_config(directory: str, names: list[str]) -> InputError:
     advice = advice_for(directory)
-    if advice is not None and "adapter_config.json" not in names:
+    if advice is not None and ADAPTER_CONFIG not in names:
         return InputError(f"config.json is missing: this is {advice[0]}", path=directory, hint=advice[1])
     hint = "fetch it from the weights' origin, or pass --hparams FILE"
     return InputError("config.json is missing", path=directory, found=", ".join(names[:8]) or "no files", hint=hint)
@@ -169,9 +163,8 @@ def recognises(path: str) -> bool:
     """Whether a local path looks like a Hugging Face checkpoint."""
     if os.path.isdir(path):
         names = entries(path, files_only=True, quiet=True)
-        standard = {name for kind in KINDS for name in (kind.default, kind.index)}
         return (
-            bool(standard.intersection(names))
+            bool(STANDARD_NAMES.intersection(names))
             or is_adapter(names)
             or (
                 CONFIG in names
@@ -182,11 +175,6 @@ def recognises(path: str) -> bool:
     if name in (CONFIG, ADAPTER_CONFIG, *ADAPTER_WEIGHTS) or name.endswith((".safetensors", ".h5", ".msgpack")):
         return True
     return weights_named(name) is not None and is_regular(path) and os.path.lexists(os.path.join(directory, CONFIG))
-
-
-def _is_model(name: str) -> bool:
-    """Whether a file of this name could hold a model's weights, under any name."""
-    return weights_named(name) is not None and unsupported_kind(name) is None and not TRAINER_STATE.fullmatch(name)
 
 
 def _names_model_type(path: str) -> bool:

@@ -114,7 +114,7 @@ def _without_buffers(
     Versions of transformers differ in whether they save them, and tools rewrite shards but not their index.
     """
     held = {name: shard for shard, tensors in shards.items() for name in tensors if REPEATED.search(name)}
-    gone = [name for name in weight_map if REPEATED.search(name) and name not in held]
+    gone = {name for name in weight_map if REPEATED.search(name) and name not in held}
     added = {name: shard for name, shard in held.items() if name not in weight_map}
     kept = {name: shard for name, shard in weight_map.items() if name not in gone} | added
     listed = _some(sorted([*gone, *added]))

@@ -173,7 +173,7 @@ def _foreign_to_genai(facts: CardFacts) -> bool:
 
 def _about_genai(facts: CardFacts) -> str | None:
     foreign = _genai(facts) and _foreign_to_genai(facts)
-    return "it does not know this tokenizer, so the tokenizers library is used" if foreign else None
+    return "it does not support this tokenizer, so the tokenizers library is used" if foreign else None
 
 
 SNIPPETS = (

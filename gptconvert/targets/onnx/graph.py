@@ -6,7 +6,7 @@ layer is one Gemm that takes its weight as stored in the checkpoint; masks and s
 
 The runtime's Gather rejects ids from vocab_size on and learned positions from n_ctx on. Rotary positions continue
 past n_ctx, where the model was never trained, up to the limit of ``targets/rotary.py``. Negative ids and positions
-are not rejected: ONNX counts them from the end of the table.
+are not rejected: ONNX counts them from the end of a table.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def rotary_angles(b: Builder, rotary: Rotary, position_ids: ir.Value) -> KeyValu
     tables, rest = rotary_tables(rotary), position_ids  # rest: (B, S)
     looked_up = []
     for place, (cos, sin) in enumerate(tables):
-        name, digit = f"rotary.{place}", rest  # the highest digit: what is left, so that Gather rejects too much
+        name, digit = f"rotary.{place}", rest  # the highest digit has no limit: Gather rejects what is too large
         if place < len(tables) - 1:
             digit = b.op("Mod", rest, b.constant(BASE), name=f"{name}.digit")  # (B, S)
             rest = b.op("Div", rest, b.constant(BASE), name=f"{name}.rest")  # (B, S)

@@ -7,6 +7,7 @@ licence, languages, base model, data sets and tags are those of the source's car
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -95,7 +96,7 @@ def _introduction(facts: CardFacts) -> str:
     own = "the checkpoint's own" if adapter is None else "the checkpoint's, with the adapter merged"
     return "\n".join(
         [
-            f"# {printable(name)} as {' and '.join(titles)}",
+            f"# {_plain(printable(name))} as {' and '.join(titles)}",
             "",
             f"Converted {origin}{revision}. The weights are {own}; the conversion changes their names",
             f"and layout, and their type only if `--dtype` is given. {_licence(facts)}",
@@ -112,9 +113,14 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _name(facts: CardFacts) -> str | None:
-    """The model's name in the source's card, in a form that Markdown prints as it is."""
+    """The model's name in the source's card, without characters that would end Markdown's code."""
     name = facts.checkpoint.source.card.get("model_name")
     return name.replace("`", "'").strip() or None if isinstance(name, str) else None
+
+
+def _plain(name: str) -> str:
+    """Escape what Markdown would read as HTML, a link or emphasis."""
+    return re.sub(r"[\\<>\[\]*]", r"\\\g<0>", name)
 
 
 def _licence(facts: CardFacts) -> str:

@@ -7,20 +7,18 @@ one tensor per key and value, since its only GPT type, ``gpt2``, expects a combi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import numpy as np
 
 from gptconvert.containers.json import dump_json
 from gptconvert.containers.untrusted import read_small
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.dtypes import holding_all
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options
-from gptconvert.sources.documents import is_licence
+from gptconvert.sources.documents import MAX_LICENCE, is_licence
 from gptconvert.targets.package.tokenizer import end_token_id, tokenizer_files
 
 #: Keys about the origin of a file, and keys that are written anew.
@@ -30,7 +28,6 @@ NOT_CARRIED = frozenset(
 )
 #: The target whose graphs config.json and genai_config.json name.
 ONNX = "onnx"
-MAX_LICENCE_BYTES = 16 << 20
 #: Written if no graph has a cache, which optimum's ``generate`` would request. transformers' ``generate`` reads only
 #: generation_config.json.
 UNCACHED: Mapping[str, object] = {"use_cache": False}
@@ -76,7 +73,7 @@ def sidecar_files(
 def licence_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The source's licence files, unchanged: file name → bytes."""
     found = {name: path for name, path in checkpoint.source.documents.items() if is_licence(name)}
-    return {name: read_small(path, MAX_LICENCE_BYTES, "a licence") for name, path in found.items()}
+    return {name: read_small(path, MAX_LICENCE, "a licence") for name, path in found.items()}
 
 
 def with_special_ids(checkpoint: Checkpoint, tokenizer: Mapping[str, bytes] | None = None) -> Checkpoint:
@@ -162,5 +159,4 @@ def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, object]:
 
 def _dtype_name(checkpoint: Checkpoint) -> str:
     """The dtype in which transformers loads the weights: the smallest that represents every weight exactly."""
-    kinds = {weight.dtype.newbyteorder("=") for weight in checkpoint.weights.values()}
-    return str(kinds.pop() if len(kinds) == 1 else functools.reduce(np.promote_types, kinds, np.dtype(np.float32)))
+    return holding_all(weight.dtype for weight in checkpoint.weights.values()).name

@@ -21,6 +21,9 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.package.tokenizer_foreign import copied_files, foreign_files, is_other, stated_class
 from gptconvert.targets.package.tokenizer_json import portable_json
 from gptconvert.targets.package.tokenizer_kinds import (
+    MAX_BYTES,
+    MAX_ID,
+    MAX_VALUES,
     OTHER_SETTINGS,
     WHOLE_FILE,
     Kind,
@@ -31,13 +34,7 @@ from gptconvert.targets.package.tokenizer_kinds import (
     token_text,
 )
 
-#: Limit on file sizes, far above any real vocabulary.
-MAX_BYTES = 256 << 20
-#: Ids are below this: the tokenizers library takes time and memory in proportion to the largest.
-MAX_ID = 1 << 23
 MAX_MERGES = 1_000_000
-#: Limit on the commas and brackets of JSON: three of each merge and one of each token, of a million tokens.
-MAX_VALUES = 4_000_000
 VERSION_LINE = "#version: 0.2"
 #: Keys of tokenizer_config.json about the origin of the file rather than the tokenizer.
 LOCATIONS = frozenset("name_or_path special_tokens_map_file tokenizer_file is_local local_files_only".split())

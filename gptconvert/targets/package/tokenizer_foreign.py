@@ -11,14 +11,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gptconvert.containers.json import dump_json, parse_json
+from gptconvert.containers.json import dump_json, read_json_object
 from gptconvert.containers.untrusted import read_small
 from gptconvert.errors import InputError
+from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.sources.tokenizer_files import is_copied, is_foreign
-from gptconvert.targets.package.tokenizer_kinds import KINDS, WHOLE_FILE, Settings, token_text
+from gptconvert.targets.package.tokenizer_kinds import (
+    KINDS,
+    MAX_BYTES,
+    MAX_ID,
+    MAX_VALUES,
+    WHOLE_FILE,
+    Settings,
+    token_text,
+)
 
-#: As in ``tokenizer``.
-MAX_BYTES = 256 << 20
 #: transformers' classes for the two kinds of BPE, and those that read any tokenizer.json; without ``Fast``.
 OWN_CLASSES = frozenset(
     {
@@ -40,7 +47,6 @@ WORD_PIECE_TOKENS: Mapping[str, str] = {
 SPECIAL_ORDER = ("bos_token", "eos_token", *WORD_PIECE_TOKENS)
 #: Properties of an added token besides its text.
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-MAX_ID = 1 << 31
 #: Settings that the tokenizers library does not implement.
 NOT_EXPRESSIBLE: Mapping[str, object] = {"do_basic_tokenize": True, "never_split": None}
 
@@ -59,14 +65,14 @@ def is_other(found: Mapping[str, str], name: str | None, *, complete: bool) -> b
         name: from :func:`stated_class`.
         complete: whether there are a vocabulary and merges.
     """
-    if "tokenizer.json" in found or not found.keys() - {"generation_config.json"}:
+    if "tokenizer.json" in found or not found.keys() - {GENERATION_CONFIG}:
         return False
     foreign = any(map(is_foreign, found))
     return foreign if name is None or name in OWN_CLASSES else foreign or complete
 
 
 def copied_files(found: Mapping[str, str]) -> dict[str, bytes]:
-    """The files that are copied whatever the tokenizer: chat template, vocabularies of slow tokenizer classes."""
+    """The files that are copied with every tokenizer: chat template, vocabularies of slow tokenizer classes."""
     return {name: read_small(path, MAX_BYTES, name) for name, path in found.items() if is_copied(name)}
 
 
@@ -81,7 +87,7 @@ def foreign_files(
     Raises:
         InputError: a file is corrupt.
     """
-    files = {n: read_small(path, MAX_BYTES, n) for n, path in found.items() if n != "generation_config.json"}
+    files = {n: read_small(path, MAX_BYTES, n) for n, path in found.items() if n != GENERATION_CONFIG}
     obstacle = _obstacle(found, settings, name)
     made: Any = None
     if obstacle is None:
@@ -152,6 +158,8 @@ def word_piece(path: str, data: bytes, settings: Settings, added: Mapping[int, M
 
 def _vocabulary(path: str, data: bytes) -> dict[str, int]:
     """Token → id, one token per line; a repeated token has its last id."""
+    if data.count(b"\n") > MAX_ID:
+        raise InputError("the vocabulary has too many tokens", path=path, expected=f"at most {MAX_ID}")
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -175,15 +183,14 @@ def _added(found: Mapping[str, str], settings: Settings) -> dict[int, dict[str, 
             if re.fullmatch("[0-9]{1,9}", number) and isinstance(token, dict) and token_text(token)
         }
     path = found.get("added_tokens.json")
-    raw = {} if path is None else parse_json(read_small(path, MAX_BYTES, "added tokens"), path, "added tokens")
-    if not isinstance(raw, dict) or not all(
-        isinstance(number, int) and 0 <= number < MAX_ID for number in raw.values()
-    ):
-        raise InputError("invalid added tokens", path=path, expected="a JSON object of ids")
+    raw = {} if path is None else read_json_object(path, MAX_BYTES, "added tokens", MAX_VALUES)
+    ids = {token: number for token, number in raw.items() if isinstance(number, int) and 0 <= number < MAX_ID}
+    if len(ids) < len(raw):
+        raise InputError("invalid added tokens", path=path, expected=f"ids from 0 to {MAX_ID - 1}")
     special = {token_text(settings.get(key)) for key in SPECIAL_ORDER} | set(_texts(settings))
     return {
         number: {"content": token, "normalized": token not in special, "special": token in special}
-        for token, number in raw.items()
+        for token, number in ids.items()
     }
 
 

@@ -22,6 +22,12 @@ Settings = Mapping[str, object]
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
 WORD_END = "</w>"
+#: Limit on file sizes, far above any real vocabulary.
+MAX_BYTES = 256 << 20
+#: Ids are below this: the tokenizers library takes time and memory in proportion to the largest.
+MAX_ID = 1 << 23
+#: Limit on the commas and brackets of JSON: three of each merge and one of each token, of a million tokens.
+MAX_VALUES = 4_000_000
 #: transformers' class that uses all of tokenizer.json; its other classes read only the vocabulary and the merges, and
 #: split text by their own rules.
 WHOLE_FILE = "PreTrainedTokenizerFast"

@@ -16,7 +16,7 @@ from typing import Any
 
 from gptconvert.containers.json import read_json_object
 from gptconvert.containers.untrusted import file_size, is_plain_name, read_small
-from gptconvert.errors import GptConvertError
+from gptconvert.errors import GptConvertError, short_repr
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.config_table import USUAL, Reading
@@ -24,11 +24,11 @@ from gptconvert.model.generation import GENERATION_CONFIG, GENERATION_DEFAULTS, 
 from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE
 from gptconvert.targets.package.model_card import CARD_FILE
 from gptconvert.targets.package.sidecars import genai_config
-from gptconvert.targets.package.tokenizer import MAX_VALUES, parse_merges, tokenizer_files
+from gptconvert.targets.package.tokenizer import parse_merges, tokenizer_files
+from gptconvert.targets.package.tokenizer_kinds import MAX_BYTES, MAX_VALUES
 from gptconvert.verify.report import PackageReport
 
 MAX_JSON_BYTES = 16 << 20
-MAX_TOKENIZER_BYTES = 256 << 20
 CONFIG, GENAI_CONFIG = "config.json", "genai_config.json"
 #: Text on which tokenizers must agree: words, spaces, digits, scripts, emoji, code, control characters.
 CORPUS = (
@@ -75,6 +75,7 @@ def _collect(report: PackageReport, name: str, differences: Iterator[str]) -> No
 
 def _sums(directory: str, report: PackageReport) -> Iterator[str]:
     text = read_small(os.path.join(directory, SUMS_FILE), MAX_JSON_BYTES, "checksums").decode("utf-8", "replace")
+    computed: dict[str, str] = {}
     for line in text.splitlines():
         match = _SUM.fullmatch(line)
         if match is None or not all(is_plain_name(part) for part in match[2].split("/")):
@@ -84,7 +85,10 @@ def _sums(directory: str, report: PackageReport) -> Iterator[str]:
         path = os.path.join(directory, name)
         if not os.path.exists(path):
             yield f"lists {name}, which is missing"
-        elif _sha256(path) != digest:
+            continue
+        if name not in computed:  # a hostile file could list one many times
+            computed[name] = _sha256(path)
+        if computed[name] != digest:
             if name == CARD_FILE:
                 report.notes.append(f"{name} was edited after {SUMS_FILE} was written")
             else:
@@ -107,14 +111,15 @@ def _config(checkpoint: Checkpoint, path: str) -> Iterator[str]:
         yield _differs("model_type", raw.get("model_type"), family.model_types[0])
         return
     written = family.write_config(checkpoint.config, {})
-    own, found = (_facts(family.keys.read(each, None), family.common) for each in (written, raw))
+    # Without tensors, which would excuse a wrong key.
+    own, found = (_facts(family.read_keys(each, None, {})[0], family.common) for each in (written, raw))
     named = {key.field: key.name for key in family.keys.keys if key.field is not None}
     differing = [name for name in own if own[name] != found.get(name) and not name.endswith("_token_id")]
     keyed = [name for name in differing if name in named]
     # Derived values differ because keys do.
     for name in keyed or differing:
         yield _differs(named.get(name, name), found.get(name), own[name])
-    if GENERATION_CONFIG not in os.listdir(os.path.dirname(path) or "."):
+    if not os.path.exists(os.path.join(os.path.dirname(path), GENERATION_CONFIG)):
         yield from _ids(checkpoint, raw)
 
 
@@ -152,19 +157,20 @@ def _tokenizer(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("tokenizer.json")
     if expected is None:
         return
-    own, found = _load(expected), _load(read_small(path, MAX_TOKENIZER_BYTES, "tokenizer"))
+    own, found = _load(expected), _load(read_small(path, MAX_BYTES, "tokenizer"))
     if found is None or own is None:
         yield "cannot be read by the tokenizers library"
         return
     for text in CORPUS:
-        ours, theirs = own.encode(text).ids, found.encode(text).ids
-        if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+        expected_ids, found_ids = own.encode(text).ids, found.encode(text).ids
+        if expected_ids != found_ids:
+            both = zip(expected_ids, found_ids, strict=False)
+            at = next((i for i, (a, b) in enumerate(both) if a != b), min(len(expected_ids), len(found_ids)))
             yield (
                 f"{text[:24]!r} gives other ids than the checkpoint's tokenizer, from token {at}: "
-                f"{theirs[at : at + 4]}, expected {ours[at : at + 4]}"
+                f"{found_ids[at : at + 4]}, expected {expected_ids[at : at + 4]}"
             )
-        elif own.decode(ours) != found.decode(ours):
+        elif own.decode(expected_ids) != found.decode(expected_ids):
             yield f"decodes the ids of {text[:24]!r} to other text than the checkpoint's tokenizer"
     size = own.get_vocab_size(), found.get_vocab_size()
     if size[0] != size[1]:
@@ -183,7 +189,7 @@ def _load(data: bytes) -> Any:
 def _vocabulary(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("vocab.json")
     if expected is not None:
-        own, found = json.loads(expected), read_json_object(path, MAX_TOKENIZER_BYTES, "vocabulary", MAX_VALUES)
+        own, found = json.loads(expected), read_json_object(path, MAX_BYTES, "vocabulary", MAX_VALUES)
         differing = [token for token in own | found if own.get(token) != found.get(token)]
         if differing:
             token = differing[0]
@@ -194,7 +200,7 @@ def _merges(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("merges.txt")
     if expected is not None:
         own = parse_merges(expected, path)
-        found = parse_merges(read_small(path, MAX_TOKENIZER_BYTES, "merges"), path)
+        found = parse_merges(read_small(path, MAX_BYTES, "merges"), path)
         if own != found:
             yield "other merges than the checkpoint's"
 
@@ -226,8 +232,7 @@ def _differs(name: str, found: object, expected: object) -> str:
 
 
 def _short(value: object) -> str:
-    text = "absent" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return "absent" if value is None else short_repr(value, 60)
 
 
 #: File → its differences from the checkpoint's.

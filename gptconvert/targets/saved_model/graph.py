@@ -138,11 +138,11 @@ def rotate(rotary: Rotary, x: Tensor, angles: KeyValue) -> Tensor:
     """Rotate the first ``width`` features of each head: [B, S, H, hd] → [B, S, H, hd]."""
     turned, rest = x[..., : rotary.width], x[..., rotary.width :]  # (B, S, H, width), (B, S, H, hd - width)
     if rotary.interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]  # (B, S, H, dim/2) each
-        other = tf.reshape(tf.stack((-b, a), -1), tf.shape(turned))  # (B, S, H, dim)
+        a, b = turned[..., ::2], turned[..., 1::2]  # (B, S, H, width/2) each
+        other = tf.reshape(tf.stack((-b, a), -1), tf.shape(turned))  # (B, S, H, width)
     else:
-        a, b = tf.split(turned, 2, -1)  # (B, S, H, dim/2) each
-        other = tf.concat((-b, a), -1)  # (B, S, H, dim)
+        a, b = tf.split(turned, 2, -1)  # (B, S, H, width/2) each
+        other = tf.concat((-b, a), -1)  # (B, S, H, width)
     cos, sin = angles
     return tf.concat((turned * cos + other * sin, rest), -1)  # (B, S, H, hd)
 

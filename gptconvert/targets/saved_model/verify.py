@@ -241,8 +241,10 @@ def first_bad(groups: list[Group], kv_cache: bool) -> str | None:
 
 
 class SavedModelRunner:
-    """A loaded SavedModel. Outputs come from ``serving_default`` if it takes the inputs, else from the signature that
-    takes positions, else from ``decode``.
+    """A loaded SavedModel.
+
+    Outputs come from ``serving_default`` if it takes the inputs, else from the signature that takes positions, else
+    from ``decode``.
     """
 
     compute = "float32"

@@ -318,6 +318,12 @@ def test_metadata_of_strangers_stays_data(value: str) -> None:
     assert set(head) == {*CARD, "library_name", "pipeline_tag"} - {"model_name"}
 
 
+def test_a_strangers_name_is_no_markup_in_the_title() -> None:
+    card = text(checkpoint_of(*tiny_gpt2(), card={"model_name": "<b>[poet](x)*"}))
+    assert "b\\>\\[poet\\](x)\\* as ONNX\n" in card
+    assert "<b>" not in card.partition("## Architecture")[0].replace("`<b>[poet](x)*`", "")
+
+
 def test_head_is_worded_as_in_inspect() -> None:
     from gptconvert.cli.config_summary import config_summary
 

@@ -301,7 +301,8 @@ def test_tokens_added_around_each_text(case: str, tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({"vocab__txt": ""}, "no tokens"),
-        ({"vocab__txt": VOCAB, "added_tokens__json": ["x"]}, "invalid added tokens"),
+        ({"vocab__txt": VOCAB, "added_tokens__json": ["x"]}, "added tokens holds the wrong kind of value"),
+        ({"vocab__txt": VOCAB, "added_tokens__json": {"x": -1}}, "invalid added tokens"),
     ],
 )
 def test_corrupt_files(files: dict[str, object], message: str, tmp_path: Path) -> None:

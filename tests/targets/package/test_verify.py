@@ -72,6 +72,7 @@ ALTERED: list[tuple[str, Callable[[Any], object], str]] = [
     ("config.json", lambda c: c.update(model_type="gptj"), "model_type is 'gptj', the checkpoint has 'gpt2'"),
     ("config.json", lambda c: c.pop("n_embd"), "n_embd is 768, the checkpoint has 144"),
     ("config.json", lambda c: c.update(n_layer="four"), "config.json: "),
+    ("config.json", lambda c: c.update(n_positions=c["n_ctx"] - 1), "n_positions is "),
     ("generation_config.json", lambda c: c.update(eos_token_id=5), "eos_token_id is 5, the checkpoint has 2002"),
     ("generation_config.json", lambda c: c.pop("eos_token_id"), "eos_token_id is absent, the checkpoint has 2002"),
     ("tokenizer.json", lambda c: c["model"]["merges"].pop(3), "gives other ids than the checkpoint's tokenizer"),
@@ -177,3 +178,9 @@ def test_other_programs_files_agree(tmp_path: Path) -> None:
     assert report.passed
     assert report.package is not None
     assert report.package.files == ["config.json", "generation_config.json"]
+
+
+def test_keys_that_transformers_does_not_read_are_not_compared(export: Path, checkpoint: Checkpoint) -> None:
+    """The source may have had them too: GPT-2's n_ctx may differ from n_positions, which decides."""
+    edit(export / "config.json", lambda c: c.update(n_ctx=c["n_positions"] + 1))
+    assert verify_package(checkpoint, str(export)).problems == []
