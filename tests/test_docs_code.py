@@ -148,6 +148,7 @@ def test_outputs_are_current(trained: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     for words, expected in shown:
         done = command(capsys, *words.split())
+        assert done.code == 0, done.err
         measured = re.compile(r"worst R [\d.]+ \([^)]*\)")  # differs between processors
         assert measured.sub("R", done.out.strip()) == measured.sub("R", expected.strip())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class RemoteSession:
         self.process = process
         arrays = {} if content is None else {"content": np.frombuffer(content, np.uint8)}
         described = [_described(name, tensor) for name, tensor in lent.items()]
-        fields = {"path": path, "settings": dataclasses.asdict(settings), "lent": described}
+        fields = {"path": os.path.abspath(path), "settings": dataclasses.asdict(settings), "lent": described}
         self.number: int = process.call("open", arrays=arrays, **fields)[0]["session"]
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
@@ -66,4 +67,4 @@ def _described(name: str, tensor: LazyTensor) -> tuple[str, str, int, str, tuple
     (segment,) = tensor.segments() or ()
     kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
     numpy_type = tensor.dtype if tensor.dtype.kind == "f" else np.dtype(np.uint16)  # bfloat16 is opaque to numpy
-    return name, segment.path, segment.offset, numpy_type.str, tensor.shape, kind
+    return name, os.path.abspath(segment.path), segment.offset, numpy_type.str, tensor.shape, kind

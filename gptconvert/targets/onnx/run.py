@@ -27,7 +27,7 @@ class OnnxRuntime:
         file, self.n_ctx = open_onnx(path), context_length(config)
         self.process = OnnxProcess(Limits.of(path, file.weight_bytes, file.graph_bytes, None, self.n_ctx))
         try:
-            outputs = self.process.call("start", path=path)[0]["outputs"]
+            outputs = self.process.call("start", path=os.path.abspath(path))[0]["outputs"]
         except ChildError as error:
             self.close()
             raise InputError(f"onnxruntime cannot load the graph: {error}", path=path) from error
