@@ -22,9 +22,11 @@ ALL = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal
 
 @pytest.fixture(autouse=True)
 def _handlers_are_restored() -> Iterator[None]:
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and child processes inherit that
     before = [signal.getsignal(number) for number in HANDLED]
     yield
     assert [signal.getsignal(number) for number in HANDLED] == before
+    signal.signal(signal.SIGHUP, ignored)
 
 
 @ALL
