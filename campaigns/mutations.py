@@ -179,7 +179,7 @@ def zip_member(dice: random.Random, data: bytes) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content)  # with a fixed date
     return out.getvalue()
 
 
