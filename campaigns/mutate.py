@@ -159,7 +159,7 @@ def _outcome(path: Path, format: str | None, options: Options, debug: bool) -> t
         outcome, failed = f"exit {error.exit_code}", error.exit_code not in ALLOWED
         if isinstance(error, UnforeseenError):
             outcome, failed = f"unforeseen: {type(error.__cause__).__name__}: {str(error.__cause__)[:200]}", True
-    except BaseException as error:  # of Rust libraries too, whose panics are no Exception
+    except BaseException as error:  # Rust libraries raise panics that are not Exceptions
         if debug:
             traceback.print_exc()
         outcome, failed = f"escaped: {type(error).__name__}: {str(error)[:200]}", True

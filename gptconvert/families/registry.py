@@ -130,11 +130,7 @@ def understand(source: Source, options: Options) -> Checkpoint:
         refused = refusal(source.tensors, source.path)
         if refused is not None:
             raise refused from error
-        better = _better_fit(source, family)
-        if isinstance(error, MismatchError) and source.config:
-            error.explain(source.config)
-        if better is not None:
-            error.hint = f"the configuration is for {family.name}, but the tensor names look like {better.name}"
+        _explain(error, source, family)
         raise
     found = replace(named, tensors=resolved.tensors, notes=(*named.notes, *resolved.notes))
     weights = resolved.weights
@@ -159,6 +155,15 @@ def understand(source: Source, options: Options) -> Checkpoint:
         notes=(*source.notes, *found.notes, *notes, *_other_models(others), *_mixed_types(weights)),
         options=options,
     )
+
+
+def _explain(error: InputError, source: Source, family: Family) -> None:
+    """Give the error the hint that fits the source: another family's names, or the likely cause of a mismatch."""
+    better = _better_fit(source, family)
+    if isinstance(error, MismatchError) and source.config:
+        error.explain(source.config)
+    if better is not None:
+        error.hint = f"the configuration is for {family.name}, but the tensor names look like {better.name}"
 
 
 def _generation(
