@@ -160,7 +160,8 @@ def option(name: str) -> Decorator:
     if name == "targets":
         settings |= {"multiple": True, "type": Targets()}
     elif isinstance(default, tuple):
-        settings |= {"multiple": True, "type": _type(info), "metavar": info.metavar, "show_default": False}
+        metavar = f"[{'|'.join(map(str, info.choices))}]" if info.choices else info.metavar
+        settings |= {"multiple": True, "type": _type(info), "metavar": metavar, "show_default": False}
     elif info.is_flag:
         flag = flag if default is False else f"{flag}/{_negated(flag)}"
         settings |= {"is_flag": True, "show_default": bool(default)}

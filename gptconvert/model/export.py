@@ -23,6 +23,7 @@ class Placed:
         offset: bytes from the start of the file.
         weight: the canonical weight that it stores (two files may store one weight under two names), or None.
         transposed: whether it stores the weight's transpose.
+        part: the part of a quantised weight that it stores; empty if it stores the whole weight.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Placed:
     offset: int
     weight: str | None = None
     transposed: bool = False
+    part: str = ""
 
 
 #: Returns the bytes of a file. Its arguments are a function that returns the unmasked CRC-32C of a placed tensor,

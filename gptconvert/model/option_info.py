@@ -62,7 +62,7 @@ class OptionInfo:
             return parse_size(value)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        if self.choices:
+        if self.choices and not isinstance(default, tuple):
             if value not in self.choices:
                 raise ValueError(f"one of {', '.join(map(str, self.choices))}")
             return value
@@ -72,6 +72,8 @@ class OptionInfo:
                 raise ValueError("a tuple of text")
             if default and not value:
                 raise ValueError("at least one")
+            if self.choices and not all(each in self.choices for each in value):
+                raise ValueError(f"one of {', '.join(map(str, self.choices))}")
             if self.metavar == "KEY=VALUE" and not all(each.partition("=")[0] and "=" in each for each in value):
                 raise ValueError("KEY=VALUE, such as n_head=12")
             if self.metavar == "KEY=VALUE" and len({each.partition("=")[0] for each in value}) < len(value):

@@ -21,6 +21,8 @@ Level = Literal["default", "full"]
 
 #: ONNX operator sets that the graphs are written for.
 OPSETS = range(17, 22)
+#: Quantised ONNX graphs; ``model.encodings.QUANTISED`` defines them.
+QUANTISED = ("q8", "q4", "q4:plain")
 #: Largest safetensors file by default, as in huggingface_hub.
 SHARD_BYTES = 5_000_000_000
 
@@ -57,7 +59,12 @@ class Options:
         kv_cache: whether the ONNX graph takes and returns cached keys and values; None: if it is a language model.
         position_ids: whether the ONNX graph takes ``position_ids`` for every task (a language model always does);
             otherwise its positions count slots, padding included.
-        single_file: whether ONNX weights are stored inside the graph file.
+        single_file: whether ONNX weights are stored inside the graph file; None: those of quantised graphs up to 512 MiB.
+        quantize: quantised ONNX graphs to write: ``q8``, ``q4``, ``q4:plain``.
+        no_base: write the quantised graphs only.
+        block_size: elements of a row that share a scale in quantised graphs: 16, 32, 64 or 128.
+        accuracy_level: of quantised matrix products: 4 rounds activations to 8 bits, 1 keeps float32, 0 is the
+            runtime's choice.
         max_shard_size: largest safetensors file, in bytes.
         xla: whether to add jit-compiled signatures of fixed shape to the SavedModel.
         verify: ``default`` or ``full``; None: skip verification.
@@ -260,12 +267,46 @@ class Options:
         "Take position_ids as an input, as language models always do; other tasks count padding without it.",
         targets=_ONNX,
     )
-    single_file: bool = option(
-        False,
+    single_file: bool | None = option(
+        None,
         "--single-file",
         "output",
         "ONNX",
         "Store the weights inside the graph file (below 2 GiB).",
+        default_text="for quantised graphs up to 512 MiB",
+        targets=_ONNX,
+    )
+    quantize: tuple[str, ...] = option(
+        (),
+        "--quantize",
+        "output",
+        "ONNX",
+        f"Write this quantised graph too: {', '.join(QUANTISED)}; repeat for several.",
+        metavar="NAME",
+        targets=_ONNX,
+        choices=QUANTISED,
+    )
+    no_base: bool = option(
+        False, "--no-base", "output", "ONNX", "Write the quantised graphs only.", targets=_ONNX
+    )
+    block_size: int = option(
+        32,
+        "--block-size",
+        "output",
+        "ONNX",
+        "Quantise blocks of 16, 32, 64 or 128 weights with one scale each.",
+        metavar="N",
+        choices=(16, 32, 64, 128),
+        targets=_ONNX,
+    )
+    accuracy_level: int = option(
+        4,
+        "--accuracy-level",
+        "output",
+        "ONNX",
+        "Multiply quantised weights at this level: 4 rounds activations to 8 bits, 1 does not, 0 is the runtime's choice.",
+        metavar="N",
+        choices=(0, 1, 4),
         targets=_ONNX,
     )
     max_shard_size: int = option(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gptconvert.model.blocks import Quantised
 from gptconvert.model.export import Export
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.model.transforms import transpose
@@ -206,6 +207,9 @@ def pairs_of(export: Export, found: Mapping[str, LazyTensor], report: WeightRepo
             report.problems.append(f"{placed.name}: not in the file")
             continue
         weight = export.checkpoint.weights[str(placed.weight)]
-        expected = transpose(weight) if placed.transposed else weight
+        if placed.part and isinstance(weight, Quantised):
+            expected = weight.parts[placed.part]
+        else:
+            expected = transpose(weight) if placed.transposed else weight
         pairs.append(Pair(str(placed.weight), placed.name, expected, found[placed.name]))
     return pairs

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from gptconvert.model.blocks import CODES, SCALES, Quantised
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.targets.layout import as_stored
 
 Dim = int | str
+#: Domain of the operators that only onnxruntime and OpenVINO define.
+MICROSOFT = "com.microsoft"
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -22,12 +25,20 @@ class Builder:
         casts: casts of weights to the computing type. They precede all other nodes: onnxruntime runs a node's inputs
             in the reverse order of the file, so a cast at the top runs last, just before its only use. A cast placed
             beside its use would run before all earlier layers, and the whole model would be in memory in float32.
-        stored: canonical name → the tensor as stored in the file, in order of first use. A transposed weight keeps
-            the source's layout; the node that uses it transposes (``transB``).
+        stored: initializer → the tensor as stored in the file, in order of first use. A transposed weight keeps
+            the source's layout; the node that uses it transposes (``transB``). A quantised weight has an initializer
+            for each of its parts.
+        parts: initializer → the weight's canonical name and the part of it.
+
+    Args:
+        weights: canonical name → weight.
+        opset: version of the operators of ai.onnx.
+        accuracy_level: of ``MatMulNBits``: 4 rounds activations to 8 bits; 0 leaves the choice to the runtime.
     """
 
-    def __init__(self, weights: Mapping[str, LazyTensor], opset: int) -> None:
-        self.weights, self.opset = weights, opset
+    def __init__(self, weights: Mapping[str, LazyTensor], opset: int, accuracy_level: int = 0) -> None:
+        self.weights, self.opset, self.accuracy_level = weights, opset, accuracy_level
+        self.parts: dict[str, tuple[str, str]] = {}
         self.stored: dict[str, LazyTensor] = {}
         self.nodes: list[ir.Node] = []
         self.casts: list[ir.Node] = []
@@ -39,13 +50,23 @@ class Builder:
         return self.ops(kind, *inputs, names=(name,), **attributes)[0]
 
     def ops(
-        self, kind: str, *inputs: ir.Value, names: Sequence[str], **attributes: ir.SupportedAttrTypes
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        names: Sequence[str],
+        domain: str = "",
+        **attributes: ir.SupportedAttrTypes,
     ) -> Sequence[ir.Value]:
-        """The outputs, called ``names``, of a new node."""
+        """The outputs, called ``names``, of a new node. An input that is None is omitted."""
         outputs = [ir.Value(name=name) for name in names]
         attrs = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items()]
-        self.nodes.append(ir.Node("", kind, inputs, attrs, outputs=outputs, name=f"/{names[0]}"))
+        self.nodes.append(ir.Node(domain, kind, inputs, attrs, outputs=outputs, name=f"/{names[0]}"))
         return outputs
+
+    @property
+    def domains(self) -> dict[str, int]:
+        """Domain → version of every operator set in use."""
+        return {"": self.opset, **({MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self.nodes) else {})}
 
     def constant(self, value: object, dtype: type[np.generic] = np.int64) -> ir.Value:
         """A small constant; equal constants share one initializer."""
@@ -59,10 +80,23 @@ class Builder:
     def stored_weight(self, name: str) -> tuple[ir.Value, bool]:
         """The initializer that holds a weight, and whether it is the weight's transpose."""
         stored, flipped = as_stored(name, self.weights[name])
+        return self._initializer(name, stored, name, ""), flipped
+
+    def _initializer(self, name: str, stored: LazyTensor, weight: str, part: str) -> ir.Value:
         if name not in self._values:
-            self.stored[name] = stored
+            self.stored[name], self.parts[name] = stored, (weight, part)
             self._values[name] = ir.Value(name=name)
-        return self._values[name], flipped
+        return self._values[name]
+
+    def quantised(self, name: str) -> tuple[Quantised, ir.Value, ir.Value] | None:
+        """A quantised weight with the initializers of its codes and scales; None if it is not quantised."""
+        weight = self.weights[name]
+        if not isinstance(weight, Quantised):
+            return None
+        codes, scales = (
+            self._initializer(f"{name}.{part}", weight.parts[part], name, part) for part in (CODES, SCALES)
+        )
+        return weight, codes, scales
 
     def weight(self, name: str) -> ir.Value:
         """A weight other than a matrix, in float32."""
@@ -84,11 +118,22 @@ class Builder:
     ) -> ir.Value:
         """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (stored either way) plus bias → [N, out]."""
         matrix_name = weight or f"{prefix}.weight"
+        shift = self.weight(f"{prefix}.bias") if bias else None
+        if (found := self.quantised(matrix_name)) is not None:
+            return self._block_linear(x, *found, shift, name)
         matrix, flipped = self.stored_weight(matrix_name)
-        operands = [x, self.in_float32(matrix_name, matrix)]
-        if bias:
-            operands.append(self.weight(f"{prefix}.bias"))
+        operands = [x, self.in_float32(matrix_name, matrix), *([] if shift is None else [shift])]
         return self.op("Gemm", *operands, name=name, transB=int(not flipped))
+
+    def _block_linear(
+        self, x: ir.Value, matrix: Quantised, codes: ir.Value, scales: ir.Value, bias: ir.Value | None, name: str
+    ) -> ir.Value:
+        """``x`` [N, in] times a quantised matrix [out, in] plus bias → [N, out]."""
+        operands = [x, codes, scales] if bias is None else [x, codes, scales, None, None, bias]
+        out, width = matrix.shape
+        sizes = {"K": width, "N": out, "bits": matrix.format.bits, "block_size": matrix.format.block}
+        level = {"accuracy_level": self.accuracy_level} if self.accuracy_level else {}
+        return self.ops("MatMulNBits", *operands, names=(name,), domain=MICROSOFT, **sizes, **level)[0]
 
     def initializers(self) -> list[ir.Value]:
         """Constants, then weights sorted by name."""

@@ -17,9 +17,15 @@ TOTAL = f"{PAST} + {NEW}"
 Table = dict[str, tuple[str, tuple[int | str, ...]]]
 
 
-def check_contract(file: OnnxFile, config: GPTConfig) -> list[str]:
-    """Violations of the contract, one line each."""
-    problems = [f"operator domain {o.domain!r}" for o in file.model.opset_import if o.domain not in ("", "ai.onnx")]
+def check_contract(file: OnnxFile, config: GPTConfig, quantised: bool = False) -> list[str]:
+    """Violations of the contract, one line each. Only ``quantised`` graphs may use ``com.microsoft.MatMulNBits``."""
+    domains = ("", "ai.onnx", *(["com.microsoft"] if quantised else []))
+    problems = [f"operator domain {o.domain!r}" for o in file.model.opset_import if o.domain not in domains]
+    problems += [
+        f"operator {node.domain}.{node.op_type}"
+        for node in file.model.graph.node
+        if node.domain == "com.microsoft" and node.op_type != "MatMulNBits"
+    ]
     problems += [f"opset {o.version} > {OPSETS[-1]}" for o in file.model.opset_import if o.version > OPSETS[-1]]
     if file.model.ir_version > max(IR_VERSIONS.values()):
         problems.append(f"IR version {file.model.ir_version} > {max(IR_VERSIONS.values())}")

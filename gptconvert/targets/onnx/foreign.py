@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any
 
+from gptconvert.model.blocks import Quantised
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.model.transforms import transpose
 from gptconvert.targets.onnx.file import OnnxFile
@@ -23,7 +24,14 @@ def pair_up(
     """
     report, pairs = WeightReport(len(weights)), list[Pair]()
     flips = orientations(file.model.graph)
-    for name, weight in weights.items():
+    quantised = {name: weight for name, weight in weights.items() if isinstance(weight, Quantised)}
+    parts = {f"{name}.{part}": (name, tensor) for name, w in quantised.items() for part, tensor in w.parts.items()}
+    for stored, (name, tensor) in parts.items():
+        if stored in file.initializers:
+            pairs.append(Pair(name, stored, tensor, file.initializers[stored]))
+        else:
+            report.problems.append(f"{stored}: not in the graph")
+    for name, weight in ((name, weight) for name, weight in weights.items() if name not in quantised):
         found, uses = file.initializers.get(name), flips.get(name, {False})
         if found is None:
             report.problems.append(f"{name}: not in the graph")
@@ -31,7 +39,7 @@ def pair_up(
             report.problems.append(f"{name}: used both as stored and transposed")
         else:
             pairs.append(Pair(name, name, transpose(weight) if uses == {True} else weight, found))
-    report.problems += unplanned(file, weights, tables)
+    report.problems += unplanned(file, {*weights, *parts}, tables)
     return report, pairs
 
 

@@ -217,8 +217,23 @@ def embedding(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> 
 
 
 def _rows(b: Builder, weight: str, ids: ir.Value, name: str) -> ir.Value:
-    """Rows of a table in float32; only these rows are cast."""
-    return b.in_float32(weight, b.op("Gather", b.stored_weight(weight)[0], ids, name=name))
+    """Rows of a table in float32, [..., width]; only these rows are cast or decoded."""
+    found = b.quantised(weight)
+    if found is None:
+        return b.in_float32(weight, b.op("Gather", b.stored_weight(weight)[0], ids, name=name))
+    table, codes, scales = found
+    width = table.shape[1]
+    # ai.onnx operators on the bytes of the head: GatherBlockQuantized lacks a kernel in browsers and accepts any id
+    rows = b.op("Gather", codes, ids, name=f"{name}.codes")  # (B, S, blocks, block)
+    rows = b.op("Cast", rows, name=f"{name}.codes.float32", to=FLOAT.value)
+    rows = b.op("Sub", rows, b.constant(table.format.zero, np.float32), name=f"{name}.centred")
+    steps = b.op("Unsqueeze", b.op("Gather", scales, ids, name=f"{name}.scales"), b.constant([-1]), name=f"{name}.step")
+    whole = name if width % table.format.block == 0 else f"{name}.padded"
+    rows = b.op("Mul", rows, steps, name=f"{name}.blocks")  # (B, S, blocks, block)
+    rows = b.op("Reshape", rows, b.constant([0, 0, -1]), name=whole)  # (B, S, blocks * block)
+    if whole == name:
+        return rows
+    return b.op("Slice", rows, b.constant([0]), b.constant([width]), b.constant([2]), name=name)  # (B, S, width)
 
 
 def lm_head(b: Builder, config: GPTConfig, x: ir.Value) -> ir.Value:
@@ -322,13 +337,18 @@ def input_shapes(config: GPTConfig, kv_cache: bool, position_ids: bool) -> dict[
 
 
 def build(
-    config: GPTConfig, weights: Mapping[str, LazyTensor], opset: int, kv_cache: bool, position_ids: bool
+    config: GPTConfig,
+    weights: Mapping[str, LazyTensor],
+    opset: int,
+    kv_cache: bool,
+    position_ids: bool,
+    accuracy_level: int = 0,
 ) -> tuple[ir.Graph, Builder]:
     """The whole graph, without its weights attached.
 
     Names, order, types and symbolic dimensions of inputs and outputs are a contract (docs/onnx.md).
     """
-    b, shapes = Builder(weights, opset), input_shapes(config, kv_cache, position_ids)
+    b, shapes = Builder(weights, opset, accuracy_level), input_shapes(config, kv_cache, position_ids)
     inputs = {name: graph_input(name, INT64, shape) for name, shape in shapes.items()}
     pasts: list[KeyValue | None] = [None] * config.n_layer
     cache_shape = (BATCH, config.n_head, PAST, config.head_dim)
@@ -354,7 +374,7 @@ def build(
         [*outputs, *(presents if kv_cache else [])],
         nodes=[*b.casts, *b.nodes],
         initializers=b.initializers(),
-        opset_imports={"": opset},
+        opset_imports=b.domains,
         name="gpt",
     )
     return graph, b

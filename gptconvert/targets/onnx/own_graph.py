@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gptconvert.model.blocks import Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import LazyTensor, Transposed, filled
 from gptconvert.targets.onnx.file import OnnxFile
@@ -35,7 +36,8 @@ def graph_differences(file: OnnxFile, checkpoint: Checkpoint) -> Iterator[str]:
     found, weights = file.model.graph, _placeholders(file, checkpoint)
     expected = _built(file, checkpoint, weights)
     yield from _node_differences(_by_outputs(expected.node), _by_outputs(found.node))
-    constants = [{t.name: t for t in graph.initializer if t.name not in weights} for graph in (expected, found)]
+    stored = {*weights, *(f"{n}.{part}" for n, w in weights.items() if isinstance(w, Quantised) for part in w.parts)}
+    constants = [{t.name: t for t in graph.initializer if t.name not in stored} for graph in (expected, found)]
     for name in dict.fromkeys((*constants[0], *constants[1])):
         before, after = (_content(each.get(name)) for each in constants)
         if before != after:
@@ -47,7 +49,10 @@ def graph_differences(file: OnnxFile, checkpoint: Checkpoint) -> Iterator[str]:
 def _placeholders(file: OnnxFile, checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Weights without content, of the type and orientation that the graph stores."""
     uses, made = orientations(file.model.graph), dict[str, LazyTensor]()
-    for name in checkpoint.weights:
+    for name, weight in checkpoint.weights.items():
+        if isinstance(weight, Quantised):
+            made[name] = weight  # computed when read, which building a graph does not
+            continue
         stored = file.initializers[name]
         empty = filled(0.0, stored.dtype, stored.shape)
         made[name] = Transposed(empty) if uses.get(name) == {True} else empty
@@ -60,9 +65,11 @@ def _built(file: OnnxFile, checkpoint: Checkpoint, weights: Mapping[str, LazyTen
 
     from gptconvert.targets.onnx.graph import build
 
-    inputs, (opset,) = file.inputs(), [o.version for o in file.model.opset_import]
+    inputs, (opset,) = file.inputs(), [o.version for o in file.model.opset_import if o.domain in ("", "ai.onnx")]
     cached = any(name.startswith("past_key_values.") for name in inputs)
-    graph, builder = build(checkpoint.config, weights, opset, cached, "position_ids" in inputs)
+    levels = {a.i for node in file.model.graph.node for a in node.attribute if a.name == "accuracy_level"}
+    level = min(levels, default=0)
+    graph, builder = build(checkpoint.config, weights, opset, cached, "position_ids" in inputs, level)
     for name in builder.stored:
         del graph.initializers[name]
     return ir.to_proto(graph)

@@ -6,32 +6,90 @@ checkpoints it equals the checkpoint's data file, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gptconvert.containers.protobuf import varint
 from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.encodings import encoded
+from gptconvert.model.encodings import QUANTISED, cast_to, quantised, stored_tensors
 from gptconvert.model.export import Export, Placed, PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
 from gptconvert.version import __version__
 from reference_model.config import CACHED_TASKS, INPUTS, GPTConfig
 
+if TYPE_CHECKING:  # imports onnx_ir
+    from gptconvert.targets.onnx.builder import Builder
+
 #: Opset → the lowest IR version that allows it. A runtime refuses later IR versions than its own, whatever the opset.
 IR_VERSIONS: Mapping[int, int] = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
 NAME = "onnx"
 #: Size limit of protobuf messages, and so of single-file models.
 PROTOBUF_LIMIT = (1 << 31) - 1
+#: Up to this many bytes, the weights of a quantised model are stored inside the graph: one file to download.
+ALONE_BYTES = 512 << 20
+#: Keys of the metadata of a quantised graph.
+QUANTIZE_KEY, BLOCK_KEY = "gptconvert.quantize", "gptconvert.block_size"
 
 
-def onnx_path(options: Options) -> str:
-    """Path of the graph: the plain name, or transformers.js's name for the requested storage type."""
-    variant = variant_of(options)
-    return f"onnx/model_{variant}.onnx" if variant else "onnx/model.onnx"
+@dataclass(frozen=True)
+class Graph:
+    """One graph file to write.
+
+    Attributes:
+        variant: suffix of its name, which is transformers.js's; empty for the base.
+        checkpoint: with its weights as stored.
+        single: whether the weights are stored inside the graph file.
+        metadata: recorded in the file: how the weights are quantised.
+    """
+
+    variant: str
+    checkpoint: Checkpoint
+    single: bool
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """Relative to the output directory."""
+        return f"onnx/model_{self.variant}.onnx" if self.variant else "onnx/model.onnx"
+
+
+def graphs_of(checkpoint: Checkpoint, options: Options) -> list[Graph]:
+    """The graphs to write: the base, unless ``no_base``, and the quantised ones.
+
+    Raises:
+        UsageError: no graph is left; or two have the same name.
+    """
+    base = cast_to(checkpoint, options.dtype)
+    graphs = [] if options.no_base else [Graph(variant_of(options), base, bool(options.single_file))]
+    for name in dict.fromkeys(options.quantize):
+        stored = quantised(checkpoint, QUANTISED[name], options.block_size)
+        single = options.single_file
+        if single is None:
+            single = sum(part.nbytes for part in stored_tensors(stored)) <= ALONE_BYTES
+        metadata = {QUANTIZE_KEY: name, BLOCK_KEY: str(options.block_size)}
+        graphs.append(Graph(QUANTISED[name].variant, stored, single, metadata))
+    _check_graphs(graphs, options)
+    return graphs
+
+
+def _check_graphs(graphs: Sequence[Graph], options: Options) -> None:
+    if not graphs:
+        raise UsageError("--no-base leaves no graph to write", hint="add --quantize q8 or q4, or drop --no-base")
+    names = [graph.variant for graph in graphs]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            "two graphs would have the same name",
+            item="--quantize",
+            expected="one of q4 and q4:plain",
+            found=", ".join(options.quantize),
+        )
+    if options.allow_nonfinite and options.quantize:
+        raise UsageError("--allow-nonfinite has no meaning for quantised weights", hint="drop one of the options")
 
 
 def variant_of(options: Options) -> str:
@@ -60,44 +118,53 @@ def takes_positions(config: GPTConfig, options: Options) -> bool:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
-    """One export: the graph and, unless ``single_file``, its data file.
+    """One export for each graph: the graph file and, unless it holds the weights, its data file.
 
     Raises:
         UnsupportedError: ``single_file``, and the model is larger than 2 GiB.
-        UsageError: ``kv_cache``, and the task has no cache.
+        UsageError: ``kv_cache``, and the task has no cache; or the options name no graph or one twice.
     """
+    return tuple(_export(graph, options) for graph in graphs_of(checkpoint, options))
+
+
+def _export(planned: Graph, options: Options) -> Export:
     from gptconvert.targets.onnx.graph import build
 
-    checkpoint = encoded(checkpoint, options.dtype)
+    checkpoint, path = planned.checkpoint, planned.path
     cached, positions = has_cache(checkpoint.config, options), takes_positions(checkpoint.config, options)
-    graph, builder = build(checkpoint.config, checkpoint.weights, options.opset, cached, positions)
-    path = onnx_path(options)
-    if options.single_file:
-        return (
-            Export(
-                NAME,
-                path,
-                checkpoint,
-                (_single_file(path, graph, builder.stored, checkpoint.weights),),
-                variant_of(options),
-            ),
-        )
-    data_path = f"{path}_data"
-    weights = [(name, builder.stored[name], name) for name in sorted(builder.stored)]
-    placed, size = place(weights)
-    placed = tuple(replace(p, transposed=p.tensor is not checkpoint.weights[p.name]) for p in placed)
-    _attach(graph, placed, data_path.rpartition("/")[2])
-    model = PlannedFile.of_bytes(path, _serialise(graph))
-    files = (model, PlannedFile(data_path, size, tensors=placed))
-    return (Export(NAME, path, checkpoint, files, variant_of(options)),)
+    level = options.accuracy_level
+    graph, builder = build(checkpoint.config, checkpoint.weights, options.opset, cached, positions, level)
+    if planned.single:
+        files: tuple[PlannedFile, ...] = (_single_file(path, graph, builder, planned.metadata),)
+    else:
+        data_path = f"{path}_data"
+        placed, size = place((name, builder.stored[name], name) for name in sorted(builder.stored))
+        placed = tuple(_described(item, builder) for item in placed)
+        _attach(graph, placed, data_path.rpartition("/")[2])
+        model = PlannedFile.of_bytes(path, _serialise(graph, planned.metadata))
+        files = model, PlannedFile(data_path, size, tensors=placed)
+    return Export(NAME, path, checkpoint, files, planned.variant)
 
 
-def _serialise(graph: object) -> bytes:
+def _described(placed: Placed, builder: Builder) -> Placed:
+    """``placed`` with the weight, and the part or orientation of it, that it stores."""
+    weight, part = builder.parts[placed.name]
+    whole = builder.weights[weight]
+    return replace(placed, weight=weight, part=part, transposed=not part and placed.tensor is not whole)
+
+
+def _serialise(graph: object, metadata: Mapping[str, str]) -> bytes:
     """A deterministic ModelProto."""
     import onnx_ir as ir
 
     version = IR_VERSIONS[graph.opset_imports[""]]  # type: ignore[attr-defined]
-    model = ir.Model(graph, ir_version=version, producer_name="gptconvert", producer_version=__version__)
+    model = ir.Model(
+        graph,
+        ir_version=version,
+        producer_name="gptconvert",
+        producer_version=__version__,
+        metadata_props=dict(metadata),
+    )
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return content
 
@@ -118,9 +185,7 @@ def _attach(graph: object, placed: Iterable[Placed], location: str) -> None:
         )
 
 
-def _single_file(
-    path: str, graph: object, stored: Mapping[str, LazyTensor], weights: Mapping[str, LazyTensor]
-) -> PlannedFile:
+def _single_file(path: str, graph: object, builder: Builder, metadata: Mapping[str, str]) -> PlannedFile:
     """One protobuf with the weights inside, laid out so that they still stream from the source.
 
     A GraphProto's initializers are length-delimited records in any order, so each weight's bytes get a hand-written
@@ -128,9 +193,10 @@ def _single_file(
     """
     from onnx import GraphProto, ModelProto, TensorProto
 
+    stored = builder.stored
     for name in stored:
         del graph.initializers[name]  # type: ignore[attr-defined]
-    model = ModelProto.FromString(_serialise(graph))
+    model = ModelProto.FromString(_serialise(graph, metadata))
     inner = model.graph.SerializeToString(deterministic=True)
     model.ClearField("graph")
     records: list[tuple[str, LazyTensor, str | None]] = []
@@ -142,7 +208,7 @@ def _single_file(
     length = len(inner) + sum(tensor.nbytes for _, tensor, _ in records)
     start = model.SerializeToString(deterministic=True) + _tag(ModelProto.GRAPH_FIELD_NUMBER, length) + inner
     placed, size = place(records, len(start), alignment=1)
-    placed = tuple(replace(p, transposed=p.weight is not None and p.tensor is not weights[p.weight]) for p in placed)
+    placed = tuple(p if p.weight is None else _described(p, builder) for p in placed)
     check_single_file_size(size)
     return PlannedFile(path, size, start, placed)
 

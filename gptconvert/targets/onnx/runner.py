@@ -192,7 +192,7 @@ class OnnxRunner:
             optimise=self._optimise,
             skipped=HOLDING_FLOAT32 if narrow and not self._prepack else (),
         )
-        content = None if outputs is None else _returning(file, outputs)
+        content = None if outputs is None and not file.altered else _returning(file, outputs or list(file.outputs()))
         try:
             if self._process is not None:
                 return RemoteSession(self._process, file.path, content, settings, self._lent)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from gptconvert.model.blocks import Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
@@ -19,6 +20,7 @@ from gptconvert.targets.onnx.foreign import pair_up, unplanned, used_tensors
 from gptconvert.targets.onnx.localise import first_bad_block
 from gptconvert.targets.onnx.own_graph import graph_differences, version_note
 from gptconvert.targets.onnx.plan import NAME
+from gptconvert.targets.onnx.quantised import as_found, by_recipe, with_float_activations
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
 from gptconvert.targets.rotary import rotary_tables
 from gptconvert.targets.target import Candidate
@@ -69,13 +71,16 @@ class OnnxVerifier:
         """
         file = open_onnx(candidate.path, confined=candidate.export is None)
         checkpoint, weights, pairs = _weights(candidate, file)
+        quantised = any(isinstance(weight, Quantised) for weight in checkpoint.weights.values())
         report = ArtifactReport(NAME, candidate.shown_as, weights)
         if candidate.export or file.is_own:
-            report.problems = check_contract(file, checkpoint.config)
+            report.problems = check_contract(file, checkpoint.config, quantised)
         if not weights.ok or report.problems:
             self.compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
             return report
-        self._run(report, file, checkpoint, pairs, level, candidate.seed, stage)
+        proven = with_float_activations(file) if quantised else file
+        run_with = as_found(checkpoint, file.initializers) if quantised else checkpoint
+        self._run(report, proven, run_with, pairs, level, candidate.seed, stage)
         if file.is_own and not candidate.export:
             report.notes = version_note(file, candidate.shown_as)
             report.problems += [] if report.notes else graph_differences(file, checkpoint)
@@ -118,7 +123,7 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
         planned = {placed.name for placed in candidate.export.placed}
         report.problems += unplanned(file, planned, tables)
         return candidate.checkpoint, report, pairs
-    checkpoint = as_stored(candidate.checkpoint, file.initializers.values())
+    checkpoint = by_recipe(candidate.checkpoint, file) or as_stored(candidate.checkpoint, file.initializers.values())
     if file.is_own:
         return checkpoint, *pair_up(file, checkpoint.weights, tables)
     report, found = match_by_content(used_tensors(file), candidate.checkpoint)

@@ -24,7 +24,7 @@ from gptconvert.families.registry import family_named
 from gptconvert.model.assembly import in_order
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import FLOATS
-from gptconvert.model.encodings import encoded
+from gptconvert.model.encodings import cast_to
 from gptconvert.model.export import Export, Finish, Placed, PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.schemes import Bound, Scheme, expand, from_canonical, sizes_of
@@ -58,7 +58,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     Raises:
         UnsupportedError: the format cannot express this model; all reasons are listed.
     """
-    checkpoint = encoded(checkpoint, options.dtype)
+    checkpoint = cast_to(checkpoint, options.dtype)
     reasons = why_not(checkpoint)
     if reasons:
         raise UnsupportedError(

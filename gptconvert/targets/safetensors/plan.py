@@ -14,7 +14,7 @@ from gptconvert.errors import UnsupportedError
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import FLOATS
-from gptconvert.model.encodings import encoded
+from gptconvert.model.encodings import cast_to
 from gptconvert.model.export import Export, PlannedFile, place
 from gptconvert.model.options import Options
 from gptconvert.model.schemes import Scheme, expand, write_names
@@ -33,7 +33,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     Raises:
         UnsupportedError: a weight does not have a float dtype.
     """
-    checkpoint = encoded(checkpoint, options.dtype)
+    checkpoint = cast_to(checkpoint, options.dtype)
     config = checkpoint.config
     scheme = family_named(config.family).scheme("hf")
     bare = is_bare(config)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from gptconvert.errors import UnsupportedError, install_hint
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import FLOATS
-from gptconvert.model.encodings import encoded
+from gptconvert.model.encodings import cast_to
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import LazyTensor
@@ -54,7 +54,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
         UnsupportedError: TensorFlow is not installed, or a weight's type cannot be stored in a checkpoint.
     """
     require_tensorflow()
-    checkpoint = encoded(checkpoint, options.dtype)
+    checkpoint = cast_to(checkpoint, options.dtype)
     weights = {name: stored(name, weight) for name, weight in checkpoint.weights.items()}
     for name, weight in weights.items():
         if weight.dtype not in FLOATS:

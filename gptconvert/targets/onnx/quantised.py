@@ -1,0 +1,75 @@
+"""Quantised graphs of our own: how the file says they were quantised, and the form of them that can be proven.
+
+``MatMulNBits`` at accuracy level 4 rounds activations to 8 bits, which no reference can reproduce. Rule 2 therefore
+runs the same bytes without that attribute; rule 3 judges the graph as it is shipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from gptconvert.errors import InputError
+from gptconvert.model.blocks import CODES, SCALES, Quantised
+from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.encodings import QUANTISED, quantised
+from gptconvert.model.options import DEFAULTS, INFO
+from gptconvert.model.tensors import LazyTensor
+from gptconvert.targets.onnx.file import OnnxFile
+from gptconvert.targets.onnx.plan import BLOCK_KEY, QUANTIZE_KEY
+
+
+def recorded(file: OnnxFile) -> Mapping[str, str]:
+    """The metadata of a quantised graph of our own; empty if it is neither."""
+    entries = {entry.key: entry.value for entry in file.model.metadata_props}
+    return entries if file.is_own and QUANTIZE_KEY in entries else {}
+
+
+def by_recipe(checkpoint: Checkpoint, file: OnnxFile) -> Checkpoint | None:
+    """The checkpoint quantised as the file's metadata says; None if the file is not a quantised graph of our own.
+
+    Raises:
+        InputError: the metadata names an unknown recipe.
+    """
+    metadata = recorded(file)
+    if not metadata:
+        return None
+    name, block = metadata[QUANTIZE_KEY], metadata.get(BLOCK_KEY, str(DEFAULTS["block_size"]))
+    if name not in QUANTISED or block not in map(str, INFO["block_size"].choices):
+        raise InputError(
+            "unknown quantisation in the graph's metadata",
+            path=file.path,
+            expected=f"one of {', '.join(QUANTISED)}, in blocks of {', '.join(map(str, INFO['block_size'].choices))}",
+            found=f"{name}, in blocks of {block}"[:80],
+        )
+    return quantised(checkpoint, QUANTISED[name], int(block))
+
+
+def as_found(checkpoint: Checkpoint, found: Mapping[str, LazyTensor]) -> Checkpoint:
+    """The checkpoint with the parts of its quantised weights read from the file, which rule 1 compares.
+
+    Computing them from the source again, as often as the truth reads them, would search the scales each time.
+    """
+    weights = {name: _from_file(name, weight, found) for name, weight in checkpoint.weights.items()}
+    return dataclasses.replace(checkpoint, weights=weights)
+
+
+def _from_file(name: str, weight: LazyTensor, found: Mapping[str, LazyTensor]) -> LazyTensor:
+    if not isinstance(weight, Quantised):
+        return weight
+    return dataclasses.replace(weight, codes=found[f"{name}.{CODES}"], scales=found[f"{name}.{SCALES}"])
+
+
+def with_float_activations(file: OnnxFile) -> OnnxFile:
+    """The graph with no accuracy level, so that its arithmetic is float32; the file itself if it has none."""
+    import onnx
+
+    levels = [a for node in file.model.graph.node for a in node.attribute if a.name == "accuracy_level"]
+    if not levels:
+        return file
+    model = onnx.ModelProto()
+    model.CopyFrom(file.model)
+    for node in model.graph.node:
+        for index in reversed([i for i, a in enumerate(node.attribute) if a.name == "accuracy_level"]):
+            del node.attribute[index]
+    return dataclasses.replace(file, model=model, altered=True)
