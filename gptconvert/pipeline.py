@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptconvert.containers.untrusted import boundary
+from gptconvert.containers.untrusted import boundary, read_small
 from gptconvert.errors import InputError, UnsupportedError, VerificationError
 from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.inspection import open_checkpoint
@@ -43,6 +43,7 @@ from gptconvert.targets.registry import TARGETS, target_named, targets_for
 from gptconvert.targets.target import CardFacts
 
 if TYPE_CHECKING:
+    from gptconvert.verify.evaluation import Evaluation
     from gptconvert.verify.report import Report
 
 
@@ -291,8 +292,15 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
         return None
     from gptconvert.targets.verification import verify_exports
 
-    seed = planned.options.seed
-    report = verify_exports(planned.exports, directory, planned.options.verify, progress, seed=seed)
+    options = planned.options
+    report = verify_exports(
+        planned.exports,
+        directory,
+        options.verify or "default",
+        progress,
+        seed=options.seed,
+        evaluation=evaluation_of(planned.checkpoint, options, planned.package),
+    )
     if not report.passed:
         error = VerificationError(
             f"the export does not compute what the checkpoint computes\n{report.table()}",
@@ -301,6 +309,33 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
         error.report = report.as_dict()
         raise error
     return report
+
+
+def evaluation_of(checkpoint: Checkpoint, options: Options, package: Sequence[PlannedFile] = ()) -> Evaluation:
+    """What lossy exports of a checkpoint are measured on.
+
+    Args:
+        checkpoint: the source.
+        options: the options of the conversion.
+        package: the planned files, one of which may be tokenizer.json; if none, it is made here.
+
+    Raises:
+        InputError: the text file cannot be read, is empty, too large or not UTF-8.
+    """
+    from gptconvert.verify.evaluation import MAX_TEXT, Evaluation
+
+    tokenizer = {file.path: file.head for file in package} or tokenizer_files(checkpoint)[0]
+    path, text = options.eval_text, None
+    if path is not None:
+        try:
+            text = read_small(path, MAX_TEXT, "a text to measure quality on").decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                "the text is not UTF-8", path=path, found=str(error), hint="convert it: iconv -f latin1 -t utf-8"
+            ) from None
+        if not text.strip():
+            raise InputError("the text is empty", path=path)
+    return Evaluation(checkpoint, tokenizer.get("tokenizer.json"), text, path, options.max_kl)
 
 
 def _describe(planned: Plan, written: Written, directory: str, report: Report | None) -> list[WrittenFile]:

@@ -189,7 +189,12 @@ def _type(info: OptionInfo) -> Any:
         return click.IntRange(numbers[0], numbers[-1])
     if info.choices:
         return click.Choice([str(choice) for choice in info.choices])
-    kinds: dict[str, Any] = {"SIZE": size_in_bytes, "FILE": click.Path(), "DIR": click.Path(file_okay=False)}
+    kinds: dict[str, Any] = {
+        "X": click.FLOAT,
+        "SIZE": size_in_bytes,
+        "FILE": click.Path(),
+        "DIR": click.Path(file_okay=False),
+    }
     return kinds.get(info.metavar or "", click.STRING)
 
 

@@ -79,7 +79,9 @@ class Quantisation:
         return None if bits is None else BlockEncoding(BlockFormat(bits, block), self.search and bits < 8)
 
     def _bits(self, config: GPTConfig, weight: str) -> int | None:
-        if weight in VOCABULARY:  # decides every token, and an embedding of 4 bits needs operators that are not portable
+        if (
+            weight in VOCABULARY
+        ):  # decides every token, and an embedding of 4 bits needs operators that are not portable
             return 8
         _, _, name = weight.rpartition(".attn.") if ".attn." in weight else weight.rpartition(".mlp.")
         if name not in MATRICES:

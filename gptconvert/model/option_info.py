@@ -12,7 +12,7 @@ Stage = Literal["source", "checkpoint", "output", "run"]
 #: Section of the help text.
 Group = Literal["Source", "Checkpoint", "Output", "ONNX", "safetensors and TensorFlow", "Verification"]
 #: Kind of value of an option; the command line shows this word and checks the value accordingly.
-Metavar = Literal["N", "SIZE", "FILE", "DIR", "NAME", "REVISION", "TASK", "PATTERN", "KEY=VALUE"]
+Metavar = Literal["N", "X", "SIZE", "FILE", "DIR", "NAME", "REVISION", "TASK", "PATTERN", "KEY=VALUE"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class OptionInfo:
             if value not in self.choices:
                 raise ValueError(f"one of {', '.join(map(str, self.choices))}")
             return value
-        kind = bool if self.is_flag else int if self.metavar in ("N", "SIZE") else str
+        kinds = {"N": int, "SIZE": int, "X": float}
+        kind = bool if self.is_flag else kinds.get(self.metavar or "", str)
         if isinstance(default, tuple):
             if not isinstance(value, tuple | list) or not all(isinstance(each, str) and each for each in value):
                 raise ValueError("a tuple of text")
@@ -81,11 +82,14 @@ class OptionInfo:
             return tuple(value)
         if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):
             value = operator.index(value)  # NumPy's integers too
+        if kind is float and type(value) is int:
+            value = float(value)
         if type(value) is not kind:
-            raise ValueError({bool: "True or False", int: "a whole number", str: "text"}[kind])
+            kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+            raise ValueError(kinds[kind])
         if value == "" and self.flag != "--scope":  # names without a prefix
             raise ValueError("text that is not empty")
-        if isinstance(value, int) and value < self.minimum:
+        if isinstance(value, int | float) and not value >= self.minimum:
             raise ValueError(f"at least {self.minimum}")
         return value
 

@@ -69,6 +69,10 @@ class Options:
         xla: whether to add jit-compiled signatures of fixed shape to the SavedModel.
         verify: ``default`` or ``full``; None: skip verification.
         seed: of the probes; any but 0 adds some of random length, batch size, mask and past.
+        eval_text: UTF-8 text file that the quality of lossy exports is measured on; None: the language reference of
+            Python, and text sampled from the model.
+        max_kl: most mean KL divergence of a lossy export from its source, in nats per token; None: 0.01 for q8, 0.2
+            for q4.
         force: replace an existing output.
         allow_nonfinite: convert weights that contain NaN or infinities.
         strict: treat notes as errors.
@@ -286,9 +290,7 @@ class Options:
         targets=_ONNX,
         choices=QUANTISED,
     )
-    no_base: bool = option(
-        False, "--no-base", "output", "ONNX", "Write the quantised graphs only.", targets=_ONNX
-    )
+    no_base: bool = option(False, "--no-base", "output", "ONNX", "Write the quantised graphs only.", targets=_ONNX)
     block_size: int = option(
         32,
         "--block-size",
@@ -344,6 +346,26 @@ class Options:
         "Draw the probes from this seed, and add some of random length, batch size, padding and past.",
         metavar="N",
         default_text="0, the fixed probes",
+        shapes=False,
+    )
+    eval_text: str | None = option(
+        None,
+        "--eval-text",
+        "run",
+        "Verification",
+        "Measure the quality of quantised graphs on this text.",
+        metavar="FILE",
+        default_text="Python's language reference and text sampled from the model",
+        shapes=False,
+    )
+    max_kl: float | None = option(
+        None,
+        "--max-kl",
+        "run",
+        "Verification",
+        "Fail if a quantised graph's mean KL divergence from the source, in nats per token, exceeds this.",
+        metavar="X",
+        default_text="0.01 for q8, 0.2 for q4",
         shapes=False,
     )
     force: bool = option(

@@ -16,6 +16,7 @@ from gptconvert.model.progress import Stage
 from gptconvert.verify.report import ArtifactReport
 
 if TYPE_CHECKING:
+    from gptconvert.verify.evaluation import Evaluation
     from gptconvert.verify.greedy import Continuation
     from gptconvert.verify.outputs import Group
 
@@ -31,6 +32,7 @@ class Candidate:
         checkpoint: the original; with its weights as stored, if ``export`` is given.
         export: its plan; None for an artifact of unknown origin.
         seed: of the probes.
+        evaluation: what lossy artifacts are measured on; None to measure nothing.
     """
 
     target: str
@@ -39,6 +41,7 @@ class Candidate:
     checkpoint: Checkpoint
     export: Export | None = None
     seed: int = 0
+    evaluation: Evaluation | None = None
 
 
 class Runtime(Protocol):

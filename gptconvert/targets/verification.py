@@ -17,6 +17,7 @@ from gptconvert.publish.source_reader import StoppedError
 from gptconvert.targets.registry import target_named
 from gptconvert.targets.target import Candidate, Target
 from gptconvert.verify.background import in_background
+from gptconvert.verify.evaluation import Evaluation
 from gptconvert.verify.report import ArtifactReport, Report
 
 
@@ -27,9 +28,12 @@ def verify_exports(
     progress: Progress | None = None,
     *,
     seed: int = 0,
+    evaluation: Evaluation | None = None,
     target_of: Callable[[str], Target] = target_named,
 ) -> Report:
     """Verify all planned exports from the files in ``directory``, with the probes of ``seed``.
+
+    ``evaluation`` is what lossy exports are measured on.
 
     Raises:
         VerificationError: an export has no report.
@@ -37,7 +41,9 @@ def verify_exports(
         UnsupportedError: an artifact cannot be run here.
     """
     candidates = [
-        Candidate(e.target, os.path.normpath(os.path.join(directory, e.path)), e.path, e.checkpoint, e, seed)
+        Candidate(
+            e.target, os.path.normpath(os.path.join(directory, e.path)), e.path, e.checkpoint, e, seed, evaluation
+        )
         for e in exports
     ]
     with _relative_to(directory):

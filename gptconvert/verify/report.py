@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gptconvert.errors import printable
 from gptconvert.verify.metrics import FLOOR_ROUNDINGS, MAX_ABS_RATIO, MAX_RMSE_RATIO, MOST_NOISE, Measure
 from gptconvert.verify.outputs import Group
+from gptconvert.verify.quality import Quality
 from gptconvert.verify.weights import WeightReport
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class ArtifactReport:
         computes: whether outputs must be computed; if not, weights alone decide.
         seconds: wall time.
         greedy: its greedy continuation, to be checked against other artifacts; None if it cannot generate by itself.
+        quality: rule 3; None if the artifact loses nothing, or was not measured.
     """
 
     kind: str
@@ -70,12 +72,14 @@ class ArtifactReport:
     computes: bool = True
     seconds: float = 0.0
     greedy: Continuation | None = None
+    quality: Quality | None = None
 
     @property
     def ok(self) -> bool:
         """The gate. Something that computes and was not run has not passed."""
         ran = bool(self.runs) or not self.computes
-        return ran and self.weights.ok and not self.problems and all(run.ok for run in self.runs)
+        measured = self.quality is None or self.quality.ok
+        return ran and self.weights.ok and not self.problems and all(run.ok for run in self.runs) and measured
 
     def as_dict(self, figures: bool) -> dict[str, object]:
         """Plain values."""
@@ -87,6 +91,7 @@ class ArtifactReport:
             "problems": list(self.problems),
             "runs": [run.as_dict(figures) for run in self.runs],
             "probes": self.probes,
+            **({} if self.quality is None else {"quality": self.quality.as_dict(figures)}),
         }
         return {**fields, "seconds": round(self.seconds, 2)} if figures else fields
 
@@ -245,6 +250,8 @@ def _artifact_lines(artifact: ArtifactReport, verbose: bool) -> list[str]:
         lines += ["  contract: FAIL", *_some(artifact.problems)]
     for run in artifact.runs:
         lines += _run_lines(run) if verbose else [_run_line(run)]
+    if artifact.quality is not None:
+        lines += artifact.quality.lines()
     if artifact.computes and not artifact.runs:
         lines.append("  outputs: not run, for the reasons above")
     return lines

@@ -204,7 +204,7 @@ class TruthPass:
 
         self.config, self.weights = checkpoint.config, checkpoint.weights
         scratch = torch.empty(PART_ELEMENTS, dtype=torch.float64)
-        dtype = getattr(torch, compute)
+        dtype = self._compute = getattr(torch, compute)
         varied = [torch.Generator().manual_seed(number) for number in range(1, yardsticks)]
         self.passes = (
             PrecisionPass(torch.float64, scratch),
@@ -292,7 +292,7 @@ class TruthPass:
         """Per part, keys and values [1, H, p + n, hd] each: its past, then room for its own; None without a past."""
         from torch.nn import functional
 
-        compute, caches = self.passes[1].dtype, []
+        compute, caches = self._compute, []
         for part in self.truth.pack.parts:
             cache = pass_.pasts.get(part)
             if cache is None and (past := part.past(layer, self.config)) is not None:

@@ -227,7 +227,9 @@ def _rows(b: Builder, weight: str, ids: ir.Value, name: str) -> ir.Value:
     rows = b.op("Gather", codes, ids, name=f"{name}.codes")  # (B, S, blocks, block)
     rows = b.op("Cast", rows, name=f"{name}.codes.float32", to=FLOAT.value)
     rows = b.op("Sub", rows, b.constant(table.format.zero, np.float32), name=f"{name}.centred")
-    steps = b.op("Unsqueeze", b.op("Gather", scales, ids, name=f"{name}.scales"), b.constant([-1]), name=f"{name}.step")
+    steps = b.op(
+        "Unsqueeze", b.op("Gather", scales, ids, name=f"{name}.scales"), b.constant([-1]), name=f"{name}.step"
+    )
     whole = name if width % table.format.block == 0 else f"{name}.padded"
     rows = b.op("Mul", rows, steps, name=f"{name}.blocks")  # (B, S, blocks, block)
     rows = b.op("Reshape", rows, b.constant([0, 0, -1]), name=whole)  # (B, S, blocks * block)

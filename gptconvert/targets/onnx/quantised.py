@@ -45,6 +45,12 @@ def by_recipe(checkpoint: Checkpoint, file: OnnxFile) -> Checkpoint | None:
     return quantised(checkpoint, QUANTISED[name], int(block))
 
 
+def max_kl_of(file: OnnxFile) -> float | None:
+    """The default limit of the mean KL divergence; None for graphs of others."""
+    name = recorded(file).get(QUANTIZE_KEY)
+    return QUANTISED[name].max_kl if name in QUANTISED else None
+
+
 def as_found(checkpoint: Checkpoint, found: Mapping[str, LazyTensor]) -> Checkpoint:
     """The checkpoint with the parts of its quantised weights read from the file, which rule 1 compares.
 
@@ -57,7 +63,10 @@ def as_found(checkpoint: Checkpoint, found: Mapping[str, LazyTensor]) -> Checkpo
 def _from_file(name: str, weight: LazyTensor, found: Mapping[str, LazyTensor]) -> LazyTensor:
     if not isinstance(weight, Quantised):
         return weight
-    return dataclasses.replace(weight, codes=found[f"{name}.{CODES}"], scales=found[f"{name}.{SCALES}"])
+    parts = {part: found.get(f"{name}.{part}", computed) for part, computed in weight.parts.items()}
+    if any((parts[p].shape, parts[p].dtype) != (t.shape, t.dtype) for p, t in weight.parts.items()):
+        return weight  # rule 1 fails
+    return dataclasses.replace(weight, codes=parts[CODES], scales=parts[SCALES])
 
 
 def with_float_activations(file: OnnxFile) -> OnnxFile:
