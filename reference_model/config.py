@@ -100,6 +100,7 @@ class GPTConfig:
         task: one of :data:`TASKS`.
         n_labels: K; 0 if the task has no labels.
         pad_token_id: text classification classifies the last other token; None to classify the last position.
+        last_token: whether a language model returns the logits of each row's last real token only, [B, 1, V].
     """
 
     family: str
@@ -124,6 +125,7 @@ class GPTConfig:
     task: str = "text-generation"
     n_labels: int = 0
     pad_token_id: int | None = None
+    last_token: bool = False
 
     def __post_init__(self) -> None:
         for key in ("vocab_size", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner"):
@@ -142,6 +144,8 @@ class GPTConfig:
             raise ConfigError("task", self.task, f"must be one of {', '.join(TASKS)}")
         if self.task in LABELLED_TASKS and not 0 < self.n_labels < MAX_SIZE:
             raise ConfigError("n_labels", self.n_labels, f"{self.task} needs at least one label")
+        if self.last_token and self.task != "text-generation":
+            raise ConfigError("last_token", self.last_token, f"{self.task} is not a language model")
         if len(self.attn_scale) != self.n_layer or len(self.attn_window) != self.n_layer:
             raise ConfigError("n_layer", self.n_layer, "attn_scale and attn_window need one entry per layer")
         if self.rotary is not None and (problem := self.rotary.problem(self.head_dim)):

@@ -245,7 +245,11 @@ PROJECTIONS: Mapping[str, Callable[[Head, Tensor], tuple[Tensor, ...]]] = {
 
 
 def pooled(
-    config: GPTConfig, values: Mapping[str, Tensor], input_ids: Tensor, mc_token_ids: Tensor
+    config: GPTConfig,
+    values: Mapping[str, Tensor],
+    input_ids: Tensor,
+    mc_token_ids: Tensor,
+    attention_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The task's outputs from :meth:`Head.per_token`'s [B, S, width]; shapes in ``config.OUTPUTS``.
 
@@ -254,7 +258,12 @@ def pooled(
         values: outputs of :meth:`Head.per_token`.
         input_ids: [B, S].
         mc_token_ids: index of the token that scores a choice, [B / choices, choices]; only for multiple-choice.
+        attention_mask: [B, T]; only for ``last_token``. None for no padding.
     """
+    if config.last_token:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        last = (torch.arange(mask.shape[1]) * (mask != 0)).argmax(1)  # (B)
+        return {name: take(value, last)[:, None] for name, value in values.items()}  # (B, 1, V)
     if config.task == "text-classification":
         last = last_real(input_ids, config.pad_token_id)  # (B)
         return {name: take(value, last) for name, value in values.items()}
@@ -346,7 +355,7 @@ class GPT(nn.Module):
             x, present = block(x, seen[window], angles, past[i] if past else None)  # (B, S, D)
             presents.append(present)
         chosen = torch.full(choices, new_tokens - 1) if mc_token_ids is None else mc_token_ids  # (B, choices)
-        return pooled(self.config, self.head.per_token(x), ids, chosen), presents
+        return pooled(self.config, self.head.per_token(x), ids, chosen, mask), presents
 
     def forward(
         self,

@@ -91,6 +91,7 @@ class Export:
         files: all files of the artifact.
         variant: of the target (``fp16``); empty for the base.
         notes: what the user should know about this artifact, one sentence each.
+        shared: files of another export that the artifact uses too.
     """
 
     target: str
@@ -99,8 +100,11 @@ class Export:
     files: tuple[PlannedFile, ...]
     variant: str = ""
     notes: tuple[str, ...] = ()
+    shared: tuple[PlannedFile, ...] = ()
 
     @property
     def placed(self) -> tuple[Placed, ...]:
         """Every tensor that stores a weight, or a part of one."""
-        return tuple(placed for file in self.files for placed in file.tensors if placed.weight is not None)
+        return tuple(
+            placed for file in (*self.files, *self.shared) for placed in file.tensors if placed.weight is not None
+        )

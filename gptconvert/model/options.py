@@ -62,6 +62,8 @@ class Options:
         single_file: whether ONNX weights are stored inside the graph file; None: those of quantised graphs up to 512 MiB.
         quantize: quantised ONNX graphs to write: ``q8``, ``q4``, ``q4:plain``.
         no_base: write the quantised graphs only.
+        last_token: write a graph beside each that computes the logits of each row's last token only.
+        in_place: write a graph beside each that writes keys and values into a buffer of the caller's.
         block_size: elements of a row that share a scale in quantised graphs: 16, 32, 64 or 128.
         accuracy_level: of quantised matrix products: 4 rounds activations to 8 bits, 1 keeps float32, 0 is the
             runtime's choice.
@@ -291,6 +293,22 @@ class Options:
         choices=QUANTISED,
     )
     no_base: bool = option(False, "--no-base", "output", "ONNX", "Write the quantised graphs only.", targets=_ONNX)
+    last_token: bool = option(
+        False,
+        "--last-token",
+        "output",
+        "ONNX",
+        "Add a graph that computes the logits of the last token only, on the same weights.",
+        targets=_ONNX,
+    )
+    in_place: bool = option(
+        False,
+        "--in-place",
+        "output",
+        "ONNX",
+        "Add a graph whose keys and values stay in one buffer, on the same weights; onnxruntime only.",
+        targets=_ONNX,
+    )
     block_size: int = option(
         32,
         "--block-size",

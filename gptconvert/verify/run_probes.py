@@ -70,5 +70,7 @@ def in_chunks(runner: Runner, probe: Probe, config: GPTConfig, first: Outputs | 
         mask = feeds.attention_mask[:, :stop]
         pieces.append(runner.run(Feeds(feeds.input_ids[:, now], mask, feeds.position_ids[:, now], past), True))
         start = stop
+    if config.last_token:
+        return Outputs(pieces[-1].named, pieces[-1].presents if probe.compare_presents else ())
     named = {name: np.concatenate([piece.named[name] for piece in pieces], 1) for name in pieces[0].named}
     return Outputs(named, pieces[-1].presents if probe.compare_presents else ())

@@ -23,18 +23,20 @@ SHAPES: Mapping[str, Mapping[str, str]] = {
 def shape_of(config: GPTConfig, output: str, batch: int, new_tokens: int) -> tuple[int, ...]:
     """The expected shape of an output."""
     sizes = {"B": batch, "S": new_tokens, "V": config.vocab_size, "D": config.n_embd, "K": config.n_labels, "1": 1}
+    if config.last_token:
+        sizes["S"] = 1
     return tuple(sizes[symbol] for symbol in SHAPES[config.task][output].split())
 
 
 def is_pooled(config: GPTConfig, output: str) -> bool:
     """Whether an output has one row per sequence instead of one per token."""
-    return "S" not in SHAPES[config.task][output].split()
+    return config.last_token or "S" not in SHAPES[config.task][output].split()
 
 
 def pooled_tokens(config: GPTConfig, probe: Probe) -> Integers:
     """Index [B], among the S new tokens, of the token that each row's pooled output is taken from.
 
-    In multiple choice the caller chooses it, here the last real token. Classification takes the last token that does
+    In multiple choice the caller chooses it, here the last real token, which ``last_token`` returns too. Classification takes the last token that does
     not have the padding id, which probes have at padding and nowhere else: the very last one if no token has that id.
     """
     new_tokens = probe.input_ids.shape[1]

@@ -17,14 +17,14 @@ TOTAL = f"{PAST} + {NEW}"
 Table = dict[str, tuple[str, tuple[int | str, ...]]]
 
 
-def check_contract(file: OnnxFile, config: GPTConfig, quantised: bool = False) -> list[str]:
-    """Violations of the contract, one line each. Only ``quantised`` graphs may use ``com.microsoft.MatMulNBits``."""
-    domains = ("", "ai.onnx", *(["com.microsoft"] if quantised else []))
+def check_contract(file: OnnxFile, config: GPTConfig, portable: bool = True) -> list[str]:
+    """Violations of the contract, one line each. ``portable`` graphs use operators of ai.onnx only."""
+    domains = ("", "ai.onnx", *([] if portable else ["com.microsoft"]))
     problems = [f"operator domain {o.domain!r}" for o in file.model.opset_import if o.domain not in domains]
     problems += [
         f"operator {node.domain}.{node.op_type}"
         for node in file.model.graph.node
-        if node.domain == "com.microsoft" and node.op_type != "MatMulNBits"
+        if node.domain == "com.microsoft" and node.op_type not in ("MatMulNBits", "GroupQueryAttention")
     ]
     problems += [f"opset {o.version} > {OPSETS[-1]}" for o in file.model.opset_import if o.version > OPSETS[-1]]
     if file.model.ir_version > max(IR_VERSIONS.values()):
@@ -54,7 +54,7 @@ def expected_tables(config: GPTConfig, cached: bool, positions: bool) -> tuple[T
     if config.task == "multiple-choice":
         inputs["mc_token_ids"] = "INT64", rows
     shapes: Mapping[str, tuple[tuple[int | str, ...], ...]] = {
-        "text-generation": ((batch, NEW, config.vocab_size),),
+        "text-generation": ((batch, 1 if config.last_token else NEW, config.vocab_size),),
         "feature-extraction": ((batch, NEW, config.n_embd),),
         "text-classification": ((batch, config.n_labels),),
         "token-classification": ((batch, NEW, config.n_labels),),

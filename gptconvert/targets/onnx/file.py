@@ -53,6 +53,17 @@ class OnnxFile:
         return bool(self.model.producer_name == "gptconvert")
 
     @property
+    def is_in_place(self) -> bool:
+        """Whether it writes keys and values into a buffer of the caller's, of which past and present are views."""
+        return any(node.op_type == "GroupQueryAttention" for node in self.model.graph.node)
+
+    @property
+    def is_last_token(self) -> bool:
+        """Whether it computes the logits of each row's last token only."""
+        dims = [d for o in self.model.graph.output if o.name == "logits" for d in o.type.tensor_type.shape.dim]
+        return len(dims) == 3 and bool(dims[1].dim_value == 1)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all initializers in a plain session, which widens 16-bit ones to 32."""
         return sum(t.size * (4 if t.dtype.itemsize == 2 else t.dtype.itemsize) for t in self.initializers.values())

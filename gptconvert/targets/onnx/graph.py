@@ -12,13 +12,14 @@ are not rejected: ONNX counts them from the end of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.targets.onnx.activations import ACTIVATION
-from gptconvert.targets.onnx.builder import Builder, Dim, as_output, graph_input
+from gptconvert.targets.onnx.builder import MICROSOFT, Builder, Dim, as_output, graph_input
 from gptconvert.targets.rotary import BASE, rotary_tables
 from reference_model.config import INPUTS, OUTPUTS, GPTConfig, Rotary
 
@@ -133,7 +134,7 @@ def rotate(b: Builder, config: GPTConfig, x: ir.Value, angles: KeyValue, name: s
 class Once:
     """Values that all layers share, computed once per run."""
 
-    def __init__(self, b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> None:
+    def __init__(self, b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value], in_place: bool) -> None:
         self.input_ids = ids = inputs["input_ids"]  # (B, S)
         self.bias = {w: visible(b, ids, inputs["attention_mask"], w) for w in dict.fromkeys(config.attn_window)}
         self.batch_and_new = b.op("Shape", ids, name="shape.tokens")  # [B, S]
@@ -141,6 +142,19 @@ class Once:
         self.per_head = b.op("Concat", self.batch_and_new, heads, name="shape.heads", axis=0)  # [B, S, H, hd]
         rotary = config.rotary if config.rotary and config.rotary.dim else None
         self.angles = rotary_angles(b, rotary, inputs["position_ids"]) if rotary else None
+        self.lengths, self.per_token = None, self.per_head
+        if in_place:
+            self.lengths = cache_lengths(b, inputs["attention_mask"], ids)
+            self.per_token = b.op("Concat", self.batch_and_new, b.constant([-1]), name="shape.rows_of_tokens", axis=0)
+
+
+def cache_lengths(b: Builder, attention_mask: ir.Value, input_ids: ir.Value) -> KeyValue:
+    """What the in-place kernel needs to know of the cache, in int32: index [B] of the last token, and T."""
+    total = b.op("Shape", attention_mask, name="cache.total_1d", start=1)  # [T]
+    total = b.op("Cast", total, name="cache.total_1d.int32", to=ir.DataType.INT32.value)
+    last = b.op("Sub", total, b.constant([1], np.int32), name="cache.last_1d")  # [T - 1]
+    batch = b.op("Shape", input_ids, name="cache.batch", end=1)  # [B]
+    return b.op("Expand", last, batch, name="cache.last"), b.op("Squeeze", total, name="cache.total")  # (B), T
 
 
 def attention(
@@ -175,6 +189,45 @@ def attention(
     return b.linear(mixed, f"{name}.c_proj", bias=config.attn_out_bias, name=f"{name}.out"), (k, v)
 
 
+def attention_in_place(
+    b: Builder, config: GPTConfig, i: int, x: ir.Value, once: Once, past: KeyValue | None
+) -> tuple[ir.Value, KeyValue]:
+    """:func:`attention` by onnxruntime's kernel, which writes new keys and values into the caller's buffer.
+
+    The mask, holes and windows come as a bias: by lengths alone the kernel would be wrong on left padding.
+    """
+    if past is None or once.lengths is None:
+        raise ValueError("attention in place needs a cache")
+    name, width = f"h.{i}.attn", config.n_embd
+    qkv = b.linear(x, f"{name}.c_attn", bias=config.qkv_bias, name=f"{name}.qkv")  # (N, 3D)
+    operands: list[ir.Value | None]
+    if once.angles is None:
+        operands = [b.op("Reshape", qkv, once.per_token, name=f"{name}.packed"), None, None]  # (B, S, 3D)
+    else:
+        names = [f"{name}.{part}_2d" for part in "qkv"]
+        q, k, v = b.ops("Split", qkv, b.constant([width] * 3), names=names, axis=1)  # (N, D) each
+        heads = [b.op("Reshape", part, once.per_head, name=f"{part.name}.heads") for part in (q, k)]  # (B, S, H, hd)
+        turned = [rotate(b, config, part, once.angles, f"{part.name}.rotated") for part in heads]
+        operands = [b.op("Reshape", part, once.per_token, name=f"{part.name}.rows") for part in (*turned, v)]
+    mixed, key, value = b.ops(
+        "GroupQueryAttention",
+        *operands,
+        *past,
+        *once.lengths,
+        None,
+        None,
+        None,
+        once.bias[config.attn_window[i]],
+        names=(f"{name}.mixed", f"present.{i}.key", f"present.{i}.value"),
+        domain=MICROSOFT,
+        num_heads=config.n_head,
+        kv_num_heads=config.n_head,
+        scale=config.attn_scale[i],
+    )  # (B, S, D), (B, H, T, hd) x 2
+    mixed = b.op("Reshape", mixed, b.constant([-1, width]), name=f"{name}.mixed_2d")  # (N, D)
+    return b.linear(mixed, f"{name}.c_proj", bias=config.attn_out_bias, name=f"{name}.out"), (key, value)
+
+
 def mlp(b: Builder, config: GPTConfig, i: int, x: ir.Value) -> ir.Value:
     """[N, D] → [N, D]."""
     name = f"h.{i}.mlp"
@@ -194,13 +247,14 @@ def block(
 ) -> tuple[ir.Value, KeyValue]:
     """One layer: [N, D] → [N, D], named ``h.{i}``, and its keys and values."""
     name = f"h.{i}"
+    attend = attention if once.lengths is None else attention_in_place
     if config.norm_position == "post":
-        a, present = attention(b, config, i, x, once, past)  # (N, D)
+        a, present = attend(b, config, i, x, once, past)  # (N, D)
         n = norm(b, config, b.op("Add", x, a, name=f"{name}.sum_1"), f"{name}.ln_1", f"{name}.norm_1")
         m = b.op("Add", n, mlp(b, config, i, n), name=f"{name}.sum_2")  # (N, D)
         return norm(b, config, m, f"{name}.ln_2", name), present
     n = norm(b, config, x, f"{name}.ln_1", f"{name}.norm_1")  # (N, D)
-    a, present = attention(b, config, i, n, once, past)  # (N, D)
+    a, present = attend(b, config, i, n, once, past)  # (N, D)
     after = b.op("Add", x, a, name=f"{name}.sum_1")  # (N, D)
     if config.has_second_norm:
         before = after if config.residual == "serial" else x  # (N, D)
@@ -296,6 +350,21 @@ def pooled(
     return [_in_rows(b, value, rows, widths[config.task], name)]  # (B, S, width)
 
 
+def last_logits(b: Builder, config: GPTConfig, x: ir.Value, inputs: Mapping[str, ir.Value], once: Once) -> ir.Value:
+    """[N, D] → logits [B, 1, V] of each row's last token that the mask includes.
+
+    Not of index -1: onnxruntime-genai pads batches on the right.
+    """
+    rows = b.op("Concat", once.batch_and_new, b.constant([config.n_embd]), name="last.rows_shape", axis=0)
+    new = b.op("Shape", inputs["input_ids"], name="last.new_1d", start=1)  # [S]
+    start, end = b.op("Neg", new, name="last.start"), b.constant([np.iinfo(np.int64).max])
+    mask = b.op("Slice", inputs["attention_mask"], start, end, b.constant([1]), name="last.mask")  # (B, S)
+    index = b.op("ArgMax", mask, name="last", axis=1, keepdims=1, select_last_index=1)  # (B, 1)
+    x = b.op("GatherND", b.op("Reshape", x, rows, name="last.all"), index, name="last.row", batch_dims=1)  # (B, D)
+    (logits,) = per_token(b, config, x).values()  # (B, V)
+    return b.op("Unsqueeze", logits, b.constant([1]), name="logits")  # (B, 1, V)
+
+
 def _in_rows(b: Builder, value: ir.Value, rows: ir.Value, width: int, name: str) -> ir.Value:
     """[N, width] → [*rows, width]."""
     shape = b.op("Concat", rows, b.constant([width]), name="shape.output", axis=0)
@@ -315,7 +384,7 @@ def last_real(b: Builder, pad_token_id: int, once: Once) -> ir.Value:
 def output_shapes(config: GPTConfig) -> list[tuple[Dim, ...]]:
     """The shape of each of ``config.OUTPUTS``."""
     shapes: Mapping[str, list[tuple[Dim, ...]]] = {
-        "text-generation": [(BATCH, NEW, config.vocab_size)],
+        "text-generation": [(BATCH, 1 if config.last_token else NEW, config.vocab_size)],
         "feature-extraction": [(BATCH, NEW, config.n_embd)],
         "text-classification": [(BATCH, config.n_labels)],
         "token-classification": [(BATCH, NEW, config.n_labels)],
@@ -338,23 +407,36 @@ def input_shapes(config: GPTConfig, kv_cache: bool, position_ids: bool) -> dict[
     return {name: shape for name, shape in shapes.items() if name in names}
 
 
-def build(
-    config: GPTConfig,
-    weights: Mapping[str, LazyTensor],
-    opset: int,
-    kv_cache: bool,
-    position_ids: bool,
-    accuracy_level: int = 0,
-) -> tuple[ir.Graph, Builder]:
+@dataclass(frozen=True)
+class Form:
+    """What distinguishes two graphs of one model.
+
+    Attributes:
+        opset: version of the operators of ai.onnx.
+        kv_cache: takes and returns cached keys and values.
+        position_ids: takes ``position_ids`` for every task.
+        accuracy_level: of ``MatMulNBits``, if the weights are quantised.
+        in_place: writes keys and values into the caller's buffer, by onnxruntime's GroupQueryAttention.
+    """
+
+    opset: int
+    kv_cache: bool
+    position_ids: bool
+    accuracy_level: int = 0
+    in_place: bool = False
+
+
+def build(config: GPTConfig, weights: Mapping[str, LazyTensor], form: Form) -> tuple[ir.Graph, Builder]:
     """The whole graph, without its weights attached.
 
     Names, order, types and symbolic dimensions of inputs and outputs are a contract (docs/onnx.md).
     """
-    b, shapes = Builder(weights, opset, accuracy_level), input_shapes(config, kv_cache, position_ids)
+    b = Builder(weights, form.opset, form.accuracy_level)
+    shapes = input_shapes(config, form.kv_cache, form.position_ids)
     inputs = {name: graph_input(name, INT64, shape) for name, shape in shapes.items()}
     pasts: list[KeyValue | None] = [None] * config.n_layer
     cache_shape = (BATCH, config.n_head, PAST, config.head_dim)
-    if kv_cache:
+    if form.kv_cache:
         pasts = [
             (
                 graph_input(f"past_key_values.{i}.key", FLOAT, cache_shape),
@@ -363,17 +445,20 @@ def build(
             for i in range(config.n_layer)
         ]
     rows = flattened(b, config, inputs)
-    once = Once(b, config, rows)
+    once = Once(b, config, rows, form.in_place)
     x = embedding(b, config, rows)  # (N, D)
     presents = []
     for i in range(config.n_layer):
         x, present = block(b, config, i, x, once, pasts[i])  # (N, D)
         presents += [as_output(p, FLOAT, (BATCH, config.n_head, TOTAL, config.head_dim)) for p in present]
-    outputs = pooled(b, config, per_token(b, config, x), inputs, once)
+    if config.last_token:
+        outputs = [last_logits(b, config, x, rows, once)]
+    else:
+        outputs = pooled(b, config, per_token(b, config, x), inputs, once)
     outputs = [as_output(o, FLOAT, shape) for o, shape in zip(outputs, output_shapes(config), strict=True)]
     graph = ir.Graph(
         [*inputs.values(), *(p for pair in pasts if pair for p in pair)],
-        [*outputs, *(presents if kv_cache else [])],
+        [*outputs, *(presents if form.kv_cache else [])],
         nodes=[*b.casts, *b.nodes],
         initializers=b.initializers(),
         opset_imports=b.domains,

@@ -63,13 +63,14 @@ def _built(file: OnnxFile, checkpoint: Checkpoint, weights: Mapping[str, LazyTen
     """The GraphProto that this version builds, without weights."""
     import onnx_ir as ir
 
-    from gptconvert.targets.onnx.graph import build
+    from gptconvert.targets.onnx.graph import Form, build
 
     inputs, (opset,) = file.inputs(), [o.version for o in file.model.opset_import if o.domain in ("", "ai.onnx")]
     cached = any(name.startswith("past_key_values.") for name in inputs)
     levels = {a.i for node in file.model.graph.node for a in node.attribute if a.name == "accuracy_level"}
     level = min(levels, default=0)
-    graph, builder = build(checkpoint.config, weights, opset, cached, "position_ids" in inputs, level)
+    form = Form(opset, cached, "position_ids" in inputs, level, file.is_in_place)
+    graph, builder = build(checkpoint.config, weights, form)
     for name in builder.stored:
         del graph.initializers[name]
     return ir.to_proto(graph)

@@ -17,7 +17,7 @@ from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import QUANTISED, cast_to, quantised, stored_tensors
 from gptconvert.model.export import Export, Placed, PlannedFile, place
-from gptconvert.model.options import Options
+from gptconvert.model.options import INFO, Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
 from gptconvert.version import __version__
 from reference_model.config import CACHED_TASKS, INPUTS, GPTConfig
@@ -32,6 +32,10 @@ NAME = "onnx"
 PROTOBUF_LIMIT = (1 << 31) - 1
 #: Up to this many bytes, the weights of a quantised model are stored inside the graph: one file to download.
 ALONE_BYTES = 512 << 20
+#: Graphs that differ from another only in nodes, by the field of the options that asks for them.
+KINDS = ("last_token", "in_place")
+#: onnxruntime's GroupQueryAttention requires head sizes that are a multiple of this.
+HEAD_MULTIPLE = 8
 #: Keys of the metadata of a quantised graph.
 QUANTIZE_KEY, BLOCK_KEY = "gptconvert.quantize", "gptconvert.block_size"
 
@@ -45,17 +49,19 @@ class Graph:
         checkpoint: with its weights as stored.
         single: whether the weights are stored inside the graph file.
         metadata: recorded in the file: how the weights are quantised.
+        kind: suffix of a graph that shares the weights of another: ``last_token``, ``in_place``; empty otherwise.
     """
 
     variant: str
     checkpoint: Checkpoint
     single: bool
     metadata: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
 
     @property
     def path(self) -> str:
         """Relative to the output directory."""
-        return f"onnx/model_{self.variant}.onnx" if self.variant else "onnx/model.onnx"
+        return "_".join(filter(None, ("onnx/model", self.variant, self.kind))) + ".onnx"
 
 
 def graphs_of(checkpoint: Checkpoint, options: Options) -> list[Graph]:
@@ -64,17 +70,41 @@ def graphs_of(checkpoint: Checkpoint, options: Options) -> list[Graph]:
     Raises:
         UsageError: no graph is left; or two have the same name.
     """
+    kinds = [kind for kind in KINDS if getattr(options, kind)]
+    _check_kinds(checkpoint.config, kinds, options)
     base = cast_to(checkpoint, options.dtype)
     graphs = [] if options.no_base else [Graph(variant_of(options), base, bool(options.single_file))]
     for name in dict.fromkeys(options.quantize):
         stored = quantised(checkpoint, QUANTISED[name], options.block_size)
         single = options.single_file
-        if single is None:
-            single = sum(part.nbytes for part in stored_tensors(stored)) <= ALONE_BYTES
+        if single is None:  # graphs that share weights need them in a file of their own
+            single = not kinds and sum(part.nbytes for part in stored_tensors(stored)) <= ALONE_BYTES
         metadata = {QUANTIZE_KEY: name, BLOCK_KEY: str(options.block_size)}
         graphs.append(Graph(QUANTISED[name].variant, stored, single, metadata))
     _check_graphs(graphs, options)
-    return graphs
+    return [replace(graph, kind=kind) for graph in graphs for kind in ("", *kinds)]
+
+
+def _check_kinds(config: GPTConfig, kinds: Sequence[str], options: Options) -> None:
+    """Refuse graphs that need another task, a cache or a data file."""
+    for kind in kinds:
+        flag = INFO[kind].flag
+        if config.task != "text-generation":
+            raise UsageError(f"{flag} has no effect for {config.task}", expected=f"{flag} with text-generation")
+        if kind == "in_place" and not has_cache(config, options):
+            raise UsageError(f"{flag} contradicts --no-kv-cache", hint="drop one of the options")
+        if kind == "in_place" and config.head_dim % HEAD_MULTIPLE:
+            raise UnsupportedError(
+                "onnxruntime's attention in place cannot run this model",
+                item=flag,
+                expected=f"a head size that is a multiple of {HEAD_MULTIPLE}",
+                found=str(config.head_dim),
+                hint="drop the option; the other graphs have no such limit",
+            )
+        if options.single_file:
+            raise UsageError(
+                f"{flag} contradicts --single-file: its graph shares the weights of another", hint="drop one of them"
+            )
 
 
 def _check_graphs(graphs: Sequence[Graph], options: Options) -> None:
@@ -124,26 +154,41 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
         UnsupportedError: ``single_file``, and the model is larger than 2 GiB.
         UsageError: ``kv_cache``, and the task has no cache; or the options name no graph or one twice.
     """
-    return tuple(_export(graph, options) for graph in graphs_of(checkpoint, options))
+    exports: list[Export] = []
+    for graph in graphs_of(checkpoint, options):
+        exports.append(_export(graph, options, exports[-1] if graph.kind else None))
+    return tuple(exports)
 
 
-def _export(planned: Graph, options: Options) -> Export:
-    from gptconvert.targets.onnx.graph import build
+def _export(planned: Graph, options: Options, before: Export | None) -> Export:
+    """The export of one graph; a graph of another kind uses the data file of the export ``before``."""
+    from gptconvert.targets.onnx.graph import Form, build
 
     checkpoint, path = planned.checkpoint, planned.path
-    cached, positions = has_cache(checkpoint.config, options), takes_positions(checkpoint.config, options)
-    level = options.accuracy_level
-    graph, builder = build(checkpoint.config, checkpoint.weights, options.opset, cached, positions, level)
+    if planned.kind == "last_token":
+        checkpoint = replace(checkpoint, config=replace(checkpoint.config, last_token=True))
+    form = Form(
+        options.opset,
+        has_cache(checkpoint.config, options),
+        takes_positions(checkpoint.config, options),
+        options.accuracy_level,
+        in_place=planned.kind == "in_place",
+    )
+    graph, builder = build(checkpoint.config, checkpoint.weights, form)
+    variant = "_".join(filter(None, (planned.variant, planned.kind)))
     if planned.single:
-        files: tuple[PlannedFile, ...] = (_single_file(path, graph, builder, planned.metadata),)
-    else:
-        data_path = f"{path}_data"
-        placed, size = place((name, builder.stored[name], name) for name in sorted(builder.stored))
-        placed = tuple(_described(item, builder) for item in placed)
-        _attach(graph, placed, data_path.rpartition("/")[2])
-        model = PlannedFile.of_bytes(path, _serialise(graph, planned.metadata))
-        files = model, PlannedFile(data_path, size, tensors=placed)
-    return Export(NAME, path, checkpoint, files, planned.variant)
+        return Export(NAME, path, checkpoint, (_single_file(path, graph, builder, planned.metadata),), variant)
+    data = _data_file(f"{path}_data", builder) if before is None else (before.files + before.shared)[-1]
+    _attach(graph, data.tensors, data.path.rpartition("/")[2])
+    model = PlannedFile.of_bytes(path, _serialise(graph, planned.metadata))
+    if before is not None:
+        return Export(NAME, path, checkpoint, (model,), variant, shared=(data,))
+    return Export(NAME, path, checkpoint, (model, data), variant)
+
+
+def _data_file(path: str, builder: Builder) -> PlannedFile:
+    placed, size = place((name, builder.stored[name], name) for name in sorted(builder.stored))
+    return PlannedFile(path, size, tensors=tuple(_described(item, builder) for item in placed))
 
 
 def _described(placed: Placed, builder: Builder) -> Placed:

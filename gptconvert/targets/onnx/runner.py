@@ -191,6 +191,7 @@ class OnnxRunner:
             prepack=self._prepack,
             optimise=self._optimise,
             skipped=HOLDING_FLOAT32 if narrow and not self._prepack else (),
+            buffers=self._buffers(),
         )
         content = None if outputs is None and not file.altered else _returning(file, outputs or list(file.outputs()))
         try:
@@ -203,6 +204,13 @@ class OnnxRunner:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InputError("onnxruntime cannot load the model", path=file.path, found=one_line(error)) from error
+
+    def _buffers(self) -> list[tuple[str, str]]:
+        """(past, present) names that share a buffer."""
+        if not self._file.is_in_place:
+            return []
+        pairs = zip(self.binding.past, self.binding.presents, strict=True)
+        return [(past, present) for inner, outer in pairs for past, present in zip(inner, outer, strict=True)]
 
     def run(self, feeds: Feeds, presents: bool) -> Outputs:
         """See :class:`Runner`."""
@@ -223,6 +231,8 @@ class OnnxRunner:
 
     def _small_cache(self, feeds: Feeds) -> bool:
         """Whether to compute unrequested keys and values: they are small, or a second session would copy weights."""
+        if self._file.is_in_place:
+            return True  # the buffers exist anyway
         size = 2 * self.config.n_layer * feeds.attention_mask.size * self.config.n_embd * 4
         return size <= self._most_cache or self._prepack or self._file.model.ByteSize() > MOST_GRAPH
 

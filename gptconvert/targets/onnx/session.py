@@ -20,6 +20,7 @@ class Settings:
         optimise: whether graph optimisation runs (onnxruntime's default).
         skipped: names of optimisers that do not run.
         severity: least severe messages that are logged: 3 for errors, 4 for none but fatal ones.
+        buffers: (past, present) names that share one buffer per run; empty for graphs that return new ones.
     """
 
     threads: int = 0
@@ -27,6 +28,7 @@ class Settings:
     optimise: bool = True
     skipped: Sequence[str] = ()
     severity: int = 4
+    buffers: Sequence[tuple[str, str]] = ()
 
 
 def open_session(path: str, content: bytes | None, settings: Settings, lent: Mapping[str, Any]) -> Any:
@@ -56,12 +58,56 @@ def open_session(path: str, content: bytes | None, settings: Settings, lent: Map
     if content is not None:
         folder = path.rpartition("/")[0] or "."
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    return onnxruntime.InferenceSession(
+    session = onnxruntime.InferenceSession(
         path if content is None else content,
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=list(settings.skipped),
     )
+    return BufferedSession(session, settings.buffers) if settings.buffers else session
+
+
+class BufferedSession:
+    """Runs a graph that keeps keys and values in place, as a caller with one buffer per layer does.
+
+    The kernel accepts several new tokens after a past in batches of one only, so other batches run row by row.
+    """
+
+    def __init__(self, session: Any, buffers: Sequence[tuple[str, str]]) -> None:
+        self.session, self.buffers = session, {past: present for past, present in buffers}
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        """As InferenceSession.run."""
+        import numpy as np
+
+        batch, new = feeds["input_ids"].shape
+        if batch > 1 and new > 1 and feeds["attention_mask"].shape[1] > new:
+            rows = [self._run(names, {k: v[i : i + 1] for k, v in feeds.items()}) for i in range(batch)]
+            return [np.concatenate(arrays) for arrays in zip(*rows, strict=True)]
+        return self._run(names, feeds)
+
+    def _run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        import numpy as np
+
+        binding, total = self.session.io_binding(), feeds["attention_mask"].shape[1]
+        kept: dict[str, Array] = {}
+        for name, array in feeds.items():
+            if name not in self.buffers:
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+                continue
+            batch, heads, length, width = array.shape
+            buffer = np.zeros((batch, heads, total, width), array.dtype)
+            buffer[:, :, :length] = array
+            kept[self.buffers[name]] = buffer
+            value = import_onnxruntime().OrtValue.ortvalue_from_numpy(buffer)
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(self.buffers[name], value)
+        rest = [name for name in names if name not in kept]
+        for name in rest:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        outputs = dict(zip([*kept, *rest], binding.copy_outputs_to_cpu(), strict=True))
+        return [outputs[name] for name in names]
 
 
 def ort_value(array: Array, kind: int) -> Any:

@@ -76,14 +76,17 @@ class OnnxVerifier:
         quantised = any(isinstance(weight, Quantised) for weight in checkpoint.weights.values())
         report = ArtifactReport(NAME, candidate.shown_as, weights)
         if candidate.export or file.is_own:
-            report.problems = check_contract(file, checkpoint.config, quantised)
+            report.problems = check_contract(file, checkpoint.config, not quantised and not file.is_in_place)
         if not weights.ok or report.problems:
             self.compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
             return report
         proven = with_float_activations(file) if quantised else file
         run_with = as_found(checkpoint, file.initializers) if quantised else checkpoint
         self._run(report, proven, run_with, pairs, level, candidate.seed, stage)
-        if quantised and report.ok and candidate.evaluation is not None:
+        shares = (
+            candidate.export is not None and candidate.export.shared
+        )  # weights that are measured in another graph
+        if quantised and report.ok and candidate.evaluation is not None and not shares:
             self._measure(report, file, checkpoint, candidate.evaluation, stage)
         if file.is_own and not candidate.export:
             report.notes = version_note(file, candidate.shown_as)
@@ -138,6 +141,11 @@ verify = OnnxVerifier()
 
 def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightReport, list[Pair]]:
     """The checkpoint as stored, and the pairs to compare: matched by plan, else by name, else by content."""
+    if file.is_last_token and not candidate.checkpoint.config.last_token:
+        config = dataclasses.replace(candidate.checkpoint.config, last_token=True)
+        candidate = dataclasses.replace(
+            candidate, checkpoint=dataclasses.replace(candidate.checkpoint, config=config)
+        )
     rotary = candidate.checkpoint.config.rotary
     tables = [table for pair in rotary_tables(rotary) for table in pair] if rotary else []
     if candidate.export is not None:

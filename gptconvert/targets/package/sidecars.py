@@ -57,7 +57,9 @@ def sidecar_files(
     """
     checkpoint = exports[0].checkpoint
     tokenizer = tokenizer_files(checkpoint)[0] if tokenizer is None else tokenizer
-    graphs = {export.path: len(export.files) > 1 for export in exports if export.target == ONNX}
+    # Graphs that share the data of another are for callers that know them by name.
+    graphs = {export.path: len(export.files) > 1 for export in exports if export.target == ONNX and not export.shared}
+    in_place = next((e.path for e in exports if e.target == ONNX and e.variant.endswith("in_place")), None)
     generates = checkpoint.config.task == "text-generation"
     uncached = bool(graphs) and generates and options.kv_cache is False
     files = {"config.json": dump_json({**config_json(checkpoint, graphs), **(UNCACHED if uncached else {})})}
@@ -65,7 +67,9 @@ def sidecar_files(
         alone = uncached and all(export.target == ONNX for export in exports)
         files[GENERATION_CONFIG] = dump_json({**checkpoint.generation, **(UNCACHED if alone else {})})
     if graphs and generates and not uncached:
-        files["genai_config.json"] = dump_json(genai_config(checkpoint, next(iter(graphs))))
+        files["genai_config.json"] = dump_json(
+            genai_config(checkpoint, in_place or next(iter(graphs)), in_place is not None)
+        )
     files |= {**licence_files(checkpoint), **tokenizer}
     return tuple(PlannedFile.of_bytes(path, data) for path, data in sorted(files.items()))
 
@@ -120,8 +124,8 @@ def transformers_js_config(graphs: Mapping[str, bool]) -> dict[str, object]:
     return {"transformers.js_config": hint} if hint else {}
 
 
-def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, object]:
-    """genai_config.json for onnxruntime-genai: the ONNX graph's names, and a concatenated cache."""
+def genai_config(checkpoint: Checkpoint, graph: str, in_place: bool = False) -> dict[str, object]:
+    """genai_config.json for onnxruntime-genai: the ONNX graph's names, and a cache that grows or stays in place."""
     config, special = checkpoint.config, checkpoint.special_ids
     ids = special.as_json()
     if special.eos:
@@ -153,7 +157,7 @@ def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, object]:
         "vocab_size": config.vocab_size,
         "decoder": decoder,
     }
-    search = {"do_sample": False, "max_length": config.n_ctx, "num_beams": 1, "past_present_share_buffer": False}
+    search = {"do_sample": False, "max_length": config.n_ctx, "num_beams": 1, "past_present_share_buffer": in_place}
     return {"model": model, "search": search}
 
 
