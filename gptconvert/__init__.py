@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from gptconvert.inspection import inspect, open_checkpoint
     from gptconvert.model.options import Options
     from gptconvert.pipeline import convert, plan, verify_export
+    from gptconvert.quality import measure_quality
 
-__all__ = ["Options", "convert", "errors", "inspect", "open_checkpoint", "plan", "verify_export"]
+__all__ = ["Options", "convert", "errors", "inspect", "measure_quality", "open_checkpoint", "plan", "verify_export"]
 
 _MODULES = {
     "Options": "gptconvert.model.options",
     "convert": "gptconvert.pipeline",
     "inspect": "gptconvert.inspection",
+    "measure_quality": "gptconvert.quality",
     "open_checkpoint": "gptconvert.inspection",
     "plan": "gptconvert.pipeline",
     "verify_export": "gptconvert.pipeline",

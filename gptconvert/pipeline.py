@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptconvert.containers.untrusted import boundary, read_small
+from gptconvert.containers.untrusted import boundary
 from gptconvert.errors import InputError, UnsupportedError, VerificationError
 from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.inspection import open_checkpoint
@@ -35,6 +35,7 @@ from gptconvert.publish.replaceable import deletion_notes
 from gptconvert.publish.source_scan import sha256_of
 from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
+from gptconvert.quality import evaluation_of
 from gptconvert.sources.detect import FORMATS
 from gptconvert.targets.package.model_card import CARD_FILE, model_card
 from gptconvert.targets.package.sidecars import sidecar_files, with_special_ids
@@ -43,7 +44,6 @@ from gptconvert.targets.registry import TARGETS, target_named, targets_for
 from gptconvert.targets.target import CardFacts
 
 if TYPE_CHECKING:
-    from gptconvert.verify.evaluation import Evaluation
     from gptconvert.verify.report import Report
 
 
@@ -309,33 +309,6 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
         error.report = report.as_dict()
         raise error
     return report
-
-
-def evaluation_of(checkpoint: Checkpoint, options: Options, package: Sequence[PlannedFile] = ()) -> Evaluation:
-    """What lossy exports of a checkpoint are measured on.
-
-    Args:
-        checkpoint: the source.
-        options: the options of the conversion.
-        package: the planned files, one of which may be tokenizer.json; if none, it is made here.
-
-    Raises:
-        InputError: the text file cannot be read, is empty, too large or not UTF-8.
-    """
-    from gptconvert.verify.evaluation import MAX_TEXT, Evaluation
-
-    tokenizer = {file.path: file.head for file in package} or tokenizer_files(checkpoint)[0]
-    path, text = options.eval_text, None
-    if path is not None:
-        try:
-            text = read_small(path, MAX_TEXT, "a text to measure quality on").decode()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                "the text is not UTF-8", path=path, found=str(error), hint="convert it: iconv -f latin1 -t utf-8"
-            ) from None
-        if not text.strip():
-            raise InputError("the text is empty", path=path)
-    return Evaluation(checkpoint, tokenizer.get("tokenizer.json"), text, path, options.max_kl)
 
 
 def _describe(planned: Plan, written: Written, directory: str, report: Report | None) -> list[WrittenFile]:

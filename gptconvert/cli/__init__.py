@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "convert": ("convert", "Convert any supported checkpoint; the format is detected."),
     "inspect": ("inspect", "Show configuration and tensors; reads headers only."),
     "verify": ("verify", "Check an existing export against its checkpoint."),
+    "quality": ("quality", "Measure what an export loses against its checkpoint."),
     "generate": ("generate", "Continue a text with an exported model."),
     "formats": ("formats", "List the supported formats, models and targets."),
 }

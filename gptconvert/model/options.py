@@ -59,7 +59,8 @@ class Options:
         kv_cache: whether the ONNX graph takes and returns cached keys and values; None: if it is a language model.
         position_ids: whether the ONNX graph takes ``position_ids`` for every task (a language model always does);
             otherwise its positions count slots, padding included.
-        single_file: whether ONNX weights are stored inside the graph file; None: those of quantised graphs up to 512 MiB.
+        single_file: whether ONNX weights are stored inside the graph file; None: those of quantised graphs up to
+            512 MiB.
         quantize: quantised ONNX graphs to write: ``q8``, ``q4``, ``q4:plain``.
         no_base: write the quantised graphs only.
         last_token: write a graph beside each that computes the logits of each row's last token only.
@@ -324,7 +325,8 @@ class Options:
         "--accuracy-level",
         "output",
         "ONNX",
-        "Multiply quantised weights at this level: 4 rounds activations to 8 bits, 1 does not, 0 is the runtime's choice.",
+        "Multiply quantised weights at this level: 4 rounds activations to 8 bits, 1 does not, 0 is the runtime's "
+        "choice.",
         metavar="N",
         choices=(0, 1, 4),
         targets=_ONNX,

@@ -1,7 +1,7 @@
 """The text that quality is measured on, and what the source model computes on it. Shared by all lossy exports.
 
-Two kinds of text: prose that the model did not write (by default, the language reference that is part of CPython), and
-tokens sampled from the source model, which are typical for it whatever it was trained on.
+Two kinds of text: prose that the model did not write (by default, the language reference that is part of CPython),
+and tokens sampled from the source model, which are typical for it whatever it was trained on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gptconvert.verify.truth import PrecisionPass, TruthPass, tensor_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Windows of prose, tokens in each, rows of sampled text, and tokens in each. A large model gets a quarter of the rows.
+#: Windows of prose, tokens in each, rows of sampled text, and tokens in each. A large model gets a quarter of them.
 PROSE_WINDOWS, PROSE_TOKENS, SAMPLED_ROWS, SAMPLED_TOKENS = 6, 256, 8, 64
 #: Text is sampled only if at most this many bytes of weights must be computed instead of mapped from the source.
 MOST_COMPUTED = 600 << 20

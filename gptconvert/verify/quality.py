@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gptconvert.errors import UnsupportedError
 from gptconvert.model.tensors import CHUNK_BYTES, Array, LazyTensor
 from gptconvert.verify.evaluation import MEASURED_TASKS, Evaluation
 from gptconvert.verify.probes import Probe
@@ -81,20 +82,27 @@ class Quality:
         }
 
     def lines(self) -> list[str]:
-        """Two lines of a table."""
+        """Lines of a table."""
         limit = "" if self.limit is None else f" (limit {self.limit:g})"
         perplexity = "" if self.perplexity is None else ", perplexity {:.4g} → {:.4g}".format(*self.perplexity)
-        lines = [
-            f"  quality: mean KL {self.kl_mean:.2g}{limit}, 99.9 % {self.kl_high:.2g}, largest {self.kl_max:.2g}"
-            f"{'' if self.ok else '  FAIL'}",
-            f"    top-1 {self.top1:.1%}, within top-5 {self.top5:.1%}{perplexity}; {self.tokens} tokens: {self.about}",
-        ]
+        divergence = f"mean KL {self.kl_mean:.2g}{limit}, 99.9 % {self.kl_high:.2g}, largest {self.kl_max:.2g}"
+        agreement = f"top-1 {self.top1:.1%}, within top-5 {self.top5:.1%}{perplexity}"
+        lines = [f"  quality: {divergence}{'' if self.ok else '  FAIL'}", f"    {agreement}"]
+        lines.append(f"    on {self.tokens} tokens: {self.about}")
         return lines + [f"    {name}: error {error:.2%} of its rms" for name, error in self.worst]
 
 
 def measurable(task: str) -> bool:
     """Whether a task's output is a distribution that can be compared."""
     return task in MEASURED_TASKS
+
+
+def require_measurable(task: str) -> None:
+    """Raise UnsupportedError unless a task's output can be compared."""
+    if not measurable(task):
+        raise UnsupportedError(
+            f"the quality of {task} is not measured", expected=" or ".join(MEASURED_TASKS), found=task
+        )
 
 
 def measure(

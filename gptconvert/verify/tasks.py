@@ -36,8 +36,9 @@ def is_pooled(config: GPTConfig, output: str) -> bool:
 def pooled_tokens(config: GPTConfig, probe: Probe) -> Integers:
     """Index [B], among the S new tokens, of the token that each row's pooled output is taken from.
 
-    In multiple choice the caller chooses it, here the last real token, which ``last_token`` returns too. Classification takes the last token that does
-    not have the padding id, which probes have at padding and nowhere else: the very last one if no token has that id.
+    In multiple choice the caller chooses it, here the last real token, which ``last_token`` returns too.
+    Classification takes the last token that does not have the padding id, which probes have at padding and nowhere
+    else: the very last one if no token has that id.
     """
     new_tokens = probe.input_ids.shape[1]
     if config.task == "text-classification":

@@ -1,4 +1,4 @@
-"""Block quantisation: onnxruntime's own quantiser as witness, bounds on the error, and independence of the reading."""
+"""Block quantisation: onnxruntime's own quantiser as witness, bounds on the error, any order of reading."""
 
 from __future__ import annotations
 

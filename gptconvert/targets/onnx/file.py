@@ -73,6 +73,11 @@ class OnnxFile:
         return [_lazy(self.path, tensor)] if _whole_bytes(tensor) else []
 
     @property
+    def size(self) -> int:
+        """Bytes of the graph and its weights."""
+        return self.graph_bytes + sum(_nbytes(tensor) for tensor in self.model.graph.initializer)
+
+    @property
     def graph_bytes(self) -> int:
         """Bytes of the file without its initializers."""
         return int(self.model.ByteSize() - sum(len(tensor.raw_data) for tensor in self.model.graph.initializer))

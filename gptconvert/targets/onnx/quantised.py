@@ -7,16 +7,21 @@ runs the same bytes without that attribute; rule 3 judges the graph as it is shi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from gptconvert.errors import InputError
 from gptconvert.model.blocks import CODES, SCALES, Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import QUANTISED, quantised
 from gptconvert.model.options import DEFAULTS, INFO
-from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.plan import BLOCK_KEY, QUANTIZE_KEY
+from gptconvert.targets.onnx.runner import OnnxRunner, bind
+from gptconvert.verify.evaluation import Evaluation
+from gptconvert.verify.probes import Probe
+from gptconvert.verify.quality import Quality, measure
+from gptconvert.verify.run_probes import feeds_of
 
 
 def recorded(file: OnnxFile) -> Mapping[str, str]:
@@ -82,3 +87,32 @@ def with_float_activations(file: OnnxFile) -> OnnxFile:
         for index in reversed([i for i, a in enumerate(node.attribute) if a.name == "accuracy_level"]):
             del node.attribute[index]
     return dataclasses.replace(file, model=model, altered=True)
+
+
+def measured(
+    file: OnnxFile,
+    checkpoint: Checkpoint,
+    evaluation: Evaluation,
+    advance: Callable[[int], None] | None = None,
+    *,
+    runner: type[OnnxRunner] = OnnxRunner,
+) -> Quality:
+    """Rule 3 on a graph as it is shipped.
+
+    Args:
+        file: the checked file, of any origin.
+        checkpoint: with the weights as stored, or the source.
+        evaluation: what to measure on.
+        advance: called with 1 after each window.
+        runner: runs the graph.
+    """
+    config = checkpoint.config
+    tokens = max(window.input_ids.size for window in evaluation.windows)
+    session = runner(file, bind(file, config), config, prepack=True, tokens=tokens)
+
+    def run(window: Probe) -> Array:
+        return session.run(feeds_of(window, config), False).named["logits"]
+
+    decoded = as_found(checkpoint, file.initializers).weights
+    lossy = {name: weight for name, weight in decoded.items() if isinstance(weight, Quantised)}
+    return measure(evaluation, run, max_kl_of(file), lossy, advance)

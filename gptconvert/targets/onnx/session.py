@@ -74,7 +74,7 @@ class BufferedSession:
     """
 
     def __init__(self, session: Any, buffers: Sequence[tuple[str, str]]) -> None:
-        self.session, self.buffers = session, {past: present for past, present in buffers}
+        self.session, self.buffers = session, dict(buffers)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         """As InferenceSession.run."""

@@ -12,7 +12,7 @@ from gptconvert.model.blocks import Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
-from gptconvert.model.tensors import Array, LazyTensor
+from gptconvert.model.tensors import LazyTensor
 from gptconvert.publish.source_reader import StoppedError
 from gptconvert.targets.onnx.contract import check_contract
 from gptconvert.targets.onnx.file import OnnxFile, open_onnx
@@ -20,7 +20,7 @@ from gptconvert.targets.onnx.foreign import pair_up, unplanned, used_tensors
 from gptconvert.targets.onnx.localise import first_bad_block
 from gptconvert.targets.onnx.own_graph import graph_differences, version_note
 from gptconvert.targets.onnx.plan import NAME
-from gptconvert.targets.onnx.quantised import as_found, by_recipe, max_kl_of, with_float_activations
+from gptconvert.targets.onnx.quantised import as_found, by_recipe, measured, with_float_activations
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
 from gptconvert.targets.rotary import rotary_tables
 from gptconvert.targets.target import Candidate
@@ -30,9 +30,9 @@ from gptconvert.verify.evaluation import Evaluation
 from gptconvert.verify.foreign import as_stored
 from gptconvert.verify.outputs import Group, judge
 from gptconvert.verify.probes import Probe, make_probes, waves
-from gptconvert.verify.quality import measurable, measure
+from gptconvert.verify.quality import measurable
 from gptconvert.verify.report import ArtifactReport, RunReport
-from gptconvert.verify.run_probes import feeds_of, run_probes
+from gptconvert.verify.run_probes import run_probes
 from gptconvert.verify.runners import available_memory
 from gptconvert.verify.truth import Truth, TruthPass
 from gptconvert.verify.weights import Pair, WeightReport, compare, in_one_piece, pairs_of
@@ -124,16 +124,9 @@ class OnnxVerifier:
             report.notes.append(f"{report.path}: quality is not measured for {checkpoint.config.task}")
             return
         stage("running the source model", 0)
-        windows = evaluation.source.truth.pack.rows
-        advance = stage("measuring the quality", len(windows))
-        session = self.runner(file, bind(file, checkpoint.config), checkpoint.config, prepack=True)
-
-        def run(window: Probe) -> Array:
-            return session.run(feeds_of(window, checkpoint.config), False).named["logits"]
-
-        decoded = as_found(checkpoint, file.initializers).weights
-        lossy = {name: weight for name, weight in decoded.items() if isinstance(weight, Quantised)}
-        report.quality = measure(evaluation, run, max_kl_of(file), lossy, advance)
+        evaluation.source  # noqa: B018 - computed here, in a stage of its own
+        advance = stage("measuring the quality", len(evaluation.windows))
+        report.quality = measured(file, checkpoint, evaluation, advance, runner=self.runner)
 
 
 verify = OnnxVerifier()

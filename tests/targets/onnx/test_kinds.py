@@ -107,7 +107,7 @@ def test_planted_bugs_fail(kind: str, bug: Callable[[Any], None], tmp_path: Path
     ids=str,
 )
 def test_contradictions(options: Any, config: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="contradicts|has no effect"):
+    with pytest.raises(UsageError, match=r"contradicts|has no effect"):
         plan(tiny(tmp_path, **config), Options(**options))
 
 
