@@ -83,7 +83,7 @@ class BlockFormat:
 
     def pack(self, codes: Codes) -> Codes:
         """[n, blocks, block] → [n, blocks, bytes]."""
-        return codes if self.bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
+        return codes if self.bits == 8 else np.bitwise_or(codes[..., ::2], codes[..., 1::2] << 4, dtype=np.uint8)
 
     def unpack(self, packed: Codes) -> Codes:
         """[n, blocks, bytes] → [n, blocks, block]."""
@@ -201,7 +201,7 @@ class _Scales(LazyTensor):
             kept = [self._kept.pop(row, None) for row in range(rows.start, rows.stop)]
         found = [scales for scales in kept if scales is not None]
         if len(found) == len(kept) and kept:
-            scales = np.stack(found)
+            scales: Array = np.stack(found)
         else:
             scales = _by_slabs(self.weight, rows, lambda start, values: self._computed(self._blocks(values)))
         return scales if box is None else scales[:, box[1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ class OptionInfo:
             if value not in self.choices:
                 raise ValueError(f"one of {', '.join(map(str, self.choices))}")
             return value
-        kinds = {"N": int, "SIZE": int, "X": float}
+        kinds: Mapping[str, type] = {"N": int, "SIZE": int, "X": float}
         kind = bool if self.is_flag else kinds.get(self.metavar or "", str)
         if isinstance(default, tuple):
             if not isinstance(value, tuple | list) or not all(isinstance(each, str) and each for each in value):
@@ -85,8 +86,8 @@ class OptionInfo:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
-            raise ValueError(kinds[kind])
+            words = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+            raise ValueError(words[kind])
         if value == "" and self.flag != "--scope":  # names without a prefix
             raise ValueError("text that is not empty")
         if isinstance(value, int | float) and not value >= self.minimum:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gptconvert.errors import InputError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.verify.probes import USUAL, Integers, Probe, usual_amount
 from gptconvert.verify.truth import PrecisionPass, TruthPass, tensor_of
+from reference_model.config import GPTConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,7 @@ class Evaluation:
         return SourceModel(self.checkpoint, self.windows)
 
     @property
-    def _config(self) -> Any:
+    def _config(self) -> GPTConfig:
         return self.checkpoint.config
 
     @property

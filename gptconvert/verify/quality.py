@@ -197,6 +197,6 @@ def _relative_error(exact: LazyTensor, rounded: LazyTensor) -> float:
     for start in range(0, exact.shape[0], step):
         box = (slice(start, min(start + step, exact.shape[0])), *(slice(0, n) for n in exact.shape[1:]))
         wide = exact.read(box).astype(np.float64)
-        error += float(((rounded.read(box) - wide) ** 2).sum())
+        error += float(((rounded.read(box).astype(np.float64) - wide) ** 2).sum())
         size += float((wide**2).sum())
     return math.sqrt(error / size) if size else 0.0

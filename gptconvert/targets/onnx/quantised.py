@@ -52,7 +52,7 @@ def by_recipe(checkpoint: Checkpoint, file: OnnxFile) -> Checkpoint | None:
 
 def max_kl_of(file: OnnxFile) -> float | None:
     """The default limit of the mean KL divergence; None for graphs of others."""
-    name = recorded(file).get(QUANTIZE_KEY)
+    name = recorded(file).get(QUANTIZE_KEY, "")
     return QUANTISED[name].max_kl if name in QUANTISED else None
 
 
