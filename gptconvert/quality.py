@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptconvert.containers.untrusted import read_small
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError
 from gptconvert.inspection import open_checkpoint
 from gptconvert.model.checkpoint import Checkpoint
@@ -106,17 +105,9 @@ def evaluation_of(checkpoint: Checkpoint, options: Options, package: Sequence[Pl
     Raises:
         InputError: the text file cannot be read, is empty, too large or not UTF-8.
     """
-    from gptconvert.verify.evaluation import MAX_TEXT, Evaluation
+    from gptconvert.verify.evaluation import Evaluation, read_text
 
     tokenizer = {file.path: file.head for file in package} or tokenizer_files(checkpoint)[0]
-    path, text = options.eval_text, None
-    if path is not None:
-        try:
-            text = read_small(path, MAX_TEXT, "a text to measure quality on").decode()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                "the text is not UTF-8", path=path, found=str(error), hint="convert it: iconv -f latin1 -t utf-8"
-            ) from None
-        if not text.strip():
-            raise InputError("the text is empty", path=path)
+    path = options.eval_text
+    text = None if path is None else read_text(path)
     return Evaluation(checkpoint, tokenizer.get("tokenizer.json"), text, path, options.max_kl)

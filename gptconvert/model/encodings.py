@@ -7,13 +7,13 @@ the decoded weights. A new storage type takes one encoding, and one line in :dat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from gptconvert.model.blocks import BlockEncoding, BlockFormat, Quantised
+from gptconvert.model.blocks import CODES, BlockEncoding, BlockFormat, Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import LazyTensor, Shape
@@ -109,24 +109,33 @@ QUANTISED: Mapping[str, Quantisation] = {
 }
 
 
-def encoded(checkpoint: Checkpoint, encoding: Callable[[str], Encoding | None]) -> Checkpoint:
-    """The checkpoint with its weights as stored; weights without an encoding stay unchanged."""
+class Calibrator(Protocol):
+    """Chooses the 4-bit codes of a model."""
+
+    def codes(self, name: str, encoding: BlockEncoding) -> LazyTensor:
+        """The packed codes of a weight for the scales of ``encoding``."""
+        ...
+
+
+def quantised(
+    checkpoint: Checkpoint, recipe: Quantisation, block: int, calibrator: Calibrator | None = None
+) -> Checkpoint:
+    """The checkpoint with its matrices in blocks of ``block`` elements, and all other weights in float32.
+
+    ``calibrator`` chooses the 4-bit codes; by default, each is the nearest.
+    """
 
     def stored(name: str, weight: LazyTensor) -> LazyTensor:
-        chosen = encoding(name)
-        return weight if chosen is None else chosen.decode(chosen.encode(weight), weight.shape)
+        encoding = recipe.encoding(checkpoint.config, name, block)
+        if encoding is None:
+            return cast(weight, np.dtype(np.float32))
+        parts = encoding.encode(weight)
+        if calibrator is not None and encoding.format.bits < 8:
+            parts = {**parts, CODES: calibrator.codes(name, encoding)}
+        return encoding.decode(parts, weight.shape)
 
     weights = {name: stored(name, weight) for name, weight in checkpoint.weights.items()}
     return dataclasses.replace(checkpoint, weights=weights)
-
-
-def quantised(checkpoint: Checkpoint, recipe: Quantisation, block: int) -> Checkpoint:
-    """The checkpoint with its matrices in blocks of ``block`` elements, and all other weights in float32."""
-
-    def encoding(name: str) -> Any:  # mypy joins Quantised and LazyTensor to object
-        return recipe.encoding(checkpoint.config, name, block) or CASTS["fp32"]
-
-    return encoded(checkpoint, encoding)
 
 
 def stored_tensors(checkpoint: Checkpoint) -> Iterator[LazyTensor]:
@@ -137,4 +146,10 @@ def stored_tensors(checkpoint: Checkpoint) -> Iterator[LazyTensor]:
 
 def cast_to(checkpoint: Checkpoint, name: str | None) -> Checkpoint:
     """The checkpoint with its weights in the type ``name`` of :data:`CASTS`; None keeps them unchanged."""
-    return checkpoint if name is None else encoded(checkpoint, lambda _: CASTS[name])
+    if name is None:
+        return checkpoint
+    weights = {
+        key: CASTS[name].decode(CASTS[name].encode(weight), weight.shape)
+        for key, weight in checkpoint.weights.items()
+    }
+    return dataclasses.replace(checkpoint, weights=weights)

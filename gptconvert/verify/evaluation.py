@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gptconvert.containers.untrusted import read_small
 from gptconvert.errors import InputError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.verify.probes import USUAL, Integers, Probe, usual_amount
@@ -22,8 +23,6 @@ from reference_model.config import GPTConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Windows of prose, tokens in each, rows of sampled text, and tokens in each. A large model gets a quarter of them.
-PROSE_WINDOWS, PROSE_TOKENS, SAMPLED_ROWS, SAMPLED_TOKENS = 6, 256, 8, 64
 #: Text is sampled only if at most this many bytes of weights must be computed instead of mapped from the source.
 MOST_COMPUTED = 600 << 20
 #: Largest text file.
@@ -34,11 +33,45 @@ MEASURED_TASKS = ("text-generation", "text-classification", "token-classificatio
 SEED = 0
 
 
+@dataclass(frozen=True)
+class Amount:
+    """How much text. A large model gets a quarter of the windows and rows.
+
+    Attributes:
+        prose_windows: windows of prose.
+        prose_tokens: tokens in each.
+        sampled_rows: rows of sampled text.
+        sampled_tokens: tokens in each.
+    """
+
+    prose_windows: int = 6
+    prose_tokens: int = 256
+    sampled_rows: int = 8
+    sampled_tokens: int = 64
+
+
 def reference_text() -> str:
     """The language reference in CPython's help topics: English prose with code, about 465 kB."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: str) -> str:
+    """A text file.
+
+    Raises:
+        InputError: it cannot be read, is empty, too large or not UTF-8.
+    """
+    try:
+        text = read_small(path, MAX_TEXT, "a text").decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "the text is not UTF-8", path=path, found=str(error), hint="convert it: iconv -f latin1 -t utf-8"
+        ) from None
+    if not text.strip():
+        raise InputError("the text is empty", path=path)
+    return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +84,7 @@ class Evaluation:
         text: of a file; None for the language reference.
         path: of that file, for errors.
         max_kl: limit of the mean KL divergence; None for each quantisation's default.
+        amount: how much text.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +92,7 @@ class Evaluation:
     text: str | None = None
     path: str | None = None
     max_kl: float | None = None
+    amount: Amount = Amount()
 
     @functools.cached_property
     def windows(self) -> tuple[Probe, ...]:
@@ -87,7 +122,7 @@ class Evaluation:
 
     @property
     def _length(self) -> int:
-        return min(PROSE_TOKENS, self._config.n_ctx)
+        return min(self.amount.prose_tokens, self._config.n_ctx)
 
     @property
     def _share(self) -> int:
@@ -102,10 +137,13 @@ class Evaluation:
             InputError: the user's text is shorter than one window, or has tokens outside the vocabulary.
             UsageError: there is a text but no tokenizer.
         """
+        if not self.amount.prose_windows:
+            return []
         if self.tokenizer is None:
             if self.text is not None:
                 raise UsageError(
-                    "--eval-text cannot be tokenized, because the checkpoint has no tokenizer", hint="drop the option"
+                    f"{self.path} cannot be tokenized, because the checkpoint has no tokenizer",
+                    hint="drop the option",
                 )
             return []
         from tokenizers import Tokenizer
@@ -119,7 +157,7 @@ class Evaluation:
                 expected=f"at least {self._length} tokens",
                 found=f"{len(ids)} tokens",
             )
-        count = max(1, min(PROSE_WINDOWS // self._share, len(ids) // self._length))
+        count = max(1, min(self.amount.prose_windows // self._share, len(ids) // self._length))
         starts = np.linspace(0, max(0, len(ids) - self._length), count).astype(int)
         windows = [ids[start : start + self._length] for start in starts]
         return [w for w in windows if len(w) and w.max() < self._config.vocab_size]
@@ -127,14 +165,21 @@ class Evaluation:
     @functools.cache  # noqa: B019
     def _sampled(self) -> Sequence[Integers]:
         """Token sequences drawn from the source model [rows, tokens]; none for other tasks."""
+        if not self.amount.sampled_rows:
+            return []
         if self._config.task != "text-generation" or _computed_bytes(self.checkpoint) > MOST_COMPUTED:
             return []
         first = self.checkpoint.special_ids.bos
         stops = self.checkpoint.special_ids.eos
         start = first if first is not None else stops[0] if stops else 0
-        rows = max(1, SAMPLED_ROWS // self._share)
+        rows = max(1, self.amount.sampled_rows // self._share)
         return list(
-            sample(self.checkpoint, min(start, self._config.vocab_size - 1), rows, min(SAMPLED_TOKENS, self._length))
+            sample(
+                self.checkpoint,
+                min(start, self._config.vocab_size - 1),
+                rows,
+                min(self.amount.sampled_tokens, self._config.n_ctx),
+            )
         )
 
 

@@ -266,6 +266,7 @@ class TruthPass:
             with torch.device("meta"):
                 block = Block(self.config, i)
             pass_.fill(block, stored, self.config, prefix)
+            self._prepare(block, i)
             block.attn.attend = self._in_parts(seen, self._caches(pass_, i))
             out, present = block(x, seen[0], self._angles(pass_))
             outs.append(pass_.rounded(out))
@@ -278,6 +279,9 @@ class TruthPass:
         if i % TRIM_BLOCKS == 0:
             _trim_heap()
         return outs
+
+    def _prepare(self, block: nn.Module, i: int) -> None:
+        """Called with every block before it runs."""
 
     def _angles(self, pass_: PrecisionPass) -> KeyValue | None:
         """Rotary angles, [1, 1, N, dim] each; None if positions are not rotary."""

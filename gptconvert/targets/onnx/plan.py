@@ -15,10 +15,11 @@ import numpy as np
 from gptconvert.containers.protobuf import varint
 from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.encodings import QUANTISED, cast_to, quantised, stored_tensors
+from gptconvert.model.encodings import QUANTISED, Calibrator, cast_to, quantised, stored_tensors
 from gptconvert.model.export import Export, Placed, PlannedFile, place
 from gptconvert.model.options import INFO, Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
+from gptconvert.targets.package.tokenizer import tokenizer_files
 from gptconvert.version import __version__
 from reference_model.config import CACHED_TASKS, INPUTS, GPTConfig
 
@@ -38,6 +39,7 @@ KINDS = ("last_token", "in_place")
 HEAD_MULTIPLE = 8
 #: Keys of the metadata of a quantised graph.
 QUANTIZE_KEY, BLOCK_KEY = "gptconvert.quantize", "gptconvert.block_size"
+CALIBRATED_KEY = "gptconvert.calibrated"
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,45 @@ def graphs_of(checkpoint: Checkpoint, options: Options) -> list[Graph]:
     _check_kinds(checkpoint.config, kinds, options)
     base = cast_to(checkpoint, options.dtype)
     graphs = [] if options.no_base else [Graph(variant_of(options), base, bool(options.single_file))]
+    calibrator = _calibrator(checkpoint, options)
     for name in dict.fromkeys(options.quantize):
-        stored = quantised(checkpoint, QUANTISED[name], options.block_size)
+        stored = quantised(checkpoint, QUANTISED[name], options.block_size, calibrator)
         single = options.single_file
         if single is None:  # graphs that share weights need them in a file of their own
             single = not kinds and sum(part.nbytes for part in stored_tensors(stored)) <= ALONE_BYTES
         metadata = {QUANTIZE_KEY: name, BLOCK_KEY: str(options.block_size)}
+        if calibrator is not None and QUANTISED[name].bits < 8:
+            metadata[CALIBRATED_KEY] = "self" if options.calibrate == "self" else "text"
         graphs.append(Graph(QUANTISED[name].variant, stored, single, metadata))
     _check_graphs(graphs, options)
     return [replace(graph, kind=kind) for graph in graphs for kind in ("", *kinds)]
+
+
+def _calibrator(checkpoint: Checkpoint, options: Options) -> Calibrator | None:
+    """What chooses the 4-bit codes; None if each is the nearest. Reads the text but no weight.
+
+    Raises:
+        UsageError: no 4-bit graph is written, or the task or checkpoint does not fit the text.
+        InputError: the text cannot be read.
+    """
+    if options.calibrate is None:
+        return None
+    if not any(QUANTISED[name].bits < 8 for name in options.quantize):
+        raise UsageError("--calibrate has no effect without --quantize q4", hint="add it, or drop the option")
+    from gptconvert.targets.onnx.calibration import Calibration
+    from gptconvert.verify.evaluation import Amount, Evaluation, read_text
+
+    if options.calibrate == "self":
+        if checkpoint.config.task != "text-generation":
+            raise UsageError(
+                f"--calibrate self needs a language model, not {checkpoint.config.task}", hint="pass a text file"
+            )
+        evaluation = Evaluation(checkpoint, None, amount=Amount(0, 0, sampled_rows=32, sampled_tokens=128))
+    else:
+        tokenizer = tokenizer_files(checkpoint)[0].get("tokenizer.json")
+        text = read_text(options.calibrate)
+        evaluation = Evaluation(checkpoint, tokenizer, text, options.calibrate, amount=Amount(16, 256, 0, 0))
+    return Calibration(checkpoint, evaluation)
 
 
 def _check_kinds(config: GPTConfig, kinds: Sequence[str], options: Options) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from gptconvert.errors import InputError
-from gptconvert.model.blocks import CODES, SCALES, Quantised
+from gptconvert.model.blocks import CODES, SCALES, BlockEncoding, Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import QUANTISED, quantised
 from gptconvert.model.options import DEFAULTS, INFO
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.targets.onnx.file import OnnxFile
-from gptconvert.targets.onnx.plan import BLOCK_KEY, QUANTIZE_KEY
+from gptconvert.targets.onnx.plan import BLOCK_KEY, CALIBRATED_KEY, QUANTIZE_KEY
 from gptconvert.targets.onnx.runner import OnnxRunner, bind
 from gptconvert.verify.evaluation import Evaluation
 from gptconvert.verify.probes import Probe
@@ -47,7 +48,31 @@ def by_recipe(checkpoint: Checkpoint, file: OnnxFile) -> Checkpoint | None:
             expected=f"one of {', '.join(QUANTISED)}, in blocks of {', '.join(map(str, INFO['block_size'].choices))}",
             found=f"{name}, in blocks of {block}"[:80],
         )
-    return quantised(checkpoint, QUANTISED[name], int(block))
+    calibrator = _Found(file.initializers) if CALIBRATED_KEY in metadata else None
+    return quantised(checkpoint, QUANTISED[name], int(block), calibrator)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Calibrated codes, which only the text could reproduce: those of the file itself."""
+
+    initializers: Mapping[str, LazyTensor]
+
+    def codes(self, name: str, encoding: BlockEncoding) -> LazyTensor:
+        stored = f"{name}.{CODES}"
+        if stored not in self.initializers:
+            raise InputError("codes are missing", item=stored)
+        return self.initializers[stored]
+
+
+def calibration_note(file: OnnxFile, shown_as: str) -> list[str]:
+    """A note if codes were not compared with the checkpoint."""
+    if CALIBRATED_KEY not in recorded(file):
+        return []
+    return [
+        f"{shown_as}: its 4-bit codes were calibrated on a text, so they were not compared with the checkpoint's "
+        "weights; SHA256SUMS and the quality show changes"
+    ]
 
 
 def max_kl_of(file: OnnxFile) -> float | None:

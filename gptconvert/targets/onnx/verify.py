@@ -20,7 +20,7 @@ from gptconvert.targets.onnx.foreign import pair_up, unplanned, used_tensors
 from gptconvert.targets.onnx.localise import first_bad_block
 from gptconvert.targets.onnx.own_graph import graph_differences, version_note
 from gptconvert.targets.onnx.plan import NAME
-from gptconvert.targets.onnx.quantised import as_found, by_recipe, measured, with_float_activations
+from gptconvert.targets.onnx.quantised import as_found, by_recipe, calibration_note, measured, with_float_activations
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
 from gptconvert.targets.rotary import rotary_tables
 from gptconvert.targets.target import Candidate
@@ -89,8 +89,9 @@ class OnnxVerifier:
         if quantised and report.ok and candidate.evaluation is not None and not shares:
             self._measure(report, file, checkpoint, candidate.evaluation, stage)
         if file.is_own and not candidate.export:
-            report.notes = version_note(file, candidate.shown_as)
-            report.problems += [] if report.notes else graph_differences(file, checkpoint)
+            report.notes = [*version_note(file, candidate.shown_as), *calibration_note(file, candidate.shown_as)]
+            older = bool(version_note(file, candidate.shown_as))
+            report.problems += [] if older else graph_differences(file, checkpoint)
         return report
 
     def _run(
