@@ -63,8 +63,8 @@ class Options:
             512 MiB.
         quantize: quantised ONNX graphs to write: ``q8``, ``q4``, ``q4:plain``.
         no_base: write the quantised graphs only.
-        calibrate: text that chooses the 4-bit codes (GPTQ): a UTF-8 file, or ``self`` for text sampled from the model;
-            None: each code is the nearest.
+        calibrate: text that chooses the 4-bit codes (GPTQ): a UTF-8 file, or ``self`` for text sampled from the
+            model; None: each code is the nearest.
         last_token: write a graph beside each that computes the logits of each row's last token only.
         in_place: write a graph beside each that writes keys and values into a buffer of the caller's.
         block_size: elements of a row that share a scale in quantised graphs: 16, 32, 64 or 128.

@@ -1,11 +1,12 @@
 """GPTQ: codes chosen so that the errors of a row cancel on text, instead of being nearest one by one.
 
-Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers". The columns of
-a matrix are rounded in order; the error of each is made up for by the columns after it, weighted by how inputs of this
-layer correlate on the calibration text. Scales stay those of the search, so only the codes depend on the text.
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers". The columns
+of a matrix are rounded in order. The error of each is compensated by the columns after it, weighted by how the inputs
+of the layer correlate on the calibration text. Scales stay those of the search, so only the codes depend on the text.
 
-One block of the model is in memory at a time. The codes go to an unlinked temporary file, from which they are written.
-They are the same in every run on one machine. Another processor may sum in another order, and round a few differently.
+One block of the model is in memory at a time. The codes go to an unlinked temporary file, from which they are
+written. They are the same in every run on one machine. Another processor may sum in another order, and round a few
+differently.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Columns whose errors are applied to the rest of the matrix at once.
 COLUMNS = 128
-#: Added to the diagonal of the correlations, relative to its mean: text shorter than a layer is wide leaves it singular.
+#: Added to the diagonal of the correlations, relative to its mean: they are singular if the text is short.
 DAMPING = 0.01
 
 
@@ -118,7 +119,7 @@ class _Pass(TruthPass):
 
 
 def gptq(values: Array, scales: Array, correlations: Tensor, encoding: BlockEncoding) -> Codes:
-    """Codes [out, blocks, block] of a matrix [out, in], given its scales [out, blocks] and its inputs' correlations."""
+    """Codes [out, blocks, block] of a matrix [out, in] with scales [out, blocks] and input correlations [in, in]."""
     import torch
 
     form = encoding.format

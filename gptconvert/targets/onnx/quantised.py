@@ -69,10 +69,8 @@ def calibration_note(file: OnnxFile, shown_as: str) -> list[str]:
     """A note if codes were not compared with the checkpoint."""
     if CALIBRATED_KEY not in recorded(file):
         return []
-    return [
-        f"{shown_as}: its 4-bit codes were calibrated on a text, so they were not compared with the checkpoint's "
-        "weights; SHA256SUMS and the quality show changes"
-    ]
+    text = "its 4-bit codes were calibrated on a text, so they were not compared with the checkpoint's weights"
+    return [f"{shown_as}: {text}; only its checksum and its quality show a change"]
 
 
 def max_kl_of(file: OnnxFile) -> float | None:
