@@ -148,4 +148,5 @@ def _factor(correlations: Tensor) -> Tensor:
     diagonal = correlations.diagonal()
     damped = correlations.clone()
     damped.diagonal().add_(DAMPING * max(float(diagonal.mean()), float(torch.finfo(torch.float32).tiny)))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor
