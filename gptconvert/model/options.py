@@ -23,6 +23,8 @@ Level = Literal["default", "full"]
 OPSETS = range(17, 22)
 #: Quantised ONNX graphs; ``model.encodings.QUANTISED`` defines them.
 QUANTISED = ("q8", "q4", "q4:plain")
+#: Smaller ONNX graphs: those, and one that computes in float16.
+SMALLER = (*QUANTISED, "fp16")
 #: Largest safetensors file by default, as in huggingface_hub.
 SHARD_BYTES = 5_000_000_000
 
@@ -61,7 +63,7 @@ class Options:
             otherwise its positions count slots, padding included.
         single_file: whether ONNX weights are stored inside the graph file; None: those of quantised graphs up to
             512 MiB.
-        quantize: quantised ONNX graphs to write: ``q8``, ``q4``, ``q4:plain``.
+        quantize: smaller ONNX graphs to write: ``q8``, ``q4``, ``q4:plain``, and ``fp16``, which computes in float16.
         no_base: write the quantised graphs only.
         calibrate: text that chooses the 4-bit codes (GPTQ): a UTF-8 file, or ``self`` for text sampled from the
             model; None: each code is the nearest.
@@ -290,10 +292,10 @@ class Options:
         "--quantize",
         "output",
         "ONNX",
-        f"Write this quantised graph too: {', '.join(QUANTISED)}; repeat for several.",
+        f"Write this smaller graph too: {', '.join(SMALLER)} (which computes in float16); repeat for several.",
         metavar="NAME",
         targets=_ONNX,
-        choices=QUANTISED,
+        choices=SMALLER,
     )
     no_base: bool = option(False, "--no-base", "output", "ONNX", "Write the quantised graphs only.", targets=_ONNX)
     # A path is not recorded, because it is local.

@@ -14,7 +14,6 @@ from gptconvert.targets.layout import as_stored
 Dim = int | str
 #: Domain of the operators that only onnxruntime and OpenVINO define.
 MICROSOFT = "com.microsoft"
-FLOAT32 = np.dtype(np.float32)
 
 
 class Builder:
@@ -34,10 +33,15 @@ class Builder:
         weights: canonical name → weight.
         opset: version of the operators of ai.onnx.
         accuracy_level: of ``MatMulNBits``: 4 rounds activations to 8 bits; 0 leaves the choice to the runtime.
+        half: compute in float16 instead of float32, except where that would overflow or lose too much.
     """
 
-    def __init__(self, weights: Mapping[str, LazyTensor], opset: int, accuracy_level: int = 0) -> None:
-        self.weights, self.opset, self.accuracy_level = weights, opset, accuracy_level
+    def __init__(
+        self, weights: Mapping[str, LazyTensor], opset: int, accuracy_level: int = 0, *, half: bool = False
+    ) -> None:
+        self.weights, self.opset, self.accuracy_level, self.half = weights, opset, accuracy_level, half
+        self.number: np.dtype[np.generic] = np.dtype(np.float16 if half else np.float32)
+        self.float_type = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
         self.parts: dict[str, tuple[str, str]] = {}
         self.stored: dict[str, LazyTensor] = {}
         self.nodes: list[ir.Node] = []
@@ -68,7 +72,7 @@ class Builder:
         """Domain → version of every operator set in use."""
         return {"": self.opset, **({MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self.nodes) else {})}
 
-    def constant(self, value: object, dtype: type[np.generic] = np.int64) -> ir.Value:
+    def constant(self, value: object, dtype: type[np.generic] | np.dtype[np.generic] = np.int64) -> ir.Value:
         """A small constant; equal constants share one initializer."""
         array = np.asarray(value, dtype)
         key = (array.dtype.str, array.tobytes(), array.shape)
@@ -99,16 +103,26 @@ class Builder:
         return weight, codes, scales
 
     def weight(self, name: str) -> ir.Value:
-        """A weight other than a matrix, in float32."""
-        return self.in_float32(name, self.stored_weight(name)[0])
+        """A weight other than a matrix, in the computing type."""
+        return self.typed(name, self.stored_weight(name)[0])
 
-    def in_float32(self, name: str, value: ir.Value) -> ir.Value:
-        """``value`` (the weight ``name`` or rows of it), cast to float32 if stored in another type."""
-        if self.weights[name].dtype == FLOAT32:
+    def wide(self, value: ir.Value) -> ir.Value:
+        """``value`` in float32, from the computing type."""
+        return (
+            self.op("Cast", value, name=f"{value.name}.float32", to=ir.DataType.FLOAT.value) if self.half else value
+        )
+
+    def narrow(self, value: ir.Value, name: str) -> ir.Value:
+        """``value``, in float32, in the computing type; called ``name`` if that is another."""
+        return self.op("Cast", value, name=name, to=self.float_type.value) if self.half else value
+
+    def typed(self, name: str, value: ir.Value) -> ir.Value:
+        """``value`` (the weight ``name`` or rows of it), cast to the computing type if stored in another."""
+        if self.weights[name].dtype == self.number:
             return value
-        wide = f"{value.name}.float32"
+        wide = f"{value.name}.{self.number.name}"
         if wide not in self._values:
-            self._values[wide] = self.op("Cast", value, name=wide, to=ir.DataType.FLOAT.value)
+            self._values[wide] = self.op("Cast", value, name=wide, to=self.float_type.value)
             if value is self._values[name]:
                 self.casts.append(self.nodes.pop())
         return self._values[wide]
@@ -122,7 +136,7 @@ class Builder:
         if (found := self.quantised(matrix_name)) is not None:
             return self._block_linear(x, *found, shift, name)
         matrix, flipped = self.stored_weight(matrix_name)
-        operands = [x, self.in_float32(matrix_name, matrix), *([] if shift is None else [shift])]
+        operands = [x, self.typed(matrix_name, matrix), *([] if shift is None else [shift])]
         return self.op("Gemm", *operands, name=name, transB=int(not flipped))
 
     def _block_linear(

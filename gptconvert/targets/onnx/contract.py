@@ -30,7 +30,7 @@ def check_contract(file: OnnxFile, config: GPTConfig, portable: bool = True) -> 
     if file.model.ir_version > max(IR_VERSIONS.values()):
         problems.append(f"IR version {file.model.ir_version} > {max(IR_VERSIONS.values())}")
     cached = any(name.startswith("past_key_values.") for name in file.inputs())
-    inputs, outputs = expected_tables(config, cached, cached or "position_ids" in file.inputs())
+    inputs, outputs = expected_tables(config, cached, cached or "position_ids" in file.inputs(), half=file.is_half)
     return [
         *problems,
         *_differences("input", inputs, file.inputs()),
@@ -38,14 +38,16 @@ def check_contract(file: OnnxFile, config: GPTConfig, portable: bool = True) -> 
     ]
 
 
-def expected_tables(config: GPTConfig, cached: bool, positions: bool) -> tuple[Table, Table]:
+def expected_tables(config: GPTConfig, cached: bool, positions: bool, *, half: bool = False) -> tuple[Table, Table]:
     """(inputs, outputs): name → (type, shape), in order.
 
     Args:
         config: of the model.
         cached: whether the graph has a cache.
         positions: whether a graph that is not a language model's takes ``position_ids``.
+        half: whether it computes in float16.
     """
+    number = "FLOAT16" if half else "FLOAT"
     batch, total = "batch_size", TOTAL if cached else NEW
     rows: tuple[int | str, ...] = (batch, CHOICES) if config.task == "multiple-choice" else (batch,)
     inputs: Table = {"input_ids": ("INT64", (*rows, NEW)), "attention_mask": ("INT64", (*rows, total))}
@@ -62,11 +64,11 @@ def expected_tables(config: GPTConfig, cached: bool, positions: bool) -> tuple[T
         "multiple-choice": ((*rows, NEW, config.vocab_size), rows),
     }
     named = zip(OUTPUTS[config.task], shapes[config.task], strict=True)
-    outputs: Table = {name: ("FLOAT", shape) for name, shape in named}
+    outputs: Table = {name: (number, shape) for name, shape in named}
     for i in range(config.n_layer if cached else 0):
         for part in ("key", "value"):
-            inputs[f"past_key_values.{i}.{part}"] = ("FLOAT", (batch, config.n_head, PAST, config.head_dim))
-            outputs[f"present.{i}.{part}"] = ("FLOAT", (batch, config.n_head, TOTAL, config.head_dim))
+            inputs[f"past_key_values.{i}.{part}"] = (number, (batch, config.n_head, PAST, config.head_dim))
+            outputs[f"present.{i}.{part}"] = (number, (batch, config.n_head, TOTAL, config.head_dim))
     return inputs, outputs
 
 

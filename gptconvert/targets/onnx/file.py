@@ -58,6 +58,14 @@ class OnnxFile:
         return any(node.op_type == "GroupQueryAttention" for node in self.model.graph.node)
 
     @property
+    def is_half(self) -> bool:
+        """Whether its outputs are float16."""
+        import onnx
+
+        half = onnx.TensorProto.FLOAT16
+        return any(output.type.tensor_type.elem_type == half for output in self.model.graph.output)
+
+    @property
     def is_last_token(self) -> bool:
         """Whether it computes the logits of each row's last token only."""
         dims = [d for o in self.model.graph.output if o.name == "logits" for d in o.type.tensor_type.shape.dim]

@@ -93,7 +93,7 @@ def rotary_angles(b: Builder, rotary: Rotary, position_ids: ir.Value) -> KeyValu
     angle = looked_up[0]
     for place, digit_angle in enumerate(looked_up[1:], 1):
         angle = angle_sum(b, angle, digit_angle, f"rotary.{place}.sum")  # (B, S, 1, width) each
-    return angle
+    return b.narrow(angle[0], "rotary.cos"), b.narrow(angle[1], "rotary.sin")
 
 
 def angle_sum(b: Builder, x: KeyValue, y: KeyValue, name: str) -> KeyValue:
@@ -178,11 +178,15 @@ def attention(
         k = b.op("Concat", past[0], k, name=f"present.{i}.key", axis=2)  # (B, H, T, hd)
         v = b.op("Concat", past[1], v, name=f"present.{i}.value", axis=2)  # (B, H, T, hd)
     if config.attn_scale[i] != 1.0:
-        q = b.op("Mul", q, b.constant(config.attn_scale[i], np.float32), name=f"{name}.q_scaled")
+        q = b.op("Mul", q, b.constant(config.attn_scale[i], b.number), name=f"{name}.q_scaled")
     flipped = b.op("Transpose", k, name=f"{name}.k_flipped", perm=[0, 1, 3, 2])  # (B, H, hd, T)
-    scores = b.op("MatMul", q, flipped, name=f"{name}.scores")  # (B, H, S, T)
+    if config.attn_scale[i] == 1.0:  # unscaled scores overflow float16
+        scores = b.op("MatMul", b.wide(q), b.wide(flipped), name=f"{name}.scores")  # (B, H, S, T)
+    else:
+        scores = b.wide(b.op("MatMul", q, flipped, name=f"{name}.scores"))  # (B, H, S, T)
     scores = b.op("Add", scores, once.bias[config.attn_window[i]], name=f"{name}.masked")  # (B, H, S, T)
     weights = b.op("Softmax", scores, name=f"{name}.weights", axis=-1)  # (B, H, S, T)
+    weights = b.narrow(weights, f"{name}.weights.float16")  # (B, H, S, T)
     mixed = b.op("MatMul", weights, v, name=f"{name}.mixed")  # (B, H, S, hd)
     mixed = b.op("Transpose", mixed, name=f"{name}.mixed_heads", perm=[0, 2, 1, 3])  # (B, S, H, hd)
     mixed = b.op("Reshape", mixed, b.constant([-1, width]), name=f"{name}.mixed_2d")  # (N, D)
@@ -232,7 +236,8 @@ def mlp(b: Builder, config: GPTConfig, i: int, x: ir.Value) -> ir.Value:
     """[N, D] → [N, D]."""
     name = f"h.{i}.mlp"
     inner = b.linear(x, f"{name}.c_fc", name=f"{name}.inner")  # (N, F)
-    inner = ACTIVATION[config.activation](b, inner, f"{name}.active")  # (N, F)
+    inner = ACTIVATION[config.activation](b, b.wide(inner), f"{name}.active")  # (N, F)
+    inner = b.narrow(inner, f"{name}.active.float16")  # (N, F)
     return b.linear(inner, f"{name}.c_proj", name=f"{name}.out")  # (N, D)
 
 
@@ -271,10 +276,10 @@ def embedding(b: Builder, config: GPTConfig, inputs: Mapping[str, ir.Value]) -> 
 
 
 def _rows(b: Builder, weight: str, ids: ir.Value, name: str) -> ir.Value:
-    """Rows of a table in float32, [..., width]; only these rows are cast or decoded."""
+    """Rows of a table in the computing type, [..., width]; only these rows are cast or decoded."""
     found = b.quantised(weight)
     if found is None:
-        return b.in_float32(weight, b.op("Gather", b.stored_weight(weight)[0], ids, name=name))
+        return b.typed(weight, b.op("Gather", b.stored_weight(weight)[0], ids, name=name))
     table, codes, scales = found
     width = table.shape[1]
     # ai.onnx operators on the bytes of the head: GatherBlockQuantized lacks a kernel in browsers and accepts any id
@@ -416,6 +421,7 @@ class Form:
         kv_cache: takes and returns cached keys and values.
         position_ids: takes ``position_ids`` for every task.
         accuracy_level: of ``MatMulNBits``, if the weights are quantised.
+        half: computes in float16, and takes and returns it.
         in_place: writes keys and values into the caller's buffer, by onnxruntime's GroupQueryAttention.
     """
 
@@ -424,6 +430,7 @@ class Form:
     position_ids: bool
     accuracy_level: int = 0
     in_place: bool = False
+    half: bool = False
 
 
 def build(config: GPTConfig, weights: Mapping[str, LazyTensor], form: Form) -> tuple[ir.Graph, Builder]:
@@ -431,7 +438,7 @@ def build(config: GPTConfig, weights: Mapping[str, LazyTensor], form: Form) -> t
 
     Names, order, types and symbolic dimensions of inputs and outputs are a contract (docs/onnx.md).
     """
-    b = Builder(weights, form.opset, form.accuracy_level)
+    b = Builder(weights, form.opset, form.accuracy_level, half=form.half)
     shapes = input_shapes(config, form.kv_cache, form.position_ids)
     inputs = {name: graph_input(name, INT64, shape) for name, shape in shapes.items()}
     pasts: list[KeyValue | None] = [None] * config.n_layer
@@ -439,8 +446,8 @@ def build(config: GPTConfig, weights: Mapping[str, LazyTensor], form: Form) -> t
     if form.kv_cache:
         pasts = [
             (
-                graph_input(f"past_key_values.{i}.key", FLOAT, cache_shape),
-                graph_input(f"past_key_values.{i}.value", FLOAT, cache_shape),
+                graph_input(f"past_key_values.{i}.key", b.float_type, cache_shape),
+                graph_input(f"past_key_values.{i}.value", b.float_type, cache_shape),
             )
             for i in range(config.n_layer)
         ]
@@ -450,12 +457,12 @@ def build(config: GPTConfig, weights: Mapping[str, LazyTensor], form: Form) -> t
     presents = []
     for i in range(config.n_layer):
         x, present = block(b, config, i, x, once, pasts[i])  # (N, D)
-        presents += [as_output(p, FLOAT, (BATCH, config.n_head, TOTAL, config.head_dim)) for p in present]
+        presents += [as_output(p, b.float_type, (BATCH, config.n_head, TOTAL, config.head_dim)) for p in present]
     if config.last_token:
         outputs = [last_logits(b, config, x, rows, once)]
     else:
         outputs = pooled(b, config, per_token(b, config, x), inputs, once)
-    outputs = [as_output(o, FLOAT, shape) for o, shape in zip(outputs, output_shapes(config), strict=True)]
+    outputs = [as_output(o, b.float_type, shape) for o, shape in zip(outputs, output_shapes(config), strict=True)]
     graph = ir.Graph(
         [*inputs.values(), *(p for pair in pasts if pair for p in pair)],
         [*outputs, *(presents if form.kv_cache else [])],

@@ -69,7 +69,7 @@ def _built(file: OnnxFile, checkpoint: Checkpoint, weights: Mapping[str, LazyTen
     cached = any(name.startswith("past_key_values.") for name in inputs)
     levels = {a.i for node in file.model.graph.node for a in node.attribute if a.name == "accuracy_level"}
     level = min(levels, default=0)
-    form = Form(opset, cached, "position_ids" in inputs, level, file.is_in_place)
+    form = Form(opset, cached, "position_ids" in inputs, level, file.is_in_place, file.is_half)
     graph, builder = build(checkpoint.config, weights, form)
     for name in builder.stored:
         del graph.initializers[name]

@@ -37,6 +37,8 @@ ALONE_BYTES = 512 << 20
 KINDS = ("last_token", "in_place")
 #: onnxruntime's GroupQueryAttention requires head sizes that are a multiple of this.
 HEAD_MULTIPLE = 8
+#: The graph that computes in float16, among those of ``--quantize``.
+HALF = "fp16"
 #: Keys of the metadata of a quantised graph.
 QUANTIZE_KEY, BLOCK_KEY = "gptconvert.quantize", "gptconvert.block_size"
 CALIBRATED_KEY = "gptconvert.calibrated"
@@ -51,6 +53,7 @@ class Graph:
         checkpoint: with its weights as stored.
         single: whether the weights are stored inside the graph file.
         metadata: recorded in the file: how the weights are quantised.
+        half: computes in float16.
         kind: suffix of a graph that shares the weights of another: ``last_token``, ``in_place``; empty otherwise.
     """
 
@@ -58,6 +61,7 @@ class Graph:
     checkpoint: Checkpoint
     single: bool
     metadata: Mapping[str, str] = field(default_factory=dict)
+    half: bool = False
     kind: str = ""
 
     @property
@@ -78,6 +82,9 @@ def graphs_of(checkpoint: Checkpoint, options: Options) -> list[Graph]:
     graphs = [] if options.no_base else [Graph(variant_of(options), base, bool(options.single_file))]
     calibrator = _calibrator(checkpoint, options)
     for name in dict.fromkeys(options.quantize):
+        if name == HALF:
+            graphs.append(Graph(HALF, cast_to(checkpoint, HALF), bool(options.single_file), half=True))
+            continue
         stored = quantised(checkpoint, QUANTISED[name], options.block_size, calibrator)
         single = options.single_file
         if single is None:  # graphs that share weights need them in a file of their own
@@ -87,7 +94,12 @@ def graphs_of(checkpoint: Checkpoint, options: Options) -> list[Graph]:
             metadata[CALIBRATED_KEY] = "self" if options.calibrate == "self" else "text"
         graphs.append(Graph(QUANTISED[name].variant, stored, single, metadata))
     _check_graphs(graphs, options)
-    return [replace(graph, kind=kind) for graph in graphs for kind in ("", *kinds)]
+    return [
+        replace(graph, kind=kind)
+        for graph in graphs
+        for kind in ("", *kinds)
+        if not (graph.half and kind == "in_place")
+    ]
 
 
 def _calibrator(checkpoint: Checkpoint, options: Options) -> Calibrator | None:
@@ -99,7 +111,7 @@ def _calibrator(checkpoint: Checkpoint, options: Options) -> Calibrator | None:
     """
     if options.calibrate is None:
         return None
-    if not any(QUANTISED[name].bits < 8 for name in options.quantize):
+    if not any(name in QUANTISED and QUANTISED[name].bits < 8 for name in options.quantize):
         raise UsageError("--calibrate has no effect without --quantize q4", hint="add it, or drop the option")
     from gptconvert.targets.onnx.calibration import Calibration
     from gptconvert.verify.evaluation import Amount, Evaluation, read_text
@@ -204,7 +216,8 @@ def _export(planned: Graph, options: Options, before: Export | None) -> Export:
         has_cache(checkpoint.config, options),
         takes_positions(checkpoint.config, options),
         options.accuracy_level,
-        in_place=planned.kind == "in_place",
+        planned.kind == "in_place",
+        planned.half,
     )
     graph, builder = build(checkpoint.config, checkpoint.weights, form)
     variant = "_".join(filter(None, (planned.variant, planned.kind)))

@@ -212,3 +212,13 @@ def test_ids_outside_the_vocabulary_fail(bad: int, tmp_path: Path) -> None:
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(2)[None]}
     with pytest.raises(Exception, match="indices element out of data bounds"):
         onnxruntime.InferenceSession(path).run(None, feeds)
+
+
+@pytest.mark.parametrize("case", BY_TASK, ids=str)
+def test_float16_computes_in_float16(case: Case, directory: Path, tmp_path: Path) -> None:
+    checkpoint = witness.checkpoint(case, directory)
+    report, path = exported(tmp_path, checkpoint, "fp16")
+    assert report.passed, report.table()
+    graph = onnx.load(path, load_external_data=False).graph
+    assert {value.type.tensor_type.elem_type for value in graph.output} == {onnx.TensorProto.FLOAT16}
+    assert report_on(checkpoint, path).passed
