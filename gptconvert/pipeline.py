@@ -196,6 +196,11 @@ def convert(
 ) -> Result:
     """Write, verify and publish a checkpoint: all of it or nothing.
 
+    Weights are memory-mapped in this process. If another program truncates a source file meanwhile, or its disk
+    fails, the kernel kills the process (SIGBUS); on Linux, the command line runs this function in a child process to
+    survive that. A process killed by SIGBUS or SIGKILL leaves a hidden directory and a lock file beside the output,
+    which do no harm; the next run with the same output removes them.
+
     Args:
         checkpoint: from :func:`open_checkpoint`, or any source that it accepts.
         output: directory to publish.

@@ -21,12 +21,11 @@ _UNREADABLE = "the file was truncated while it was being read, or its disk faile
 
 
 def supervise(command: Callable[[], int]) -> None:
-    """Run ``command`` in a child process, and exit with its code; without one if none can be started.
+    """Run ``command`` in a child process, and exit with its code; in this process if no other can be started.
 
     Signals reach the child, which cleans up and decides the exit code. A process killed by a signal exits with
     128 + its number, or with 3 if reading its input killed it.
     """
-    _open_missing_streams()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # until the handlers are in place
     try:
         descriptor = journal.create()
@@ -72,22 +71,22 @@ def _watch(child: int, descriptor: int) -> int:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     record = journal.read(descriptor)
     left = _clean_up(record)
-    return code if code >= 0 else _explain(-code, record, left)
+    if code >= 0:
+        return code
+    from gptconvert.publish.scratch import remove_abandoned
+
+    remove_abandoned()
+    return _explain(-code, record, left)
 
 
 def _clean_up(record: journal.Journal) -> list[str]:
-    """Remove what the child left behind; returns what could not be removed."""
+    """Remove what the child left beside its outputs; returns what could not be removed."""
     left = []
     for output in dict.fromkeys(record.values("staging")):
         if output not in record.values("ended"):
             from gptconvert.publish.workspace import clean_up_after
 
             left += clean_up_after(output)
-    for directory in record.values("scratch"):
-        if os.path.isdir(directory):
-            import shutil
-
-            shutil.rmtree(directory, ignore_errors=True)
     return left
 
 
@@ -121,27 +120,11 @@ def _unreadable(record: journal.Journal, consequence: str) -> InputError:
     return error
 
 
-def _open_missing_streams() -> None:
-    """Open the null device in place of standard streams that are closed.
-
-    Otherwise the next files to be opened would become standard streams, and receive the messages of libraries.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
-
-
 def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent is killed; only Linux can."""
-    if sys.platform == "linux":
-        with suppress(ImportError, AttributeError, OSError):
-            import ctypes
+    """Have the kernel kill this process when its parent is killed."""
+    with suppress(ImportError, AttributeError, OSError):
+        import ctypes
 
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gptconvert.cli.output import StreamError, emit_error, flush, lost, note, print_json
+from gptconvert.cli.limits import limit_error
+from gptconvert.cli.output import SIGPIPE, StreamError, emit_error, flush, lost, note, print_json
 from gptconvert.errors import (
     GptConvertError,
     InputError,
@@ -47,14 +48,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 #: Import name → distribution, where they differ.
 PACKAGES: Mapping[str, str] = {"yaml": "pyyaml", "google_crc32c": "google-crc32c"}
-#: System errors that the user can mend → the exit code and the hint.
-SYSTEM_ERRORS: Mapping[int, tuple[int, str]] = {
-    errno.ENOSPC: (OutputError.exit_code, "free some space"),
-    errno.EDQUOT: (OutputError.exit_code, "free some space, or raise the quota"),
-    errno.EROFS: (OutputError.exit_code, "choose an output on a file system that can be written"),
-    errno.EMFILE: (1, "raise the limit of open files: ulimit -n 1024"),
-    errno.ENFILE: (1, "close other programs: the system has too many open files"),
-    errno.ENOMEM: (1, "no output was published"),
+#: System errors that the user can mend → the hint.
+SYSTEM_ERRORS: Mapping[int, str] = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or raise the quota",
+    errno.EROFS: "choose an output on a file system that can be written",
 }
 EPILOG = """\b
 Exit codes: 0 ok, 2 usage, 3 input invalid, 4 unsupported, 5 verification failed
@@ -161,25 +159,23 @@ def _run(args: list[str]) -> int:
     except GptConvertError as error:
         if debug:
             raise
-        report(error, error.exit_code, as_json)
-        return error.exit_code
+        reported = limit_error(error) or error
+        report(reported, reported.exit_code, as_json)
+        return reported.exit_code
     except SystemExit as error:
         from gptconvert.publish.signals import Interrupted
 
         if isinstance(error, Interrupted):
             raise
         if isinstance(error.__context__, BrokenPipeError):  # click exits with 1
-            return 128 + signal.SIGPIPE
+            return 128 + SIGPIPE
         return error.code if isinstance(error.code, int) else 1
-    except MemoryError:
-        report(GptConvertError("out of memory", hint="no output was published"), 1, as_json)
-        return 1
     except BaseException as error:
         # Not Exception: some libraries raise other classes (pyo3's PanicException).
         if debug:
             raise
-        reported, code = _explained(error)
-        report(reported, code, as_json)
+        explained, code = _explained(error)
+        report(explained, code, as_json)
         return code
 
 
@@ -191,13 +187,11 @@ def _interrupted(number: int, message: str, as_json: bool) -> int:
 
 def _explained(error: BaseException) -> tuple[GptConvertError, int]:
     """An exception that no other code explains, as an error for the user, with its exit code."""
-    missing = _missing_package(error)
-    if missing is not None:
-        return missing, UnsupportedError.exit_code
-    if isinstance(error, OSError):
-        found = _system_error(error)
-        code = SYSTEM_ERRORS.get(error.errno or 0, (found.exit_code, ""))[0]
-        return found, code
+    explained = limit_error(error) or _missing_package(error)
+    if explained is None and isinstance(error, OSError):
+        explained = _system_error(error)
+    if explained is not None:
+        return explained, explained.exit_code
     hint = "this is a bug in gptconvert; please rerun with --debug and report it"
     return GptConvertError(f"{type(error).__name__}: {error}", hint=hint), 1
 
@@ -205,10 +199,8 @@ def _explained(error: BaseException) -> tuple[GptConvertError, int]:
 def _system_error(error: OSError) -> GptConvertError:
     """The error for a file operation that failed where no better message is known."""
     path = None if error.filename is None else os.fsdecode(error.filename)
-    code, hint = SYSTEM_ERRORS.get(error.errno or 0, (None, None))
-    kind: type[GptConvertError] = OutputError if path is None else InputError
-    if code is not None:
-        kind = OutputError if code == OutputError.exit_code else GptConvertError
+    hint = SYSTEM_ERRORS.get(error.errno or 0)
+    kind = InputError if hint is None and path is not None else OutputError
     return kind(reason(error), path=path, hint=hint)
 
 

@@ -21,8 +21,7 @@ class Journal:
     Attributes:
         descriptor: file shared with the supervisor; None to record in this process only.
         entries: (event, value), in order: ``reading`` (path → file state), ``staging`` (absolute output path),
-            ``published`` (path as the user gave it), ``ended`` (absolute output path), ``scratch`` (a directory to
-            remove).
+            ``published`` (path as the user gave it), ``ended`` (absolute output path).
     """
 
     descriptor: int | None = None

@@ -21,6 +21,7 @@ from gptconvert.errors import GptConvertError, OutputError, os_errors_as, reason
 from gptconvert.publish import journal, signals
 from gptconvert.publish.file_system import OS, FileSystem
 from gptconvert.publish.output_path import existing_ancestor, preflight
+from gptconvert.publish.scratch import remove_abandoned
 from gptconvert.publish.workspace import Workspace
 
 #: Free space required per planned byte, with room for directories, block rounding and file-system metadata.
@@ -96,6 +97,7 @@ class Staging:
                 self._clean_up_ancestors()
                 self._lock = self._workspace.acquire()
                 self.notes += self._workspace.clean_up()
+                remove_abandoned()
                 preflight(self._given, self._inputs, self._force)
                 self._staged = True
                 self._file_system.make_directory(self.path)

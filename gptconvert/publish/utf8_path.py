@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from gptconvert.publish.scratch import Scratch
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def utf8_path(path: str) -> Iterator[str]:
         path.encode()
     except UnicodeEncodeError:
         folder, name = os.path.split(os.path.abspath(path))
-        with tempfile.TemporaryDirectory(prefix="gptconvert-") as directory:
+        with Scratch() as directory:
             link = os.path.join(directory, "artifact")
             os.symlink(folder, link)
             yield os.path.join(link, name)
