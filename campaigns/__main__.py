@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 
-from campaigns import hostile, mutate
+from campaigns import faults, hostile, kills, limits, mutate
 from campaigns.report import Report
 
 #: Name → function of a seed, the seconds to take, the first case, and a single case to run instead.
 CAMPAIGNS: Mapping[str, Callable[[int, float, int, int | None], Report]] = {
+    "faults": faults.run,
     "hostile": hostile.run,
+    "kills": kills.run,
+    "limits": limits.run,
     "mutate": mutate.run,
 }
 #: Seconds of all campaigns together, in full and with ``--quick``.

@@ -38,7 +38,8 @@ def _command() -> int:
 def _needs_supervisor(arguments: list[str]) -> bool:
     """Whether the command may publish or map weights.
 
-    Only on Linux: elsewhere, forking is unsafe with system libraries, or a child cannot be made to end with its parent.
+    Only on Linux: elsewhere, forking is unsafe with system libraries, and a child cannot be made to end with its
+    parent.
     """
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     shows_help = not {"-h", "--help"}.isdisjoint(arguments)

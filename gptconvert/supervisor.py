@@ -114,7 +114,9 @@ def _unreadable(record: journal.Journal, consequence: str) -> InputError:
     """The error for mapped input that could not be read: it names the files that changed."""
     from gptconvert.publish.manifest import changed_error, changed_since
 
-    changed = [path for reading in record.values("reading") for path in changed_since(reading)]
+    changed: list[str] = []
+    with suppress(InputError):
+        changed = [path for reading in record.values("reading") for path in changed_since(reading)]
     error = changed_error(changed) if changed else InputError(f"input cannot be read: {_UNREADABLE}")
     error.hint = "; ".join(filter(None, (error.hint, consequence)))
     return error

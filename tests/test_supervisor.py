@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import TINY, command, tree
+from tests.commands import TINY, command
 from tests.helpers import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux supervises conversions")
 
 #: A module that Python imports at startup: it acts in the child when the conversion begins to write.
 HOOK = """
@@ -122,29 +123,6 @@ def _is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state not in "ZX"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_signals_at_random_times(root: Path, seed: int) -> None:
-    """Either everything is published or nothing, the message says which, and nothing else is left."""
-    began = time.monotonic()
-    assert run(root).returncode == 0
-    duration, new = time.monotonic() - began, tree(root / "out")
-    randomly = random.Random(seed)
-    while time.monotonic() < began + 6:
-        shutil.rmtree(root / "out", ignore_errors=True)
-        number = randomly.choice([signal.SIGINT, signal.SIGTERM])
-        with start(root) as process:
-            time.sleep(max(0.1, randomly.uniform(0.3, 1.0) * duration))
-            process.send_signal(number)
-            _, errors = process.communicate(timeout=30)
-        published = tree(root / "out") == new
-        assert published or not (root / "out").exists()
-        assert names(root) == ["out", "source"] if published else ["source"], errors
-        assert process.returncode in ((0, 128 + number) if published else (128 + number,)), errors
-        if process.returncode and "interrupted" in errors:
-            assert ("nothing was published" in errors) != published, errors
 
 
 def test_an_output_whose_path_is_not_utf8(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

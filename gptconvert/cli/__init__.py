@@ -187,7 +187,7 @@ def _interrupted(number: int, message: str, as_json: bool) -> int:
 
 def _explained(error: BaseException) -> tuple[GptConvertError, int]:
     """An exception that no other code explains, as an error for the user, with its exit code."""
-    explained = limit_error(error) or _missing_package(error)
+    explained: GptConvertError | None = limit_error(error) or _missing_package(error)
     if explained is None and isinstance(error, OSError):
         explained = _system_error(error)
     if explained is not None:

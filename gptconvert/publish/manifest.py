@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from gptconvert.containers.json import dump_json
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, os_errors_as
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import PlannedFile
 from gptconvert.model.names import collapse
@@ -136,15 +136,20 @@ class FileState:
 
 
 def snapshot(paths: Iterable[str]) -> dict[str, FileState | None]:
-    """The state of every path; None if it does not exist."""
+    """The state of every path; None if it does not exist.
+
+    Raises:
+        InputError: it cannot be determined.
+    """
     found: dict[str, FileState | None] = {}
     for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            found[path] = None
-        else:
-            found[path] = FileState(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        with os_errors_as(InputError, "cannot be read", path):
+            try:
+                status = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                found[path] = None
+            else:
+                found[path] = FileState(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return found
 
 

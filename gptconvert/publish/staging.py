@@ -95,7 +95,7 @@ class Staging:
                 _unfinished.append(self)
                 journal.record("staging", self.output)
                 self._clean_up_ancestors()
-                self._lock = self._workspace.acquire()
+                self._acquire()
                 self.notes += self._workspace.clean_up()
                 remove_abandoned()
                 preflight(self._given, self._inputs, self._force)
@@ -146,6 +146,13 @@ class Staging:
     def _set_published(self) -> None:
         self._published = True
         journal.record("published", self._given)
+
+    def _acquire(self) -> None:
+        try:
+            self._lock = self._workspace.acquire()
+        except OSError:
+            self._left_lock = True  # perhaps
+            raise
 
     def _clean_up_ancestors(self) -> None:
         """Clean up after killed runs that staged further up the tree, because the parents did not exist yet."""
@@ -241,6 +248,7 @@ class Staging:
     def _release(self) -> None:
         lock_path = self._workspace.lock_path
         if self._left_lock:
+            os.lstat(lock_path)
             self._lock = self._file_system.lock(lock_path)  # None: another run removes it
         if self._lock is not None:
             descriptor, self._lock, self._left_lock = self._lock, None, True

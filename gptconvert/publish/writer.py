@@ -115,7 +115,8 @@ def write_and_digest(
             written = writer.write(check_source)
             notes, digests, found = check_source(), scan.digests(), sources.result()
         except StoppedError:
-            raise _first_error((rest, sources)) from None
+            error = _first_error((rest, sources))
+            raise error from error.__cause__
         finally:
             stop.set()  # before the pool waits for its threads
     by_path = {file.path: file for file in written}
@@ -214,7 +215,8 @@ class _Writer:
             self._close()
         except StoppedError:
             self._close()
-            raise self._error() or StoppedError from None
+            found = self._error() or StoppedError()
+            raise found from found.__cause__
         except BaseException:
             self.stop.set()
             self._close()  # again if it was interrupted: a thread must not write to a directory that is being removed

@@ -15,11 +15,18 @@ from typing import Any
 import pytest
 
 from gptconvert.errors import OutputError
+from gptconvert.publish import staging as staging_module
 from gptconvert.publish.file_system import OS
 from gptconvert.publish.staging import Staging, clean_up_again
 from tests.helpers import ROOT
 from tests.publish.cases import names, publish
 from tests.publishing import failing, file_system
+
+
+@pytest.fixture(autouse=True)
+def _nothing_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test leaves on purpose is not tried again in later tests."""
+    monkeypatch.setattr(staging_module, "_unfinished", [])
 
 
 def test_publishes_only_the_output(tmp_path: Path) -> None:
