@@ -98,13 +98,18 @@ def run_case(seed: int, number: int) -> Case:
 
 def run_fault(number: int, name: str, at: int, code: int, *, once: bool) -> Case:
     """Run a scenario in which the call number ``at`` fails with ``code``."""
-    started = time.process_time()
     shim = Shim((lambda n: n == at) if once else (lambda n: n >= at), code)
+    return run_shim(number, name, shim, "once" if once else "from then on")
+
+
+def run_shim(number: int, name: str, shim: Shim, when: str) -> Case:
+    """Run a scenario under a shim."""
+    started = time.process_time()
     with workspace() as root:
         done = perform(root, name, shim)
         problem = _problem(root, name, shim, done) if shim.failed else None
     where = shim.failed[0] if shim.failed else Call("no call", "", "")
-    what = f"{name}: {errno.errorcode[code]} {'once' if once else 'from then on'} at {where.name} in {where.line}"
+    what = f"{name}: {errno.errorcode[shim.code]} {when} at {where.name} in {where.line}"
     outcome = f"exit {done.code}" if problem is None else f"{problem}: exit {done.code}, {done.messages!r}"[:1500]
     return Case(number, what, outcome, time.process_time() - started, problem is not None)
 

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Shim:
     code: int = 0
     calls: list[Call] = field(default_factory=list)
     failed: list[Call] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -74,10 +76,13 @@ class Shim:
             module = frame.f_globals.get("__name__", "")
             if module.split(".")[0] not in CALLERS or (name == "mmap" and args[0] == -1):
                 return function(*args, **kwargs)
-            self.calls.append(Call(name, _path_of(args[0]), f"{module}:{frame.f_lineno}"))
-            if not self.fails(len(self.calls) - 1):
+            made = Call(name, _path_of(args[0]), f"{module}:{frame.f_lineno}")
+            with self._lock:
+                self.calls.append(made)
+                fails = self.fails(len(self.calls) - 1)
+                self.failed += [made] if fails else []
+            if not fails:
                 return function(*args, **kwargs)
-            self.failed.append(self.calls[-1])
             if name == "close":  # Linux closes the file even if it reports an error
                 function(*args)
             raise OSError(self.code, os.strerror(self.code), args[0] if isinstance(args[0], str) else None)

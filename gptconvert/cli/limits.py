@@ -21,23 +21,24 @@ MEMORY_MESSAGES = (
 
 
 def limit_error(error: BaseException) -> OutputError | None:
-    """The error for the limit that caused ``error``; None if another cause did."""
+    """The error for the limit that caused ``error``; None if another cause did.
+
+    An :class:`OutputError` keeps its message, which may say that the output is published, and gets another hint.
+    """
     for cause in _causes(error):
-        path = error.path if isinstance(error, GptConvertError) else _path_of(cause)
         if isinstance(cause, OSError) and cause.errno in FILES:
-            return OutputError(
-                "too many open files",
-                path=path,
-                found=_limit("RLIMIT_NOFILE", "ulimit -n"),
-                hint="raise the limit: ulimit -n",
-            )
-        if _is_memory(cause):
-            return OutputError(
-                "out of memory",
-                path=path,
-                found=_limit("RLIMIT_AS", "ulimit -v"),
-                hint="close other programs, raise the limit, or use a machine with more memory",
-            )
+            message, found = "too many open files", _limit("RLIMIT_NOFILE", "ulimit -n")
+            hint = "raise the limit: ulimit -n"
+        elif _is_memory(cause):
+            message, found = "out of memory", _limit("RLIMIT_AS", "ulimit -v")
+            hint = "close other programs, raise the limit, or use a machine with more memory"
+        else:
+            continue
+        if isinstance(error, OutputError):
+            error.hint = ": ".join(filter(None, (message, found, hint)))
+            return error
+        path = error.path if isinstance(error, GptConvertError) else _path_of(cause)
+        return OutputError(message, path=path, found=found, hint=hint)
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, OutputError
 from gptconvert.publish.signals import Interrupted
 from tests.commands import REPOSITORY, TINY, Outcome, command
 
@@ -120,6 +120,15 @@ def test_a_limit_that_stops_reading_is_not_a_fault_of_the_input(capsys: Any, mon
     done = _failing(capsys, monkeypatch, error)
     assert done.code == 6
     assert "some/file: too many open files; found a limit of" in done.err
+
+
+def test_a_limit_does_not_hide_that_the_output_is_published(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OutputError("is published, but could not be synced to disk", path="some/out", hint="check the disk")
+    error.__cause__ = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    done = _failing(capsys, monkeypatch, error)
+    assert done.code == 6
+    assert "some/out: is published" in done.err
+    assert "hint: out of memory" in done.err
 
 
 def test_a_damaged_file_that_states_huge_sizes_is_one(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
