@@ -16,6 +16,7 @@ class Case:
         outcome: ``ok``, ``exit 3`` and so on, or what went wrong.
         seconds: processor time.
         failed: whether the outcome is not allowed.
+        inputs: number of inputs tried.
     """
 
     number: int
@@ -23,6 +24,7 @@ class Case:
     outcome: str
     seconds: float
     failed: bool = False
+    inputs: int = 1
 
 
 @dataclass
@@ -36,6 +38,10 @@ class Report:
         failures: cases with an outcome that is not allowed.
         slowest: the case that took the most processor time.
         next: number of the first case that was not run; a later run can start there.
+        missing: parts that were not run, and what they need.
+        inputs: number of inputs tried in all cases.
+        seconds: wall time.
+        leftovers: files and processes that cases left behind.
     """
 
     name: str
@@ -44,10 +50,15 @@ class Report:
     failures: list[Case] = field(default_factory=list)
     slowest: Case | None = None
     next: int = 0
+    missing: list[str] = field(default_factory=list)
+    inputs: int = 0
+    seconds: float = 0.0
+    leftovers: int = 0
 
     def add(self, case: Case) -> None:
         """Count a case."""
         self.outcomes[case.outcome.partition(":")[0]] += 1
+        self.inputs += case.inputs
         self.next = max(self.next, case.number + 1)
         if case.failed:
             self.failures.append(case)
