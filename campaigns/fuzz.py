@@ -26,10 +26,11 @@ from pathlib import Path
 from campaigns import judge
 from campaigns.coverage import Arc, traced
 from campaigns.mutations import damaged
-from campaigns.parsers import PARSERS
+from campaigns.parsers import CORPUS, PARSERS
 from campaigns.report import Case, Report
 
-CORPUS, FAILURES = Path(__file__).parent / "corpus", Path(__file__).parent / "failures"
+#: Inputs with an outcome that is not allowed are kept here.
+FAILURES = Path(__file__).parent / "failures"
 #: Inputs of a case; largest input, in bytes.
 STEPS, LARGEST = 24, 1 << 16
 #: Inputs that the corpus keeps of each parser.
@@ -72,7 +73,7 @@ def run_case(seed: int, number: int, *, debug: bool = False) -> Case:
         outcome, seconds, arcs = judged(name, data)
         slowest = max(slowest, seconds)
         if not judge.is_allowed(outcome):
-            what = f"{name}, step {step}: {_kept(name, data)}"
+            what = f"{name}, step {step}: {kept(name, data)}"
             if debug:
                 execute(name, data, debug=True)
             return Case(number, what, outcome, seconds, failed=True, inputs=step + 1)
@@ -126,7 +127,7 @@ def known(name: str) -> frozenset[Arc]:
     return frozenset().union(*(judged(name, data)[2] for data in corpus(name)))
 
 
-def _kept(name: str, data: bytes) -> str:
+def kept(name: str, data: bytes) -> str:
     """The path of a file that keeps an input."""
     path = FAILURES / f"{name}-{_digest(data)}"
     path.parent.mkdir(exist_ok=True)
@@ -150,15 +151,15 @@ def minimise(name: str, seconds: float, seed: int) -> list[str]:
     present = corpus(name) if (CORPUS / name).is_dir() else ()
     pool, failures = explore(name, [*PARSERS[name].seeds(), *present], seconds, seed)
     chosen = cover(pool)
-    kept = []
+    short = []
     for data in chosen:
         others = set[Arc]().union(*(pool[other] for other in chosen if other != data))
-        kept.append(shortened(name, data, pool[data] - others))
+        short.append(shortened(name, data, pool[data] - others))
     folder = CORPUS / name
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
-    for data in kept:
+    for data in short:
         (folder / _digest(data)).write_bytes(data)
     return failures
 
@@ -176,7 +177,7 @@ def explore(
         data = changed(dice, name, dice.choice((dice.choice(inputs), inputs[-1])), inputs)
         outcome, _, arcs = judged(name, data)
         if not judge.is_allowed(outcome):
-            failures.append(f"{name}: {outcome}: {_kept(name, data)}")
+            failures.append(f"{name}: {outcome}: {kept(name, data)}")
         elif not arcs <= seen:
             pool[data] = frozenset(arcs)
             seen |= arcs

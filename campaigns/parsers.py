@@ -33,6 +33,8 @@ from gptconvert.sources.tf_locate import locate
 from gptconvert.targets.package.tokenizer import parse_merges, parse_vocabulary, tokenizer_files
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+#: PARSER/ holds the inputs that the fuzzing campaign starts from.
+CORPUS = Path(__file__).parent / "corpus"
 #: Largest tensor that is read, in bytes.
 MAX_READ = 1 << 20
 

@@ -121,26 +121,40 @@ def _find_directory(file: BinaryIO, size: int, path: str) -> tuple[int, int, int
             found=f"{size} bytes",
             hint=FETCH_AGAIN,
         )
-    _, _, _, _, count, nbytes, offset, _ = _END.unpack_from(tail, at)
-    locator = start + at - _END64_LOCATOR.size
-    if count == 0xFFFF or _IN_ZIP64 in (nbytes, offset):
-        return _find_directory64(file, locator, size, path)
-    return count, nbytes, offset
+    _, _, _, _, *narrow, _ = _END.unpack_from(tail, at)
+    found, end = _find_directory64(file, narrow, start + at, path)
+    if found[1] + found[2] != end:  # readers differ in which of the two places they believe
+        raise _damaged(path, f"central directory ends at byte {found[1] + found[2]}, its end record is at {end}")
+    return found
 
 
-def _find_directory64(file: BinaryIO, locator: int, size: int, path: str) -> tuple[int, int, int]:
+def _find_directory64(file: BinaryIO, narrow: list[int], end: int, path: str) -> tuple[tuple[int, int, int], int]:
+    """Number of entries, size and offset of the directory, and where it must end.
+
+    Like other readers, use the zip64 record if there is one; the fields ``narrow`` of the plain record, at ``end``,
+    must agree with it or refer to it.
+    """
+    locator = end - _END64_LOCATOR.size
     file.seek(max(0, locator))
     data = file.read(_END64_LOCATOR.size)
     if locator < 0 or data[:4] != b"PK\6\7":
-        raise _damaged(path, "zip64 end record is missing")
-    offset = _END64_LOCATOR.unpack(data)[2]
-    if offset + _END64.size > size:
-        raise _damaged(path, f"zip64 end record at byte {offset} of {size}")
-    file.seek(offset)
+        count, nbytes, offset = narrow
+        if count == 0xFFFF or _IN_ZIP64 in (nbytes, offset):
+            raise _damaged(path, "zip64 end record is missing")
+        return (count, nbytes, offset), end
+    record = _END64_LOCATOR.unpack(data)[2]
+    if record + _END64.size != locator:
+        raise _damaged(path, f"zip64 end record at byte {record}, its locator at {locator}")
+    file.seek(record)
     fields = _END64.unpack(file.read(_END64.size))
     if fields[0] != b"PK\6\6":
         raise _damaged(path, "zip64 end record is missing")
-    return fields[7], fields[8], fields[9]
+    wide = (fields[7], fields[8], fields[9])
+    if any(
+        value not in (true, mark) for value, true, mark in zip(narrow, wide, (0xFFFF, _IN_ZIP64, _IN_ZIP64), strict=True)
+    ):
+        raise _damaged(path, "the two end records disagree")
+    return wide, record
 
 
 def _parse_entry(data: bytes, position: int, path: str) -> tuple[_Entry, int]:
