@@ -32,6 +32,8 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_COMMENT = 0xFFFF
 _ENCRYPTED, _UTF8 = 1 << 0, 1 << 11
 _IN_ZIP64 = 0xFFFFFFFF
+#: Newest version of the format that a member may need, times ten.
+_MAX_VERSION = 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,9 @@ def _find_directory(file: BinaryIO, size: int, path: str) -> tuple[int, int, int
             found=f"{size} bytes",
             hint=FETCH_AGAIN,
         )
-    _, _, _, _, *narrow, _ = _END.unpack_from(tail, at)
+    _, disk, first, here, *narrow, _ = _END.unpack_from(tail, at)
+    if (disk, first, here) not in ((0, 0, narrow[0]), (0xFFFF, 0xFFFF, 0xFFFF)):
+        raise _damaged(path, "an archive of several disks")
     found, end = _find_directory64(file, narrow, start + at, path)
     if found[1] + found[2] != end:  # readers differ in which of the two places they believe
         raise _damaged(path, f"central directory ends at byte {found[1] + found[2]}, its end record is at {end}")
@@ -149,6 +153,8 @@ def _find_directory64(file: BinaryIO, narrow: list[int], end: int, path: str) ->
     fields = _END64.unpack(file.read(_END64.size))
     if fields[0] != b"PK\6\6":
         raise _damaged(path, "zip64 end record is missing")
+    if fields[4:6] != (0, 0) or fields[6] != fields[7]:
+        raise _damaged(path, "an archive of several disks")
     wide = (fields[7], fields[8], fields[9])
     if any(
         value not in (true, mark) for value, true, mark in zip(narrow, wide, (0xFFFF, _IN_ZIP64, _IN_ZIP64), strict=True)
@@ -173,6 +179,8 @@ def _parse_entry(data: bytes, position: int, path: str) -> tuple[_Entry, int]:
     nbytes, packed, header = (
         (wide.pop(0) if value == _IN_ZIP64 and wide else value) for value in (nbytes, packed, header)
     )
+    if fields[2] & 0xFF > _MAX_VERSION or fields[13]:
+        raise _damaged(path, f"an entry of format version {(fields[2] & 0xFF) / 10} on disk {fields[13]}")
     name = data[name_at:extra_at].decode("utf-8" if flags & _UTF8 else "cp437", "replace")
     return _Entry(name, flags, method, crc32, packed, nbytes, header), end
 
@@ -220,9 +228,9 @@ def _locate(file: BinaryIO, entry: _Entry, size: int, path: str) -> Member:
     header = file.read(_LOCAL.size)
     if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
         raise _damaged(path, f"no local header for {entry.name} at byte {entry.header}")
-    name_bytes, extra_bytes = _LOCAL.unpack(header)[9:]
+    flags, (name_bytes, extra_bytes) = _LOCAL.unpack(header)[2], _LOCAL.unpack(header)[9:]
     start = entry.header + _LOCAL.size + name_bytes + extra_bytes
-    if file.read(name_bytes) != entry.name.encode("utf-8" if entry.flags & _UTF8 else "cp437", "replace"):
+    if file.read(name_bytes) != entry.name.encode("utf-8" if flags & _UTF8 else "cp437", "replace"):
         raise _damaged(path, f"local header at byte {entry.header} is not that of {entry.name}")
     if start + entry.nbytes > size:
         raise InputError(

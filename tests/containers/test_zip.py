@@ -97,15 +97,12 @@ def test_encrypted_member(small: str) -> None:
         read_torch(small)
 
 
-@pytest.mark.parametrize("at", [6, 10, 16, 20, 24, 28, 30, 42])
+@pytest.mark.parametrize("at", [6, 8, 10, 16, 20, 24, 28, 30, 34, 42])
 def test_damaged_directory_entry(small: str, at: int) -> None:
-    """Damage each relevant field of an entry: flags, method, CRC, sizes, lengths and offset."""
+    """Damage each relevant field of an entry: version, flags, method, CRC, sizes, lengths, disk and offset."""
     content = bytearray(Path(small).read_bytes())
     content[content.index(b"PK\1\2") + at] ^= 0x47
     Path(small).write_bytes(content)
-    if at == 6:  # the version needed to extract, which the reader ignores
-        read_torch(small)
-        return
     with pytest.raises((InputError, UnsafeInputError)):
         read_torch(small)
 
@@ -140,4 +137,27 @@ def test_two_end_records_must_agree(tmp_path: Path) -> None:
     assert list(read_members(path)) == ["a"]
     path.write_bytes(archive_of(locator=True, wide_count=2))
     with pytest.raises(InputError, match="the two end records disagree"):
+        read_members(path)
+
+
+@pytest.mark.parametrize("at", [4, 6, 8])
+def test_several_disks(tmp_path: Path, at: int) -> None:
+    """torch.load refuses such archives too."""
+    data = bytearray(archive_of())
+    data[-22 + at] ^= 1
+    path = tmp_path / "a.zip"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="several disks"):
+        read_members(path)
+
+
+def test_the_encoding_of_a_name_is_the_local_headers_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("é"), b"12345")
+    data = bytearray(path.read_bytes())
+    assert list(read_members(path)) == ["é"]
+    data[7] ^= 8  # of the local header's flags
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="is not that of é"):
         read_members(path)
