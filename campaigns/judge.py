@@ -132,6 +132,7 @@ def in_child(run_case: RunCase, seed: int, first: int, end: float, memory: float
 
 
 def _child(run_case: RunCase, seed: int, first: int, end: float, memory: float, results: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     base, number, used = _peak_memory(), first, 0.0
     while time.monotonic() < end and number < first + PER_CHILD and used <= memory:
         case, used = run_case(seed, number), _peak_memory() - base

@@ -192,12 +192,12 @@ def saved_models() -> Iterable[bytes]:
     import tensorflow as tf
 
     signature = [tf.TensorSpec((None,), tf.float32, "x")]
-    inner = tf.function(lambda x: x * 2, input_signature=signature)
+    inner = tf.function(lambda x: x * 2, input_signature=signature, autograph=False)
     bodies = (lambda x: inner(x) + 1, lambda x: tf.while_loop(lambda i: i < 9.0, lambda i: (i + 1,), (x[0],))[0] + x)
     for body in bodies:
         root = tf.Module()
         root.weight = tf.Variable([1.0, 2.0])
-        root.f = tf.function(body, input_signature=signature)
+        root.f = tf.function(body, input_signature=signature, autograph=False)
         with tempfile.TemporaryDirectory() as folder:
             tf.saved_model.save(root, folder, signatures={"f": root.f})
             yield (Path(folder) / "saved_model.pb").read_bytes()
