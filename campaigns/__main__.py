@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None, campaigns: Mapping[str, Campaig
     try:
         run_all(chosen, state, QUICK if given.quick else FULL, each=given.seconds, jobs=given.jobs)
     except KeyboardInterrupt:
-        print(f"interrupted{'' if given.state is None else f'; continue with --state {given.state}'}", file=sys.stderr)
+        print(
+            f"interrupted{'' if given.state is None else f'; continue with --state {given.state}'}", file=sys.stderr
+        )
         return 130
     finally:
         if given.report:
@@ -69,7 +71,9 @@ def _parser(campaigns: Mapping[str, Campaign]) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="campaigns to run at a time (default: 1)")
     parser.add_argument("--seed", type=int, help="seed of the cases (default: that of --state, or 0)")
     parser.add_argument("--only", type=int, metavar="CASE", help="run one case, with the traceback of its error")
-    parser.add_argument("--state", metavar="FILE", help="keep the progress in FILE, and continue from it if it exists")
+    parser.add_argument(
+        "--state", metavar="FILE", help="keep the progress in FILE, and continue from it if it exists"
+    )
     parser.add_argument("--report", metavar="FILE", help="write the results as a Markdown table")
     return parser
 

@@ -1,7 +1,7 @@
 """Differential reading: random files, valid or slightly damaged, read by this project and by the official library.
 
-Allowed: equal values, and our refusal of a damaged file. Failures: we refuse a file as the official library wrote it; we
-accept what the official reader refuses; or the values differ. :data:`EXCEPTIONS` lists what is intended, with reasons.
+Allowed: equal values, and our refusal of a damaged file. Failures: we refuse a file as the official library wrote it;
+we accept what the official reader refuses; or the values differ. :data:`EXCEPTIONS` lists what is intended, and why.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def run_case(seed: int, number: int, *, debug: bool = False) -> Case:
     with tempfile.TemporaryDirectory(dir=judge.MEMORY_FOLDER) as folder:
         for file, data in files.items():
             (Path(folder) / file).write_bytes(data)
-        outcome, seconds = compare(format, str(Path(folder) / format.path), valid=valid and format.accepted, debug=debug)
+        outcome, seconds = compare(
+            format, str(Path(folder) / format.path), valid=valid and format.accepted, debug=debug
+        )
     outcome = intended(name, outcome)[:300]
     failed = not outcome.startswith(ALLOWED)
     what += f" {[kept(f'{name}-{file}', data) for file, data in files.items()]}" if failed else ""

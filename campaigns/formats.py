@@ -23,10 +23,11 @@ import numpy as np
 from campaigns.mutations import Mutation, damaged, index_row, json_value, safetensors_header, zip_member
 from campaigns.parsers import CORPUS
 from gptconvert.containers import json as strict_json
-from gptconvert.containers import msgpack, npy, safetensors, tf_bundle, yaml, zip
+from gptconvert.containers import msgpack, npy, safetensors, tf_bundle, yaml
 from gptconvert.containers.crc import crc32c
 from gptconvert.containers.hdf5 import is_dataset, lazy_tensor, open_hdf5
 from gptconvert.containers.torch import read_torch_pickle
+from gptconvert.containers.zip import read_members
 from gptconvert.errors import InputError
 from gptconvert.model.dtypes import ELEMENT_TYPES
 from gptconvert.model.tensors import FileChecksum, LazyTensor, Stored
@@ -157,7 +158,7 @@ def make_zip(dice: random.Random) -> Files:
 
 
 def read_zip(path: str) -> Values:
-    members = zip.read_members(path).values()
+    members = read_members(path).values()
     checked(FileChecksum(member.data, "crc32", member.crc32, member.name) for member in members)
     data = Path(path).read_bytes()
     return {member.name: data[member.data.offset : member.data.end] for member in members}
@@ -185,7 +186,7 @@ def make_torch(dice: random.Random) -> Files:
 
 
 def torch_member(dice: random.Random, data: bytes) -> bytes:
-    """An archive with damage where values are: torch.load checks other records too, such as the format's version."""
+    """An archive with damage where values are: torch.load also checks records like the version."""
     return zip_member(dice, data, r"\.pkl$|/data/\d+$")
 
 
@@ -222,7 +223,7 @@ def official_torch(path: str) -> Values:
 
 
 def plain(value: object) -> object:
-    """A value with its type, so that 1, 1.0 and True differ and NaN equals itself; of other objects, that they are."""
+    """An archive with damage where values are: torch.load also refuses other damaged records."""
     return (type(value).__name__, repr(value)) if value is None or isinstance(value, PLAIN) else "an object"
 
 
@@ -316,7 +317,13 @@ def make_msgpack(dice: random.Random) -> Files:
         return official.ExtType(3 if value.ndim == 0 and dice.random() < 0.5 else 1, raw)
 
     values: dict[str, Any] = {name: pack(value) for name, value in arrays(dice, names(dice), NUMPY).items()}
-    extra = {"n": dice.choice((1, -1, 300, -70_000, 2**40)), "x": 0.5, "s": "text", "b": b"123", "l": [None, True, {}]}
+    extra = {
+        "n": dice.choice((1, -1, 300, -70_000, 2**40)),
+        "x": 0.5,
+        "s": "text",
+        "b": b"123",
+        "l": [None, True, {}],
+    }
     values |= dict(dice.sample(sorted(extra.items()), dice.randint(0, 4)))
     return {"m.msgpack": official.packb({"params": values})}
 
@@ -355,7 +362,9 @@ def random_value(dice: random.Random, depth: int = 0) -> object:
     if depth < 3 and dice.random() < 0.6:
         inner = [random_value(dice, depth + 1) for _ in range(dice.randint(0, 4))]
         return inner if dice.random() < 0.4 else {f"k{i}": value for i, value in enumerate(inner)}
-    return dice.choice((None, True, 0, -1, 10**17, 0.5, 1e-5, -2.5e300, "", "text", "é", "1", "no", "1e5", "2001-01-01"))
+    return dice.choice(
+        (None, True, 0, -1, 10**17, 0.5, 1e-5, -2.5e300, "", "text", "é", "1", "no", "1e5", "2001-01-01")
+    )
 
 
 def make_json(dice: random.Random) -> Files:
@@ -439,7 +448,12 @@ FORMATS: Mapping[str, Format] = {
     "npy": Format(make_npy, "a.npy", lambda path: {"": lazy(npy.read_npy(path))}, official_npy),
     "safetensors": Format(make_safetensors, "m", read_safetensors, official_safetensors, safetensors_header),
     "saved_model": Format(
-        make_saved_model, "saved_model.pb", check_saved_model, official_saved_model, needs="tensorflow", accepted=False
+        make_saved_model,
+        "saved_model.pb",
+        check_saved_model,
+        official_saved_model,
+        needs="tensorflow",
+        accepted=False,
     ),
     "tensorflow": Format(make_bundle, "m", read_bundle, official_bundle, index_row, needs="tensorflow"),
     "torch": Format(make_torch, "m.bin", read_torch, official_torch, torch_member),

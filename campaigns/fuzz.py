@@ -1,13 +1,13 @@
 """Coverage-guided fuzzing of the parsers, from the corpus in ``campaigns/corpus/PARSER/``.
 
-A case is a chain: an input of the corpus is changed step by step, and a change that runs lines in an order that neither
-the corpus nor the chain has run before becomes the base of the next steps. So a case follows from its seed and number
-alone. :mod:`campaigns.judge` defines the allowed outcomes; an input that ends in another is kept in
+A case is a chain: an input of the corpus is changed step by step, and a change that runs lines in an order that
+neither the corpus nor the chain has run before becomes the base of the next steps. So a case follows from its seed
+and number alone. :mod:`campaigns.judge` defines the allowed outcomes; an input that ends in another is kept in
 ``campaigns/failures/``.
 
-``python -m campaigns.fuzz --minimise`` explores, and replaces the corpus by a small one that covers the same lines and
-the new ones. Only the standard library is needed: atheris, the usual fuzzer of Python, has neither cases that can be
-repeated by number nor releases for macOS.
+``python -m campaigns.fuzz --minimise`` explores, and replaces the corpus by a small one that covers the same lines
+and the new ones. Coverage is measured with the standard library: atheris, Python's usual fuzzer, takes 35 MB, and its
+cases depend on all earlier ones, so that they cannot be repeated by number.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from campaigns import judge
@@ -94,8 +95,8 @@ def changed(dice: random.Random, name: str, base: bytes, others: Sequence[bytes]
 
 def judged(name: str, data: bytes) -> tuple[str, float, set[Arc]]:
     """Outcome, processor time and arcs of an input. Time is measured without tracing if it could be too much."""
-    with traced() as arcs:
-        outcome, seconds = execute(name, data)
+    arcs = set[Arc]()
+    outcome, seconds = execute(name, data, arcs)
     if seconds > SUSPECT or not judge.is_allowed(outcome):
         outcome, seconds = execute(name, data)
     if seconds > judge.MAX_SECONDS and judge.is_allowed(outcome):
@@ -103,12 +104,16 @@ def judged(name: str, data: bytes) -> tuple[str, float, set[Arc]]:
     return outcome, seconds, arcs
 
 
-def execute(name: str, data: bytes, *, debug: bool = False) -> tuple[str, float]:
-    """Outcome and processor time of an input."""
+def execute(name: str, data: bytes, arcs: set[Arc] | None = None, *, debug: bool = False) -> tuple[str, float]:
+    """Outcome and processor time of an input. Its arcs are added to ``arcs``, if given."""
     parser = PARSERS[name]
+
+    def read() -> None:
+        with nullcontext() if arcs is None else traced(arcs):
+            parser.parse(data, Path(folder))
+
     with tempfile.TemporaryDirectory(dir=judge.MEMORY_FOLDER) as folder:
         started = time.process_time()
-        read = functools.partial(parser.parse, data, Path(folder))
         outcome = judge.outcome_of(read, debug=debug, refusals=parser.refusals)
         return outcome, time.process_time() - started
 
@@ -150,16 +155,16 @@ def minimise(name: str, seconds: float, seed: int) -> list[str]:
     """
     present = corpus(name) if (CORPUS / name).is_dir() else ()
     pool, failures = explore(name, [*PARSERS[name].seeds(), *present], seconds, seed)
-    chosen = cover(pool)
-    short = []
-    for data in chosen:
-        others = set[Arc]().union(*(pool[other] for other in chosen if other != data))
-        short.append(shortened(name, data, pool[data] - others))
+    arcs = {data: pool[data] for data in cover(pool)}
+    for data in list(arcs):
+        own = arcs.pop(data)
+        short = shortened(name, data, own.difference(*arcs.values()))
+        arcs[short] = frozenset(judged(name, short)[2])
     folder = CORPUS / name
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
-    for data in short:
+    for data in arcs:
         (folder / _digest(data)).write_bytes(data)
     return failures
 

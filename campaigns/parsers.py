@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -14,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.mutations import Mutation, damaged, index_row, json_value, safetensors_header, zip_member
-from gptconvert.containers import msgpack, npy, safetensors, snappy, tf_index, yaml, zip
 from gptconvert.containers import json as strict_json
+from gptconvert.containers import msgpack, npy, safetensors, snappy, tf_index, yaml
 from gptconvert.containers.hdf5 import is_dataset, lazy_tensor, open_hdf5
 from gptconvert.containers.leveldb import read_table
 from gptconvert.containers.pickle import load_pickle
 from gptconvert.containers.protobuf import MalformedError, Message, bytes_field, integer_field
 from gptconvert.containers.torch import read_torch
 from gptconvert.containers.torch_objects import torch_rules
+from gptconvert.containers.zip import read_members
 from gptconvert.inspection import open_checkpoint
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import LazyTensor, Segment
@@ -153,7 +153,7 @@ def tokenizers() -> Iterable[bytes]:
             value["model"]["merges"] = value["model"]["merges"][:4]
             kept = {"".join(pair) for pair in value["model"]["merges"]}
             value["model"]["vocab"] = {
-                token: id for token, id in value["model"]["vocab"].items() if len(token) == 1 or token in kept
+                token: number for token, number in value["model"]["vocab"].items() if len(token) == 1 or token in kept
             }
             yield json.dumps(value).encode()
     for kind in ("WordLevel", "WordPiece"):
@@ -169,9 +169,8 @@ def walked(data: bytes, folder: Path) -> None:
     while pending:
         message, depth = pending.pop()
         for number in range(1, 17):
-            for inner in message.messages(number) if number in message else ():
-                if depth < 4:
-                    pending.append((inner, depth + 1))
+            if number in message and depth <= 4:
+                pending += [(inner, depth + 1) for inner in message.messages(number)]
 
 
 def messages() -> Iterable[bytes]:
@@ -261,6 +260,12 @@ def tables() -> Iterable[bytes]:
     return fixtures("**/*.index")()
 
 
+def state(data: bytes, folder: Path) -> object:
+    """The file that names TensorFlow's newest checkpoint, beside one."""
+    (folder / "model.ckpt.index").touch()
+    return at("checkpoint", lambda _: locate(str(folder)))(data, folder)
+
+
 def _texts(*texts: str) -> Callable[[], Iterable[bytes]]:
     return lambda: [text.encode() for text in texts]
 
@@ -272,7 +277,9 @@ STATE = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model
 PARSERS: Mapping[str, Parser] = {
     "card": Parser(at("README.md", read_card), _texts(CARD)),
     "hdf5": Parser(at("tf_model.h5", hdf5), hdf5_files, needs="h5py"),
-    "json": Parser(lambda data, _: strict_json.parse_json(data, "x.json", "x"), fixtures("*/*/config.json"), json_value),
+    "json": Parser(
+        lambda data, _: strict_json.parse_json(data, "x.json", "x"), fixtures("*/*/config.json"), json_value
+    ),
     "leveldb": Parser(lambda data, _: list(read_table(data)), tables, index_row, (MalformedError,)),
     "listing": Parser(lambda data, _: parse_listing(data, "http://hub"), listings, json_value),
     "llmc": Parser(at("gpt2.bin", lambda path: open_llmc(path, Options())), fixtures("originals/llmc/*.bin")),
@@ -291,10 +298,8 @@ PARSERS: Mapping[str, Parser] = {
     ),
     "saved_model": Parser(saved_model, saved_models),
     "shards": Parser(at("x.index.json", read_weight_map), fixtures("tiny-gpt2/*/*.index.json"), json_value),
-    "snappy": Parser(
-        lambda data, _: snappy.decompress(data), snappy_blocks, refusals=(MalformedError,)
-    ),
-    "state": Parser(at("checkpoint", locate), _texts(STATE)),
+    "snappy": Parser(lambda data, _: snappy.decompress(data), snappy_blocks, refusals=(MalformedError,)),
+    "state": Parser(state, _texts(STATE)),
     "tf_index": Parser(at("m.index", lambda path: tf_index.read_index(path[:-6])), tables, index_row),
     "tokenizer": Parser(at("tokenizer.json", tokenizer("tokenizer.json")), tokenizers, json_value),
     "torch": Parser(
@@ -304,5 +309,5 @@ PARSERS: Mapping[str, Parser] = {
     ),
     "vocabulary": Parser(lambda data, _: parse_vocabulary(data, "v.json"), _texts('{"a": 0, "b": 1}'), json_value),
     "yaml": Parser(lambda data, _: yaml.parse_yaml(data.decode("utf-8", "replace"), "x.yml"), _texts(YAML)),
-    "zip": Parser(at("a.zip", zip.read_members), fixtures("originals/mesh-jax/*/*/1.npz")),
+    "zip": Parser(at("a.zip", read_members), fixtures("originals/mesh-jax/*/*/1.npz")),
 }

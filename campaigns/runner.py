@@ -72,7 +72,9 @@ class State:
             reports = {name: Report.from_dict(report) for name, report in raw["reports"].items()}
             state = cls(path, int(raw["seed"]), reports, set(raw["done"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnusableStateError(f"{path} is not the state of a run ({error!r}): delete it to start anew") from error
+            raise UnusableStateError(
+                f"{path} is not the state of a run ({error!r}): delete it to start anew"
+            ) from error
         if seed not in (None, state.seed):
             raise UnusableStateError(f"{path} has seed {state.seed}, not {seed}: choose another file")
         return state

@@ -165,9 +165,7 @@ def _dtype(name: str, torch_name: str, path: str | None) -> np.dtype[np.generic]
     return DTYPES[torch_name]
 
 
-def _rebuild(
-    byte_order: ByteOrder, counts: range, dtype_at: int | None, arguments: tuple[object, ...]
-) -> LazyTensor:
+def _rebuild(byte_order: ByteOrder, counts: range, dtype_at: int | None, arguments: tuple[object, ...]) -> LazyTensor:
     """``(storage, offset, size, stride, ...)`` → the tensor; its dtype is argument ``dtype_at`` if given."""
     if len(arguments) not in counts:
         raise RefusedError(f"a tensor of {len(arguments)} arguments")

@@ -157,7 +157,8 @@ def _find_directory64(file: BinaryIO, narrow: list[int], end: int, path: str) ->
         raise _damaged(path, "an archive of several disks")
     wide = (fields[7], fields[8], fields[9])
     if any(
-        value not in (true, mark) for value, true, mark in zip(narrow, wide, (0xFFFF, _IN_ZIP64, _IN_ZIP64), strict=True)
+        value not in (true, mark)
+        for value, true, mark in zip(narrow, wide, (0xFFFF, _IN_ZIP64, _IN_ZIP64), strict=True)
     ):
         raise _damaged(path, "the two end records disagree")
     return wide, record

@@ -17,9 +17,7 @@ LIGHT = [name for name, format in FORMATS.items() if format.needs != "tensorflow
 TENSORFLOW = [name for name in FORMATS if name not in LIGHT]
 
 
-@pytest.mark.parametrize(
-    "name", [*LIGHT, *(pytest.param(name, marks=pytest.mark.tensorflow) for name in TENSORFLOW)]
-)
+@pytest.mark.parametrize("name", [*LIGHT, *(pytest.param(name, marks=pytest.mark.tensorflow) for name in TENSORFLOW)])
 def test_valid_files_are_equal(name: str, tmp_path: Path) -> None:
     format = FORMATS[name]
     for seed in range(5):

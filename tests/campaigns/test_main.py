@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,9 @@ class Fake:
         return report
 
 
-def campaign(calls: Calls, *, cases: int = 10**9, failing: int = -1, takes: float = 0.0, weight: float = 1) -> Campaign:
+def campaign(
+    calls: Calls, *, cases: int = 10**9, failing: int = -1, takes: float = 0.0, weight: float = 1
+) -> Campaign:
     return Campaign(Fake(calls, cases, failing, takes), weight)
 
 
@@ -143,7 +144,9 @@ def test_usage(arguments: list[str], words: str, capsys: pytest.CaptureFixture[s
 
 def test_one_case(capsys: pytest.CaptureFixture[str]) -> None:
     calls: Calls = []
-    assert program.main(["a", "--only", "3", "--seed", "9"], {"a": campaign(calls, failing=3), "b": campaign([])}) == 1
+    assert (
+        program.main(["a", "--only", "3", "--seed", "9"], {"a": campaign(calls, failing=3), "b": campaign([])}) == 1
+    )
     assert calls == [(9, 0.0, 3)]
 
 

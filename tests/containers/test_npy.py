@@ -173,7 +173,7 @@ def test_what_numpy_refuses_is_refused(tmp_path: Path) -> None:
     for wrong in (sound[:7] + b"\1" + sound[8:], sound.replace(b"  \n", b" \xa0\n")):
         assert wrong != sound
         path = written(tmp_path, wrong)
-        with pytest.raises(ValueError, match="version|header"):
+        with pytest.raises(ValueError, match=r"version|header"):
             np.load(path)
-        with pytest.raises(InputError, match="version of the array format|header is damaged"):
+        with pytest.raises(InputError, match=r"version of the array format|header is damaged"):
             read_npy(path)

@@ -45,7 +45,9 @@ def check_text(model: Any, path: str) -> None:
             if field_.type == field_.TYPE_MESSAGE:
                 pending += values
             elif wrong := [text for text in values if isinstance(text, bytes)]:
-                raise InputError("is damaged", path=path, expected=f"UTF-8 in `{field_.name}`", found=repr(wrong[0])[:80])
+                raise InputError(
+                    "is damaged", path=path, expected=f"UTF-8 in `{field_.name}`", found=repr(wrong[0])[:80]
+                )
 
 
 @dataclass
