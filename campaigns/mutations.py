@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -163,14 +164,15 @@ def safetensors_header(dice: random.Random, data: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
 
-def zip_member(dice: random.Random, data: bytes) -> bytes:
-    """A zip archive with one damaged member, and the checksum of the damaged bytes."""
+def zip_member(dice: random.Random, data: bytes, among: str = "") -> bytes:
+    """A zip archive with one damaged member, whose path matches ``among``, and the checksum of the damaged bytes."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {info.filename: archive.read(info) for info in archive.infolist()}
     except Exception:  # damaged twice
         return damaged(dice, data)
-    small = [name for name in members if len(members[name]) < 1 << 16] or list(members)
+    eligible = [name for name in members if re.search(among, name)]
+    small = [name for name in eligible if len(members[name]) < 1 << 16] or eligible
     pickles = [name for name in small if name.endswith(".pkl")]
     if not small:
         return damaged(dice, data)

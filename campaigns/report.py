@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class NotRunError(Exception):
+    """Raised by a campaign that needs something missing; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class Case:
         outcome: ``ok``, ``exit 3`` and so on, or what went wrong.
         seconds: processor time.
         failed: whether the outcome is not allowed.
+        inputs: number of inputs tried.
     """
 
     number: int
@@ -23,6 +29,7 @@ class Case:
     outcome: str
     seconds: float
     failed: bool = False
+    inputs: int = 1
 
 
 @dataclass
@@ -36,6 +43,10 @@ class Report:
         failures: cases with an outcome that is not allowed.
         slowest: the case that took the most processor time.
         next: number of the first case that was not run; a later run can start there.
+        missing: parts that were not run, and what they need.
+        inputs: number of inputs tried in all cases.
+        seconds: wall time.
+        leftovers: files and processes that cases left behind.
     """
 
     name: str
@@ -44,10 +55,15 @@ class Report:
     failures: list[Case] = field(default_factory=list)
     slowest: Case | None = None
     next: int = 0
+    missing: list[str] = field(default_factory=list)
+    inputs: int = 0
+    seconds: float = 0.0
+    leftovers: int = 0
 
     def add(self, case: Case) -> None:
         """Count a case."""
         self.outcomes[case.outcome.partition(":")[0]] += 1
+        self.inputs += case.inputs
         self.next = max(self.next, case.number + 1)
         if case.failed:
             self.failures.append(case)
@@ -59,23 +75,36 @@ class Report:
         """Number of cases run."""
         return self.outcomes.total()
 
-    def as_dict(self) -> dict[str, object]:
+    def merge(self, more: Report) -> None:
+        """Add the result of a later run of the same campaign."""
+        self.outcomes += more.outcomes
+        self.failures += more.failures
+        cases = [case for case in (self.slowest, more.slowest) if case is not None]
+        self.slowest = max(cases, key=lambda case: case.seconds, default=None)
+        self.next, self.missing = max(self.next, more.next), more.missing
+        self.inputs, self.seconds = self.inputs + more.inputs, self.seconds + more.seconds
+        self.leftovers += more.leftovers
+
+    def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "campaign": self.name,
-            "seed": self.seed,
-            "cases": self.cases,
-            "next": self.next,
-            "outcomes": dict(self.outcomes.most_common()),
-            "slowest": None if self.slowest is None else vars(self.slowest),
-            "failures": [vars(case) for case in self.failures],
-        }
+        return {**asdict(self), "outcomes": dict(self.outcomes)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """The report of :meth:`as_dict`."""
+        slowest, failures = values["slowest"], [Case(**case) for case in values["failures"]]
+        kept = {"outcomes": Counter(values["outcomes"]), "failures": failures}
+        return cls(**{**values, **kept, "slowest": None if slowest is None else Case(**slowest)})
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.most_common())
-        lines = [f"{self.name}, seed {self.seed}: {self.cases} cases ({counts})"]
+        inputs = f", {self.inputs} inputs" if self.inputs != self.cases else ""
+        lines = [f"{self.name}, seed {self.seed}: {self.cases} cases{inputs} ({counts or 'none'})"]
         if self.slowest is not None:
             lines.append(f"  slowest: case {self.slowest.number}, {self.slowest.seconds:.2f} s: {self.slowest.what}")
+        lines += [f"  NOT RUN: {what}" for what in self.missing]
         lines += [f"  FAILED case {case.number}: {case.what}\n    {case.outcome}" for case in self.failures]
-        lines.append(f"  {len(self.failures)} failures; continue with --start {self.next}")
+        if self.leftovers:
+            lines.append(f"  {self.leftovers} leftovers")
+        lines.append(f"  {len(self.failures)} failures")
         return "\n".join(lines)

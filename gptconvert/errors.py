@@ -7,6 +7,8 @@ Exit codes are a contract (docs/cli.md): 2 usage, 3 input invalid or corrupt, 4 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 #: The likely cause of a truncated file, and the hint about it.
@@ -148,3 +150,34 @@ class UnsafeInputError(GptConvertError):
 
     exit_code = 7
     kind = "unsafe"
+
+
+def reason(error: Exception) -> str:
+    """Why an operation failed: ``No space left on device``."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def reason_and_file(error: OSError, shown: str | None = None) -> str:
+    """:func:`reason`, with the file at fault unless it is ``shown`` already."""
+    name = None if error.filename is None else os.fsdecode(error.filename)
+    return reason(error) if name in (None, shown) else f"{reason(error)}: {name}"
+
+
+def is_unreadable(error: GptConvertError) -> bool:
+    """Whether the operating system could not read a file that exists: a fault of the machine, not of the file."""
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+
+
+@contextmanager
+def os_errors_as(kind: type[GptConvertError], what: str, path: str) -> Iterator[None]:
+    """Convert :class:`OSError` to an error of ours.
+
+    Args:
+        kind: :class:`InputError` or :class:`OutputError`.
+        what: the operation that failed: "cannot be read".
+        path: the file or directory that the user knows.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what} ({reason_and_file(error, path)})", path=path) from error

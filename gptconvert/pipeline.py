@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptconvert.containers.untrusted import boundary
-from gptconvert.errors import InputError, UnsupportedError, VerificationError
+from gptconvert.errors import (
+    InputError,
+    OutputError,
+    UnsupportedError,
+    VerificationError,
+    reason_and_file,
+)
 from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.inspection import open_checkpoint
 from gptconvert.model.checkpoint import Checkpoint
@@ -29,6 +36,7 @@ from gptconvert.publish.manifest import (
     Recipe,
     check_inputs_unchanged,
     manifest_files,
+    record_reading,
     snapshot,
 )
 from gptconvert.publish.replaceable import deletion_notes
@@ -189,6 +197,11 @@ def convert(
 ) -> Result:
     """Write, verify and publish a checkpoint: all of it or nothing.
 
+    Weights are memory-mapped in this process. If another program truncates a source file meanwhile, or its disk
+    fails, the kernel kills the process (SIGBUS); on Linux, the command line runs this function in a child process to
+    survive that. A process killed by SIGBUS or SIGKILL leaves a hidden directory and a lock file beside the output,
+    which do no harm; the next run with the same output removes them.
+
     Args:
         checkpoint: from :func:`open_checkpoint`, or any source that it accepts.
         output: directory to publish.
@@ -203,12 +216,17 @@ def convert(
         checkpoint, options = open_checkpoint(checkpoint, options), None
     progress, source, output = progress or Silent(), checkpoint.source, os.fsdecode(output)
     before = snapshot(source.files)
+    record_reading(before)
     planned = plan(checkpoint, options)
     options = planned.options
     if options.verify is not None:
         require_torch("or convert with --no-verify")
     check_tied(checkpoint)
-    with signals.raising(), Staging(output, inputs=_inputs(checkpoint), force=options.force) as staging:
+    with (
+        signals.raising(),
+        _os_errors(checkpoint, output),
+        Staging(output, inputs=_inputs(checkpoint), force=options.force) as staging,
+    ):
         staging.require_space(planned.nbytes)
         deleted = deletion_notes(staging.output)
         _refuse_notes(deleted, options)
@@ -230,6 +248,19 @@ def convert(
         staging.publish()
     notes = (*planned.notes, *deleted, *written.notes, *(report.notes if report else ()), *staging.notes)
     return Result(output, planned.exports[0].checkpoint, (*written.files, *described), report, notes)
+
+
+@contextmanager
+def _os_errors(checkpoint: Checkpoint, output: str) -> Iterator[None]:
+    """Convert the :class:`OSError` that nothing else has: of an input if it names one, otherwise of the output."""
+    try:
+        yield
+    except OSError as error:
+        name = "" if error.filename is None else os.path.abspath(os.fsdecode(error.filename))
+        for path in _inputs(checkpoint):
+            if (name + os.sep).startswith(os.path.abspath(path) + os.sep):
+                raise InputError(f"cannot be read ({reason_and_file(error, path)})", path=path) from error
+        raise OutputError(f"cannot be written ({reason_and_file(error, output)})", path=output) from error
 
 
 def verify_export(
@@ -259,6 +290,7 @@ def verify_export(
 
     options, artifact = as_options(options), os.fsdecode(artifact)
     checkpoint = with_special_ids(open_checkpoint(source, options))
+    record_reading(snapshot([*checkpoint.source.files, *_files_of(artifact)]))
     candidates = find_candidates(checkpoint, artifact, options.seed)
     package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None
     check_tied(checkpoint)
@@ -267,6 +299,12 @@ def verify_export(
     if report.passed:
         _refuse_notes((*checkpoint.notes, *report.notes), options)
     return report
+
+
+def _files_of(artifact: str) -> list[str]:
+    """The files of an artifact, which may be one file."""
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(artifact) for name in names]
+    return found or [artifact]
 
 
 def require_torch(otherwise: str = "") -> None:

@@ -74,6 +74,16 @@ class FaultyFileSystem(FileSystem):
         self._before("open")
         return super().open_source(path)
 
+    def close(self, descriptor: int) -> None:
+        try:
+            self._before("close")
+        finally:  # Linux closes the file even if it reports an error
+            super().close(descriptor)
+
+    def free_bytes(self, path: str) -> int:
+        self._before("statvfs")
+        return super().free_bytes(path)
+
     def allocate(self, descriptor: int, nbytes: int) -> None:
         self._before("allocate")
         super().allocate(descriptor, nbytes)

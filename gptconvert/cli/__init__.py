@@ -10,12 +10,25 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from gptconvert.cli.output import print_json
-from gptconvert.errors import GptConvertError, OutputError, UnsupportedError, VerificationError, printable
+from gptconvert.cli.limits import limit_error
+from gptconvert.cli.output import SIGPIPE, StreamError, emit_error, flush, lost, note, print_json
+from gptconvert.errors import (
+    GptConvertError,
+    InputError,
+    OutputError,
+    UnsupportedError,
+    VerificationError,
+    printable,
+    reason,
+)
 from gptconvert.version import __version__
+
+if TYPE_CHECKING:
+    from gptconvert.publish.journal import Journal
 
 #: command → (module, one-line help). The module defines the command, or builds it with ``format_command``.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -36,14 +49,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 #: Import name → distribution, where they differ.
 PACKAGES: Mapping[str, str] = {"yaml": "pyyaml", "google_crc32c": "google-crc32c"}
-#: System errors that the user can mend → the exit code and the hint.
-SYSTEM_ERRORS: Mapping[int, tuple[int, str]] = {
-    errno.ENOSPC: (OutputError.exit_code, "free some space"),
-    errno.EDQUOT: (OutputError.exit_code, "free some space, or raise the quota"),
-    errno.EROFS: (OutputError.exit_code, "choose an output on a file system that can be written"),
-    errno.EMFILE: (1, "raise the limit of open files: ulimit -n 1024"),
-    errno.ENFILE: (1, "close other programs: the system has too many open files"),
-    errno.ENOMEM: (1, "no output was published"),
+#: System errors that the user can mend → the hint.
+SYSTEM_ERRORS: Mapping[int, str] = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or raise the quota",
+    errno.EROFS: "choose an output on a file system that can be written",
 }
 EPILOG = """\b
 Exit codes: 0 ok, 2 usage, 3 input invalid, 4 unsupported, 5 verification failed
@@ -111,61 +121,109 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """Run a command line; returns its exit code. Every error becomes one message on stderr."""
+    from gptconvert.publish import journal, signals
+
+    lost.clear()
+    begun = journal.begin()
+    try:
+        with signals.raising():
+            code = _run(args)
+    except signals.Interrupted as error:
+        code = _interrupted(error.signum, f"interrupted; {outcome(begun)}", is_json(args))
+    if "stdout" in lost and not code:
+        note("standard output is closed, so the result was not printed")
+    flush()
+    return code or (OutputError.exit_code if "stderr" in lost else 0)
+
+
+def _run(args: list[str]) -> int:
+    """Run a command line; returns its exit code.
+
+    Raises:
+        Interrupted: by a signal. The staged files are removed.
+    """
     debug = _given("--debug", args) or _is_on("GPTCONVERT_DEBUG")
-    as_json = _given("--json", args)
+    as_json = is_json(args)
     args = _bare_verify([arg for arg in args if arg != "--debug"])
     try:
         done = group.main(args, prog_name="gptconvert", standalone_mode=False, auto_envvar_prefix="GPTCONVERT")
         return done if isinstance(done, int) else 0  # click returns the code of `Exit`
     except click.ClickException as error:
         if as_json:
-            _report(GptConvertError(error.format_message()), error.exit_code, as_json=True, kind="usage")
+            report(GptConvertError(error.format_message()), error.exit_code, as_json=True, kind="usage")
         else:
-            error.show()
+            with contextlib.suppress(OSError):
+                error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
         return _interrupted(signal.SIGINT, "interrupted", as_json)
     except GptConvertError as error:
         if debug:
             raise
-        _report(error, error.exit_code, as_json)
-        return error.exit_code
+        reported = limit_error(error) or error
+        report(reported, reported.exit_code, as_json)
+        return reported.exit_code
     except SystemExit as error:
         from gptconvert.publish.signals import Interrupted
 
-        if isinstance(error, Interrupted):  # raised after the staged files were removed
-            return _interrupted(error.signum, "interrupted; nothing was published", as_json)
+        if isinstance(error, Interrupted):
+            raise
+        if isinstance(error.__context__, BrokenPipeError):  # click exits with 1
+            return 128 + SIGPIPE
         return error.code if isinstance(error.code, int) else 1
-    except MemoryError:
-        _report(GptConvertError("out of memory", hint="no output was published"), 1, as_json)
-        return 1
     except BaseException as error:
         # Not Exception: some libraries raise other classes (pyo3's PanicException).
         if debug:
             raise
-        reported, code = _explained(error)
-        _report(reported, code, as_json)
+        explained, code = _explained(error)
+        report(explained, code, as_json)
         return code
 
 
 def _interrupted(number: int, message: str, as_json: bool) -> int:
     code = 128 + number
-    _report(GptConvertError(message), code, as_json, kind="interrupted")
+    report(GptConvertError(message), code, as_json, kind="interrupted")
     return code
 
 
 def _explained(error: BaseException) -> tuple[GptConvertError, int]:
     """An exception that no other code explains, as an error for the user, with its exit code."""
-    missing = _missing_package(error)
-    if missing is not None:
-        return missing, UnsupportedError.exit_code
-    known = SYSTEM_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
-    if isinstance(error, OSError) and known is not None:
-        code, hint = known
-        kind = OutputError if code == OutputError.exit_code else GptConvertError
-        return kind(error.strerror or "failed", path=error.filename, hint=hint), code
+    explained: GptConvertError | None = limit_error(error) or _missing_package(error)
+    if explained is None and isinstance(error, OSError):
+        explained = _system_error(error)
+    if explained is not None:
+        return explained, explained.exit_code
     hint = "this is a bug in gptconvert; please rerun with --debug and report it"
     return GptConvertError(f"{type(error).__name__}: {error}", hint=hint), 1
+
+
+def _system_error(error: OSError) -> GptConvertError:
+    """The error for a file operation that failed where no better message is known."""
+    path = None if error.filename is None else os.fsdecode(error.filename)
+    hint = SYSTEM_ERRORS.get(error.errno or 0)
+    kind = InputError if hint is None and path is not None else OutputError
+    return kind(reason(error), path=path, hint=hint)
+
+
+def outcome(begun: Journal) -> str:
+    """``nothing was published``, or what was."""
+    published = [printable(path) for path in begun.values("published")]
+    return f"{', '.join(published)} was published" if published else "nothing was published"
+
+
+def _leftovers() -> list[str]:
+    """Retry to remove staged files that could not be removed; returns a sentence on those that still cannot."""
+    if "gptconvert.publish.staging" not in sys.modules:
+        return []
+    from gptconvert.publish.staging import clean_up_again
+
+    left = clean_up_again()
+    return [f"could not be removed: {', '.join(map(printable, left))}"] if left else []
+
+
+def is_json(args: Sequence[str]) -> bool:
+    """Whether ``--json`` is given."""
+    return _given("--json", args)
 
 
 def _missing_package(error: BaseException) -> UnsupportedError | None:
@@ -198,14 +256,19 @@ def _bare_verify(args: list[str]) -> list[str]:
     ]
 
 
-def _report(error: GptConvertError, code: int, as_json: bool, kind: str | None = None) -> None:
+def report(error: GptConvertError, code: int, as_json: bool, kind: str | None = None) -> None:
     """Print the error on stderr; with ``--json``, also as the JSON object on stdout."""
+    from gptconvert.publish import journal
+
+    if isinstance(error, StreamError) and (published := journal.begin().values("published")):
+        error.hint = f"the conversion succeeded: {', '.join(published)} is published"
+    error.hint = "; ".join([*filter(None, (error.hint,)), *_leftovers()]) or None
     if as_json:
         fields = {**error.as_dict(), "exit_code": code, **({"kind": kind} if kind else {})}
-        report = {"verification": error.report} if isinstance(error, VerificationError) else {}
+        verification = {"verification": error.report} if isinstance(error, VerificationError) else {}
         with contextlib.suppress(OSError, OutputError):  # stdout may be what failed
-            print_json({"ok": False, "error": fields, **report})
+            print_json({"ok": False, "error": fields, **verification})
     color = False if os.environ.get("NO_COLOR") else None  # None: colors on terminals only
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True, color=color)
+    emit_error(f"{click.style('error:', fg='red', bold=True)} {error}", color)
     if error.hint:
-        click.echo(f"  hint: {printable(error.hint)}", err=True)
+        emit_error(f"  hint: {printable(error.hint)}")

@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 import click
 
@@ -17,32 +18,71 @@ from gptconvert.model.schema import SCHEMA_VERSION
 SIGPIPE = 13
 
 
+class StreamError(OutputError):
+    """Stdout cannot be written: the result of the command is lost."""
+
+
+#: Names of the standard streams whose text was lost.
+lost: set[str] = set()
+
+
 def print_json(fields: Mapping[str, object]) -> None:
     """Print the object of ``--json``, in ASCII, which works in any encoding and for file names that are not UTF-8."""
     emit(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2))
 
 
 def emit(text: str = "", *, nl: bool = True) -> None:
-    """Print a part of the result on stdout.
+    """Print a part of the result on stdout. If stdout was closed before the program began, add it to :data:`lost`.
 
     Raises:
-        OutputError: stdout cannot be written, as on a full disk.
+        StreamError: stdout cannot be written, as on a full disk.
         SystemExit: stdout is a pipe whose reader has ended, as in ``… | head``. Ends the program as SIGPIPE would.
     """
+    if sys.stdout is None or getattr(sys.stdout, "name", None) == os.devnull:  # see gptconvert.supervisor
+        lost.add("stdout")
+        return
     try:
         click.echo(text, nl=nl)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        discard(sys.stdout)
         raise SystemExit(128 + SIGPIPE) from None
     except OSError as error:
+        discard(sys.stdout)
         hint = "only the text or JSON for stdout is lost; the rest of the command is done"
-        raise OutputError(f"stdout cannot be written ({error.strerror})", hint=hint) from error
+        raise StreamError(f"stdout cannot be written ({error.strerror})", hint=hint) from error
+
+
+def emit_error(text: str, color: bool | None = None) -> None:
+    """Print a line on stderr. If that fails, add stderr to :data:`lost`; the command goes on."""
+    try:
+        click.echo(text, err=True, color=color)
+    except OSError:
+        discard(sys.stderr)
+        lost.add("stderr")
+
+
+def discard(stream: TextIO) -> None:
+    """Lead a broken stream nowhere, so that what it still holds does not fail at exit."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def flush() -> None:
+    """Flush the standard streams now: at exit, a failure would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            discard(stream)
 
 
 def note(text: str, quiet: bool = False) -> None:
     """Print one sentence on stderr unless ``quiet``."""
     if not quiet:
-        click.echo(f"note: {printable(text)}", err=True)
+        emit_error(f"note: {printable(text)}")
 
 
 def human_bytes(count: float) -> str:

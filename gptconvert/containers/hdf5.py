@@ -132,7 +132,7 @@ def lazy_tensor(dataset: Any, path: str) -> LazyTensor:
         UnsupportedError: not floats, or compressed with a plug-in filter.
         InputError: a group, or data that is truncated or was never written.
     """
-    from h5py import h5d
+    from h5py import h5d, h5t
 
     name = str(dataset.name)
     if not is_dataset(dataset):
@@ -145,6 +145,9 @@ def lazy_tensor(dataset: Any, path: str) -> LazyTensor:
         raise UnsupportedError(
             "element type not supported", path=path, item=name, expected="float16, float32 or float64", found=dtype
         )
+    if not dataset.id.get_type().equal(h5t.py_create(dtype)):  # h5py converts on reading, but states the plain type
+        what = f"{dtype} of another layout of bits"
+        raise UnsupportedError("element type not supported", path=path, item=name, expected="IEEE floats", found=what)
     if 0 in shape:
         return Stored((), dtype, shape)
     layout = dataset.id.get_create_plist().get_layout()

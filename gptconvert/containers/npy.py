@@ -116,10 +116,14 @@ def _fields(data: bytes, path: str, name: str) -> tuple[dict[object, object], in
     if not data.startswith(MAGIC):
         explained = explain_bytes(data, allow={"npy"}) or "does not begin like a NumPy array file"
         raise InputError(f"this file {explained}", path=path, item=name, expected="an array saved by numpy.save")
-    version = data[len(MAGIC)] if len(data) > len(MAGIC) else 0
-    if version not in _LENGTHS:
+    version, minor = data[len(MAGIC) : len(MAGIC) + 2].ljust(2, b"\0")
+    if version not in _LENGTHS or minor:
         raise InputError(
-            "unknown version of the array format", path=path, item=name, expected="1, 2 or 3", found=version
+            "unknown version of the array format",
+            path=path,
+            item=name,
+            expected="1.0, 2.0 or 3.0",
+            found=f"{version}.{minor}",
         )
     code, size = _LENGTHS[version]
     start = len(MAGIC) + 2 + size
@@ -143,7 +147,7 @@ def _fields(data: bytes, path: str, name: str) -> tuple[dict[object, object], in
 def _literal(text: str, path: str, name: str) -> dict[object, object]:
     """The dictionary in a header's text. Python 2 wrote lengths as ``512L``."""
     try:
-        value = ast.literal_eval(re.sub(r"(?<=\d)L\b", "", text).strip())
+        value = ast.literal_eval(re.sub(r"(?<=\d)L\b", "", text).strip(" \t\n"))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise _wrong(path, name, "a Python dictionary", text) from error
     if not isinstance(value, dict):

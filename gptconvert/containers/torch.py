@@ -160,9 +160,10 @@ def _read_zip(path: str) -> TorchFile:
         member, nbytes = members.get(f"{root}data/{key}"), elements * item
         if member is None:
             raise InputError(f"storage {key} is missing from the archive", path=path)
-        if member.data.nbytes < nbytes:
+        if member.data.nbytes != nbytes:
+            wrong = "is truncated" if member.data.nbytes < nbytes else "has more bytes than elements"
             expected, found = f"{nbytes} bytes", f"{member.data.nbytes} bytes"
-            raise InputError(f"storage {key} is truncated", path=path, expected=expected, found=found)
+            raise InputError(f"storage {key} {wrong}", path=path, expected=expected, found=found)
         used[key] = member
         return Segment(path, member.data.offset, nbytes)
 

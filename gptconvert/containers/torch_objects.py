@@ -96,11 +96,11 @@ def torch_rules(path: str, locate: Locate, byte_order: ByteOrder = "<") -> Rules
     """
     calls: dict[Global, Callable[[tuple[object, ...]], object]] = {
         Global("collections", "OrderedDict"): ordered_dict,
-        Global("torch._utils", "_rebuild_tensor"): partial(_rebuild, byte_order, None),
-        Global("torch._utils", "_rebuild_tensor_v2"): partial(_rebuild, byte_order, None),
-        Global("torch._utils", "_rebuild_tensor_v3"): partial(_rebuild, byte_order, 6),
-        Global("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-        Global("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+        Global("torch._utils", "_rebuild_tensor"): partial(_rebuild, byte_order, range(4, 5), None),
+        Global("torch._utils", "_rebuild_tensor_v2"): partial(_rebuild, byte_order, range(6, 8), None),
+        Global("torch._utils", "_rebuild_tensor_v3"): partial(_rebuild, byte_order, range(7, 9), 6),
+        Global("torch._utils", "_rebuild_parameter"): partial(_rebuild_parameter, 3),
+        Global("torch._utils", "_rebuild_parameter_with_state"): partial(_rebuild_parameter, 4),
         Global("torch._utils", "_rebuild_qtensor"): lambda _: Opaque("quantised tensor"),  # its storage is refused
         Global("torch", "Size"): _size,
         Global("torch", "device"): lambda _: Opaque("device"),
@@ -165,10 +165,10 @@ def _dtype(name: str, torch_name: str, path: str | None) -> np.dtype[np.generic]
     return DTYPES[torch_name]
 
 
-def _rebuild(byte_order: ByteOrder, dtype_at: int | None, arguments: tuple[object, ...]) -> LazyTensor:
+def _rebuild(byte_order: ByteOrder, counts: range, dtype_at: int | None, arguments: tuple[object, ...]) -> LazyTensor:
     """``(storage, offset, size, stride, ...)`` → the tensor; its dtype is argument ``dtype_at`` if given."""
-    if len(arguments) < 4 or (dtype_at is not None and len(arguments) <= dtype_at):
-        raise RefusedError("a tensor without storage, offset, size and stride")
+    if len(arguments) not in counts:
+        raise RefusedError(f"a tensor of {len(arguments)} arguments")
     storage, offset, size, stride = arguments[:4]
     named = None if dtype_at is None else arguments[dtype_at]
     if not isinstance(storage, Storage):
@@ -238,8 +238,8 @@ def _gather(part: Segment, dtype: np.dtype[np.generic], stride: Shape, box: Box)
     return np.array(view, native, order="C")
 
 
-def _rebuild_parameter(arguments: tuple[object, ...]) -> LazyTensor:
-    if not arguments or not isinstance(arguments[0], LazyTensor):
+def _rebuild_parameter(count: int, arguments: tuple[object, ...]) -> LazyTensor:
+    if len(arguments) != count or not isinstance(arguments[0], LazyTensor):
         raise RefusedError("a parameter that is not a tensor")
     return arguments[0]
 

@@ -32,6 +32,8 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_COMMENT = 0xFFFF
 _ENCRYPTED, _UTF8 = 1 << 0, 1 << 11
 _IN_ZIP64 = 0xFFFFFFFF
+#: Newest version of the format that a member may need, times ten.
+_MAX_VERSION = 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,26 +123,45 @@ def _find_directory(file: BinaryIO, size: int, path: str) -> tuple[int, int, int
             found=f"{size} bytes",
             hint=FETCH_AGAIN,
         )
-    _, _, _, _, count, nbytes, offset, _ = _END.unpack_from(tail, at)
-    locator = start + at - _END64_LOCATOR.size
-    if count == 0xFFFF or _IN_ZIP64 in (nbytes, offset):
-        return _find_directory64(file, locator, size, path)
-    return count, nbytes, offset
+    _, disk, first, here, *narrow, _ = _END.unpack_from(tail, at)
+    if (disk, first, here) not in ((0, 0, narrow[0]), (0xFFFF, 0xFFFF, 0xFFFF)):
+        raise _damaged(path, "an archive of several disks")
+    found, end = _find_directory64(file, narrow, start + at, path)
+    if found[1] + found[2] != end:  # readers differ in which of the two places they believe
+        raise _damaged(path, f"central directory ends at byte {found[1] + found[2]}, its end record is at {end}")
+    return found
 
 
-def _find_directory64(file: BinaryIO, locator: int, size: int, path: str) -> tuple[int, int, int]:
+def _find_directory64(file: BinaryIO, narrow: list[int], end: int, path: str) -> tuple[tuple[int, int, int], int]:
+    """Number of entries, size and offset of the directory, and where it must end.
+
+    Like other readers, use the zip64 record if there is one; the fields ``narrow`` of the plain record, at ``end``,
+    must agree with it or refer to it.
+    """
+    locator = end - _END64_LOCATOR.size
     file.seek(max(0, locator))
     data = file.read(_END64_LOCATOR.size)
     if locator < 0 or data[:4] != b"PK\6\7":
-        raise _damaged(path, "zip64 end record is missing")
-    offset = _END64_LOCATOR.unpack(data)[2]
-    if offset + _END64.size > size:
-        raise _damaged(path, f"zip64 end record at byte {offset} of {size}")
-    file.seek(offset)
+        count, nbytes, offset = narrow
+        if count == 0xFFFF or _IN_ZIP64 in (nbytes, offset):
+            raise _damaged(path, "zip64 end record is missing")
+        return (count, nbytes, offset), end
+    record = _END64_LOCATOR.unpack(data)[2]
+    if record + _END64.size != locator:
+        raise _damaged(path, f"zip64 end record at byte {record}, its locator at {locator}")
+    file.seek(record)
     fields = _END64.unpack(file.read(_END64.size))
     if fields[0] != b"PK\6\6":
         raise _damaged(path, "zip64 end record is missing")
-    return fields[7], fields[8], fields[9]
+    if fields[4:6] != (0, 0) or fields[6] != fields[7]:
+        raise _damaged(path, "an archive of several disks")
+    wide = (fields[7], fields[8], fields[9])
+    if any(
+        value not in (true, mark)
+        for value, true, mark in zip(narrow, wide, (0xFFFF, _IN_ZIP64, _IN_ZIP64), strict=True)
+    ):
+        raise _damaged(path, "the two end records disagree")
+    return wide, record
 
 
 def _parse_entry(data: bytes, position: int, path: str) -> tuple[_Entry, int]:
@@ -159,6 +180,8 @@ def _parse_entry(data: bytes, position: int, path: str) -> tuple[_Entry, int]:
     nbytes, packed, header = (
         (wide.pop(0) if value == _IN_ZIP64 and wide else value) for value in (nbytes, packed, header)
     )
+    if fields[2] & 0xFF > _MAX_VERSION or fields[13]:
+        raise _damaged(path, f"an entry of format version {(fields[2] & 0xFF) / 10} on disk {fields[13]}")
     name = data[name_at:extra_at].decode("utf-8" if flags & _UTF8 else "cp437", "replace")
     return _Entry(name, flags, method, crc32, packed, nbytes, header), end
 
@@ -206,9 +229,9 @@ def _locate(file: BinaryIO, entry: _Entry, size: int, path: str) -> Member:
     header = file.read(_LOCAL.size)
     if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
         raise _damaged(path, f"no local header for {entry.name} at byte {entry.header}")
-    name_bytes, extra_bytes = _LOCAL.unpack(header)[9:]
+    flags, (name_bytes, extra_bytes) = _LOCAL.unpack(header)[2], _LOCAL.unpack(header)[9:]
     start = entry.header + _LOCAL.size + name_bytes + extra_bytes
-    if file.read(name_bytes) != entry.name.encode("utf-8" if entry.flags & _UTF8 else "cp437", "replace"):
+    if file.read(name_bytes) != entry.name.encode("utf-8" if flags & _UTF8 else "cp437", "replace"):
         raise _damaged(path, f"local header at byte {entry.header} is not that of {entry.name}")
     if start + entry.nbytes > size:
         raise InputError(

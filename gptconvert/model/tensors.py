@@ -11,12 +11,13 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, os_errors_as
 from gptconvert.model.dtypes import holding_all
 
 #: Maximum size in bytes of one block yielded by :meth:`LazyTensor.chunks`.
@@ -60,20 +61,21 @@ def map_segment(segment: Segment) -> NDArray[np.uint8]:
     """
     if segment.nbytes == 0:
         return np.empty(0, np.uint8)
-    try:
-        descriptor = os.open(segment.path, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path=segment.path) from error
-    try:
-        size = os.fstat(descriptor).st_size
-        if size < segment.end:
-            raise InputError(
-                "file is truncated", path=segment.path, expected=f"{segment.end} bytes", found=f"{size} bytes"
-            )
-        start = segment.offset - segment.offset % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(descriptor, segment.end - start, access=mmap.ACCESS_READ, offset=start)
-    finally:
-        os.close(descriptor)
+    start = segment.offset - segment.offset % mmap.ALLOCATIONGRANULARITY
+    with os_errors_as(InputError, "cannot be read", segment.path):
+        descriptor = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size < segment.end:
+                raise InputError(
+                    "file is truncated", path=segment.path, expected=f"{segment.end} bytes", found=f"{size} bytes"
+                )
+            mapped = mmap.mmap(descriptor, segment.end - start, access=mmap.ACCESS_READ, offset=start)
+        except ValueError as error:  # truncated since its size was read
+            raise InputError("file is truncated", path=segment.path, expected=f"{segment.end} bytes") from error
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)
     return np.frombuffer(mapped, np.uint8, count=segment.nbytes, offset=segment.offset - start)
 
 

@@ -11,8 +11,10 @@ import fcntl
 import mmap
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 #: Alignment of direct I/O: the largest sector size in use.
 ALIGNMENT = 4096
@@ -75,6 +77,10 @@ class FileSystem:
         """Open a file for reading."""
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
+    def close(self, descriptor: int) -> None:
+        """Close a file. After an error it is closed too: a second attempt could hit another thread's file."""
+        os.close(descriptor)
+
     def free_bytes(self, path: str) -> int:
         """Free space available to ordinary users in the file system of ``path``."""
         space = os.statvfs(path)
@@ -135,10 +141,14 @@ class FileSystem:
 
         import numpy as np
 
-        in_core, size = getattr(ctypes.CDLL(None), "mincore", None), os.fstat(descriptor).st_size
-        if in_core is None or not size:
+        in_core = getattr(ctypes.CDLL(None), "mincore", None)
+        try:
+            size = os.fstat(descriptor).st_size
+            if in_core is None or not size:
+                return True
+            mapped = np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)  # for its address
+        except OSError:
             return True
-        mapped = np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)  # for its address
         answer = (ctypes.c_ubyte * 1)()
         for sample in range(SAMPLES):
             offset = (size - 1) * sample // (SAMPLES - 1)
@@ -176,6 +186,7 @@ class FileSystem:
             os.fsync(descriptor)
         except OSError as error:
             if error.errno != errno.EINVAL:  # from file systems that cannot sync directories
+                error.filename = path
                 raise
         finally:
             os.close(descriptor)
@@ -203,8 +214,20 @@ class FileSystem:
         os.rmdir(path)
 
     def remove_tree(self, path: str) -> None:
-        """Remove a directory and everything in it."""
-        shutil.rmtree(path)
+        """Remove a directory, if it exists, and everything in it.
+
+        What cannot be removed stays, and the first error is raised.
+        """
+        errors: list[OSError] = []
+
+        def collect(function: Callable[..., Any], path: str, error: Any) -> None:
+            found = error[1] if isinstance(error, tuple) else error
+            errors.extend([] if isinstance(found, FileNotFoundError) else [found])
+
+        handler: dict[str, Any] = {"onexc" if sys.version_info >= (3, 12) else "onerror": collect}
+        shutil.rmtree(path, **handler)
+        if errors:
+            raise errors[0]
 
     def remove_file(self, path: str) -> None:
         """Remove a file."""
@@ -222,38 +245,51 @@ class FileSystem:
             OSError: the file system does not support locks.
         """
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            descriptor, created = _open_lock(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                created = True  # locked: nobody else depends on the file
                 # The owner may have removed the file between our open and our lock, which is then useless.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                        self._sign(path, descriptor)
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
                         return descriptor
             except BlockingIOError:
                 os.close(descriptor)
                 return None
-            except BaseException:
-                os.close(descriptor)
+            except BaseException as error:
+                self._remove_lock(path, descriptor, error, created)
                 raise
             os.close(descriptor)
 
-    def _sign(self, path: str, descriptor: int) -> None:
-        """Write this process's id to its lock file; remove the file if that fails, as on a full disk."""
+    def _remove_lock(self, path: str, descriptor: int, error: BaseException, created: bool) -> None:
+        """Close a lock file that could not be locked, and remove it if this process created it."""
         try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
-        except OSError:
-            with suppress(OSError):
+            if created:
                 self.remove_file(path)
-            raise
+        except OSError:
+            if isinstance(error, OSError):
+                error.filename = path  # so that the message names what is left
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)
 
     def unlock(self, path: str, descriptor: int) -> None:
         """Remove the lock file while it is locked, then release the lock."""
         try:
             self.remove_file(path)
         finally:
-            os.close(descriptor)
+            with suppress(OSError):  # nothing was written that could be lost
+                os.close(descriptor)
+
+
+def _open_lock(path: str) -> tuple[int, bool]:
+    """Open a lock file, and create it if absent; returns its descriptor, and whether it was created."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with suppress(FileExistsError):
+        return os.open(path, flags | os.O_EXCL, 0o666), True
+    return os.open(path, flags, 0o666), False
 
 
 #: The default file system.

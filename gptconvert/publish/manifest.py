@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from gptconvert.containers.json import dump_json
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, os_errors_as
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import PlannedFile
 from gptconvert.model.names import collapse
 from gptconvert.model.schema import SCHEMA_VERSION
 from gptconvert.model.source import Source
+from gptconvert.publish import journal
 from gptconvert.publish.source_reader import FileDigest
 from gptconvert.publish.writer import Written, WrittenFile
 from gptconvert.version import __version__
@@ -126,24 +127,41 @@ def _sums(files: Iterable[WrittenFile], manifest: PlannedFile) -> bytes:
 
 @dataclass(frozen=True)
 class FileState:
-    """File metadata that changes when a file is written to or replaced."""
+    """File metadata that changes when a file is written to or replaced, even if its ``mtime`` is set back."""
 
     nbytes: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
 
 
 def snapshot(paths: Iterable[str]) -> dict[str, FileState | None]:
-    """The state of every path; None if it does not exist."""
+    """The state of every path; None if it does not exist.
+
+    Raises:
+        InputError: it cannot be determined.
+    """
     found: dict[str, FileState | None] = {}
     for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            found[path] = None
-        else:
-            found[path] = FileState(status.st_size, status.st_mtime_ns, status.st_ino)
+        with os_errors_as(InputError, "cannot be read", path):
+            try:
+                status = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                found[path] = None
+            else:
+                found[path] = FileState(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return found
+
+
+def record_reading(states: Mapping[str, FileState | None]) -> None:
+    """Record the files being read, to explain the death of this process if one of them is truncated meanwhile."""
+    journal.record("reading", {path: state and dataclasses.astuple(state) for path, state in states.items()})
+
+
+def changed_since(recorded: Mapping[str, Sequence[int] | None]) -> list[str]:
+    """The files whose state is not the one given to :func:`record_reading`."""
+    now = snapshot(recorded)
+    return [path for path, state in recorded.items() if now[path] != (state and FileState(*state))]
 
 
 def check_inputs_unchanged(
@@ -161,8 +179,13 @@ def check_inputs_unchanged(
     after = snapshot(before) if after is None else after
     changed = [path for path, state in before.items() if after.get(path) != state]
     if changed:
-        raise InputError(
-            f"input changed while it was being read: {', '.join(sorted(map(os.path.basename, changed)))}",
-            path=changed[0],
-            hint="wait for the training run or download that writes it to finish, then convert again",
-        )
+        raise changed_error(changed)
+
+
+def changed_error(paths: Sequence[str]) -> InputError:
+    """The error for inputs that changed during the run."""
+    return InputError(
+        f"input changed while it was being read: {', '.join(sorted(map(os.path.basename, paths)))}",
+        path=paths[0],
+        hint="wait for the training run or download that writes it to finish, then convert again",
+    )

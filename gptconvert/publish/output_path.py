@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from gptconvert.errors import OutputError
+from gptconvert.errors import InputError, OutputError, os_errors_as
 
 _NOT_A_DIRECTORY = "choose a directory that does not exist yet"
 
@@ -22,27 +22,29 @@ def preflight(output: str, inputs: Iterable[str] = (), force: bool = False) -> N
     Raises:
         OutputError: the output is refused, with the reason.
     """
-    output = os.path.abspath(output)
-    for path in inputs:  # first, because other errors suggest --force, which must not be used on an input
-        _check_separate(output, path)
-    _check_existing(output, force)
-    _check_parent(output)
+    with os_errors_as(OutputError, "cannot be examined", output):
+        output = os.path.abspath(output)
+        for path in inputs:  # first, because other errors suggest --force, which must not be used on an input
+            _check_separate(output, path)
+        _check_existing(output, force)
+        _check_parent(output)
 
 
 def existing_ancestor(path: str) -> str:
-    """``path``, or its nearest parent that exists."""
-    while not os.path.lexists(path):
+    """``path``, or its nearest parent that exists.
+
+    Raises:
+        OSError: it cannot be determined.
+    """
+    while _status(path, os.lstat) is None and path != os.path.dirname(path):
         path = os.path.dirname(path)
     return path
 
 
 def _check_existing(output: str, force: bool) -> None:
-    try:
-        status = os.lstat(output)
-    except (FileNotFoundError, NotADirectoryError):
+    status = _status(output, os.lstat)
+    if status is None:
         return
-    except OSError as error:
-        raise OutputError(f"cannot be examined ({error.strerror})", path=output) from error
     if not stat.S_ISDIR(status.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a directory"
         raise OutputError(f"output exists and is {kind}", path=output, hint=_NOT_A_DIRECTORY)
@@ -59,11 +61,12 @@ def _check_existing(output: str, force: bool) -> None:
 
 
 def _check_separate(output: str, path: str) -> None:
-    if not os.path.exists(path):
+    with os_errors_as(InputError, "cannot be read", path):
+        source = _status(path)
+    if source is None:
         return
-    source = os.stat(path)
     inside = stat.S_ISDIR(source.st_mode) and _contains(source, output)
-    found = os.stat(output) if os.path.exists(output) else None
+    found = _status(output)
     same = found is not None and os.path.samestat(found, source)
     contains = found is not None and _contains(found, path)
     if same or inside or contains:
@@ -85,6 +88,14 @@ def _check_parent(output: str) -> None:
         )
 
 
+def _status(path: str, stat: Callable[[str], os.stat_result] = os.stat) -> os.stat_result | None:
+    """The status of a file; None if it does not exist."""
+    try:
+        return stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _contains(directory: os.stat_result, path: str) -> bool:
     """Whether ``path`` or one of its parents is ``directory``, compared by inode so that links do not matter."""
     return any(os.path.samestat(directory, status) for status in _ancestry(path))
@@ -94,8 +105,9 @@ def _ancestry(path: str) -> Iterator[os.stat_result]:
     """``path`` and its parents, both as given and with links resolved."""
     for current in {os.path.abspath(path), os.path.realpath(path)}:
         while True:
-            if os.path.exists(current):
-                yield os.stat(current)
+            status = _status(current)
+            if status is not None:
+                yield status
             if current == os.path.dirname(current):
                 break
             current = os.path.dirname(current)

@@ -6,9 +6,9 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from gptconvert.errors import OutputError
+from gptconvert.errors import OutputError, reason_and_file
 from gptconvert.model.export import PlannedFile
 from gptconvert.model.tensors import Segment
 from gptconvert.publish.blocks import Block
@@ -22,6 +22,9 @@ HINTS = {
     "safetensors a smaller --max-shard-size",
     errno.EDQUOT: "your disk quota is full: free some space, or choose an output on another disk",
 }
+#: Errors of a copy that only its target can have.
+_OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_READ_BYTES = 1 << 20
 
 
 class Sink:
@@ -80,14 +83,19 @@ class Sink:
             if self.direct:
                 self.file_system.truncate(self.descriptor, self.file.nbytes)  # the last block was padded
             self.file_system.sync(self.descriptor)
-            self.abandon()
+            self.reader.close()
+            self._close()
 
     def abandon(self) -> None:
-        """Close the file without completing it."""
+        """Close the file, if it is open, without completing it."""
         self.reader.close()
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        with suppress(OSError):  # the file will be removed
+            self._close()
+
+    def _close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1  # closed once, even if closing fails
+        if descriptor >= 0:
+            self.file_system.close(descriptor)
 
     def _write_directly(self, block: Block) -> None:
         try:
@@ -110,12 +118,23 @@ class Sink:
     def _copy(self, segment: Segment, offset: int) -> None:
         source, done = self.reader.open(segment.path), 0
         while done < segment.nbytes:
-            n = self.file_system.copy(
-                source, segment.offset + done, self.descriptor, offset + done, segment.nbytes - done
-            )
+            rest = segment.nbytes - done
+            try:
+                n = self.file_system.copy(source, segment.offset + done, self.descriptor, offset + done, rest)
+            except OSError as error:
+                self._blame(error, segment, segment.offset + done)
+                raise
             if not n:
                 raise truncated_error(segment.path, segment.end, segment.offset + done)
             done += n
+
+    def _blame(self, error: OSError, segment: Segment, offset: int) -> None:
+        """Raise :class:`InputError` if a failed copy failed at its source, which a read shows."""
+        if error.errno in _OUTPUT_FULL:
+            return
+        end = segment.end
+        while offset < end and (read := self.reader.read(segment.path, min(end - offset, _READ_BYTES), offset)):
+            offset += len(read)
 
     @contextmanager
     def _os_errors(self) -> Iterator[None]:
@@ -123,12 +142,15 @@ class Sink:
         try:
             yield
         except OSError as error:
-            free = self.file_system.free_bytes(self.directory)
+            path = os.path.join(self.directory, self.file.path)
+            found = f"{self.position} bytes written"
+            with suppress(OSError):
+                found += f", {self.file_system.free_bytes(self.directory)} bytes free"
             raise OutputError(
-                f"cannot be written ({error.strerror})",
-                path=self.file.path,
+                f"cannot be written ({reason_and_file(error, path)})",
+                path=path,
                 expected=f"{self.file.nbytes} bytes",
-                found=f"{self.position} bytes written, {free} bytes free",
+                found=found,
                 hint=HINTS.get(error.errno or 0, "free some space, or choose an output on another disk"),
             ) from error
 
@@ -137,4 +159,5 @@ def _make_parents(file_system: FileSystem, directory: str, relative: str) -> Non
     for name in os.path.dirname(relative).split("/"):
         directory = os.path.join(directory, name)
         if not os.path.isdir(directory):
-            file_system.make_directory(directory)
+            with suppress(FileExistsError):
+                file_system.make_directory(directory)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import mmap
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
 import google_crc32c
 
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, os_errors_as
 from gptconvert.model.tensors import Segment
 from gptconvert.publish.file_system import ALIGNMENT
 from gptconvert.publish.io_settings import DEFAULT_IO, IoSettings
@@ -60,9 +59,10 @@ class SourceReader:
 
     def close(self) -> None:
         """Close the open file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor, self._path = -1, ""
+        descriptor, self._descriptor, self._path = self._descriptor, -1, ""
+        if descriptor >= 0:
+            with suppress(OSError):  # everything was read
+                self._settings.file_system.close(descriptor)
 
     def open(self, path: str) -> int:
         """Open a file; returns its descriptor, which this object closes.
@@ -75,7 +75,7 @@ class SourceReader:
             raise StoppedError
         if self._path != path:
             self.close()
-            with _as_input_error(path):
+            with os_errors_as(InputError, "cannot be read", path):
                 self._descriptor, self._path = self._settings.file_system.open_source(path), path
         return self._descriptor
 
@@ -86,7 +86,7 @@ class SourceReader:
             InputError: the file cannot be read.
             StoppedError: ``stop`` was set.
         """
-        with _as_input_error(path):
+        with os_errors_as(InputError, "cannot be read", path):
             return self._settings.file_system.read(self.open(path), nbytes, offset)
 
     def blocks(self, segments: Iterable[Segment], nbytes: int | None = None) -> Iterator[bytes]:
@@ -145,7 +145,7 @@ class ReadBack:
 
     def _read(self, path: str, nbytes: int, offset: int) -> memoryview:
         file_system, descriptor = self._settings.file_system, self._files.open(path)
-        with _as_input_error(path):
+        with os_errors_as(InputError, "cannot be read", path):
             if self._path != path:
                 self._direct = not file_system.is_cached(descriptor) and file_system.bypass_cache(descriptor, True)
                 self._path = path
@@ -180,14 +180,6 @@ def _in_blocks(read: Callable[[str, int, int], Data], segments: Iterable[Segment
                 raise truncated_error(segment.path, segment.end, offset)
             yield data
             offset += len(data)
-
-
-@contextmanager
-def _as_input_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", path=path) from error
 
 
 def truncated_error(path: str, expected: int, found: int) -> InputError:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -101,8 +101,8 @@ def write_and_digest(
     placed = [(file.path, tensor) for file in files for tensor in file.tensors if verified]
     scan = SourceScan(checkpoint, [p.tensor for _, p in placed])
     stop = threading.Event()
-    writer = _Writer(directory, files, stop, settings, progress, scan, hash_tensors=verified, cached=verified)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, _stopping(stop):
+        writer = _Writer(directory, files, stop, settings, progress, scan, hash_tensors=verified, cached=verified)
         rest = pool.submit(_stopping_others, stop, partial(scan.run_unclaimed, stop, settings))
         digest = partial(digest_files, others, stop, thorough=verified, settings=settings)
         sources = pool.submit(_stopping_others, stop, digest)
@@ -115,9 +115,10 @@ def write_and_digest(
             written = writer.write(check_source)
             notes, digests, found = check_source(), scan.digests(), sources.result()
         except StoppedError:
-            raise _first_error((rest, sources)) from None
+            error = _first_error((rest, sources))
+            raise error from error.__cause__
         finally:
-            stop.set()
+            stop.set()  # before the pool waits for its threads
     by_path = {file.path: file for file in written}
     return Written(
         tuple(written),
@@ -151,7 +152,9 @@ def write_files(
         InputError: a source file cannot be read, or is shorter than planned.
         UnsupportedError: a value does not fit the dtype it is cast to.
     """
-    return _Writer(directory, list(files), stop or threading.Event(), settings, progress, cached=cached).write()
+    stop = stop or threading.Event()
+    with _stopping(stop):
+        return _Writer(directory, list(files), stop, settings, progress, cached=cached).write()
 
 
 def copy_of(file: PlannedFile) -> str | None:
@@ -209,14 +212,15 @@ class _Writer:
                 check_source()
                 for file, content in self.deferred.contents():
                     self._write(PlannedFile.of_bytes(file.path, content))
+            self._close()
         except StoppedError:
             self._close()
-            raise self._error() or StoppedError from None
+            found = self._error() or StoppedError()
+            raise found from found.__cause__
         except BaseException:
             self.stop.set()
-            self._close()
+            self._close()  # again if it was interrupted: a thread must not write to a directory that is being removed
             raise
-        self._close()
         if (error := self._error()) is not None:
             raise error
         written = {sink.file.path: _record(sink) for sink in self.pipeline.sinks}
@@ -267,6 +271,16 @@ def _record(sink: Sink) -> WrittenFile:
     """The record of a complete file."""
     computed = {name: digest.hexdigest() for name, digest in sink.tensor_digests.items()}
     return WrittenFile(sink.file.path, sink.file.nbytes, sink.digest.hexdigest(), computed)
+
+
+@contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Set the cancellation event if the context is interrupted: its threads would keep the process alive."""
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        raise
 
 
 def _stopping_others(stop: threading.Event, task: Callable[[], Result]) -> Result:

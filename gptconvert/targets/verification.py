@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from gptconvert.errors import GptConvertError, UsageError, VerificationError
+from gptconvert.errors import GptConvertError, InputError, OutputError, UsageError, VerificationError
 from gptconvert.model.export import Export
 from gptconvert.model.options import Level
 from gptconvert.model.progress import Progress, Stage
@@ -151,8 +151,15 @@ def _relative_to(directory: str) -> Iterator[None]:
     try:
         yield
     except GptConvertError as error:
+        if isinstance(error, InputError) and isinstance(error.__cause__, OSError) and _is_inside(error, directory):
+            found = OutputError(error.message, path=error.path, item=error.item, hint=error.hint)
+            found.__cause__, error = error.__cause__, found  # it was written by this run
         for name in ("message", "path", "expected", "found", "hint"):
             text = getattr(error, name)
             if text is not None:
                 setattr(error, name, text.replace(f"{directory}{os.sep}", "").replace(directory, "."))
-        raise
+        raise error
+
+
+def _is_inside(error: GptConvertError, directory: str) -> bool:
+    return error.path is not None and error.path.startswith(directory + os.sep)

@@ -5,7 +5,7 @@ The configuration is compared too: with a wrong one, correct weights compute wro
 
 from __future__ import annotations
 
-from gptconvert.errors import GptConvertError
+from gptconvert.errors import GptConvertError, is_unreadable
 from gptconvert.families.registry import family_named, understand
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
@@ -36,6 +36,8 @@ def compare_checkpoints(
     try:
         found = understand(source, Options(task=checkpoint.config.task, n_head=_heads(checkpoint, source)))
     except GptConvertError as error:
+        if is_unreadable(error):
+            raise
         report.weights.problems = str(error).splitlines()
         return report
     expected, stored = checkpoint.config.as_dict(), found.config.as_dict()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from campaigns import mutate
+from campaigns import judge, mutate
 from campaigns.mutations import NUMBERS, STRUCTURED, damaged
 from campaigns.report import Report
 from gptconvert.errors import InputError, UnforeseenError
@@ -53,25 +53,24 @@ def test_a_case_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> N
         except BaseException as error:  # as the boundary of the sources does
             raise UnforeseenError("cannot be read") from error
 
-    monkeypatch.setattr(mutate, "MAX_SECONDS", 0.02)
+    monkeypatch.setattr(judge, "MAX_SECONDS", 0.02)
     monkeypatch.setattr(mutate, "_use", use)
     case = mutate.run_case(0, 0)
     assert case.failed
     assert case.outcome == "slow: stopped by the timer"
 
 
-def test_a_crash_is_the_outcome_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_the_outcome_of_its_case() -> None:
     import os
     import signal
     import time
 
-    def run_case(seed: int, number: int) -> object:
+    def run_case(seed: int, number: int) -> mutate.Case:
         if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return mutate.Case(number, "", "ok", 0.0)
 
-    monkeypatch.setattr(mutate, "run_case", run_case)
-    cases = list(mutate._in_child(0, 0, time.monotonic() + 20))
+    cases = list(judge.in_child(run_case, 0, 0, time.monotonic() + 20))
     assert [case.outcome for case in cases] == ["ok", "ok", "killed: exit code -9"]
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from gptconvert.errors import InputError, OutputError
 from gptconvert.publish.signals import Interrupted
-from tests.commands import REPOSITORY, TINY, command
+from tests.commands import REPOSITORY, TINY, Outcome, command
 
 MODULE = [sys.executable, "-m", "gptconvert"]
 CONVERT = ("convert", str(TINY / "openai-tf"), "--no-verify")
@@ -80,23 +81,67 @@ def test_interrupted_outside_a_conversion(capsys: Any, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "hint"),
+    ("number", "message", "hint"),
     [
-        (errno.EMFILE, 1, "ulimit -n"),
-        (errno.ENOMEM, 1, "no output"),
-        (errno.ENOSPC, 6, "free some space"),
-        (errno.EDQUOT, 6, "quota"),
+        (errno.EMFILE, "too many open files", "ulimit -n"),
+        (errno.ENFILE, "too many open files", "ulimit -n"),
+        (errno.ENOMEM, "out of memory", "more memory"),
+        (errno.ENOSPC, "No space left on device", "free some space"),
+        (errno.EDQUOT, "Disk quota exceeded", "quota"),
     ],
 )
 def test_limits_of_the_system_are_not_bugs(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch, number: int, code: int, hint: str
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, number: int, message: str, hint: str
 ) -> None:
+    done = _failing(capsys, monkeypatch, OSError(number, os.strerror(number), "some/file"))
+    assert done.code == 6
+    assert f"some/file: {message}" in done.err
+    assert hint in done.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object", name="torch"),
+    ],
+)
+def test_exhausted_memory_is_an_output_error(capsys: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    done = _failing(capsys, monkeypatch, error)
+    assert done.code == 6
+    assert "error: out of memory" in done.err
+
+
+def test_a_limit_that_stops_reading_is_not_a_fault_of_the_input(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = InputError("cannot be read", path="some/file")
+    error.__cause__ = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    done = _failing(capsys, monkeypatch, error)
+    assert done.code == 6
+    assert "some/file: too many open files; found a limit of" in done.err
+
+
+def test_a_limit_does_not_hide_that_the_output_is_published(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OutputError("is published, but could not be synced to disk", path="some/out", hint="check the disk")
+    error.__cause__ = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    done = _failing(capsys, monkeypatch, error)
+    assert done.code == 6
+    assert "some/out: is published" in done.err
+    assert "hint: out of memory" in done.err
+
+
+def test_a_damaged_file_that_states_huge_sizes_is_one(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = InputError("cannot be read", path="some/file")
+    error.__cause__ = MemoryError()
+    assert _failing(capsys, monkeypatch, error).code == 3
+
+
+def _failing(capsys: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> Outcome:
     def failing(*args: object, **kwargs: object) -> None:
-        raise OSError(number, os.strerror(number), "some/file")
+        raise error
 
     monkeypatch.setattr("gptconvert.inspection.inspect", failing)
     done = command(capsys, "inspect", TINY / "openai-tf")
-    assert done.code == code
-    assert f"some/file: {os.strerror(number)}" in done.err
-    assert hint in done.err
     assert "bug" not in done.err
+    return done

@@ -219,3 +219,21 @@ def test_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError) as caught:
         read(path)
     assert caught.value.hint == "pip install 'h5py>=3.11'"
+
+
+def test_a_float_type_with_another_layout_of_bits(tmp_path: Path) -> None:
+    """h5py states float64 and converts; the bytes in the file are not float64."""
+
+    def make(group: Any) -> None:
+        kind = h5py.h5t.IEEE_F64LE.copy()
+        kind.set_fields(63, 52, 11, 0, 50)
+        space = h5py.h5s.create_simple((2,))
+        folder, name = NAME.rsplit("/", 1)
+        made = h5py.h5d.create(group.create_group(folder).id, name.encode(), kind, space)
+        made.write(space, space, np.array([1.0, 2.0]))
+
+    path = file_with(tmp_path / "w.h5", make)
+    with h5py.File(path) as file:
+        assert file[f"layer/{NAME}"].dtype == np.float64
+    with pytest.raises(UnsupportedError, match="another layout of bits"):
+        read(path)

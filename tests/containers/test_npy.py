@@ -165,3 +165,15 @@ def test_refused_archives(tmp_path: Path) -> None:
     (tmp_path / "page.npz").write_text("<!doctype html>")
     with pytest.raises(InputError, match="HTML page"):
         read_npz(tmp_path / "page.npz")
+
+
+def test_what_numpy_refuses_is_refused(tmp_path: Path) -> None:
+    sound = header(fields()[:-1] + "  \n") + bytes(8)
+    read_npy(written(tmp_path, sound))
+    for wrong in (sound[:7] + b"\1" + sound[8:], sound.replace(b"  \n", b" \xa0\n")):
+        assert wrong != sound
+        path = written(tmp_path, wrong)
+        with pytest.raises(ValueError, match=r"version|header"):
+            np.load(path)
+        with pytest.raises(InputError, match=r"version of the array format|header is damaged"):
+            read_npy(path)

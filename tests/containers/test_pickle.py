@@ -115,7 +115,7 @@ FILLED_LATER = (
 SIZE_OF_DOUBLED = (
     b"\x80\x02]" + b"q\x00h\x00h\x00\x86" * 60 + b"q\x01"
     b"0ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
-    b"X\x03\x00\x00\x00cpuK\x01tQK\x00h\x01\x85K\x01\x85tR."
+    b"X\x03\x00\x00\x00cpuK\x01tQK\x00h\x01\x85K\x01\x85NNtR."
 )
 #: The same attributes, set on one object again and again.
 SET_OFTEN = (

@@ -369,6 +369,7 @@ def test_a_lightning_checkpoint_with_paths(tmp_path: Path) -> None:
         (b"K\x02K\x03\x86", b"\x8a\x08\0\0\0\0\0\0\0\x40\x8a\x08\0\0\0\0\0\0\0\x40\x86", "too large"),
         (b"K\x03K\x01\x86", b"K\x01\x85", "size and stride"),
         (b"cpuq\x06K\x06", b"cpuq\x06K\x07", "storage 0 is truncated; expected 28 bytes, found 24 bytes"),
+        (b"cpuq\x06K\x06", b"cpuq\x06K\x05", "storage 0 has more bytes than elements; expected 20 bytes"),
         (b"cpuq\x06K\x06", b"cpuq\x06J\xff\xff\xff\xff", "elements"),
         (b"X\x01\x00\x00\x000q", b"X\x01\x00\x00\x007q", "storage 7 is missing"),
     ],

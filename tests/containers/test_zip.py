@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptconvert.containers.torch import read_torch
+from gptconvert.containers.zip import read_members
 from gptconvert.errors import InputError, UnsafeInputError
 from tests.containers.torch_files import rewrite, save
 
@@ -94,14 +97,67 @@ def test_encrypted_member(small: str) -> None:
         read_torch(small)
 
 
-@pytest.mark.parametrize("at", [6, 10, 16, 20, 24, 28, 30, 42])
+@pytest.mark.parametrize("at", [6, 8, 10, 16, 20, 24, 28, 30, 34, 42])
 def test_damaged_directory_entry(small: str, at: int) -> None:
-    """Damage each relevant field of an entry: flags, method, CRC, sizes, lengths and offset."""
+    """Damage each relevant field of an entry: version, flags, method, CRC, sizes, lengths, disk and offset."""
     content = bytearray(Path(small).read_bytes())
     content[content.index(b"PK\1\2") + at] ^= 0x47
     Path(small).write_bytes(content)
-    if at == 6:  # the version needed to extract, which the reader ignores
-        read_torch(small)
-        return
     with pytest.raises((InputError, UnsafeInputError)):
         read_torch(small)
+
+
+def archive_of(*, gap: bytes = b"", locator: bool = False, wide_count: int = 1) -> bytes:
+    """A member, its directory, and end records: with bytes before them, or with a zip64 record."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("a"), b"12345")
+    data, end = out.getvalue()[:-22], out.getvalue()[-22:]
+    nbytes, offset = struct.unpack_from("<2I", end, 12)
+    if locator:
+        record = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, wide_count, wide_count, nbytes, offset)
+        gap = record + struct.pack("<4sIQI", b"PK\6\7", 0, len(data), 1)
+    return data + gap + end
+
+
+def test_the_directory_must_end_where_its_end_record_begins(tmp_path: Path) -> None:
+    """Other readers trust the record's place, and then read the members elsewhere or not at all."""
+    path = tmp_path / "a.zip"
+    path.write_bytes(archive_of())
+    assert list(read_members(path)) == ["a"]
+    path.write_bytes(archive_of(gap=bytes(7)))
+    with pytest.raises(InputError, match="ends at byte 83, its end record is at 90"):
+        read_members(path)
+
+
+def test_two_end_records_must_agree(tmp_path: Path) -> None:
+    """Other readers use the zip64 record whenever there is one."""
+    path = tmp_path / "a.zip"
+    path.write_bytes(archive_of(locator=True))
+    assert list(read_members(path)) == ["a"]
+    path.write_bytes(archive_of(locator=True, wide_count=2))
+    with pytest.raises(InputError, match="the two end records disagree"):
+        read_members(path)
+
+
+@pytest.mark.parametrize("at", [4, 6, 8])
+def test_several_disks(tmp_path: Path, at: int) -> None:
+    """torch.load refuses such archives too."""
+    data = bytearray(archive_of())
+    data[-22 + at] ^= 1
+    path = tmp_path / "a.zip"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="several disks"):
+        read_members(path)
+
+
+def test_the_encoding_of_a_name_is_the_local_headers_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("é"), b"12345")
+    data = bytearray(path.read_bytes())
+    assert list(read_members(path)) == ["é"]
+    data[7] ^= 8  # of the local header's flags
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="is not that of é"):
+        read_members(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gptconvert.errors import GptConvertError, InputError, OutputError
+from gptconvert.publish.staging import clean_up_again
 from tests.helpers import ROOT
 from tests.publishing import OLD, SCENARIOS, FaultyFileSystem, convert, leftovers, prepare, tree
 
@@ -59,6 +60,8 @@ def test_a_failing_operation_leaves_the_old_output_or_the_new_one(root: Path, sc
         failed = faulty.seen[n] if n < len(faulty.seen) else None
         # Only inputs are opened and read; all other operations work on the output.
         expected = InputError if failed in ("open", "read") else OutputError
+        if failed == "close" and error is None:
+            continue  # of an input, which was read to the end
         assert error is None or isinstance(error, expected), (n, failed, error)
         assert tree(output) == (new if error is None else old), (n, failed, error)
         if failed is None:
@@ -74,6 +77,42 @@ def test_a_failing_operation_leaves_the_old_output_or_the_new_one(root: Path, sc
             assert os.strerror(code) in str(error)
         assert not leftovers(root), (n, failed)
     assert n > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_everything_fails_from_some_operation_on(root: Path, scenario: str) -> None:
+    """As on a disk that dies: the message is true, and names what is left; the next run removes it."""
+    checkpoint, output = prepare(root, scenario)
+    convert(checkpoint, output)
+    new, old = tree(output), OLD if SCENARIOS[scenario][1] else {}
+    for n in itertools.count():
+        checkpoint, output = prepare(root, scenario)
+
+        def act(number: int, operation: str, nbytes: int, n: int = n) -> int:
+            if number >= n:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return nbytes
+
+        message = ""
+        faulty = FaultyFileSystem(act, scenario)
+        try:
+            convert(checkpoint, output, faulty)
+        except GptConvertError as error:
+            message = "; ".join((str(error), str(error.hint), *getattr(error, "__notes__", ())))
+        if len(faulty.seen) <= n:
+            break
+        published = not message or "is published" in message
+        aside = "could not be moved back" in message
+        assert tree(output) == (new if published else {} if aside else old), (n, faulty.seen[n], message)
+        for name in leftovers(root) if message else ():
+            assert name.partition("/")[0] in message or name in ("a", "a/b"), (n, faulty.seen[n], message, name)
+        faulty.act = lambda number, operation, nbytes: nbytes
+        assert clean_up_again() == []
+        assert aside or not leftovers(root), (n, faulty.seen[n])
+        convert(checkpoint, output)
+        assert tree(output) == new
+        assert not leftovers(root), (n, faulty.seen[n])
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -161,7 +161,7 @@ class TestInputsUnchanged:
         check_inputs_unchanged(before)
         check_inputs_unchanged(before, snapshot(paths))
 
-    @pytest.mark.parametrize("how", ["grow", "touch", "replace", "remove", "appear"])
+    @pytest.mark.parametrize("how", ["grow", "rewrite", "touch", "replace", "remove", "appear"])
     def test_changed_files_are_named(self, paths: list[str], how: str) -> None:
         before = snapshot(paths)
         times = os.stat(paths[1])
@@ -175,7 +175,7 @@ class TestInputsUnchanged:
             os.utime(changed + ".new", ns=(times.st_atime_ns, times.st_mtime_ns))
             os.replace(changed + ".new", changed)
         else:
-            Path(changed).write_bytes(b"content and more")
+            Path(changed).write_bytes(b"x" * times.st_size if how == "rewrite" else b"content and more")
             os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
         name = os.path.basename(changed)
         with pytest.raises(InputError, match=f"changed while it was being read: {name}$") as caught:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
-from gptconvert.publish import signals
+from gptconvert.publish import journal, signals
+from gptconvert.publish.staging import Staging, clean_up_again
 from tests.helpers import ROOT
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -98,6 +102,68 @@ def test_does_nothing_in_other_threads() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_signal_that_was_swallowed_stops_publication(tmp_path: Path) -> None:
+    """Python ignores exceptions in finalizers, and libraries catch all of them."""
+    with pytest.raises(signals.Interrupted), signals.raising(), Staging(tmp_path / "out") as staging:
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        staging.publish()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scenario", ["new-parents", "replace"])
+def test_a_signal_at_any_call_leaves_the_old_output_or_the_new_one(tmp_path: Path, scenario: str) -> None:
+    """The signal arrives at the n-th call of a Python function; what was published is recorded."""
+    from tests.publishing import OLD, convert, leftovers, prepare, tree
+
+    root = tmp_path / "root"
+    checkpoint, output = prepare(root, scenario)
+    convert(checkpoint, output)
+    new, old = tree(output), OLD if scenario == "replace" else {}
+    calls = _Calls()
+    with calls.interrupting(-1):
+        convert(*prepare(root, scenario))
+    total = calls.count
+    assert total > 500
+    for n in sorted({*range(total - 60, total, 3), *random.Random(scenario).sample(range(total), 12)}):
+        checkpoint, output = prepare(root, scenario)
+        record, interrupted = journal.begin(), False
+        record.entries.clear()
+        try:
+            with signals.raising(), calls.interrupting(n):
+                convert(checkpoint, output)
+        except signals.Interrupted:
+            interrupted = True
+        clean_up_again()
+        published = bool(record.values("published"))
+        assert published or interrupted, n
+        assert tree(output) == (new if published else old), n
+        assert not leftovers(root), n
+
+
+class _Calls:
+    """Counts the calls of functions in gptconvert, in the main thread."""
+
+    count = 0
+
+    @contextmanager
+    def interrupting(self, at: int) -> Iterator[None]:
+        """Raise SIGTERM at call number ``at``."""
+        self.count = 0
+
+        def profile(frame: FrameType, event: str, _: object) -> None:
+            if event == "call" and "gptconvert" in frame.f_code.co_filename:
+                self.count += 1
+                if self.count == at + 1:
+                    signal.raise_signal(signal.SIGTERM)
+
+        sys.setprofile(profile)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
 
 
 #: Convert repeatedly, slowed down by the progress callback.

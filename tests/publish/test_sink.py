@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gptconvert.errors import OutputError
+from gptconvert.errors import InputError, OutputError
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.export import PlannedFile
 from gptconvert.model.tensors import Cast
@@ -17,7 +17,7 @@ from gptconvert.publish.file_system import ALIGNMENT, FileSystem
 from gptconvert.publish.io_settings import IoSettings
 from gptconvert.publish.writer import write_files
 from tests.publish.cases import check, planned, stored
-from tests.publishing import FaultyFileSystem, at_most, failing
+from tests.publishing import FaultyFileSystem, at_most, failing, file_system
 
 
 class DirectIo(FaultyFileSystem):
@@ -105,6 +105,40 @@ class TestDirectIo:
         (written,) = write_files(str(tmp_path), [large], cached=False, settings=small_blocks(late))
         check(tmp_path, large, written)
         assert (late.refused, late.switched) == (1, [(True, True), (False, False)])
+
+    def test_a_failed_close_is_an_output_error_and_closes_once(self, tmp_path: Path, large: PlannedFile) -> None:
+        closed: list[int] = []
+
+        def close(descriptor: int) -> None:
+            closed.append(descriptor)
+            os.close(descriptor)
+            if os.path.exists(tmp_path / "f"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with pytest.raises(OutputError, match=r"f: cannot be written \(Input/output error\)"):
+            write_files(str(tmp_path), [large], settings=small_blocks(file_system(close=close)))  # type: ignore[arg-type]
+        assert len(closed) == 3  # two readers of the source, and the file
+
+    def test_free_space_that_is_unknown_does_not_hide_the_error(self, tmp_path: Path, large: PlannedFile) -> None:
+        full = file_system(allocate=failing(errno.ENOSPC), free_bytes=failing(errno.EIO))
+        with pytest.raises(OutputError, match="No space left") as caught:
+            write_files(str(tmp_path), [large], settings=IoSettings(full))
+        assert caught.value.found == "0 bytes written"
+
+    def test_a_copy_that_cannot_read_its_source_is_an_input_error(self, tmp_path: Path, large: PlannedFile) -> None:
+        copying: list[int] = []
+
+        def copy(*_: int) -> int:
+            copying.append(1)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def read(descriptor: int, nbytes: int, offset: int) -> bytes:
+            if copying:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return os.pread(descriptor, nbytes, offset)
+
+        with pytest.raises(InputError, match=r"s: cannot be read"):
+            write_files(str(tmp_path), [large], settings=IoSettings(file_system(copy=copy, read=read)))
 
     def test_write_to_a_full_disk_is_not_retried(self, tmp_path: Path, large: PlannedFile) -> None:
         full = DirectIo()

@@ -15,11 +15,18 @@ from typing import Any
 import pytest
 
 from gptconvert.errors import OutputError
+from gptconvert.publish import staging as staging_module
 from gptconvert.publish.file_system import OS
-from gptconvert.publish.staging import Staging
+from gptconvert.publish.staging import Staging, clean_up_again
 from tests.helpers import ROOT
 from tests.publish.cases import names, publish
 from tests.publishing import failing, file_system
+
+
+@pytest.fixture(autouse=True)
+def _nothing_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test leaves on purpose is not tried again in later tests."""
+    monkeypatch.setattr(staging_module, "_unfinished", [])
 
 
 def test_publishes_only_the_output(tmp_path: Path) -> None:
@@ -206,6 +213,55 @@ class TestCrashes:
         (tmp_path / ".out.gptconvert-replaced").mkdir()
         publish(old, force=True)
         assert names(tmp_path) == ["out"]
+
+
+class TestLeftovers:
+    """What cannot be removed is named, does not block later runs, and is tried again at exit."""
+
+    def test_that_cannot_be_removed_is_a_note(self, tmp_path: Path) -> None:
+        (tmp_path / ".out.gptconvert-0123ab" / "deep").mkdir(parents=True)
+        staging = publish(tmp_path / "out", file_system=file_system(remove_tree=failing(errno.EACCES)))
+        (note,) = staging.notes
+        assert ".out.gptconvert-0123ab" in note
+        assert "Permission denied" in note
+        assert (tmp_path / "out" / "file").exists()
+
+    def test_of_this_run_is_named_and_removed_at_exit(self, tmp_path: Path) -> None:
+        stuck = file_system(remove_tree=failing(errno.EACCES))
+        with pytest.raises(ZeroDivisionError) as caught, Staging(tmp_path / "out", file_system=stuck) as staging:
+            raise ZeroDivisionError
+        assert caught.value.__notes__ == [f"could not be removed: {staging.path} (Permission denied)"]
+        assert f"{staging.path} (Permission denied)" in clean_up_again()
+        stuck.remove_tree = OS.remove_tree  # type: ignore[method-assign]
+        assert f"{staging.path} (Permission denied)" not in clean_up_again()
+        assert names(tmp_path) == []
+
+    def test_a_lock_file_that_cannot_be_removed_is_a_note(self, tmp_path: Path) -> None:
+        staging = publish(tmp_path / "out", file_system=file_system(remove_file=failing(errno.EACCES)))
+        assert staging.notes == [f"could not be removed: {tmp_path}/.out.gptconvert.lock (Permission denied)"]
+        publish(tmp_path / "out", force=True)
+        assert names(tmp_path) == ["out"]
+
+    def test_an_old_output_that_cannot_be_moved_back_is_named(self, tmp_path: Path, old: Path) -> None:
+        old.rename(tmp_path / ".out.gptconvert-replaced")
+        with pytest.raises(OutputError, match="could not be moved back") as caught:
+            publish(old, file_system=file_system(rename=failing(errno.EIO)))
+        assert ".out.gptconvert-replaced" in str(caught.value.hint)
+
+    def test_a_file_system_without_locks_gets_no_lock_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("fcntl.flock", failing(errno.ENOLCK))
+        with pytest.raises(OutputError, match="cannot be prepared"):
+            publish(tmp_path / "out")
+        assert names(tmp_path) == []
+
+
+def test_errors_name_the_output_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError) as caught, Staging("out") as staging:
+        raise OutputError("cannot be written", path=os.path.join(staging.path, "onnx", "model.onnx"))
+    assert caught.value.path == "out/onnx/model.onnx"
 
 
 HOLD = """

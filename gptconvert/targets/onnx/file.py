@@ -17,7 +17,7 @@ import numpy as np
 from gptconvert.containers.untrusted import file_beside, file_size
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
-from gptconvert.targets.onnx.safety import check_operators
+from gptconvert.targets.onnx.safety import check_operators, check_text
 
 #: Keys that ONNX defines for external data.
 EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
@@ -122,6 +122,7 @@ def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
         raise InputError("is not an ONNX model", path=path, found=str(error)[:200] or type(error).__name__) from error
     if not model.graph.node:
         raise InputError("is not an ONNX model", path=path, found="no nodes")
+    check_text(model, path)
     check_operators(model, path)
     problems: list[GptConvertError] = []
     for tensor in (*_tensors(model.graph), *(t for function in model.functions for t in _in_nodes(function.node))):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import ChildError, Limits
 from gptconvert.targets.context import context_length
 from gptconvert.targets.onnx.file import open_onnx
@@ -27,7 +28,8 @@ class OnnxRuntime:
         file, self.n_ctx = open_onnx(path), context_length(config)
         self.process = OnnxProcess(Limits.of(path, file.weight_bytes, file.graph_bytes, None, self.n_ctx))
         try:
-            outputs = self.process.call("start", path=os.path.abspath(path))[0]["outputs"]
+            with utf8_path(os.path.abspath(path)) as readable:
+                outputs = self.process.call("start", path=readable)[0]["outputs"]
         except ChildError as error:
             self.close()
             raise InputError(f"onnxruntime cannot load the graph: {error}", path=path) from error

@@ -13,6 +13,7 @@ import numpy as np
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Array, LazyTensor
+from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.process import OnnxProcess, RemoteSession
@@ -195,11 +196,12 @@ class OnnxRunner:
         )
         content = None if outputs is None and not file.altered else _returning(file, outputs or list(file.outputs()))
         try:
-            if self._process is not None:
-                return RemoteSession(self._process, file.path, content, settings, self._lent)
-            if not self._values:
-                self._values = {name: _value(tensor) for name, tensor in self._lent.items()}
-            return open_session(file.path, content, settings, self._values)
+            with utf8_path(file.path) as path:
+                if self._process is not None:
+                    return RemoteSession(self._process, path, content, settings, self._lent)
+                if not self._values:
+                    self._values = {name: _value(tensor) for name, tensor in self._lent.items()}
+                return open_session(path, content, settings, self._values)
         except GptConvertError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from gptconvert.errors import InputError
 from gptconvert.targets.calls import Body, call_problems, refuse
 from gptconvert.targets.onnx.operators import ALLOWED
 
@@ -27,6 +28,26 @@ def check_operators(model: Any, path: str) -> None:
         UnsafeInputError: it holds another operator, or expands without bound; all are listed.
     """
     refuse(list(_problems(model)), path, "onnxruntime")
+
+
+def check_text(model: Any, path: str) -> None:
+    """Refuse a ModelProto with text that is not UTF-8, which protobuf returns as bytes.
+
+    Raises:
+        InputError: a name or other text is not UTF-8.
+    """
+    pending = [model]
+    while pending:
+        for field_, value in pending.pop().ListFields():
+            if field_.type not in (field_.TYPE_STRING, field_.TYPE_MESSAGE):
+                continue
+            values = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
+            if field_.type == field_.TYPE_MESSAGE:
+                pending += values
+            elif wrong := [text for text in values if isinstance(text, bytes)]:
+                raise InputError(
+                    "is damaged", path=path, expected=f"UTF-8 in `{field_.name}`", found=repr(wrong[0])[:80]
+                )
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 
 from gptconvert.containers.json import read_json_object
 from gptconvert.containers.untrusted import file_size, is_plain_name, read_small
-from gptconvert.errors import GptConvertError, short_repr
+from gptconvert.errors import GptConvertError, is_unreadable, short_repr
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.config_table import USUAL, Reading
@@ -64,11 +64,17 @@ def verify_package(checkpoint: Checkpoint, directory: str) -> PackageReport:
 
 
 def _collect(report: PackageReport, name: str, differences: Iterator[str]) -> None:
-    """Add a file's differences; a file that cannot be read is one too."""
+    """Add a file's differences; a file that is missing or malformed is one too.
+
+    Raises:
+        InputError: the operating system cannot read it.
+    """
     report.files.append(name)
     try:
         report.problems += [f"{name}: {difference}" for difference in differences]
     except GptConvertError as error:
+        if is_unreadable(error):
+            raise
         error.path = None
         report.problems.append(f"{name}: {error}")
 

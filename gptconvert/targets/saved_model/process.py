@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from gptconvert.errors import UnsupportedError, install_hint
 from gptconvert.model.tensors import Array
+from gptconvert.publish.scratch import Scratch
 from gptconvert.targets.child.client import ChildError, ChildProcess, Limits
 
 
@@ -42,15 +42,19 @@ class TensorFlowProcess(ChildProcess):
 
     def __init__(self, limits: Limits | None = None) -> None:
         require_tensorflow()
-        self._temporary = tempfile.TemporaryDirectory(prefix="gptconvert-tf-")
-        self.directory = self._temporary.name
+        self._scratch = Scratch()
+        self.directory = self._scratch.path
         # Keras's settings and AutoGraph's generated code would be left in the user's home and temporary directory.
-        super().__init__(limits, {"KERAS_HOME": self.directory, "TMPDIR": self.directory})
+        try:
+            super().__init__(limits, {"KERAS_HOME": self.directory, "TMPDIR": self.directory})
+        except BaseException:
+            self._scratch.remove()
+            raise
 
     def close(self) -> None:
         """Kill the process and remove its directory."""
         super().close()
-        self._temporary.cleanup()
+        self._scratch.remove()
 
     def ask(self, command: str, stop: threading.Event | None = None, **request: object) -> dict[str, Any]:
         """The answer to a request without arrays.

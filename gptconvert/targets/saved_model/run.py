@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gptconvert.containers.tf_bundle import read_bundle
 from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.context import context_length
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
@@ -37,7 +38,8 @@ class TensorFlowRuntime:
         weight_bytes = sum(tensor.nbytes for tensor in variables.values())
         self.process = TensorFlowProcess(Limits.of(path, weight_bytes, check_saved_model(path), None, self.n_ctx))
         try:
-            loaded = self.process.ask("load", path=os.path.abspath(path))
+            with utf8_path(os.path.abspath(path)) as readable:
+                loaded = self.process.ask("load", path=readable)
         except TensorFlowError as error:
             self.close()
             raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error

@@ -22,6 +22,7 @@ from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
 from gptconvert.model.tensors import LazyTensor
 from gptconvert.model.transforms import transpose
+from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.saved_model.contract import (
     POSITIONS,
@@ -86,7 +87,8 @@ class SavedModelVerifier:
         with self.process() if self.process else TensorFlowProcess(limits) as tensorflow:
             stage("loading the SavedModel", 0)
             try:
-                loaded = tensorflow.ask("load", path=os.path.abspath(path))
+                with utf8_path(os.path.abspath(path)) as readable:
+                    loaded = tensorflow.ask("load", path=readable)
             except TensorFlowError as error:
                 raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
             report.problems = list(contract_problems(loaded, checkpoint.config))

@@ -278,3 +278,20 @@ def test_our_own_graphs_hold_nothing_else(checkpoint: Checkpoint, tmp_path: Path
     from gptconvert.targets.onnx.safety import check_operators
 
     check_operators(onnx.load_model(export(tmp_path, checkpoint), load_external_data=False), "")
+
+
+@pytest.mark.parametrize("where", ["operator", "function", "tensor", "input", "attribute"])
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path, where: str) -> None:
+    """Protobuf returns such text as bytes, wherever it is."""
+    names = {key: f"name-of-{key}" for key in ("operator", "function", "tensor", "input", "attribute")}
+    single = helper.make_tensor(names["tensor"], TensorProto.FLOAT, [1], [1.0])
+    value = helper.make_tensor_value_info(names["input"], TensorProto.FLOAT, [1])
+    node = helper.make_node(names["operator"], [names["input"]], ["y"], **{names["attribute"]: 1})
+    made = helper.make_model(
+        helper.make_graph([node], "g", [value], [], [single]),
+        functions=[helper.make_function("local", names["function"], [], [], [], [])],
+    ).SerializeToString()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(made.replace(names[where].encode(), b"\xff" + names[where][1:].encode()))
+    with pytest.raises(InputError, match="UTF-8"):
+        open_onnx(str(path))
