@@ -79,18 +79,20 @@ class ChildProcess:
     Attributes:
         module: the program, which calls :func:`.server.serve`.
         program: its name in messages.
+        subject: what it runs, in messages.
         error: raised if a request fails.
     """
 
     module: ClassVar[str]
     program: ClassVar[str]
+    subject: ClassVar[str] = "graph"
     error: ClassVar[type[ChildError]] = ChildError
 
     def __init__(self, limits: Limits | None = None, variables: Mapping[str, str] | None = None) -> None:
         self.limits, self._expired = limits, False
         memory = [] if limits is None else [str(limits.memory)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", CONFINE, self.module, *memory],
+            [sys.executable, "-P", "-m", CONFINE, self.module, *memory],  # -P: no modules of the current directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,  # not a file: a confined process cannot write files
@@ -175,12 +177,13 @@ class ChildProcess:
         if self.limits is None:
             return self.error(self._last_words())
         if self._expired:
-            seconds, message = self.limits.seconds(tokens), "the graph does not end in time, so it was stopped"
-            return UnsafeInputError(message, path=self.limits.path, expected=f"at most {seconds:.0f} s for a request")
+            message = f"the {self.subject} does not end in time, so it was stopped"
+            expected = f"at most {self.limits.seconds(tokens):.0f} s for a request"
+            return UnsafeInputError(message, path=self.limits.path, expected=expected)
         return UnsafeInputError(
-            f"the graph ended the process that ran it: {self._last_words()}",
+            f"the {self.subject} ended the process that ran it: {self._last_words()}",
             path=self.limits.path,
-            expected=f"a graph that runs within {self.limits.memory} bytes of memory",
+            expected=f"a {self.subject} that runs within {self.limits.memory} bytes of memory",
         )
 
     def _keep_log(self) -> None:

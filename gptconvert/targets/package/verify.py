@@ -26,6 +26,7 @@ from gptconvert.targets.package.model_card import CARD_FILE
 from gptconvert.targets.package.sidecars import genai_config
 from gptconvert.targets.package.tokenizer import parse_merges, tokenizer_files
 from gptconvert.targets.package.tokenizer_kinds import MAX_BYTES, MAX_VALUES
+from gptconvert.targets.package.tokenizer_process import RemoteTokenizer, TokenizerProcess
 from gptconvert.verify.report import PackageReport
 
 MAX_JSON_BYTES = 16 << 20
@@ -163,12 +164,17 @@ def _tokenizer(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("tokenizer.json")
     if expected is None:
         return
-    own, found = _load(expected), _load(read_small(path, MAX_BYTES, "tokenizer"))
-    if found is None or own is None:
-        yield "cannot be read by the tokenizers library"
-        return
+    data = read_small(path, MAX_BYTES, "tokenizer")
+    with TokenizerProcess(path, len(expected) + len(data)) as process:
+        own, found = process.load(expected, "the checkpoint's tokenizer.json"), process.load(data, path)
+        yield from _differing_texts(own, found)
+        if own.size != found.size:
+            yield _differs("the number of tokens", found.size, own.size)
+
+
+def _differing_texts(own: RemoteTokenizer, found: RemoteTokenizer) -> Iterator[str]:
     for text in CORPUS:
-        expected_ids, found_ids = own.encode(text).ids, found.encode(text).ids
+        expected_ids, found_ids = own.encode(text), found.encode(text)
         if expected_ids != found_ids:
             both = zip(expected_ids, found_ids, strict=False)
             at = next((i for i, (a, b) in enumerate(both) if a != b), min(len(expected_ids), len(found_ids)))
@@ -176,20 +182,8 @@ def _tokenizer(checkpoint: Checkpoint, path: str) -> Iterator[str]:
                 f"{text[:24]!r} gives other ids than the checkpoint's tokenizer, from token {at}: "
                 f"{found_ids[at : at + 4]}, expected {expected_ids[at : at + 4]}"
             )
-        elif own.decode(expected_ids) != found.decode(expected_ids):
+        elif own.decode(expected_ids, special=False) != found.decode(expected_ids, special=False):
             yield f"decodes the ids of {text[:24]!r} to other text than the checkpoint's tokenizer"
-    size = own.get_vocab_size(), found.get_vocab_size()
-    if size[0] != size[1]:
-        yield _differs("the number of tokens", size[1], size[0])
-
-
-def _load(data: bytes) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(data.decode())
-    except Exception:  # the library raises no narrower class
-        return None
 
 
 def _vocabulary(checkpoint: Checkpoint, path: str) -> Iterator[str]:
