@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import subprocess
 import sys
@@ -32,6 +33,9 @@ GRAPH_FACTOR, MOST_GRAPH = 64, 16 << 20
 #: Time for any request; more per byte of graph, which is optimised or compiled on first use; and per multiplication
 #: (1 GFLOP/s, a fiftieth of one core's speed).
 SECONDS, SECONDS_PER_GRAPH_BYTE, SECONDS_PER_PRODUCT = 60.0, 60 / (1 << 20), 2e-9
+
+#: Lines that Rust prints about the panic itself.
+_ABOUT_PANICS = re.compile(r"RUST_BACKTRACE|panicked at|non-unwinding panic|stack backtrace|^ +(?:\d+:|at )")
 
 
 class ChildError(Exception):
@@ -199,6 +203,7 @@ class ChildProcess:
         status = self._process.wait()
         self._logging.join()
         lines = b"".join(self._log).decode("utf-8", "replace").strip().splitlines()
+        lines = [line for line in lines if not _ABOUT_PANICS.search(line)]
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"the {self.program} process {how}" + (f": {lines[-1].strip()[:400]}" if lines else "")
 
