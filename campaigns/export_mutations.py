@@ -61,6 +61,8 @@ def mutate_export(dice: random.Random, folder: Path, use: str) -> str:
         kinds += ["config", "config"]
     if use in ("generate onnx", "verify"):
         kinds += ["graph"] * 4
+    if use == "generate tf":
+        kinds += ["saved model"] * 4
     return KINDS[dice.choice(kinds)](dice, folder)
 
 
@@ -357,6 +359,7 @@ KINDS: Mapping[str, Callable[[random.Random, Path], str]] = {
     "config": _config,
     "tokenizer": _tokenizer,
     "graph": _graph,
+    "saved model": lambda dice, folder: mutate(dice, folder / "saved_model"),
 }
 
 

@@ -10,6 +10,7 @@ processes :data:`MEMORY` MiB. A child process runs the cases, so that a crash is
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -34,7 +35,8 @@ from gptconvert.inspection import open_checkpoint
 from gptconvert.targets.package.tokenizer import tokenizer_files
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2" / "hf-safetensors"
-SECONDS, MEMORY = 10.0, 2048.0
+#: Processor time and memory of a case; importing TensorFlow takes much of its time.
+SECONDS, MEMORY, TENSORFLOW_SECONDS = 10.0, 2048.0, 30.0
 #: Wall time after which a case is stopped.
 LIMIT = 60
 END = "<|endoftext|>"
@@ -77,7 +79,8 @@ def run(seed: int, seconds: float, start: int = 0, only: int | None = None) -> R
     """
     report, end = Report("exports", seed, next=start), time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as root:
-        source, export = make_export(Path(root))
+        tf = ("tf",) if importlib.util.find_spec("tensorflow") else ()
+        source, export = make_export(Path(root), ("onnx", "safetensors", *tf))
         if only is not None:
             report.add(run_case(seed, only, source, export, debug=True))
             return report
@@ -119,15 +122,18 @@ def _child(seed: int, first: int, end: float, source: Path, export: Path, result
 def run_case(seed: int, number: int, source: Path, export: Path, *, debug: bool = False) -> Case:
     """Damage a copy of ``export`` and use it."""
     dice = random.Random(f"{seed}:{number}")
-    use = dice.choices(list(USES), weights=[weight for weight, _ in USES.values()])[0]
+    uses = [name for name in USES if name != "generate tf" or (export / "saved_model").is_dir()]
+    use = dice.choices(uses, weights=[USES[name][0] for name in uses])[0]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as root:
         folder = Path(shutil.copytree(export, Path(root) / "export"))
+        if use != "generate tf":  # verifying it takes too long
+            shutil.rmtree(folder / "saved_model", ignore_errors=True)
         what = " + ".join(mutate_export(dice, folder, use) for _ in range(dice.choice((1, 1, 1, 2))))
         before = _seconds()
         with _timer():
             outcome, failed = _outcome(USES[use][1], use, folder, source, dice, debug)
         seconds, memory = _seconds() - before, _memory()
-    if seconds > SECONDS and not failed:
+    if seconds > (TENSORFLOW_SECONDS if use == "generate tf" else SECONDS) and not failed:
         outcome, failed = f"slow: {seconds:.1f} s", True
     if memory > MEMORY and not failed:
         outcome, failed = f"memory: {memory:.0f} MiB", True
@@ -186,10 +192,11 @@ def _convert_tokenizer(folder: Path, source: Path, dice: random.Random) -> tuple
 
 #: Use → how often, and the function.
 USES: Mapping[str, tuple[int, Use]] = {
-    "generate onnx": (8, _generate("onnx")),
-    "generate torch": (4, _generate("torch")),
-    "verify": (2, _verify),
-    "tokenizer": (6, _convert_tokenizer),
+    "generate onnx": (16, _generate("onnx")),
+    "generate torch": (8, _generate("torch")),
+    "generate tf": (1, _generate("tf")),
+    "verify": (3, _verify),
+    "tokenizer": (12, _convert_tokenizer),
 }
 
 

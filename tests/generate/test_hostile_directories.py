@@ -368,7 +368,7 @@ class Broken:
     ids=["NaN", "infinite", "none", "rank 2", "too few", "empty", "a number"],
 )
 def test_logits_that_choose_nothing(logits: object, temperature: float) -> None:
-    with pytest.raises(InputError, match="the model (computes|returns)"):
+    with pytest.raises(InputError, match=r"the model (computes|returns)"):
         list(continuation(Broken(logits), [1], Sampling(2, temperature)))
 
 

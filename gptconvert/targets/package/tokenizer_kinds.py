@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gptconvert.sources.tokenizer_files import MAX_BYTES as MAX_BYTES
+
 Vocabulary = Mapping[str, int]
 Merges = Sequence[tuple[str, str]]
 Settings = Mapping[str, object]
@@ -22,8 +24,6 @@ Settings = Mapping[str, object]
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
 WORD_END = "</w>"
-#: Limit on file sizes, far above any real vocabulary.
-MAX_BYTES = 256 << 20
 #: Ids are below this: the tokenizers library takes time and memory in proportion to the largest.
 MAX_ID = 1 << 23
 #: Limit on the commas and brackets of JSON: three of each merge and one of each token, of a million tokens.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gptconvert.containers.json import read_json_object
-from gptconvert.containers.untrusted import file_size, is_plain_name, read_small
+from gptconvert.containers.untrusted import boundary, file_size, is_plain_name, read_small
 from gptconvert.errors import GptConvertError, is_unreadable, short_repr
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
@@ -45,6 +45,8 @@ CORPUS = (
 )
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _BLOCK = 1 << 20
+#: Bytes of a directory: so many copies of the weights, in all targets and variants, and so much beside them.
+MOST_COPIES, MOST_BESIDE = 32, 4 << 30
 
 
 def verify_package(checkpoint: Checkpoint, directory: str) -> PackageReport:
@@ -56,7 +58,8 @@ def verify_package(checkpoint: Checkpoint, directory: str) -> PackageReport:
     """
     report = PackageReport()
     if os.path.exists(os.path.join(directory, SUMS_FILE)):
-        _collect(report, SUMS_FILE, _sums(directory, report))
+        most = MOST_COPIES * checkpoint.nbytes + MOST_BESIDE
+        _collect(report, SUMS_FILE, _sums(directory, report, most))
     for name, differences in CHECKS.items():
         path = os.path.join(directory, name)
         if os.path.exists(path):
@@ -72,7 +75,8 @@ def _collect(report: PackageReport, name: str, differences: Iterator[str]) -> No
     """
     report.files.append(name)
     try:
-        report.problems += [f"{name}: {difference}" for difference in differences]
+        with boundary(name, "part of an export"):
+            report.problems += [f"{name}: {difference}" for difference in differences]
     except GptConvertError as error:
         if is_unreadable(error):
             raise
@@ -80,7 +84,8 @@ def _collect(report: PackageReport, name: str, differences: Iterator[str]) -> No
         report.problems.append(f"{name}: {error}")
 
 
-def _sums(directory: str, report: PackageReport) -> Iterator[str]:
+def _sums(directory: str, report: PackageReport, most: int) -> Iterator[str]:
+    """Files that do not have their checksum; at most ``most`` bytes are read, since links can list a file often."""
     text = read_small(os.path.join(directory, SUMS_FILE), MAX_JSON_BYTES, "checksums").decode("utf-8", "replace")
     computed: dict[str, str] = {}
     for line in text.splitlines():
@@ -94,6 +99,10 @@ def _sums(directory: str, report: PackageReport) -> Iterator[str]:
             yield f"lists {name}, which is missing"
             continue
         if name not in computed:  # a hostile file could list one many times
+            most -= file_size(path)
+            if most < 0:
+                yield f"lists files that are too large for an export of this model, {name} among them"
+                return
             computed[name] = _sha256(path)
         if computed[name] != digest:
             if name == CARD_FILE:
