@@ -53,7 +53,8 @@ def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> i
     if sampling.temperature == 0:
         return int(logits.argmax())
     # The largest becomes 0: a tiny temperature must not overflow.
-    scaled = (logits.astype(np.float64) - float(largest)) / sampling.temperature  # [V]
+    with np.errstate(over="ignore"):
+        scaled = (logits.astype(np.float64) - float(largest)) / sampling.temperature  # [V]
     order = np.argsort(-scaled, kind="stable")[: sampling.top_k]  # best first
     weights = np.exp(scaled[order] - scaled[order[0]])
     weights /= weights.sum()

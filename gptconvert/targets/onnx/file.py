@@ -132,7 +132,7 @@ def _type_name(value: Any) -> str:
 
     number = value.type.tensor_type.elem_type
     try:
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name
+        return str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name)
     except (KeyError, TypeError):
         return f"number {number}"
 

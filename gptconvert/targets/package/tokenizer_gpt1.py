@@ -82,7 +82,7 @@ def _word_model(path: str) -> Any:
     vocabulary, merges = stored_bpe(raw, path)
     stated = raw.get("unk_token")
     unknown = stated if isinstance(stated, str) and stated in vocabulary else None
-    try:
-        return models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=unknown)
-    except Exception as error:  # the library raises no narrower class
-        raise InputError(f"not a tokenizer: {error}", path=path) from error
+    lacking = next((a + b for a, b in merges if a + b not in vocabulary), None)
+    if lacking is not None:  # the library would panic
+        raise InputError("a merged symbol is not in the vocabulary", path=path, found=lacking)
+    return models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=unknown)
