@@ -15,7 +15,7 @@ from campaigns.report import Report
 from gptconvert.errors import InputError, UnforeseenError
 from tests.commands import tree
 
-CASES = 25
+CASES = 15
 
 
 @pytest.fixture(scope="module")
