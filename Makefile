@@ -59,8 +59,9 @@ test-web: $(VENV)/dev tests/web/node_modules  ## Run exports in onnxruntime-web 
 docs: $(VENV)/dev  ## Write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py
 
-campaign: $(VENV)/dev  ## Search for faults with damaged and hostile files for two hours; QUICK=1 takes four minutes
-	$(BIN)/python -m campaigns $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED))
+campaign: $(VENV)/dev  ## Search for faults for two hours; QUICK=1 takes four minutes, STATE=FILE continues a run
+	$(BIN)/python -m campaigns $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED)) \
+		$(if $(STATE),--state $(STATE)) $(if $(REPORT),--report $(REPORT))
 
 bench: $(VENV)/dev  ## Compare speed with cp and PyTorch; needs about 30 GB of disk
 	$(BIN)/python -m benchmarks

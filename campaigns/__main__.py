@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from campaigns import differential, faults, fuzz, hostile, kills, limits, mutate
+from campaigns import differential, exports, faults, fuzz, hostile, kills, limits, mutate
 from campaigns.runner import Campaign, State, UnusableStateError, run_all
 from campaigns.table import markdown
 
 #: Name → what runs it, and its share of the time.
 CAMPAIGNS: Mapping[str, Campaign] = {
     "differential": Campaign(differential.run, weight=3),
+    "exports": Campaign(exports.run, weight=2),
     "faults": Campaign(faults.run, weight=3),
     "fuzz": Campaign(fuzz.run, weight=3),
     "hostile": Campaign(hostile.run, weight=2),

@@ -291,10 +291,11 @@ def verify_export(
     options, artifact = as_options(options), os.fsdecode(artifact)
     checkpoint = with_special_ids(open_checkpoint(source, options))
     record_reading(snapshot([*checkpoint.source.files, *_files_of(artifact)]))
-    candidates = find_candidates(checkpoint, artifact, options.seed)
-    package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None
-    check_tied(checkpoint)
-    report = verify(candidates, options.verify or "default", progress)
+    with boundary(artifact, "an export"):
+        candidates = find_candidates(checkpoint, artifact, options.seed)
+        package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None
+        check_tied(checkpoint)
+        report = verify(candidates, options.verify or "default", progress)
     report.package = package
     if report.passed:
         _refuse_notes((*checkpoint.notes, *report.notes), options)

@@ -64,9 +64,11 @@ def generate(
     heat = temperature if temperature is not None else float(sampled)
     sampling = Sampling(max_new_tokens, heat, top_k, top_p, seed or 0)
     running = run(directory, prompt, sampling, runtime)
+    for text in running.notes:
+        note(text)
     if as_json:
-        text = "".join(running.pieces)
-        fields = {"prompt": prompt, "text": text, "prompt_ids": running.prompt, "ids": running.ids}
+        continued = "".join(running.pieces)
+        fields = {"prompt": prompt, "text": continued, "prompt_ids": running.prompt, "ids": running.ids}
         print_json({"ok": True, **fields, "stopped": running.stopped})
     else:
         emit(prompt, nl=False)

@@ -23,6 +23,8 @@ from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, 
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32"}
 #: Limits on an attribute: names, and characters per name.
 MAX_NAMES, MAX_NAME = 20_000, 1024
+#: Bytes that names of variable length may take, as far as their file can tell: each could be all of it.
+MAX_VARIABLE = 256 << 20
 #: Maximum nesting of groups.
 MAX_DEPTH = 32
 #: Maximum bytes per chunk: reading one element decompresses its whole chunk.
@@ -66,6 +68,7 @@ def names_in(attributes: Any, attribute: str, path: str) -> list[str]:
 
     Raises:
         UnsafeInputError: the attribute is too large.
+        UnsupportedError: the names have a variable length, in a large file.
         InputError: the attribute does not hold names.
     """
     space = attributes.get_id(attribute)
@@ -73,6 +76,13 @@ def names_in(attributes: Any, attribute: str, path: str) -> list[str]:
         found = f"{math.prod(space.shape)} of {space.dtype.itemsize} bytes"
         raise UnsafeInputError(
             f"attribute {attribute} is too large", path=path, expected="a list of names", found=found
+        )
+    # Keras stores names of one length; the lengths of others are known only after HDF5 has read all of them.
+    if space.dtype.hasobject and math.prod(space.shape or ()) * file_size(path) > MAX_VARIABLE:
+        raise UnsupportedError(
+            f"attribute {attribute} holds names of variable length, which cannot be bounded before they are read",
+            path=path,
+            hint="save the model again with Keras, or rewrite the attribute with names of a fixed length",
         )
     values = np.asarray(attributes[attribute]).reshape(-1).tolist()
     names = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.errors import UsageError
+from gptconvert.errors import InputError, UsageError
 
 Floats = NDArray[np.float32]
 
@@ -42,10 +42,19 @@ class Sampling:
 
 
 def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> int:
-    """Choose the next token from logits [V]."""
+    """Choose the next token from logits [V].
+
+    Raises:
+        InputError: the largest is NaN or infinite.
+    """
+    largest = logits.max(initial=-math.inf)
+    if not math.isfinite(largest):
+        raise InputError("the model computes logits that are not numbers", found=largest)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature  # [V]
+    # The largest becomes 0: a tiny temperature must not overflow.
+    with np.errstate(over="ignore"):
+        scaled = (logits.astype(np.float64) - float(largest)) / sampling.temperature  # [V]
     order = np.argsort(-scaled, kind="stable")[: sampling.top_k]  # best first
     weights = np.exp(scaled[order] - scaled[order[0]])
     weights /= weights.sum()

@@ -5,33 +5,39 @@ Greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020), in
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Container, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
 
-from gptconvert.containers.untrusted import no_such_path
-from gptconvert.errors import InputError, UsageError
+from gptconvert.containers.untrusted import boundary
+from gptconvert.errors import GptConvertError, InputError, UsageError
+from gptconvert.generate.directory import CONFIG, TOKENIZER, Exported, read_exported
 from gptconvert.generate.sampling import Sampling, choose
-from gptconvert.model.generation import GENERATION_CONFIG, SpecialIds, special_ids
-from gptconvert.targets.context import context_length
+from gptconvert.model.generation import SpecialIds
+from gptconvert.targets.context import MOST
+from gptconvert.targets.package.tokenizer_process import RemoteTokenizer, TokenizerProcess
 from gptconvert.targets.registry import RUNTIMES, target_named
 from gptconvert.targets.target import Runtime
-
-DIRECTORY = "pass the directory that gptconvert wrote"
 
 
 def continuation(
     runtime: Runtime, prompt: Sequence[int], sampling: Sampling, stops: Container[int] = ()
 ) -> Iterator[int]:
-    """Yield new token ids until one of ``stops``, the limit of ``sampling``, or the end of the context."""
+    """Yield new token ids until one of ``stops``, the limit of ``sampling``, or the end of the context.
+
+    Raises:
+        InputError: the model returns logits of another shape, or that are not numbers.
+    """
     random = np.random.default_rng(sampling.seed)
     ids: Sequence[int] = prompt
     for _ in range(min(sampling.max_new_tokens, runtime.n_ctx - len(prompt))):
-        token = choose(runtime.step(ids), sampling, random)
+        logits = runtime.step(ids)
+        if logits.ndim != 1 or runtime.vocab_size not in (None, len(logits)):
+            expected = "one number for each id of the vocabulary"
+            raise InputError("the model returns other logits", expected=expected, found=f"shape {logits.shape}")
+        token = choose(logits, sampling, random)
         if token in stops:
             return
         yield token
@@ -48,6 +54,7 @@ class Continued:
         ids: new token ids, filled while ``pieces`` is consumed.
         n_ctx: context length of the model.
         limit: most new tokens.
+        notes: for the user.
     """
 
     prompt: tuple[int, ...]
@@ -55,6 +62,7 @@ class Continued:
     ids: list[int]
     n_ctx: int
     limit: int
+    notes: tuple[str, ...] = ()
 
     @property
     def stopped(self) -> str:
@@ -68,86 +76,110 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
     """Continue ``prompt`` with the model exported to ``directory``, run by ``runtime``: a key of ``RUNTIMES``.
 
     Raises:
-        InputError: the directory lacks the artifact, config.json or tokenizer.json, or one of its files is broken.
+        InputError: the directory lacks the artifact, config.json or tokenizer.json; or its files are damaged, or do
+            not fit together.
+        UnsafeInputError: a file is not a regular one, or the graph or the tokenizer exceeds its limits.
         UnsupportedError: the runtime is not installed, or the model cannot generate.
         UsageError: the prompt is empty, fills the context or is not UTF-8.
     """
-    from tokenizers import Tokenizer
-
-    _check(directory, prompt)
-
-    tokenizer_path = os.path.join(directory, "tokenizer.json")
-    config = _read_json(os.path.join(directory, "config.json"))
-    if not os.path.isfile(tokenizer_path):
-        hint = "the checkpoint had no tokenizer that tokenizer.json can express; put one there if you have it"
-        raise InputError("no tokenizer.json, so text cannot be tokenized", path=directory, hint=hint)
-    try:
-        tokenizer = Tokenizer.from_file(tokenizer_path)
-    except Exception as error:
-        raise InputError(f"not a tokenizer: {error}", path=tokenizer_path) from error
-    ids = tokenizer.encode(prompt).ids
-    special = _special_ids(directory, config)
-    if not ids:  # GPT-2 begins each text after the end of another
-        ids = [token for token in (special.bos, *special.eos) if token is not None][:1]
-    if not ids:
-        raise UsageError("the prompt is empty, and the model has no token to start with")
-    n_ctx = context_length(config)
-    if len(ids) >= n_ctx:
-        raise UsageError("the prompt fills the context", expected=f"fewer than {n_ctx} tokens", found=len(ids))
-    loaded = _load(directory, config, runtime)
-    new: list[int] = []
-
-    def pieces() -> Iterator[str]:
-        shown = text = tokenizer.decode(ids, skip_special_tokens=False)
-        with closing(loaded):
-            for token in continuation(loaded, ids, sampling, special.eos):
-                new.append(token)
-                # Decode the prompt too: GPT-1 puts a space before a word unless it begins the text.
-                text = tokenizer.decode([*ids, *new], skip_special_tokens=False)
-                if not text.endswith("\ufffd"):  # a character may need several tokens
-                    yield text[len(shown) :]
-                    shown = text
-        yield text[len(shown) :]
-
-    return Continued(tuple(ids), pieces(), new, n_ctx, sampling.max_new_tokens)
-
-
-def _check(directory: str, prompt: str) -> None:
-    if not os.path.lexists(directory):
-        raise no_such_path(directory, hub=False)
-    if not os.path.isdir(directory):
-        raise InputError("not a directory", path=directory, hint=DIRECTORY)
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UsageError("the prompt is not UTF-8 text", hint="convert it first: iconv -f latin1 -t utf-8") from None
+    with boundary(directory, "an export"), ExitStack() as stack:
+        exported = read_exported(directory)
+        path = exported.path(TOKENIZER)
+        process = stack.enter_context(TokenizerProcess(path, len(exported.tokenizer)))
+        tokenizer = process.load(exported.tokenizer, path)
+        ids = tokenizer.encode(prompt) or _first(exported)
+        if len(ids) >= exported.n_ctx:
+            expected = f"fewer than {exported.n_ctx} tokens"
+            raise UsageError("the prompt fills the context", expected=expected, found=len(ids))
+        _check_ids(ids, exported, exported.vocab_size)
+        loaded = stack.enter_context(closing(_load(exported, runtime)))
+        vocabulary = _vocabulary(exported, loaded)
+        _check_ids(ids, exported, vocabulary)
+        stops, new = exported.special.stops(vocabulary), list[int]()
+        pieces = _pieces(exported, tokenizer, continuation(loaded, ids, sampling, stops), ids, new)
+        return Continued(
+            tuple(ids),
+            _closing(pieces, stack.pop_all(), directory),
+            new,
+            exported.n_ctx,
+            sampling.max_new_tokens,
+            _notes(exported.special, vocabulary),
+        )
 
 
-def _load(directory: str, config: Mapping[str, object], runtime: str) -> Runtime:
-    """The export in ``directory``, run by ``runtime``: a key of ``RUNTIMES``."""
+def _closing(pieces: Iterator[str], resources: ExitStack, directory: str) -> Iterator[str]:
+    """The pieces; the processes end with them."""
+    with boundary(directory, "an export"), resources:
+        yield from pieces
+
+
+def _pieces(
+    exported: Exported, tokenizer: RemoteTokenizer, tokens: Iterator[int], ids: Sequence[int], new: list[int]
+) -> Iterator[str]:
+    shown = text = tokenizer.decode(ids)
+    try:
+        for token in tokens:
+            new.append(token)
+            # Decode the prompt too: GPT-1 puts a space before a word unless it begins the text.
+            text = tokenizer.decode([*ids, *new])
+            if not text.endswith("\ufffd"):  # a character may need several tokens
+                yield text[len(shown) :]
+                shown = text
+    except GptConvertError as error:
+        error.path = error.path or exported.directory
+        raise
+    yield text[len(shown) :]
+
+
+def _first(exported: Exported) -> list[int]:
+    """The token that begins a text; GPT-2 begins each after the end of another."""
+    special, most = exported.special, exported.vocab_size
+    ids = (token for token in (special.bos, *special.eos) if token is not None)
+    first = [token for token in ids if token >= 0 and (most is None or token < most)][:1]
+    if not first:
+        raise UsageError("the prompt is empty, and the model has no token to start with")
+    return first
+
+
+def _check_ids(ids: Sequence[int], exported: Exported, vocabulary: int | None) -> None:
+    """Refuse a prompt with ids that the model lacks: its tokenizer is another model's."""
+    if vocabulary is not None and max(ids) >= vocabulary:
+        raise InputError(
+            "the tokenizer gives the prompt an id that the model does not have",
+            path=exported.path(TOKENIZER),
+            expected=f"ids below {vocabulary}",
+            found=max(ids),
+            hint="put the tokenizer of this model there",
+        )
+
+
+def _vocabulary(exported: Exported, loaded: Runtime) -> int:
+    """The number of ids, on which config.json and the artifact must agree."""
+    stated, found = exported.vocab_size, loaded.vocab_size
+    if stated is not None and found is not None and stated != found:
+        path, hint = exported.path(CONFIG), "config.json and the model belong to different checkpoints"
+        raise InputError(
+            "vocab_size is not that of the model", path=path, expected=f"{found} ids", found=stated, hint=hint
+        )
+    return found or stated or MOST
+
+
+def _notes(special: SpecialIds, vocabulary: int) -> tuple[str, ...]:
+    outside = sorted(set(special.eos) - set(special.stops(vocabulary)))
+    shown = f"{', '.join(map(str, outside[:5]))}{', …' if len(outside) > 5 else ''}"
+    note = f"the text does not end at eos_token_id {shown}: the model has {vocabulary} ids"
+    return (note,) if outside else ()
+
+
+def _load(exported: Exported, runtime: str) -> Runtime:
+    """The artifact, run by ``runtime``: a key of ``RUNTIMES``."""
     if runtime not in RUNTIMES:
         raise UsageError("no such runtime", item="--runtime", expected=f"one of {', '.join(RUNTIMES)}", found=runtime)
     load = target_named(RUNTIMES[runtime]).load
     if load is None:
         raise UsageError(f"{RUNTIMES[runtime]} exports cannot be run", item="--runtime")
-    return load(directory, config)
-
-
-def _special_ids(directory: str, config: Mapping[str, object]) -> SpecialIds:
-    """The ids of generation_config.json, if there is one, and of config.json."""
-    path = os.path.join(directory, GENERATION_CONFIG)
-    own = _read_json(path) if os.path.isfile(path) else {}
-    return special_ids((own, path), (config, os.path.join(directory, "config.json")))
-
-
-def _read_json(path: str) -> Mapping[str, object]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except FileNotFoundError:
-        raise InputError("no such file", path=path, hint=DIRECTORY) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", path=path) from error
-    if not isinstance(value, dict):
-        raise InputError("not a JSON object", path=path)
-    return value
+    return load(exported.directory, exported.config)

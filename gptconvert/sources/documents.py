@@ -45,6 +45,11 @@ def is_document(name: str) -> bool:
     return name == CARD or is_licence(name)
 
 
+def largest_document(name: str) -> int:
+    """Largest size, in bytes, of a document that is read."""
+    return MAX_BYTES if name == CARD else MAX_LICENCE
+
+
 def read_card(path: str) -> tuple[dict[str, object], tuple[str, ...]]:
     """The metadata of a README.md: the known keys whose values are text or lists of text; and notes for the user."""
     try:

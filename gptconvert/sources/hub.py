@@ -16,19 +16,22 @@ from dataclasses import dataclass, replace
 from gptconvert.containers.untrusted import entries
 from gptconvert.errors import InputError, UsageError
 from gptconvert.model.options import Options
-from gptconvert.sources.documents import is_document
-from gptconvert.sources.hf.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LEFT_BEHIND, lone_adapter
+from gptconvert.sources.documents import is_document, largest_document
+from gptconvert.sources.hf.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LEFT_BEHIND, MAX_CONFIG, lone_adapter
 from gptconvert.sources.hf.files import CONFIG, STANDARD_NAMES, Weights, choose_weights
-from gptconvert.sources.hf.shards import read_weight_map
+from gptconvert.sources.hf.shards import MAX_INDEX, read_weight_map
 from gptconvert.sources.hub_cache import check_links, download
 from gptconvert.sources.hub_errors import translated
 from gptconvert.sources.hub_listing import Listing, read_listing
-from gptconvert.sources.tokenizer_files import HUGGING_FACE, huggingface_names, is_copied
+from gptconvert.sources.tokenizer_files import GPT1, GPT2, HUGGING_FACE, MAX_BYTES, huggingface_names, is_copied
 
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?)?", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index", ".json", ".npy", ".h5", ".onnx", ".gguf")
 #: In a revision, what git does not allow and the cache would take as a path.
 _NO_REVISION = re.compile(r"\.\.|^/|[\\\0-\x1f\x7f]|^$")
+#: Largest total size of the tokenizer files and documents.
+MAX_SMALL = 1 << 30
+TOKENIZERS, INDEX = frozenset((*GPT1, *GPT2, *HUGGING_FACE)), ".index.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def fetch_adapter(repo: str, options: Options) -> Fetched:
                 raise InputError(
                     "no LoRA adapter in the repository", path=repo, expected=expected, found=_some(files)
                 )
-            config = download(repo, ADAPTER_CONFIG, None, listing.commit, files[ADAPTER_CONFIG], options)
+            config = download(repo, ADAPTER_CONFIG, None, listing.commit, files[ADAPTER_CONFIG], options, MAX_CONFIG)
             others = [weights, *(each for each in files if each in HUGGING_FACE or is_copied(each))]
             _download_all(repo, others, listing, options)
             notes = _unchecked((ADAPTER_CONFIG, *others), listing)
@@ -112,7 +115,7 @@ def _from_hub(repo: str, options: Options) -> Fetched:
     listing = read_listing(repo, options.revision)
     files, commit = listing.files, listing.commit
     if ADAPTER_CONFIG in files and not any(name in files for name in STANDARD_NAMES):
-        config = download(repo, ADAPTER_CONFIG, commit, commit, files[ADAPTER_CONFIG], options)
+        config = download(repo, ADAPTER_CONFIG, commit, commit, files[ADAPTER_CONFIG], options, MAX_CONFIG)
         raise lone_adapter(os.path.dirname(config), [ADAPTER_CONFIG], repo)
     if CONFIG not in files:
         raise InputError(
@@ -124,8 +127,10 @@ def _from_hub(repo: str, options: Options) -> Fetched:
     weights, notes = choose_weights(files, options.weights_file, repo)
     notes += [LEFT_BEHIND] if ADAPTER_CONFIG in files else []
     # Request the revision by the name given, so that the cache can resolve that name offline.
-    directory = os.path.dirname(download(repo, CONFIG, options.revision, commit, files[CONFIG], options))
-    small = [*huggingface_names(files), *filter(is_copied, files), *filter(is_document, files)]
+    directory = os.path.dirname(download(repo, CONFIG, options.revision, commit, files[CONFIG], options, MAX_CONFIG))
+    documents, left = _documents(listing)
+    notes += left
+    small = [*huggingface_names(files), *filter(is_copied, files), *documents]
     _download_all(repo, small, listing, options)
     large = _weights_files(repo, weights, listing, options)
     _download_all(repo, large, listing, options)
@@ -134,8 +139,30 @@ def _from_hub(repo: str, options: Options) -> Fetched:
 
 
 def _download_all(repo: str, names: Iterable[str], listing: Listing, options: Options) -> None:
+    names = list(names)
+    total = sum(listing.files[name].size or 0 for name in names if _most(name) is not None)
+    if total > MAX_SMALL:
+        expected, found = f"at most {MAX_SMALL} bytes", f"{total} bytes"
+        raise InputError("the repository's tokenizer files are too large", path=repo, expected=expected, found=found)
     for name in names:
-        download(repo, name, listing.commit, listing.commit, listing.files[name], options)
+        download(repo, name, listing.commit, listing.commit, listing.files[name], options, _most(name))
+
+
+def _most(name: str) -> int | None:
+    """Largest size of a file that is read whole; None for weights."""
+    if is_document(name):
+        return largest_document(name)
+    if name.endswith(INDEX):
+        return MAX_INDEX
+    return MAX_BYTES if name in TOKENIZERS or is_copied(name) else None
+
+
+def _documents(listing: Listing) -> tuple[list[str], list[str]]:
+    """The licences and the model card, and a note on those that are too large: a conversion does not need them."""
+    named = [name for name in listing.files if is_document(name)]
+    large = [name for name in named if (listing.files[name].size or 0) > largest_document(name)]
+    notes = [f"left behind, as too large for documents: {_some(large)}"] if large else []
+    return [name for name in named if name not in large], notes
 
 
 def _unchecked(names: Iterable[str], listing: Listing) -> tuple[str, ...]:
@@ -153,7 +180,7 @@ def _weights_files(repo: str, weights: Weights, listing: Listing, options: Optio
     if not weights.sharded:
         return [weights.name]
     entry = listing.files[weights.name]
-    index = download(repo, weights.name, listing.commit, listing.commit, entry, options)
+    index = download(repo, weights.name, listing.commit, listing.commit, entry, options, MAX_INDEX)
     shards = sorted(set(read_weight_map(index).values()))
     missing = [name for name in shards if name not in listing.files]
     if missing:

@@ -19,7 +19,9 @@ from gptconvert.sources.hub_listing import Digest, Entry
 _BLOCK = 1 << 20
 
 
-def download(repo: str, name: str, revision: str | None, commit: str, entry: Entry, options: Options) -> str:
+def download(
+    repo: str, name: str, revision: str | None, commit: str, entry: Entry, options: Options, most: int | None = None
+) -> str:
     """Fetch one file and return its path in the cache.
 
     Args:
@@ -29,17 +31,22 @@ def download(repo: str, name: str, revision: str | None, commit: str, entry: Ent
         commit: the commit that the revision names.
         entry: size and digest from the listing.
         options: ``cache_dir``.
+        most: largest size in bytes, of a file that is read whole; None for weights.
 
     Raises:
-        InputError: the file is damaged, or the revision now names another commit.
+        InputError: the file is damaged or too large, or the revision now names another commit.
         UnsafeInputError: the file in the cache is a link that leaves the cache.
     """
     from huggingface_hub import constants, hf_hub_download
 
+    if most is not None and entry.size is not None and entry.size > most:
+        expected, found = f"at most {most} bytes", f"{entry.size} bytes"
+        raise InputError("too large for its kind of file", path=f"{repo}/{name}", expected=expected, found=found)
+    limit = most if entry.size is None else entry.size
     home = _home(repo, options)
     before = _present(home, name)
     expected = os.path.join(home, "snapshots", commit, name)
-    with guarded(f"{constants.ENDPOINT}/{repo}/resolve/{revision or 'main'}/{name}", entry.size):
+    with guarded(f"{constants.ENDPOINT}/{repo}/resolve/{revision or 'main'}/{name}", limit):
         path = hf_hub_download(repo, name, revision=revision, cache_dir=options.cache_dir)
     try:
         if path != expected:

@@ -23,6 +23,8 @@ HUGGING_FACE = (
     "added_tokens.json",
     GENERATION_CONFIG,
 )
+#: Largest tokenizer file, far above any real vocabulary.
+MAX_BYTES = 256 << 20
 CHAT_TEMPLATE = "chat_template.jinja"
 #: Vocabularies of other tokenizers (WordPiece, SentencePiece and the like), which are copied unchanged.
 FOREIGN = (

@@ -45,9 +45,15 @@ class Candidate:
 
 
 class Runtime(Protocol):
-    """A loaded model that keeps its own keys and values."""
+    """A loaded model that keeps its own keys and values.
+
+    Attributes:
+        n_ctx: context length.
+        vocab_size: number of ids; None if the artifact does not state it.
+    """
 
     n_ctx: int
+    vocab_size: int | None
 
     def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits [V] after ``ids``, which continue the ids of earlier steps."""

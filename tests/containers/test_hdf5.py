@@ -190,6 +190,21 @@ def test_lists_of_names(tmp_path: Path, values: Any, error: type[GptConvertError
                 names_in(attributes, "names", path)
 
 
+def test_names_of_variable_length(tmp_path: Path) -> None:
+    """A few names are read; many references, which could all be to one enormous name, are not."""
+
+    def variable(values: list[str]) -> str:
+        kind = h5py.string_dtype()
+        return file_with(tmp_path / "w.h5", lambda group: group.attrs.create("names", values, dtype=kind))
+
+    path = variable(["a", "b"])
+    with open_hdf5(path) as file:
+        assert names_in(find_group(file, "layer", path).attrs, "names", path) == ["a", "b"]
+    path = variable(["a" * 200_000] + ["b"] * 2000)
+    with open_hdf5(path) as file, pytest.raises(UnsupportedError, match="variable length"):
+        names_in(find_group(file, "layer", path).attrs, "names", path)
+
+
 def test_a_dataset_where_a_group_should_be(tmp_path: Path) -> None:
     path = file_with(tmp_path / "w.h5", lambda group: group.create_dataset("x", data=np.ones(2)))
     with open_hdf5(path) as file, pytest.raises(InputError, match="a dataset where a group"):

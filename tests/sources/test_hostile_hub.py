@@ -413,3 +413,58 @@ def test_requests_outside_the_guard_are_left_alone(site: Site) -> None:
     assert site.inspect().code == 0
     site.trick(lambda reply: replace(reply, headers={"ETag": UP}), path="other")
     assert get_session().head(f"{site.hub.endpoint}/other").headers["ETag"] == UP
+
+
+# Sizes
+
+
+ENORMOUS = 1 << 40
+
+
+def listed(site: Site, name: str, size: int) -> None:
+    """List one more file, of any size."""
+    site.hub.files[COMMIT][name] = b"{}"
+
+    def change(value: dict[str, Any]) -> None:
+        for each in value["siblings"]:
+            if each["rfilename"] == name:
+                each.update(size=size, lfs={"sha256": "0" * 64, "size": size})
+
+    listing(site, change)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.json", "spiece.model", "vocab.txt"])
+def test_documents_of_any_size_are_not_downloaded(site: Site, name: str) -> None:
+    listed(site, name, ENORMOUS)
+    site.refused(3, f"/{name}: too large for its kind of file" if name == "config.json" else "too large", "bytes")
+    assert name not in site.hub.downloads()
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE.txt"])
+def test_enormous_documents_that_are_not_needed_are_left_behind(site: Site, name: str) -> None:
+    listed(site, name, ENORMOUS)
+    done = site.inspect("--json")
+    assert done.code == 0, done.err
+    assert f"left behind, as too large for documents: {name}" in done.json["notes"]
+    assert name not in site.hub.downloads()
+
+
+def test_an_endless_document_of_unknown_size(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptconvert.sources.hub.MAX_BYTES", 1 << 20)
+    site.hub.files[COMMIT]["tokenizer.json"] = b"{}"
+
+    def endless(_: str, at: str, reply: Reply) -> Reply:
+        if at.endswith("tokenizer.json"):
+            headers = {**reply.headers, "Content-Length": None}
+            return replace(reply, headers=headers, body=iter(lambda: bytes(1 << 20), None))
+        if "/api/" in at:
+            value = json.loads(reply.body)  # type: ignore[arg-type]
+            for each in value["siblings"]:
+                if each["rfilename"] == "tokenizer.json":
+                    each.pop("size")
+            body = json.dumps(value).encode()
+            return replace(reply, body=body, headers={**reply.headers, "Content-Length": str(len(body))})
+        return reply
+
+    site.hub.trick = endless
+    site.refused(3, "the hub's reply is too long")

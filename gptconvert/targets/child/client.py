@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import subprocess
 import sys
@@ -32,6 +33,9 @@ GRAPH_FACTOR, MOST_GRAPH = 64, 16 << 20
 #: Time for any request; more per byte of graph, which is optimised or compiled on first use; and per multiplication
 #: (1 GFLOP/s, a fiftieth of one core's speed).
 SECONDS, SECONDS_PER_GRAPH_BYTE, SECONDS_PER_PRODUCT = 60.0, 60 / (1 << 20), 2e-9
+
+#: Lines that Rust prints about the panic itself.
+_ABOUT_PANICS = re.compile(r"RUST_BACKTRACE|panicked at|non-unwinding panic|stack backtrace|^ +(?:\d+:|at )")
 
 
 class ChildError(Exception):
@@ -79,18 +83,20 @@ class ChildProcess:
     Attributes:
         module: the program, which calls :func:`.server.serve`.
         program: its name in messages.
+        subject: what it runs, in messages.
         error: raised if a request fails.
     """
 
     module: ClassVar[str]
     program: ClassVar[str]
+    subject: ClassVar[str] = "graph"
     error: ClassVar[type[ChildError]] = ChildError
 
     def __init__(self, limits: Limits | None = None, variables: Mapping[str, str] | None = None) -> None:
         self.limits, self._expired = limits, False
         memory = [] if limits is None else [str(limits.memory)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", CONFINE, self.module, *memory],
+            [sys.executable, "-P", "-m", CONFINE, self.module, *memory],  # -P: no modules of the current directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,  # not a file: a confined process cannot write files
@@ -175,12 +181,13 @@ class ChildProcess:
         if self.limits is None:
             return self.error(self._last_words())
         if self._expired:
-            seconds, message = self.limits.seconds(tokens), "the graph does not end in time, so it was stopped"
-            return UnsafeInputError(message, path=self.limits.path, expected=f"at most {seconds:.0f} s for a request")
+            message = f"the {self.subject} does not end in time, so it was stopped"
+            expected = f"at most {self.limits.seconds(tokens):.0f} s for a request"
+            return UnsafeInputError(message, path=self.limits.path, expected=expected)
         return UnsafeInputError(
-            f"the graph ended the process that ran it: {self._last_words()}",
+            f"the {self.subject} ended the process that ran it: {self._last_words()}",
             path=self.limits.path,
-            expected=f"a graph that runs within {self.limits.memory} bytes of memory",
+            expected=f"a {self.subject} that runs within {self.limits.memory} bytes of memory",
         )
 
     def _keep_log(self) -> None:
@@ -196,6 +203,7 @@ class ChildProcess:
         status = self._process.wait()
         self._logging.join()
         lines = b"".join(self._log).decode("utf-8", "replace").strip().splitlines()
+        lines = [line for line in lines if not _ABOUT_PANICS.search(line)]
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"the {self.program} process {how}" + (f": {lines[-1].strip()[:400]}" if lines else "")
 

@@ -48,6 +48,8 @@ def read_message(stream: BinaryIO, most: int | None = None) -> tuple[dict[str, A
     """
     line = stream.readline(MOST_LINE)
     if not line.endswith(b"\n"):
+        if len(line) == MOST_LINE:
+            raise FrameError(f"a line of more than {MOST_LINE} bytes")
         return None
     try:
         fields = json.loads(line)

@@ -32,7 +32,9 @@ def serve(commands: Mapping[str, Command], program: str) -> None:
         try:
             found, results = commands[fields["command"]](fields, arrays)
             answer: dict[str, object] = {"ok": True, **found}
-        except Exception as error:  # the libraries' exceptions share no base class
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # not Exception: panics of Rust libraries have a class of their own
             answer, results = {"ok": False, "kind": type(error).__name__, "message": str(error)}, {}
         write_message(answers, {**answer, "program": program}, results)
         del fields, arrays, results

@@ -14,11 +14,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from gptconvert.containers.untrusted import file_beside, file_size
+from gptconvert.containers.untrusted import explain_file, file_beside, file_size
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
+from gptconvert.targets.interface import Tensors
 from gptconvert.targets.onnx.safety import check_operators, check_text
 
+#: Largest graph file; larger weights are external.
+MOST_BYTES = (2 << 30) - 1
 #: Keys that ONNX defines for external data.
 EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
 #: Fields of TensorProto that hold data by type.
@@ -115,7 +118,11 @@ def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
     """
     import onnx
 
-    file_size(path)
+    if (size := file_size(path)) > MOST_BYTES:
+        expected = f"at most {MOST_BYTES} bytes, the limit of protobuf"
+        raise InputError("too large for an ONNX model", path=path, expected=expected, found=f"{size} bytes")
+    if explained := explain_file(path):
+        raise InputError(f"is not an ONNX model: this file {explained}", path=path)
     try:
         model = onnx.load_model(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError moves between modules
@@ -139,6 +146,28 @@ def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
     return OnnxFile(
         path, model, {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)}, confined
     )
+
+
+def described(values: Mapping[str, Any]) -> Tensors:
+    """Type and shape of ValueInfoProtos."""
+    return {name: (_type_name(value), _declared_shape(value)) for name, value in values.items()}
+
+
+def _type_name(value: Any) -> str:
+    import onnx
+
+    number = value.type.tensor_type.elem_type
+    try:
+        return str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name)
+    except (KeyError, TypeError):
+        return f"number {number}"
+
+
+def _declared_shape(value: Any) -> tuple[int | None, ...] | None:
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
 
 
 def _is_external(tensor: Any) -> bool:

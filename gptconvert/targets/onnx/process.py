@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,13 @@ from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.targets.child.client import ChildProcess
 from gptconvert.targets.onnx.session import Settings
 
+#: Parts of onnxruntime's messages that say nothing about the graph → what remains of them.
+NOISE: Mapping[str, str] = {
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : ": "",
+    r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ": r"\1 node '\2': ",
+    r"\S+\.(?:cc|cpp|h|hpp):\d+ (?:[^()]*\([^()]*\)(?: const)? )?": "",  # places in its source
+}
+
 
 class OnnxProcess(ChildProcess):
     """An onnxruntime process."""
@@ -20,8 +28,11 @@ class OnnxProcess(ChildProcess):
     module, program = "gptconvert.targets.onnx.worker", "onnxruntime"
 
     def failure(self, answer: Mapping[str, Any]) -> str:
-        """The message alone, which names onnxruntime."""
-        return " ".join(answer["message"].split())[:400]
+        """The message without places in onnxruntime's source."""
+        message = " ".join(answer["message"].split())[:4000]
+        for pattern, rest in NOISE.items():
+            message = re.sub(pattern, rest, message)
+        return message[:400]
 
 
 class RemoteSession:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.errors import InputError, UnsupportedError
+from gptconvert.errors import InputError
 from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import ChildError, Limits
 from gptconvert.targets.context import context_length
-from gptconvert.targets.onnx.file import open_onnx
+from gptconvert.targets.interface import check_interface
+from gptconvert.targets.onnx.file import described, open_onnx
 from gptconvert.targets.onnx.process import OnnxProcess
 
 Floats = NDArray[np.float32]
@@ -26,16 +27,17 @@ class OnnxRuntime:
     def __init__(self, directory: str, config: Mapping[str, object]) -> None:
         path = self.path = find_onnx(directory)
         file, self.n_ctx = open_onnx(path), context_length(config)
+        self.vocab_size = check_interface(described(file.inputs()), described(file.outputs()), path)
         self.process = OnnxProcess(Limits.of(path, file.weight_bytes, file.graph_bytes, None, self.n_ctx))
         try:
             with utf8_path(os.path.abspath(path)) as readable:
-                outputs = self.process.call("start", path=readable)[0]["outputs"]
+                self.process.call("start", path=readable)
         except ChildError as error:
             self.close()
-            raise InputError(f"onnxruntime cannot load the graph: {error}", path=path) from error
-        if "logits" not in outputs:
+            raise InputError("onnxruntime cannot load the graph", path=path, found=error) from error
+        except BaseException:
             self.close()
-            raise UnsupportedError("the graph has no output `logits`, so it cannot generate text", path=path)
+            raise
 
     def close(self) -> None:
         """End the process."""
@@ -45,7 +47,7 @@ class OnnxRuntime:
         try:
             logits: Any = self.process.call("step", tokens=len(ids), ids=list(ids))[1]["logits"]
         except ChildError as error:
-            raise InputError(f"onnxruntime cannot run the graph: {error}", path=self.path) from error
+            raise InputError("onnxruntime cannot run the graph", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]
 
 

@@ -9,13 +9,13 @@ is not an error; a corrupt one is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gptconvert.containers.json import dump_json, parse_json, read_json_object
 from gptconvert.containers.untrusted import read_small
-from gptconvert.errors import InputError
+from gptconvert.errors import InputError, short_repr
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.package.tokenizer_foreign import copied_files, foreign_files, is_other, stated_class
@@ -30,9 +30,11 @@ from gptconvert.targets.package.tokenizer_kinds import (
     Merges,
     Settings,
     Vocabulary,
+    behaviour,
     kind_of,
     token_text,
 )
+from gptconvert.targets.package.tokenizer_process import describe
 
 MAX_MERGES = 1_000_000
 VERSION_LINE = "#version: 0.2"
@@ -55,9 +57,9 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Made:
-    """A ``tokenizers.Tokenizer``, its files to publish, all its tokens, and notes for the user."""
+    """A tokenizer's behaviour, its files to publish, all its tokens, and notes for the user."""
 
-    tokenizer: Any
+    behaviour: Sequence[object]
     files: Files
     tokens: Vocabulary
     notes: tuple[str, ...]
@@ -115,7 +117,12 @@ def end_token_id(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> int | No
     kind = kind_of(None, family_named(checkpoint.config.family).tokenizer)
     if "tokenizer.json" not in files or kind.end is None:
         return None
-    found: int | None = _load(files["tokenizer.json"], "tokenizer.json").token_to_id(kind.end)
+    raw: Any = json.loads(files["tokenizer.json"])
+    added: dict[str, int] = {token["content"]: token["id"] for token in raw.get("added_tokens") or ()}
+    vocabulary = raw["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram's: token, score
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    found: int | None = vocabulary.get(kind.end, added.get(kind.end))
     return found
 
 
@@ -182,7 +189,8 @@ def _build(pair: _Pair, kind: Kind, settings: Settings, added_path: str | None) 
     absent = sum(symbol not in pair.vocabulary for symbol in kind.alphabet(settings))
     lossy = f"{absent} symbols of the alphabet are not in the vocabulary and are lost when text is encoded"
     files = {"tokenizer.json": portable_json(tokenizer, kind, settings), **pair.files}
-    return _Made(tokenizer, files, {**pair.vocabulary, **added}, (*pair.notes, *([lossy] if absent else [])))
+    tokens, notes = {**pair.vocabulary, **added}, (*pair.notes, *([lossy] if absent else []))
+    return _Made(behaviour(tokenizer), files, tokens, notes)
 
 
 def _add_special(tokenizer: Any, tokens: Iterable[str]) -> None:
@@ -214,39 +222,46 @@ def _copy(path: str, pair: _Pair | None) -> _Made:
     """Copy a ``tokenizer.json``, with vocab.json and merges.txt of the same content."""
     data = read_small(path, MAX_BYTES, "tokenizer.json")
     raw = parse_json(data, path, "tokenizer.json", MAX_VALUES)
-    tokenizer = _load(data, path)
-    tokens = tokenizer.get_vocab(with_added_tokens=True)
+    found = describe(data, path)
+    tokens = found.tokens
     if not tokens:
         raise InputError("the tokenizer has no tokens", path=path)
     model: Any = raw.get("model") if isinstance(raw, dict) else None
     if not isinstance(model["vocab"], dict) or "merges" not in model:
         note = f"the tokenizer is not BPE ({model.get('type')}): vocab.json and merges.txt were left out"
-        return _Made(tokenizer, {"tokenizer.json": data}, tokens, (note,))
-    vocabulary = _checked_ids(model["vocab"], path)
-    merges = [_two(entry) for entry in model["merges"]]
+        return _Made(found.behaviour, {"tokenizer.json": data}, tokens, (note,))
+    vocabulary, merges = stored_bpe(model, path)
     if pair is not None and (pair.vocabulary, pair.merges) == (vocabulary, merges):
-        return _Made(tokenizer, {"tokenizer.json": data, **pair.files}, tokens, pair.notes)
+        return _Made(found.behaviour, {"tokenizer.json": data, **pair.files}, tokens, pair.notes)
     rewritten = {
         "vocab.json": json.dumps(dict(sorted(vocabulary.items(), key=lambda entry: entry[1]))).encode("ascii"),
         "merges.txt": _merges_text(merges),
     }
     note = "vocab.json or merges.txt disagrees with tokenizer.json: both were rewritten from tokenizer.json"
-    return _Made(tokenizer, {"tokenizer.json": data, **rewritten}, tokens, (note,) if pair else ())
+    return _Made(found.behaviour, {"tokenizer.json": data, **rewritten}, tokens, (note,) if pair else ())
 
 
-def _two(entry: Any) -> tuple[str, str]:
-    """A merge in tokenizer.json: ``"a b"`` or, since tokenizers 0.20, ``["a", "b"]``."""
-    a, b = entry.split(" ") if isinstance(entry, str) else entry
-    return a, b
+def stored_bpe(model: Mapping[str, Any], path: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and merges of the ``model`` in a tokenizer.json; since tokenizers 0.20, merges are pairs.
+
+    Raises:
+        InputError: the vocabulary is not an object of ids, or the merges are not pairs of its symbols.
+    """
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise InputError("the model of the tokenizer has no vocabulary or no merges", path=path)
+    vocabulary = _checked_ids(model["vocab"], path)
+    pairs = [entry.split(" ") if isinstance(entry, str) else entry for entry in model["merges"]]
+    wrong = next((p for p in pairs if not isinstance(p, list) or len(p) != 2 or not _merged(p, vocabulary)), None)
+    if wrong is not None:
+        raise InputError(
+            "invalid merge", path=path, expected="two symbols of the vocabulary", found=short_repr(wrong)
+        )
+    return vocabulary, [(a, b) for a, b in pairs]
 
 
-def _load(data: bytes, path: str) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(data.decode())
-    except Exception as error:  # the library raises no narrower class
-        raise InputError(f"cannot be read by the tokenizers library ({error})", path=path) from error
+def _merged(pair: list[Any], vocabulary: Vocabulary) -> bool:
+    """Whether both symbols are in the vocabulary."""
+    return all(isinstance(symbol, str) and symbol in vocabulary for symbol in pair)
 
 
 def _merges_text(merges: Merges) -> bytes:
@@ -289,7 +304,7 @@ def _settings(found: Mapping[str, str]) -> dict[str, object]:
 
 def _config(kind: Kind, made: _Made, settings: Settings, n_ctx: int) -> dict[str, object]:
     """tokenizer_config.json: the source's settings, completed with defaults."""
-    usual = kind.describes(made.tokenizer, settings)
+    usual = kind.describes(made.behaviour, settings)
     default: dict[str, object] = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"))
     default |= {key: token for key, token in kind.named.items() if token in made.tokens}
     common = {"model_max_length": n_ctx, "tokenizer_class": kind.tokenizer_class if usual else WHOLE_FILE}

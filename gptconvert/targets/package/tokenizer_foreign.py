@@ -8,7 +8,7 @@ vocabularies have no exact equivalent there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gptconvert.containers.json import dump_json, read_json_object
@@ -73,7 +73,15 @@ def is_other(found: Mapping[str, str], name: str | None, *, complete: bool) -> b
 
 def copied_files(found: Mapping[str, str]) -> dict[str, bytes]:
     """The files that are copied with every tokenizer: chat template, vocabularies of slow tokenizer classes."""
-    return {name: read_small(path, MAX_BYTES, name) for name, path in found.items() if is_copied(name)}
+    return _read(found, filter(is_copied, found))
+
+
+def _read(found: Mapping[str, str], names: Iterable[str]) -> dict[str, bytes]:
+    """Files that are copied; all of them together are as small as one."""
+    files: dict[str, bytes] = {}
+    for name in names:
+        files[name] = read_small(found[name], MAX_BYTES - sum(map(len, files.values())), "the tokenizer's files")
+    return files
 
 
 def foreign_files(
@@ -87,7 +95,7 @@ def foreign_files(
     Raises:
         InputError: a file is corrupt.
     """
-    files = {n: read_small(path, MAX_BYTES, n) for n, path in found.items() if n != GENERATION_CONFIG}
+    files = _read(found, (name for name in found if name != GENERATION_CONFIG))
     obstacle = _obstacle(found, settings, name)
     made: Any = None
     if obstacle is None:

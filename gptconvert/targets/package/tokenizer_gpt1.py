@@ -13,8 +13,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from gptconvert.containers.json import read_json_object
 from gptconvert.errors import InputError, UnsupportedError, install_hint
-from gptconvert.targets.package.tokenizer_kinds import WORD_END
+from gptconvert.targets.package.tokenizer import stored_bpe
+from gptconvert.targets.package.tokenizer_kinds import MAX_BYTES, MAX_VALUES, WORD_END
 
 #: Characters replaced in the training text.
 REPLACED = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
@@ -71,13 +73,16 @@ def _fix_and_split() -> tuple[Callable[[str], str], Callable[[str], Any]]:
 
 def _word_model(path: str) -> Any:
     """The BPE of a tokenizer file, without its rules for splitting text into words."""
-    from tokenizers import Tokenizer
+    from tokenizers import models
 
-    try:
-        model = Tokenizer.from_file(path).model
-    except Exception as error:  # the library raises no narrower class
-        raise InputError(f"not a tokenizer: {error}", path=path) from error
-    suffix = getattr(model, "end_of_word_suffix", None)
+    raw: Any = read_json_object(path, MAX_BYTES, "tokenizer.json", MAX_VALUES).get("model")
+    suffix = raw.get("end_of_word_suffix") if isinstance(raw, dict) else None
     if suffix != WORD_END:
         raise InputError("not GPT-1's tokenizer", path=path, expected=f"words that end in {WORD_END}", found=suffix)
-    return model
+    vocabulary, merges = stored_bpe(raw, path)
+    stated = raw.get("unk_token")
+    unknown = stated if isinstance(stated, str) and stated in vocabulary else None
+    lacking = next((a + b for a, b in merges if a + b not in vocabulary), None)
+    if lacking is not None:  # the library would panic
+        raise InputError("a merged symbol is not in the vocabulary", path=path, found=lacking)
+    return models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=unknown)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gptconvert.sources.tokenizer_files import MAX_BYTES as MAX_BYTES
+
 Vocabulary = Mapping[str, int]
 Merges = Sequence[tuple[str, str]]
 Settings = Mapping[str, object]
@@ -22,8 +24,6 @@ Settings = Mapping[str, object]
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
 WORD_END = "</w>"
-#: Limit on file sizes, far above any real vocabulary.
-MAX_BYTES = 256 << 20
 #: Ids are below this: the tokenizers library takes time and memory in proportion to the largest.
 MAX_ID = 1 << 23
 #: Limit on the commas and brackets of JSON: three of each merge and one of each token, of a million tokens.
@@ -67,11 +67,11 @@ class Kind:
         """The end-of-text token; None for GPT-1."""
         return self.named.get("eos_token")
 
-    def describes(self, tokenizer: Any, settings: Settings) -> bool:
-        """Whether ``tokenizer`` splits and merges as ``tokenizer_class`` does with ``settings``."""
+    def describes(self, found: Sequence[object], settings: Settings) -> bool:
+        """Whether a tokenizer of this :func:`behaviour` splits and merges as the class does with ``settings``."""
         tokens = [*self.named.values(), *(token_text(settings.get(key)) for key in self.named)]
         vocabulary = {token: number for number, token in enumerate(dict.fromkeys(filter(None, tokens)))}
-        return _behaviour(self.build(vocabulary, (), settings)) == _behaviour(tokenizer)
+        return behaviour(self.build(vocabulary, (), settings)) == found
 
 
 def token_text(token: object) -> str | None:
@@ -119,14 +119,14 @@ def _word_end(vocabulary: Vocabulary, merges: Merges, settings: Settings) -> Any
     return tokenizer
 
 
-def _behaviour(tokenizer: Any) -> tuple[object, ...]:
-    """A comparable description of a tokenizer, apart from vocabulary, merges and special tokens.
+def behaviour(tokenizer: Any) -> list[object]:
+    """A comparable description of a tokenizer as JSON values, apart from vocabulary, merges and special tokens.
 
     It excludes the post-processor, which every class takes from the file, and whether offsets count spaces.
     """
-    splitting = tuple(_state(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
-    options = tuple(getattr(tokenizer.model, name, None) or None for name in MODEL_OPTIONS)
-    return (type(tokenizer.model).__name__, *options, type(tokenizer.decoder).__name__, *splitting)
+    splitting = [_state(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer)]
+    options = [getattr(tokenizer.model, name, None) or None for name in MODEL_OPTIONS]
+    return [type(tokenizer.model).__name__, *options, type(tokenizer.decoder).__name__, *splitting]
 
 
 def _state(part: Any) -> dict[str, object] | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gptconvert.containers.json import read_json_object
-from gptconvert.containers.untrusted import file_size, is_plain_name, read_small
+from gptconvert.containers.untrusted import boundary, file_size, is_plain_name, read_small
 from gptconvert.errors import GptConvertError, is_unreadable, short_repr
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from gptconvert.targets.package.model_card import CARD_FILE
 from gptconvert.targets.package.sidecars import genai_config
 from gptconvert.targets.package.tokenizer import parse_merges, tokenizer_files
 from gptconvert.targets.package.tokenizer_kinds import MAX_BYTES, MAX_VALUES
+from gptconvert.targets.package.tokenizer_process import RemoteTokenizer, TokenizerProcess
 from gptconvert.verify.report import PackageReport
 
 MAX_JSON_BYTES = 16 << 20
@@ -44,6 +45,8 @@ CORPUS = (
 )
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _BLOCK = 1 << 20
+#: Bytes of a directory: so many copies of the weights, in all targets and variants, and so much beside them.
+MOST_COPIES, MOST_BESIDE = 32, 4 << 30
 
 
 def verify_package(checkpoint: Checkpoint, directory: str) -> PackageReport:
@@ -55,7 +58,8 @@ def verify_package(checkpoint: Checkpoint, directory: str) -> PackageReport:
     """
     report = PackageReport()
     if os.path.exists(os.path.join(directory, SUMS_FILE)):
-        _collect(report, SUMS_FILE, _sums(directory, report))
+        most = MOST_COPIES * checkpoint.nbytes + MOST_BESIDE
+        _collect(report, SUMS_FILE, _sums(directory, report, most))
     for name, differences in CHECKS.items():
         path = os.path.join(directory, name)
         if os.path.exists(path):
@@ -71,7 +75,8 @@ def _collect(report: PackageReport, name: str, differences: Iterator[str]) -> No
     """
     report.files.append(name)
     try:
-        report.problems += [f"{name}: {difference}" for difference in differences]
+        with boundary(name, "part of an export"):
+            report.problems += [f"{name}: {difference}" for difference in differences]
     except GptConvertError as error:
         if is_unreadable(error):
             raise
@@ -79,7 +84,8 @@ def _collect(report: PackageReport, name: str, differences: Iterator[str]) -> No
         report.problems.append(f"{name}: {error}")
 
 
-def _sums(directory: str, report: PackageReport) -> Iterator[str]:
+def _sums(directory: str, report: PackageReport, most: int) -> Iterator[str]:
+    """Files that do not have their checksum; at most ``most`` bytes are read, since links can list a file often."""
     text = read_small(os.path.join(directory, SUMS_FILE), MAX_JSON_BYTES, "checksums").decode("utf-8", "replace")
     computed: dict[str, str] = {}
     for line in text.splitlines():
@@ -93,6 +99,10 @@ def _sums(directory: str, report: PackageReport) -> Iterator[str]:
             yield f"lists {name}, which is missing"
             continue
         if name not in computed:  # a hostile file could list one many times
+            most -= file_size(path)
+            if most < 0:
+                yield f"lists files that are too large for an export of this model, {name} among them"
+                return
             computed[name] = _sha256(path)
         if computed[name] != digest:
             if name == CARD_FILE:
@@ -163,12 +173,17 @@ def _tokenizer(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     expected = tokenizer_files(checkpoint)[0].get("tokenizer.json")
     if expected is None:
         return
-    own, found = _load(expected), _load(read_small(path, MAX_BYTES, "tokenizer"))
-    if found is None or own is None:
-        yield "cannot be read by the tokenizers library"
-        return
+    data = read_small(path, MAX_BYTES, "tokenizer")
+    with TokenizerProcess(path, len(expected) + len(data)) as process:
+        own, found = process.load(expected, "the checkpoint's tokenizer.json"), process.load(data, path)
+        yield from _differing_texts(own, found)
+        if own.size != found.size:
+            yield _differs("the number of tokens", found.size, own.size)
+
+
+def _differing_texts(own: RemoteTokenizer, found: RemoteTokenizer) -> Iterator[str]:
     for text in CORPUS:
-        expected_ids, found_ids = own.encode(text).ids, found.encode(text).ids
+        expected_ids, found_ids = own.encode(text), found.encode(text)
         if expected_ids != found_ids:
             both = zip(expected_ids, found_ids, strict=False)
             at = next((i for i, (a, b) in enumerate(both) if a != b), min(len(expected_ids), len(found_ids)))
@@ -176,20 +191,8 @@ def _tokenizer(checkpoint: Checkpoint, path: str) -> Iterator[str]:
                 f"{text[:24]!r} gives other ids than the checkpoint's tokenizer, from token {at}: "
                 f"{found_ids[at : at + 4]}, expected {expected_ids[at : at + 4]}"
             )
-        elif own.decode(expected_ids) != found.decode(expected_ids):
+        elif own.decode(expected_ids, special=False) != found.decode(expected_ids, special=False):
             yield f"decodes the ids of {text[:24]!r} to other text than the checkpoint's tokenizer"
-    size = own.get_vocab_size(), found.get_vocab_size()
-    if size[0] != size[1]:
-        yield _differs("the number of tokens", size[1], size[0])
-
-
-def _load(data: bytes) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(data.decode())
-    except Exception:  # the library raises no narrower class
-        return None
 
 
 def _vocabulary(checkpoint: Checkpoint, path: str) -> Iterator[str]:

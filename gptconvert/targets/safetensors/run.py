@@ -32,7 +32,8 @@ class TorchRuntime:
             raise UnsupportedError(f"a model for {checkpoint.config.task} cannot generate", path=directory)
         weights = {name: tensor_of(weight.read()).float() for name, weight in checkpoint.weights.items()}
         self.model = GPT.from_weights(checkpoint.config, weights)
-        self.n_ctx = checkpoint.config.n_ctx
+        self.n_ctx: int = checkpoint.config.n_ctx
+        self.vocab_size: int | None = checkpoint.config.vocab_size
         self.past: list[KeyValue] = []
 
     def close(self) -> None:

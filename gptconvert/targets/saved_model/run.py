@@ -14,6 +14,7 @@ from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.context import context_length
+from gptconvert.targets.interface import check_interface
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess, require_tensorflow
 from gptconvert.targets.saved_model.safety import check_saved_model
 
@@ -43,11 +44,25 @@ class TensorFlowRuntime:
         except TensorFlowError as error:
             self.close()
             raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
-        if "logits" not in loaded["signatures"].get("decode", {}).get("outputs", {}):
+        except BaseException:
             self.close()
-            raise UnsupportedError(
-                "the SavedModel has no signature `decode` with logits, so it cannot generate text", path=path
+            raise
+        self.vocab_size = self._check(loaded["signatures"])
+
+    def _check(self, signatures: Mapping[str, Any]) -> int | None:
+        """The size of the vocabulary that ``decode`` states."""
+        try:
+            if "decode" not in signatures:
+                message = "the SavedModel has no signature `decode`, so it cannot generate text"
+                raise UnsupportedError(message, path=self.path)
+            inputs, outputs = (
+                {name: (str(dtype), shape) for name, (dtype, shape) in signatures["decode"][part].items()}
+                for part in ("inputs", "outputs")
             )
+            return check_interface(inputs, outputs, self.path)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self.process.close()

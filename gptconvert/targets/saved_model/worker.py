@@ -146,20 +146,21 @@ def step(request: Mapping[str, Any], _: Arrays) -> dict[str, Any]:
     decode, seen = LOADED["model"].signatures["decode"], LOADED.get("seen", 0)
     specs = {spec.name: spec for spec in tf.nest.flatten(decode.structured_input_signature)}
     empty = {
-        name: tf.zeros((1, spec.shape[1], 0, spec.shape[3]))
+        name: tf.zeros((1, spec.shape[1], 0, spec.shape[3]), spec.dtype)
         for name, spec in specs.items()
         if name.startswith("past_key_values.")
     }
     total = seen + len(request["ids"])
-    results = decode(
-        input_ids=tf.constant([request["ids"]], tf.int64),
-        attention_mask=tf.ones((1, total), tf.int64),
-        position_ids=tf.range(seen, total, dtype=tf.int64)[tf.newaxis],
-        **LOADED.get("past", empty),
-    )
+    feeds = {
+        "input_ids": tf.constant([request["ids"]], tf.int64),
+        "attention_mask": tf.ones((1, total), tf.int64),
+        "position_ids": tf.range(seen, total, dtype=tf.int64)[tf.newaxis],
+    }
+    fed = {name: tf.cast(value, specs[name].dtype) for name, value in feeds.items() if name in specs}
+    results = decode(**fed, **LOADED.get("past", empty))
     LOADED["past"] = {name: results[name.replace("past_key_values", "present")] for name in empty}
     LOADED["seen"] = total
-    return {"logits": results["logits"][0, -1].numpy()}
+    return {"logits": tf.cast(results["logits"][0, -1], tf.float32).numpy()}
 
 
 def _described_by(command: Callable[[Mapping[str, Any]], dict[str, object]]) -> Command:

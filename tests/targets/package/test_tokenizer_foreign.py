@@ -14,6 +14,7 @@ import transformers
 from gptconvert import pipeline
 from gptconvert.errors import InputError
 from gptconvert.model.options import Options
+from gptconvert.targets.package import tokenizer_foreign
 from gptconvert.targets.package.tokenizer import tokenizer_files
 from tests.helpers import FIXTURES, checkpoint_of, tiny_gpt2
 
@@ -333,3 +334,14 @@ def test_a_vocabulary_that_is_not_text(tmp_path: Path) -> None:
     (directory / "vocab.txt").write_bytes(b"a\n\xff\n")
     with pytest.raises(InputError, match="not UTF-8"):
         converted(directory, tmp_path)
+
+
+def test_the_total_size_of_copied_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_foreign, "MAX_BYTES", 100)
+    found = {}
+    for name in ("a.bpe.model", "b.bpe.model"):
+        (tmp_path / name).write_bytes(bytes(60))
+        found[name] = str(tmp_path / name)
+    assert len(tokenizer_foreign.copied_files({"a.bpe.model": found["a.bpe.model"]})) == 1
+    with pytest.raises(InputError, match="too large for the tokenizer's files"):
+        tokenizer_foreign.copied_files(found)

@@ -6,6 +6,7 @@ They take about 200 MB, so ``make test`` does not install them, and tests that n
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,7 @@ import tokenizers
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.targets.package.tokenizer import tokenizer_files
-from gptconvert.targets.package.tokenizer_gpt1 import OriginalTokenizer, standardise
+from gptconvert.targets.package.tokenizer_gpt1 import OriginalTokenizer, _word_model, standardise
 from tests.helpers import NO_RELEASED_FILES, ROOT
 from tests.targets.package.test_tokenizer_word_end import gpt1
 from tests.targets.package.word_end import MERGES, NEWLINE, OPENAI, REAL, UNKNOWN, symbols, write_pair
@@ -176,3 +177,28 @@ def test_documented_examples_are_those_tested() -> None:
     for text, words, same in EXAMPLES:
         row = f"| {json.dumps(text, ensure_ascii=False)} | {json.dumps(words, ensure_ascii=False)} |"
         assert f"{row} {'yes' if same else 'no'} |" in table
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"type": "BPE", "vocab": {"a": 0}, "merges": []}, "not GPT-1's tokenizer"),
+        ({"end_of_word_suffix": "</w>", "vocab": {"a": 2**31}, "merges": []}, "invalid id"),
+        ({"end_of_word_suffix": "</w>", "vocab": {"a": 0}, "merges": [["a", "b"]]}, "invalid merge"),
+        ({"end_of_word_suffix": "</w>", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, "a merged symbol is not"),
+        ({"end_of_word_suffix": "</w>", "vocab": []}, "no vocabulary or no merges"),
+        (5, "not GPT-1's tokenizer"),
+    ],
+)
+def test_the_library_reads_vocabulary_and_merges_alone(model: object, message: str, tmp_path: Path) -> None:
+    """Other parts of the file can abort the process."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": model}))
+    with pytest.raises(InputError, match=message):
+        _word_model(str(path))
+    table = base64.b64encode(b"\xff" * 68).decode()
+    vocabulary = {"a": 0, "b</w>": 1, "ab</w>": 2}
+    good = {"end_of_word_suffix": "</w>", "unk_token": "?", "vocab": vocabulary, "merges": ["a b</w>"]}
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
+    path.write_text(json.dumps({"model": good, "normalizer": normalizer}))
+    assert [piece.id for piece in _word_model(str(path)).tokenize("ab")] == [2]

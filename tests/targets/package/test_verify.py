@@ -15,7 +15,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.pipeline import convert, open_checkpoint, verify_export
 from gptconvert.targets.package.sidecars import with_special_ids
-from gptconvert.targets.package.verify import verify_package
+from gptconvert.targets.package.verify import CHECKS, verify_package
 from tests.commands import TRAINED, command
 
 
@@ -139,6 +139,27 @@ def test_checksums_do_not_lead_out_of_the_directory(export: Path, checkpoint: Ch
     problems = verify_package(checkpoint, str(export)).problems
     assert len(problems) == 3
     assert all(problem.startswith("SHA256SUMS: cannot be read: ") for problem in problems)
+
+
+def test_checksums_of_enormous_files_are_not_computed(export: Path, checkpoint: Checkpoint) -> None:
+    """Neither of one, nor of many links to one."""
+    with open(export / "huge", "wb") as file:
+        file.truncate(1 << 40)
+    (export / "SHA256SUMS").write_text(f"{'0' * 64}  huge\n")
+    problem = "SHA256SUMS: lists files that are too large for an export of this model, huge among them"
+    assert verify_package(checkpoint, str(export)).problems == [problem]
+
+
+def test_an_unforeseen_failure_is_a_difference(
+    export: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise OverflowError("cannot fit")
+        yield
+
+    monkeypatch.setitem(CHECKS, "config.json", fail)  # type: ignore[arg-type]
+    (problem,) = verify_package(checkpoint, str(export)).problems
+    assert problem.startswith("config.json: cannot be read as part of an export (OverflowError: cannot fit)")
 
 
 def test_a_directory_of_artifacts_alone_passes(export: Path, checkpoint: Checkpoint) -> None:
