@@ -32,6 +32,13 @@ def _sampling(flag: str, kind: Any, metavar: str, text: str, **settings: Any) ->
     group=RUNTIME,
     help="Run onnx/ with onnxruntime, saved_model/ with TensorFlow, or model.safetensors with PyTorch.",
 )
+@own(
+    "--variant",
+    type=click.Choice(["fp32", "q8", "q4", "fp16", "bf16"]),
+    group=RUNTIME,
+    default_text="the first of these",
+    help="Run this ONNX graph; one that keeps its cache in place is preferred.",
+)
 @_sampling("--max-new-tokens", click.IntRange(min=1), "N", "Stop after this many tokens.", default=50)
 @_sampling("--temperature", click.FloatRange(min=0), "X", "Divide the logits by this; 0 is greedy.", default_text="1")
 @_sampling("--top-k", click.IntRange(min=1), "N", "Sample among the N most likely tokens.")
@@ -53,6 +60,7 @@ def generate(
     top_p: float | None,
     seed: int | None,
     runtime: str,
+    variant: str | None,
     as_json: bool,
 ) -> None:
     """Continue PROMPT with the model exported to DIRECTORY, using its KV cache."""
@@ -63,17 +71,21 @@ def generate(
     sampled = (temperature, top_k, top_p, seed) != (None, None, None, None)
     heat = temperature if temperature is not None else float(sampled)
     sampling = Sampling(max_new_tokens, heat, top_k, top_p, seed or 0)
-    running = run(directory, prompt, sampling, runtime)
+    running = run(directory, prompt, sampling, runtime, variant)
     for text in running.notes:
         note(text)
     if as_json:
         continued = "".join(running.pieces)
         fields = {"prompt": prompt, "text": continued, "prompt_ids": running.prompt, "ids": running.ids}
-        print_json({"ok": True, **fields, "stopped": running.stopped})
+        speed = running.speed
+        rate = None if speed is None else round(speed, 1)
+        print_json({"ok": True, **fields, "stopped": running.stopped, "tokens_per_second": rate})
     else:
         emit(prompt, nl=False)
         for piece in running.pieces:
             emit(piece, nl=False)
         emit()
+        if running.speed is not None:
+            note(f"{running.speed:.1f} tokens per second")
     if running.stopped == "context":
         note(f"stopped after {len(running.ids)} tokens: the context of {running.n_ctx} tokens is full")

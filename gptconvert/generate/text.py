@@ -5,9 +5,10 @@ Greedy, or sampling with temperature, top-k and top-p (Holtzman et al. 2020), in
 
 from __future__ import annotations
 
+import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -55,6 +56,7 @@ class Continued:
         n_ctx: context length of the model.
         limit: most new tokens.
         notes: for the user.
+        clock: when each new token was known, in seconds.
     """
 
     prompt: tuple[int, ...]
@@ -63,6 +65,14 @@ class Continued:
     n_ctx: int
     limit: int
     notes: tuple[str, ...] = ()
+    clock: list[float] = field(default_factory=list)
+
+    @property
+    def speed(self) -> float | None:
+        """New tokens per second after the first, whose time includes the prompt's; None with fewer than two."""
+        if len(self.clock) < 2:
+            return None
+        return (len(self.clock) - 1) / max(self.clock[-1] - self.clock[0], 1e-9)
 
     @property
     def stopped(self) -> str:
@@ -72,8 +82,17 @@ class Continued:
         return "context" if len(self.prompt) + len(self.ids) >= self.n_ctx else "end_of_text"
 
 
-def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "onnx") -> Continued:
-    """Continue ``prompt`` with the model exported to ``directory``, run by ``runtime``: a key of ``RUNTIMES``.
+def generate(
+    directory: str, prompt: str, sampling: Sampling, runtime: str = "onnx", variant: str | None = None
+) -> Continued:
+    """Continue a text with an exported model.
+
+    Args:
+        directory: the export.
+        prompt: the text.
+        sampling: how tokens are chosen.
+        runtime: a key of ``RUNTIMES``.
+        variant: of the ONNX graph: ``fp32``, ``q8``, ``q4``, ``fp16``; None for the first there is.
 
     Raises:
         InputError: the directory lacks the artifact, config.json or tokenizer.json; or its files are damaged, or do
@@ -96,11 +115,12 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
             expected = f"fewer than {exported.n_ctx} tokens"
             raise UsageError("the prompt fills the context", expected=expected, found=len(ids))
         _check_ids(ids, exported, exported.vocab_size)
-        loaded = stack.enter_context(closing(_load(exported, runtime)))
+        loaded = stack.enter_context(closing(_load(exported, runtime, variant)))
         vocabulary = _vocabulary(exported, loaded)
         _check_ids(ids, exported, vocabulary)
-        stops, new = exported.special.stops(vocabulary), list[int]()
-        pieces = _pieces(exported, tokenizer, continuation(loaded, ids, sampling, stops), ids, new)
+        stops, new, clock = exported.special.stops(vocabulary), list[int](), list[float]()
+        tokens = _timed(continuation(loaded, ids, sampling, stops), clock)
+        pieces = _pieces(exported, tokenizer, tokens, ids, new)
         return Continued(
             tuple(ids),
             _closing(pieces, stack.pop_all(), directory),
@@ -108,7 +128,15 @@ def generate(directory: str, prompt: str, sampling: Sampling, runtime: str = "on
             exported.n_ctx,
             sampling.max_new_tokens,
             _notes(exported.special, vocabulary),
+            clock,
         )
+
+
+def _timed(tokens: Iterator[int], clock: list[float]) -> Iterator[int]:
+    """The tokens; the time of each is added to ``clock``."""
+    for token in tokens:
+        clock.append(time.monotonic())
+        yield token
 
 
 def _closing(pieces: Iterator[str], resources: ExitStack, directory: str) -> Iterator[str]:
@@ -175,11 +203,22 @@ def _notes(special: SpecialIds, vocabulary: int) -> tuple[str, ...]:
     return (note,) if outside else ()
 
 
-def _load(exported: Exported, runtime: str) -> Runtime:
+def _load(exported: Exported, runtime: str, variant: str | None) -> Runtime:
     """The artifact, run by ``runtime``: a key of ``RUNTIMES``."""
     if runtime not in RUNTIMES:
         raise UsageError("no such runtime", item="--runtime", expected=f"one of {', '.join(RUNTIMES)}", found=runtime)
     load = target_named(RUNTIMES[runtime]).load
     if load is None:
         raise UsageError(f"{RUNTIMES[runtime]} exports cannot be run", item="--runtime")
-    return load(exported.directory, exported.config)
+    if variant is None:
+        return load(exported.directory, exported.config)
+    if runtime != "onnx":
+        raise UsageError(
+            f"--variant has no effect with --runtime {runtime}",
+            hint="drop one of the options: variants are ONNX graphs",
+        )
+    from gptconvert.targets.onnx.run import VARIANTS, OnnxRuntime
+
+    if variant not in VARIANTS:
+        raise UsageError("no such variant", item="--variant", expected=f"one of {', '.join(VARIANTS)}", found=variant)
+    return OnnxRuntime(exported.directory, exported.config, variant)

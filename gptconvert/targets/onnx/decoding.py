@@ -16,6 +16,8 @@ TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
 }
+#: Tokens of the first buffers; they double when they are full.
+SMALLEST_BUFFER = 256
 
 
 class Decoding:
@@ -47,8 +49,57 @@ class Decoding:
             "position_ids": np.arange(start, len(self.seen), dtype=np.int64)[None],
         }
         feed = {name: v.astype(TYPES[self.inputs[name].type]) for name, v in feed.items() if name in self.inputs}
-        feed |= self.past
-        results = dict(zip(self.outputs, self.session.run(None, feed), strict=True))
-        self.past = {name: results[name.replace("past_key_values", "present")] for name in self.past}
-        logits: Floats = results["logits"][0, -1].astype(np.float32, copy=False)
+        logits: Floats = self._logits(feed)[0, -1].astype(np.float32, copy=False)
         return logits
+
+    def _logits(self, feed: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
+        """Run the new tokens and keep the cache; returns logits [1, S, V] or [1, 1, V]."""
+        results = dict(zip(self.outputs, self.session.run(None, feed | self.past), strict=True))
+        self.past = {name: results[_present(name)] for name in self.past}
+        logits: NDArray[np.generic] = results["logits"]
+        return logits
+
+
+class DecodingInPlace(Decoding):
+    """A sequence whose keys and values stay in buffers that the graph extends: nothing is copied per token."""
+
+    def __init__(self, session: Any) -> None:
+        super().__init__(session)
+        self.room, self.binding = 0, session.io_binding()
+        self.values: dict[str, Any] = {}  # name of the past → OrtValue
+
+    def _logits(self, feed: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
+        total = len(self.seen)
+        if total > self.room:
+            self._grow(max(total, 2 * self.room, SMALLEST_BUFFER), total - feed["input_ids"].shape[1])
+        for name, array in feed.items():
+            self.binding.bind_cpu_input(name, array)
+        self.binding.bind_output("logits")
+        self.session.run_with_iobinding(self.binding)
+        logits: NDArray[np.generic] = self.binding.get_outputs()[-1].numpy()
+        self.binding.clear_binding_outputs()
+        for name, value in self.values.items():
+            self.binding.bind_ortvalue_output(_present(name), value)
+        return logits
+
+    def _grow(self, room: int, used: int) -> None:
+        """Move the ``used`` tokens of the cache to buffers for ``room`` tokens."""
+        from gptconvert.targets.onnx.library import import_onnxruntime
+
+        ort_value = import_onnxruntime().OrtValue
+        for name, empty in self.past.items():
+            buffer = np.zeros((*empty.shape[:2], room, empty.shape[3]), empty.dtype)
+            if used:
+                buffer[:, :, :used] = self.values[name].numpy()[:, :, :used]
+            self.values[name] = ort_value.ortvalue_from_numpy(buffer)
+        self.room = room
+        self.binding.clear_binding_inputs()
+        self.binding.clear_binding_outputs()
+        for name, value in self.values.items():
+            self.binding.bind_ortvalue_input(name, value)
+            self.binding.bind_ortvalue_output(_present(name), value)
+
+
+def _present(past: str) -> str:
+    """Name of the output that continues an input of the cache."""
+    return past.replace("past_key_values", "present")

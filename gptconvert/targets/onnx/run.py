@@ -19,19 +19,27 @@ from gptconvert.targets.onnx.file import described, open_onnx
 from gptconvert.targets.onnx.process import OnnxProcess
 
 Floats = NDArray[np.float32]
+#: ``--variant`` → name of the graph, in order of preference.
+VARIANTS: Mapping[str, str] = {
+    "fp32": "model",
+    "q8": "model_quantized",
+    "q4": "model_q4",
+    "fp16": "model_fp16",
+    "bf16": "model_bf16",
+}
 
 
 class OnnxRuntime:
     """An exported graph in onnxruntime, on the CPU, in a confined process of its own."""
 
-    def __init__(self, directory: str, config: Mapping[str, object]) -> None:
-        path = self.path = find_onnx(directory)
+    def __init__(self, directory: str, config: Mapping[str, object], variant: str | None = None) -> None:
+        path = self.path = find_onnx(directory, variant)
         file, self.n_ctx = open_onnx(path), context_length(config)
         self.vocab_size = check_interface(described(file.inputs()), described(file.outputs()), path)
         self.process = OnnxProcess(Limits.of(path, file.weight_bytes, file.graph_bytes, None, self.n_ctx))
         try:
             with utf8_path(os.path.abspath(path)) as readable:
-                self.process.call("start", path=readable)
+                self.process.call("start", path=readable, in_place=file.is_in_place)
         except ChildError as error:
             self.close()
             raise InputError("onnxruntime cannot load the graph", path=path, found=error) from error
@@ -51,19 +59,33 @@ class OnnxRuntime:
         return logits  # type: ignore[no-any-return]
 
 
-def find_onnx(directory: str) -> str:
-    """The graph of an export: ``onnx/model.onnx``, a variant of it, or a graph in the directory itself.
+def find_onnx(directory: str, variant: str | None = None) -> str:
+    """The graph of an export that decodes fastest: the one that keeps its cache in place, if there is one.
+
+    Args:
+        directory: the export.
+        variant: a key of :data:`VARIANTS`; None for the first there is, or any graph in the directory itself.
 
     Raises:
         InputError: there is none.
     """
-    for pattern in ("onnx/model.onnx", "model.onnx", "onnx/model*.onnx", "*.onnx"):
+    names = VARIANTS.values() if variant is None else (VARIANTS[variant],)
+    stems = [stem for name in names for stem in (f"{name}_in_place", name)]
+    patterns = [f"{folder}{stem}.onnx" for folder in ("onnx/", "") for stem in stems]
+    for pattern in (*patterns, *(("onnx/model*.onnx", "*.onnx") if variant is None else ())):
         found = sorted(glob.glob(os.path.join(glob.escape(directory), pattern)))
         if found:
             return found[0]
-    raise InputError(
-        "no ONNX graph here",
-        path=directory,
-        expected="onnx/model.onnx",
-        hint="convert with --to onnx, or choose another --runtime",
-    )
+    if variant is None:
+        hint, expected = "convert with --to onnx, or choose another --runtime", "onnx/model.onnx"
+    else:
+        hint, expected = _others(directory), f"onnx/{VARIANTS[variant]}.onnx"
+    raise InputError("no such ONNX graph here", path=directory, expected=expected, hint=hint)
+
+
+def _others(directory: str) -> str:
+    """What to do without a variant: name those that exist."""
+    have = [
+        name for name, stem in VARIANTS.items() if os.path.isfile(os.path.join(directory, "onnx", f"{stem}.onnx"))
+    ]
+    return f"this export has {', '.join(have)}" if have else "convert with --to onnx --quantize"

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptconvert.targets.child.frames import Arrays
 from gptconvert.targets.child.server import Command, serve
-from gptconvert.targets.onnx.decoding import Decoding
+from gptconvert.targets.onnx.decoding import Decoding, DecodingInPlace
 from gptconvert.targets.onnx.library import import_onnxruntime
 from gptconvert.targets.onnx.session import Settings, open_session, ort_value
 
@@ -48,7 +48,8 @@ def close(request: Mapping[str, Any], _: Arrays) -> Answer:
 
 def start(request: Mapping[str, Any], _: Arrays) -> Answer:
     """Load the graph at ``path`` to generate text; return the names of its outputs."""
-    DECODING[:] = [Decoding(open_session(request["path"], None, Settings(severity=3), {}))]
+    session = open_session(request["path"], None, Settings(severity=3), {})
+    DECODING[:] = [(DecodingInPlace if request["in_place"] else Decoding)(session)]
     return {"outputs": DECODING[0].outputs}, {}
 
 
