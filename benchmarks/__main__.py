@@ -4,6 +4,7 @@ Prints Markdown tables (docs/performance.md shows one run). Needs free disk spac
 checkpoint: for the checkpoint, the copy and the export.
 
 ``python -m benchmarks scale`` measures how memory grows with the number of layers: see ``benchmarks/scale.py``.
+``python -m benchmarks variants`` measures quantised, last-token and in-place graphs: see ``benchmarks/variants.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import scale
+from benchmarks import scale, variants
 from benchmarks.checkpoints import SIZES, openai_checkpoint
 from benchmarks.measure import Run, interleaved, median_ratio
 from benchmarks.speed import report
@@ -84,9 +85,10 @@ def speeds(size: str, data: Path, peers: dict[str, Path]) -> str:
 
 def main() -> None:
     """Run the benchmarks and print their tables."""
-    if sys.argv[1:2] == ["scale"]:
-        scale.main(sys.argv[2:])
-        return
+    for name, program in {"scale": scale.main, "variants": variants.main}.items():
+        if sys.argv[1:2] == [name]:
+            program(sys.argv[2:])
+            return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["124M", "1558M"], choices=SIZES)
     parser.add_argument(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,20 @@ STEPS = 4
 PAUSE_SECONDS = 0.3
 
 
-def onnx_step(path: Path, past: int, new: int, layers: int, heads: int, head_dim: int) -> Callable[[], object]:
-    """One run of the graph with a random past."""
+def onnx_session(path: Path, threads: int = 0) -> Any:
+    """A session on the CPU, with onnxruntime's default options; ``threads`` 0 is one per core."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def onnx_step(
+    path: Path, past: int, new: int, layers: int, heads: int, head_dim: int, threads: int = 0
+) -> Callable[[], object]:
+    """One run of the graph with a random past."""
+    session = onnx_session(path, threads)
     random = np.random.default_rng(0)
     feed: dict[str, np.ndarray] = {
         "input_ids": random.integers(0, 50257, (1, new)),

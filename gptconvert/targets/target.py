@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,11 @@ class CardFacts:
 
     def of(self, target: str) -> Export | None:
         """The first export of a target; None if it has none."""
-        return next((export for export in self.exports if export.target == target), None)
+        return next(iter(self.all_of(target)), None)
+
+    def all_of(self, target: str) -> list[Export]:
+        """The exports of a target, in order."""
+        return [export for export in self.exports if export.target == target]
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ class Target:
         load: loads the artifact in a directory, with its config.json, as a :class:`Runtime`; None if nothing can.
         check_continuation: checks another artifact's greedy text against a verified artifact of this target.
         snippets: for the model card.
+        graphs: returns the model card's rows on artifacts of several variants, from the facts and the verification
+            report: (path, bytes, use, proof) of each; none if there is one artifact that needs no explanation.
         library: the hub's name of the library that loads it.
         requires: (module, extra) pairs that must be installed.
         families: names of the families it can express; empty for all.
@@ -149,6 +155,7 @@ class Target:
     load: Callable[[str, Mapping[str, object]], Runtime] | None = None
     check_continuation: Callable[[Continuation, Candidate, Sequence[Group]], Group] | None = None
     snippets: tuple[Snippet, ...] = ()
+    graphs: Callable[[CardFacts, Mapping[str, Any]], Sequence[tuple[str, int, str, str]]] = lambda *_: ()
     library: str | None = None
     requires: tuple[tuple[str, str], ...] = ()
     families: frozenset[str] = frozenset()

@@ -6,8 +6,10 @@ what to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from gptconvert.model.export import Export
+from gptconvert.targets.onnx.card_graphs import computes_in_half, kind_of
 from gptconvert.targets.onnx.plan import NAME, has_cache, takes_positions
 from gptconvert.targets.package.sidecars import JS_DTYPE
 from gptconvert.targets.python_code import BERT_PROMPT, SUFFIXES, python_code, uses_bert_tokenizer
@@ -33,11 +35,38 @@ length = max(map(len, choices))
 ids = np.array([[row + [0] * (length - len(row)) for row in choices]])  # one question"""
 TOKENIZED_CHOICES = """tokenizer = Tokenizer.from_file("tokenizer.json")
 """ + CHOICES.format(choices='[tokenizer.encode(text).ids for text in ("Hello there", "Hello again, Ann")]')
-PAST = """past = np.zeros((1, {heads}, 0, {head_dim}), np.float32)  # no tokens seen yet
+PAST = """past = np.zeros((1, {heads}, 0, {head_dim}), np.{number})  # no tokens seen yet
 feed |= {{f"past_key_values.{{i}}.{{part}}": past for i in range({layers}) for part in ("key", "value")}}
 """
 POSITIONS = ', "position_ids": np.broadcast_to(np.arange(ids.shape[-1]), ids.shape)'
 LAST_TOKENS = ', "mc_token_ids": np.array([[len(row) - 1 for row in choices]])'
+IN_PLACE = """
+import numpy as np
+import onnxruntime
+{tokenizers}
+session = onnxruntime.InferenceSession("{graph}")
+binding = session.io_binding()
+for i in range({layers}):  # buffers for the whole context, bound once; the graph writes into them
+    for part in ("key", "value"):
+        shape = (1, {heads}, {context}, {head_dim})
+        buffer = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+        binding.bind_ortvalue_input(f"past_key_values.{{i}}.{{part}}", buffer)
+        binding.bind_ortvalue_output(f"present.{{i}}.{{part}}", buffer)
+binding.bind_output("logits")
+{ids}
+new = ids
+for _ in range(20):
+    binding.bind_cpu_input("input_ids", np.array([new]))
+    binding.bind_cpu_input("attention_mask", np.ones((1, len(ids)), np.int64))
+    binding.bind_cpu_input("position_ids", np.arange(len(ids) - len(new), len(ids))[None])
+    session.run_with_iobinding(binding)
+    logits = binding.get_outputs()[-1].numpy()
+    new = [int(logits[0, -1].argmax())]
+    ids += new
+print({text})
+"""
+#: Preferred dtypes in browsers, which take q8 by default.
+JS_PREFERRED = ("q8", "q4")
 JS_SETTINGS = """
 env.allowLocalModels = true; // in browsers, false by default
 env.allowRemoteModels = false;
@@ -94,7 +123,9 @@ def _cached(facts: CardFacts) -> bool:
 def _onnxruntime(facts: CardFacts) -> str:
     config, names = facts.checkpoint.config, OUTPUTS[facts.checkpoint.config.task]
     more = POSITIONS if takes_positions(config, facts.options) else ""
-    past = PAST.format(layers=config.n_layer, heads=config.n_head, head_dim=config.head_dim)
+    export = facts.of(NAME)
+    number = "float16" if export is not None and computes_in_half(export, facts) else "float32"
+    past = PAST.format(layers=config.n_layer, heads=config.n_head, head_dim=config.head_dim, number=number)
     return ONNXRUNTIME.format(
         tokenizers="from tokenizers import Tokenizer\n" if facts.tokenized else "",
         graph=_graph(facts),
@@ -120,20 +151,53 @@ def _optimum(facts: CardFacts) -> str | None:
     if not (facts.tokenized and has_class):
         return None
     model_class = f"ORTModel{SUFFIXES[config.task] or 'ForFeatureExtraction'}"
-    uncached = facts.generates and not _cached(facts)
-    return python_code(facts, "optimum.onnxruntime", model_class, ", use_cache=False" if uncached else "")
+    arguments = ", use_cache=False" if facts.generates and not _cached(facts) else ""
+    folder, _, file = _graph(facts).rpartition("/")
+    if len(facts.all_of(NAME)) > 1 and file != "model.onnx":  # else optimum would choose among the graphs
+        arguments += f', subfolder="{folder}", file_name="{file}"'
+    return python_code(facts, "optimum.onnxruntime", model_class, arguments)
 
 
-def _in_browsers(facts: CardFacts) -> bool:
-    return not NOT_IN_BROWSERS & {weight.dtype.name for weight in facts.checkpoint.weights.values()}
+def _in_place(facts: CardFacts) -> str | None:
+    """Greedy decoding with the first graph that keeps its cache in place."""
+    export, config = next((e for e in facts.all_of(NAME) if kind_of(e) == "in_place"), None), facts.checkpoint.config
+    if export is None:
+        return None
+    code = 'tokenizer = Tokenizer.from_file("tokenizer.json")\nids = tokenizer.encode("Hello").ids'
+    return IN_PLACE.format(
+        tokenizers="from tokenizers import Tokenizer\n" if facts.tokenized else "",
+        graph=export.path,
+        ids=code if facts.tokenized else "ids = [0, 1, 2]",
+        text="tokenizer.decode(ids)" if facts.tokenized else "ids",
+        layers=config.n_layer,
+        heads=config.n_head,
+        head_dim=config.head_dim,
+        context=config.n_ctx,
+    )
+
+
+def _js_dtypes(facts: CardFacts) -> Sequence[str]:
+    """The dtypes by which transformers.js loads a graph here, the preferred one first."""
+    names = [_js_dtype(export) for export in facts.all_of(NAME) if _in_browsers(export)]
+    found = [name for name in names if name is not None]
+    return sorted(found, key=lambda name: JS_PREFERRED.index(name) if name in JS_PREFERRED else len(JS_PREFERRED))
+
+
+def _js_dtype(export: Export) -> str | None:
+    return JS_DTYPE.get(export.path.rpartition("/")[2])
+
+
+def _in_browsers(export: Export) -> bool:
+    return not NOT_IN_BROWSERS & {weight.dtype.name for weight in export.checkpoint.weights.values()}
 
 
 def _transformers_js(facts: CardFacts) -> str | None:
     """transformers.js passes positions and a cache to models of the classes that it has: not to GPT-1."""
-    config, dtype = facts.checkpoint.config, JS_DTYPE.get(_graph(facts).rpartition("/")[2])
+    config, dtypes = facts.checkpoint.config, _js_dtypes(facts)
     gpt1 = config.family == "gpt1"
-    if dtype is None or not _in_browsers(facts) or not facts.tokenized or config.task == "multiple-choice":
+    if not dtypes or not facts.tokenized or config.task == "multiple-choice":
         return None
+    dtype = dtypes[0]
     if facts.generates:
         code = JS_GENERATE_GPT1 if gpt1 else JS_GENERATE
         return code % {"settings": JS_SETTINGS.strip(), "dtype": dtype} if _cached(facts) else None
@@ -147,11 +211,16 @@ def _transformers_js(facts: CardFacts) -> str | None:
 
 
 def _about_transformers_js(facts: CardFacts) -> str | None:
-    if not _in_browsers(facts):
+    if not any(map(_in_browsers, facts.all_of(NAME))):
         return "browsers cannot read bfloat16 or float64 weights; convert with `--dtype fp16` or `--dtype fp32`"
-    if facts.checkpoint.config.family == "gpt1" and facts.generates and _transformers_js(facts):
-        return "it has no class for GPT-1, but GPT-2's takes the same inputs"
-    return None
+    if _transformers_js(facts) is None:
+        return None
+    remarks = []
+    if facts.checkpoint.config.family == "gpt1" and facts.generates:
+        remarks.append("it has no class for GPT-1, but GPT-2's takes the same inputs")
+    if others := [f"`{dtype}`" for dtype in _js_dtypes(facts)[1:]]:
+        remarks.append(f"other dtypes here: {', '.join(others)}")
+    return "; ".join(remarks) or None
 
 
 def _genai(facts: CardFacts) -> str | None:
@@ -178,6 +247,7 @@ def _about_genai(facts: CardFacts) -> str | None:
 
 SNIPPETS = (
     Snippet("onnxruntime", "python", _onnxruntime),
+    Snippet("In-place cache with onnxruntime", "python", _in_place),
     Snippet("optimum", "python", _optimum),
     Snippet("transformers.js", "js", _transformers_js, _about_transformers_js, "this directory at `models/my-model`"),
     Snippet("onnxruntime-genai", "python", _genai, _about_genai),

@@ -1,6 +1,6 @@
 """The target ``onnx``."""
 
-from gptconvert.targets.onnx import card, continuation, plan, run, verify
+from gptconvert.targets.onnx import card, card_graphs, continuation, plan, run, verify
 from gptconvert.targets.target import Target
 
 TARGET = Target(
@@ -11,6 +11,7 @@ TARGET = Target(
     load=run.OnnxRuntime,
     check_continuation=continuation.check_continuation,
     snippets=card.SNIPPETS,
+    graphs=card_graphs.graphs,
     library="onnx",
     libraries=("onnx", "onnx_ir"),
 )
