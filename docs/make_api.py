@@ -17,12 +17,14 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import INFO
 from gptconvert.model.progress import Progress
 from gptconvert.pipeline import Plan, Result
+from gptconvert.quality import Measured
+from gptconvert.verify.quality import Quality
 from gptconvert.verify.report import ArtifactReport, Report
 
 PAGE = Path(__file__).with_name("api.md")
-FUNCTIONS = ("open_checkpoint", "inspect", "plan", "convert", "verify_export")
+FUNCTIONS = ("open_checkpoint", "inspect", "plan", "convert", "verify_export", "measure_quality")
 #: Classes that the functions take and return.
-VALUES: tuple[type, ...] = (Checkpoint, Plan, Result, Report, ArtifactReport, Progress)
+VALUES: tuple[type, ...] = (Checkpoint, Plan, Result, Report, ArtifactReport, Measured, Quality, Progress)
 SECTIONS = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Errors", "Returns": "Returns"}
 LINE = 100
 

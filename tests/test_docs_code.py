@@ -153,6 +153,29 @@ def test_outputs_are_current(trained: Path, tmp_path: Path, monkeypatch: pytest.
         assert measured.sub("R", done.out.strip()) == measured.sub("R", expected.strip())
 
 
+@pytest.mark.slow
+def test_figures_of_quantised_graphs_are_current(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What ``README.md`` and ``docs/cli.md`` say is printed, but for the numbers, which differ between processors."""
+
+    def masked(text: str) -> list[str]:
+        return [
+            " ".join(re.sub(r"\d[\d.]*(e-\d+)?|\([a-z ]+\d*\)$", "N", line).split()) for line in text.splitlines()
+        ]
+
+    (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
+    monkeypatch.chdir(tmp_path)
+    for page, first in (("README.md", "gptconvert openai-tf fixtures"), ("docs/cli.md", "gptconvert quality out")):
+        pairs = re.findall(
+            rf"^```\n({first}.*?)\n```(?:(?!```).)*```\n(.*?)```", (ROOT / page).read_text(), re.S | re.M
+        )
+        ((line, shown),) = pairs
+        done = command(capsys, *line.split()[1:])
+        assert done.code == 0, done.err
+        assert [each for each in masked(shown) if each not in masked(done.out + done.err)] == []
+
+
 # --- Messages -------------------------------------------------------------------------------------------------------
 
 

@@ -52,13 +52,13 @@ for i in range({layers}):  # buffers for the whole context, bound once; the grap
         buffer = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
         binding.bind_ortvalue_input(f"past_key_values.{{i}}.{{part}}", buffer)
         binding.bind_ortvalue_output(f"present.{{i}}.{{part}}", buffer)
-binding.bind_output("logits")
 {ids}
 new = ids
 for _ in range(20):
     binding.bind_cpu_input("input_ids", np.array([new]))
     binding.bind_cpu_input("attention_mask", np.ones((1, len(ids)), np.int64))
     binding.bind_cpu_input("position_ids", np.arange(len(ids) - len(new), len(ids))[None])
+    binding.bind_output("logits")  # anew, because its shape changes
     session.run_with_iobinding(binding)
     logits = binding.get_outputs()[-1].numpy()
     new = [int(logits[0, -1].argmax())]
