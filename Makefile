@@ -65,6 +65,7 @@ campaign: $(VENV)/dev  ## Search for faults for two hours; QUICK=1 takes four mi
 
 bench: $(VENV)/dev  ## Compare speed with cp and PyTorch; needs about 30 GB of disk
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks variants
 
 bench-scale: $(VENV)/dev  ## Measure memory against the number of layers at GPT-J 6B's shapes; SCALE="--layers 28" runs the whole model
 	$(BIN)/python -m benchmarks scale $(SCALE)

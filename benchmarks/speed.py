@@ -30,13 +30,13 @@ def onnx_session(path: Path, threads: int = 0) -> Any:
 
 
 def onnx_step(
-    path: Path, past: int, new: int, layers: int, heads: int, head_dim: int, threads: int = 0
+    path: Path, past: int, new: int, layers: int, heads: int, head_dim: int, *, vocab: int = 50257, threads: int = 0
 ) -> Callable[[], object]:
     """One run of the graph with a random past."""
     session = onnx_session(path, threads)
     random = np.random.default_rng(0)
     feed: dict[str, np.ndarray] = {
-        "input_ids": random.integers(0, 50257, (1, new)),
+        "input_ids": random.integers(0, vocab, (1, new)),
         "attention_mask": np.ones((1, past + new), np.int64),
         "position_ids": np.arange(past, past + new)[None],
     }

@@ -50,6 +50,7 @@ class Way:
     Attributes:
         shape: layers, heads and head size of the model.
         context: tokens of the in-place graphs' buffers.
+        vocab: number of token ids.
         past: cached tokens.
         new: tokens of a run.
         processor: whether to count the processor time of one thread, instead of the time on all cores.
@@ -57,6 +58,7 @@ class Way:
 
     shape: tuple[int, int, int]
     context: int
+    vocab: int
     past: int
     new: int
     processor: bool
@@ -70,6 +72,10 @@ class Way:
     def runs(self) -> int:
         """Runs that are timed together."""
         return STEPS if self.new == 1 else 1
+
+    def step(self, path: Path) -> Callable[[], object]:
+        """One run of a graph whose cache grows."""
+        return onnx_step(path, self.past, self.new, *self.shape, vocab=self.vocab, threads=self.threads)
 
     def timed(self, run: Callable[[], object], runs: int | None = None) -> Measure:
         """Measures ``runs`` calls of ``run``, after one that is not counted."""
@@ -87,20 +93,24 @@ class Way:
 
 
 def in_place_step(path: Path, way: Way) -> Callable[[], object]:
-    """One run of an in-place graph, whose keys and values stay in buffers that are bound once."""
+    """One run of an in-place graph, whose keys and values stay in buffers that are bound once.
+
+    The buffers are kept for as long as the returned function.
+    """
     import onnxruntime
 
     session, random = onnx_session(path, way.threads), np.random.default_rng(0)
-    binding, (layers, heads, head_dim) = session.io_binding(), way.shape
+    binding, (layers, heads, head_dim), buffers = session.io_binding(), way.shape, []
     for i in range(layers):
         for part in ("key", "value"):
             filled = random.standard_normal((1, heads, way.context, head_dim), dtype=np.float32)
             buffer = onnxruntime.OrtValue.ortvalue_from_numpy(filled)
             binding.bind_ortvalue_input(f"past_key_values.{i}.{part}", buffer)
             binding.bind_ortvalue_output(f"present.{i}.{part}", buffer)
+            buffers.append((filled, buffer))
     binding.bind_output("logits")
     feed = {
-        "input_ids": random.integers(0, 50257, (1, way.new)),
+        "input_ids": random.integers(0, way.vocab, (1, way.new)),
         "attention_mask": np.ones((1, way.past + way.new), np.int64),
         "position_ids": np.arange(way.past, way.past + way.new)[None],
     }
@@ -109,7 +119,7 @@ def in_place_step(path: Path, way: Way) -> Callable[[], object]:
         for name, array in feed.items():
             binding.bind_cpu_input(name, array)
         session.run_with_iobinding(binding)
-        return binding.get_outputs()[-1].numpy()  # as bound: the logits last
+        return buffers, binding.get_outputs()[-1].numpy()  # as bound: the logits last
 
     return step
 
@@ -121,9 +131,9 @@ def engines(onnx: Path, way: Way, peers: Mapping[str, Path], ggufs: Mapping[str,
         if file.endswith("_in_place.onnx"):
             found[name] = way.timed(in_place_step(onnx / file, way))
         elif way.past == 0 or "last_token" not in file:  # decoding, it computes the same as its sibling
-            found[name] = way.timed(onnx_step(onnx / file, way.past, way.new, *way.shape, way.threads))
+            found[name] = way.timed(way.step(onnx / file))
     for name, path in peers.items():
-        found[name] = way.timed(onnx_step(path, way.past, way.new, *way.shape, way.threads))
+        found[name] = way.timed(way.step(path))
     for name, path in ggufs.items():
         served = llama.Llama(path, way.threads or os.cpu_count() or 1)
         found[name] = way.timed(served.step(way.past, way.runs * way.new), 1)
@@ -158,7 +168,7 @@ def speeds(
     )
     cells: dict[str, list[str]] = {name: [] for name in names}
     for past, new, rounds in cases.values():
-        way = Way(shape, hparams["n_ctx"], past, new, processor)
+        way = Way(shape, hparams["n_ctx"], hparams["n_vocab"], past, new, processor)
         rates = in_turn(engines(export / "onnx", way, peers, ggufs), rounds)
         for name in names:
             cells[name].append(_rate(rates[name], rates["fp32"]) if name in rates else "–")

@@ -1,4 +1,4 @@
-"""The scale benchmark converts checkpoints of the sizes that it prints, then deletes them."""
+"""The benchmarks of scale and of variants make the checkpoints and exports that they measure, and delete them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import scale
-from benchmarks.checkpoints import Large
+from benchmarks import llama, scale, variants
+from benchmarks.checkpoints import SIZES, Large
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.pipeline import open_checkpoint
 
@@ -60,3 +60,31 @@ def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path) -> N
     with pytest.raises(SystemExit, match="not enough disk space"):
         scale.main(["--data", str(tmp_path)], small, spare_bytes=1 << 60)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_row_for_each_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"n_vocab": 97, "n_ctx": 32, "n_embd": 48, "n_head": 3, "n_layer": 2}
+    monkeypatch.setitem(SIZES, "small", small)
+    variants.main(["--size", "small", "--quick", "--no-conversion", "--processor-time", "--data", str(tmp_path)])
+    printed = capsys.readouterr().out.splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in printed[2:]}
+    assert set(variants.GRAPHS) <= set(rows)
+    assert rows["fp32"][1].endswith("(×1.00)")
+    assert rows["fp32, last token"][1] == "–"
+    assert 0 < float(rows["q4"][0]) < float(rows["fp32"][0])
+    assert not (tmp_path / "small-variants").exists()
+
+
+@pytest.mark.parametrize(
+    ("canonical", "expected"),
+    [
+        ("wte.weight", "token_embd.weight"),
+        ("h.3.attn.c_attn.bias", "blk.3.attn_qkv.bias"),
+        ("ln_f.bias", "output_norm.bias"),
+    ],
+)
+def test_names_in_gguf(canonical: str, expected: str) -> None:
+    assert llama._name(canonical) == expected
