@@ -24,6 +24,7 @@ from gptconvert.errors import (
 from gptconvert.families.registry import FAMILIES, family_named
 from gptconvert.inspection import open_checkpoint
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.encodings import QUANTISED
 from gptconvert.model.export import Export, PlannedFile
 from gptconvert.model.options import Options, as_options
 from gptconvert.model.progress import Progress, Silent
@@ -45,6 +46,7 @@ from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
 from gptconvert.quality import evaluation_of
 from gptconvert.sources.detect import FORMATS
+from gptconvert.targets.onnx.plan import HALF
 from gptconvert.targets.package.model_card import CARD_FILE, model_card
 from gptconvert.targets.package.sidecars import sidecar_files, with_special_ids
 from gptconvert.targets.package.tokenizer import tokenizer_files
@@ -394,11 +396,15 @@ def check_tied(checkpoint: Checkpoint) -> None:
 
 
 def matrix() -> dict[str, Any]:
-    """Supported sources, targets and families, from the registries."""
+    """Supported sources, targets, quantised graphs and families, from the registries."""
     targets, command = [target_named(name) for name in TARGETS], {f.name: f.command for f in FORMATS}
     return {
         "sources": [{"name": f.name, "command": f.command, "title": f.title} for f in FORMATS],
         "targets": [{"name": t.name, "title": t.title} for t in targets],
+        "variants": [
+            *({"name": q.option, "file": f"model_{q.variant}.onnx", "title": q.title} for q in QUANTISED.values()),
+            {"name": HALF, "file": f"model_{HALF}.onnx", "title": "computes in float16"},
+        ],
         "families": [
             {
                 "name": family.name,

@@ -31,6 +31,7 @@ def _sections(found: Mapping[str, Any]) -> Iterator[str]:
     """The lists for a terminal, at most 80 columns wide."""
     yield "Formats, by command\n" + _described([(source["command"], source["title"]) for source in found["sources"]])
     yield "Targets of --to\n" + _described([(target["name"], target["title"]) for target in found["targets"]])
+    yield "Graphs of --quantize\n" + _described([(each["name"], each["title"]) for each in found["variants"]])
     for family in found["families"]:
         rows = [(key, ", ".join(family[key])) for key in ("sources", "targets", "tasks")]
         yield f"{family['title']} ({family['name']})\n" + _described(rows)
@@ -61,7 +62,8 @@ def _markdown_tables(found: Mapping[str, Any]) -> str:
         for f in found["families"]
     ]
     sources = [("command", "files"), *((s["command"], s["title"]) for s in found["sources"])]
-    return f"{_markdown(families)}\n\n{_markdown(sources)}\n"
+    variants = [("--quantize", "file", "contents"), *((v["name"], v["file"], v["title"]) for v in found["variants"])]
+    return f"{_markdown(families)}\n\n{_markdown(sources)}\n\n{_markdown(variants)}\n"
 
 
 def _markdown(rows: Sequence[tuple[str, ...]]) -> str:

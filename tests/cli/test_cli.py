@@ -211,9 +211,11 @@ def test_steps(capsys: Capture, tmp_path: Path) -> None:
 
 def test_formats_is_generated_from_the_registries(capsys: Capture) -> None:
     from gptconvert.families.registry import FAMILIES
+    from gptconvert.model.options import INFO
 
     found = command(capsys, "formats", "--json").json
     assert [f["name"] for f in found["families"]] == [f.name for f in FAMILIES]
+    assert tuple(v["name"] for v in found["variants"]) == INFO["quantize"].choices
     markdown = command(capsys, "formats", "--markdown").out
     assert markdown.strip() in (TINY.parents[1] / "docs/formats.md").read_text()
 
