@@ -6,6 +6,7 @@ leaves the output unchanged.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -277,7 +278,7 @@ def verify_export(
     Args:
         source: the checkpoint: a local path or a hub repository.
         artifact: a directory or graph file.
-        options: how to open the source, and how thoroughly to verify.
+        options: how to open the source, how thoroughly to verify, and the text that quality is measured on.
         progress: receives stages.
 
     Raises:
@@ -293,8 +294,10 @@ def verify_export(
     options, artifact = as_options(options), os.fsdecode(artifact)
     checkpoint = with_special_ids(open_checkpoint(source, options))
     record_reading(snapshot([*checkpoint.source.files, *_files_of(artifact)]))
+    evaluation = evaluation_of(checkpoint, options)
     with boundary(artifact, "an export"):
-        candidates = find_candidates(checkpoint, artifact, options.seed)
+        found = find_candidates(checkpoint, artifact, options.seed)
+        candidates = [dataclasses.replace(candidate, evaluation=evaluation) for candidate in found]
         package = verify_package(checkpoint, artifact) if os.path.isdir(artifact) else None
         check_tied(checkpoint)
         report = verify(candidates, options.verify or "default", progress)
@@ -343,13 +346,20 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
         evaluation=evaluation_of(planned.checkpoint, options, planned.package),
     )
     if not report.passed:
-        error = VerificationError(
-            f"the export does not compute what the checkpoint computes\n{report.table()}",
-            hint="nothing was published; this is a bug in gptconvert, so please report it with the table above",
-        )
-        error.report = report.as_dict()
-        raise error
+        raise _failure(report)
     return report
+
+
+def _failure(report: Report) -> VerificationError:
+    """The error of a failed verification, with its table and report."""
+    message = "the export does not compute what the checkpoint computes"
+    hint = "nothing was published; this is a bug in gptconvert, so please report it with the table above"
+    if report.misses_limit:
+        message = "quantisation loses more than --max-kl allows"
+        hint = "nothing was published; try --calibrate self, a smaller --block-size or q8, or accept it: --max-kl X"
+    error = VerificationError(f"{message}\n{report.table()}", hint=hint)
+    error.report = report.as_dict()
+    return error
 
 
 def _describe(planned: Plan, written: Written, directory: str, report: Report | None) -> list[WrittenFile]:

@@ -66,7 +66,7 @@ def measure_quality(
 
     options, artifact, progress = as_options(options), os.fsdecode(artifact), progress or Silent()
     checkpoint = with_special_ids(_checkpoint(artifact, against, options))
-    require_measurable(checkpoint.config.task)
+    require_measurable(checkpoint.config)
     graphs = [c for c in find_candidates(checkpoint, artifact) if c.target == "onnx"]
     files = [(candidate.shown_as, open_onnx(candidate.path)) for candidate in graphs]
     files = [(name, file) for name, file in files if not file.is_last_token]
@@ -75,7 +75,7 @@ def measure_quality(
     evaluation, found = evaluation_of(checkpoint, options), []
     for name, file in files:
         progress.stage(f"measuring {name}", len(evaluation.windows))
-        figures = measured(file, checkpoint, evaluation, progress.advance)
+        figures = measured(file, evaluation, progress.advance)
         found.append(Measured(name, file.size, figures))
     return found
 
@@ -105,7 +105,8 @@ def evaluation_of(checkpoint: Checkpoint, options: Options, package: Sequence[Pl
     Raises:
         InputError: the text file cannot be read, is empty, too large or not UTF-8.
     """
-    from gptconvert.verify.evaluation import Evaluation, read_text
+    from gptconvert.verify.evaluation import Evaluation
+    from gptconvert.verify.text import read_text
 
     tokenizer = {file.path: file.head for file in package} or tokenizer_files(checkpoint)[0]
     path = options.eval_text

@@ -15,7 +15,7 @@ from gptconvert.errors import VerificationError
 @click.argument("source")
 @click.argument("artifact", type=click.Path())
 @options.options_of("source", "checkpoint")
-@options.options_of("run", only=("seed", "strict"))
+@options.options_of("run", only=("seed", "eval_text", "max_kl", "strict"))
 @options.own(
     "--full", is_flag=True, group="Verification", help="Test all lengths up to the context; slow for large models."
 )
@@ -28,7 +28,8 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
 
     The exit code is 0 if every weight equals the checkpoint's, every output is within rounding noise, and the
     configuration and tokenizer of a directory agree with the checkpoint; otherwise 5. Weights that another program
-    stored in an unknown form are judged by the outputs, and a note names them.
+    stored in an unknown form are judged by the outputs, and a note names them. Quantised graphs of gptconvert must also
+    stay within --max-kl; to measure those of other programs, use gptconvert quality.
     """
     options.quieten()
     from gptconvert.pipeline import verify_export
@@ -41,7 +42,10 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
         progress.close()
     for text in report.notes:
         note(text, quiet)
-    error = VerificationError("the artifact does not compute what the checkpoint computes", path=artifact)
+    message = "the artifact does not compute what the checkpoint computes"
+    if report.misses_limit:
+        message = "quantisation loses more than --max-kl allows"
+    error = VerificationError(message, path=artifact)
     if as_json:
         failed = {} if report.passed else {"error": error.as_dict()}
         print_json({"ok": report.passed, **failed, "verification": report.as_dict(), "notes": list(report.notes)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Mapping
@@ -90,7 +91,7 @@ class OptionInfo:
             raise ValueError(words[kind])
         if value == "" and self.flag != "--scope":  # names without a prefix
             raise ValueError("text that is not empty")
-        if isinstance(value, int | float) and not value >= self.minimum:
+        if isinstance(value, int | float) and not self.minimum <= value < math.inf:
             raise ValueError(f"at least {self.minimum}")
         return value
 

@@ -394,6 +394,7 @@ class Options:
         metavar="FILE",
         default_text="Python's language reference and text sampled from the model",
         shapes=False,
+        targets=_ONNX,
     )
     max_kl: float | None = option(
         None,
@@ -404,6 +405,7 @@ class Options:
         metavar="X",
         default_text="0.01 for q8, 0.2 for q4",
         shapes=False,
+        targets=_ONNX,
     )
     force: bool = option(
         False, "--force", "run", "Output", "Replace an existing output once the new one is complete.", shapes=False

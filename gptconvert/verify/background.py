@@ -44,3 +44,11 @@ def torch_threads() -> Iterator[Callable[[int], None]]:
         yield torch.set_num_threads
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Sums in one thread do not depend on the number of cores."""
+    with torch_threads() as use:
+        use(1)
+        yield

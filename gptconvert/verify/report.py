@@ -76,10 +76,14 @@ class ArtifactReport:
 
     @property
     def ok(self) -> bool:
-        """The gate. Something that computes and was not run has not passed."""
+        """The gate."""
+        return self.proven and (self.quality is None or self.quality.ok)
+
+    @property
+    def proven(self) -> bool:
+        """Whether it passes rules 1 and 2. Something that computes and was not run does not."""
         ran = bool(self.runs) or not self.computes
-        measured = self.quality is None or self.quality.ok
-        return ran and self.weights.ok and not self.problems and all(run.ok for run in self.runs) and measured
+        return ran and self.weights.ok and not self.problems and all(run.ok for run in self.runs)
 
     def as_dict(self, figures: bool) -> dict[str, object]:
         """Plain values."""
@@ -136,6 +140,15 @@ class Report:
         return bool(self.artifacts) and agrees and all(artifact.ok for artifact in self.artifacts)
 
     @property
+    def misses_limit(self) -> bool:
+        """Whether it fails only because quantised graphs lose more than the limit."""
+        agrees = self.package is None or not self.package.problems
+        measured = [artifact.quality for artifact in self.artifacts if not artifact.ok and artifact.proven]
+        failed = [artifact for artifact in self.artifacts if not artifact.ok]
+        missed = [quality for quality in measured if quality is not None and quality.figures is not None]
+        return agrees and 0 < len(failed) == len(missed)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """For the user, one sentence each.
 
@@ -179,6 +192,8 @@ class Report:
     @property
     def verdict(self) -> str:
         """The result, with its qualification."""
+        if self.misses_limit:
+            return "VERIFICATION FAILED: a quantised graph loses more than its limit allows"
         if not self.passed:
             return "VERIFICATION FAILED" if self.artifacts else "nothing to verify"
         count = sum(len(artifact.weights.outputs_only) for artifact in self.artifacts)

@@ -42,6 +42,10 @@ HALF = "fp16"
 #: Keys of the metadata of a quantised graph.
 QUANTIZE_KEY, BLOCK_KEY = "gptconvert.quantize", "gptconvert.block_size"
 CALIBRATED_KEY = "gptconvert.calibrated"
+#: Fields of the options that only graphs of quantised weights use.
+OF_QUANTISED = ("block_size", "accuracy_level", "eval_text", "max_kl")
+#: Those of them that verification uses.
+OF_VERIFICATION = ("eval_text", "max_kl")
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,11 @@ def graphs_of(checkpoint: Checkpoint, options: Options) -> list[Graph]:
     """The graphs to write: the base, unless ``no_base``, and the quantised ones.
 
     Raises:
-        UsageError: no graph is left; or two have the same name.
+        UsageError: no graph is left; two have the same name; or an option has no effect.
     """
     kinds = [kind for kind in KINDS if getattr(options, kind)]
     _check_kinds(checkpoint.config, kinds, options)
+    _check_used(options)
     base = cast_to(checkpoint, options.dtype)
     graphs = [] if options.no_base else [Graph(variant_of(options), base, bool(options.single_file))]
     calibrator = _calibrator(checkpoint, options)
@@ -114,14 +119,15 @@ def _calibrator(checkpoint: Checkpoint, options: Options) -> Calibrator | None:
     if not any(name in QUANTISED and QUANTISED[name].bits < 8 for name in options.quantize):
         raise UsageError("--calibrate has no effect without --quantize q4", hint="add it, or drop the option")
     from gptconvert.targets.onnx.calibration import Calibration
-    from gptconvert.verify.evaluation import Amount, Evaluation, read_text
+    from gptconvert.verify.evaluation import Amount, Evaluation
+    from gptconvert.verify.text import read_text
 
     if options.calibrate == "self":
         if checkpoint.config.task != "text-generation":
             raise UsageError(
                 f"--calibrate self needs a language model, not {checkpoint.config.task}", hint="pass a text file"
             )
-        evaluation = Evaluation(checkpoint, None, amount=Amount(0, 0, sampled_rows=32, sampled_tokens=128))
+        evaluation = Evaluation(checkpoint, None, amount=Amount(16, 256, sampled_rows=64, sampled_tokens=64))
     else:
         tokenizer = tokenizer_files(checkpoint)[0].get("tokenizer.json")
         text = read_text(options.calibrate)
@@ -149,6 +155,20 @@ def _check_kinds(config: GPTConfig, kinds: Sequence[str], options: Options) -> N
             raise UsageError(
                 f"{flag} contradicts --single-file: its graph shares the weights of another", hint="drop one of them"
             )
+
+
+def _check_used(options: Options) -> None:
+    """Refuse options that need a quantised graph, or verification, without it."""
+    given = options.given()
+    unused = [INFO[name].flag for name in OF_QUANTISED if name in given]
+    if unused and not any(name in QUANTISED for name in options.quantize):
+        raise UsageError(
+            f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without a quantised graph",
+            hint="add --quantize q8 or q4, or drop the option",
+        )
+    unused = [INFO[name].flag for name in OF_VERIFICATION if name in given]
+    if unused and options.verify is None:
+        raise UsageError(f"{' and '.join(unused)} contradicts --no-verify", hint="drop one of the options")
 
 
 def _check_graphs(graphs: Sequence[Graph], options: Options) -> None:

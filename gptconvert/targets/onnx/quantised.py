@@ -114,7 +114,6 @@ def with_float_activations(file: OnnxFile) -> OnnxFile:
 
 def measured(
     file: OnnxFile,
-    checkpoint: Checkpoint,
     evaluation: Evaluation,
     advance: Callable[[int], None] | None = None,
     *,
@@ -124,18 +123,17 @@ def measured(
 
     Args:
         file: the checked file, of any origin.
-        checkpoint: with the weights as stored, or the source.
-        evaluation: what to measure on.
+        evaluation: the source, and what to measure on.
         advance: called with 1 after each window.
         runner: runs the graph.
     """
-    config = checkpoint.config
+    config = evaluation.checkpoint.config
     tokens = max(window.input_ids.size for window in evaluation.windows)
     session = runner(file, bind(file, config), config, prepack=True, tokens=tokens)
 
     def run(window: Probe) -> Array:
         return session.run(feeds_of(window, config), False).named["logits"]
 
-    decoded = as_found(checkpoint, file.initializers).weights
-    lossy = {name: weight for name, weight in decoded.items() if isinstance(weight, Quantised)}
+    stored = as_found(by_recipe(evaluation.checkpoint, file) or evaluation.checkpoint, file.initializers).weights
+    lossy = {name: weight for name, weight in stored.items() if isinstance(weight, Quantised)}
     return measure(evaluation, run, max_kl_of(file), lossy, advance)

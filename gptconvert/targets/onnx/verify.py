@@ -83,13 +83,11 @@ class OnnxVerifier:
         proven = with_float_activations(file) if quantised else file
         run_with = as_found(checkpoint, file.initializers) if quantised else checkpoint
         self._run(report, proven, run_with, pairs, level, candidate.seed, stage)
-        shares = (
-            candidate.export is not None and candidate.export.shared
-        )  # weights that are measured in another graph
+        shares = file.is_last_token or file.is_in_place  # the weights of another graph, which is measured
         if quantised and report.ok and candidate.evaluation is not None and not shares:
-            self._measure(report, file, checkpoint, candidate.evaluation, stage)
+            self._measure(report, file, candidate.evaluation, stage)
         if file.is_own and not candidate.export:
-            report.notes = [*version_note(file, candidate.shown_as), *calibration_note(file, candidate.shown_as)]
+            report.notes += [*version_note(file, candidate.shown_as), *calibration_note(file, candidate.shown_as)]
             older = bool(version_note(file, candidate.shown_as))
             report.problems += [] if older else graph_differences(file, checkpoint)
         return report
@@ -117,17 +115,16 @@ class OnnxVerifier:
             runs.locate_error(run)
             report.runs = [run]
 
-    def _measure(
-        self, report: ArtifactReport, file: OnnxFile, checkpoint: Checkpoint, evaluation: Evaluation, stage: Stage
-    ) -> None:
+    def _measure(self, report: ArtifactReport, file: OnnxFile, evaluation: Evaluation, stage: Stage) -> None:
         """Rule 3, on the graph as it is shipped."""
-        if not measurable(checkpoint.config.task):
-            report.notes.append(f"{report.path}: quality is not measured for {checkpoint.config.task}")
+        config = evaluation.checkpoint.config
+        if not measurable(config):
+            report.notes.append(f"{report.path}: quality is not measured for {config.task}")
             return
         stage("running the source model", 0)
         evaluation.source  # noqa: B018 - computed here, in a stage of its own
         advance = stage("measuring the quality", len(evaluation.windows))
-        report.quality = measured(file, checkpoint, evaluation, advance, runner=self.runner)
+        report.quality = measured(file, evaluation, advance, runner=self.runner)
 
 
 verify = OnnxVerifier()

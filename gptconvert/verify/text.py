@@ -1,0 +1,70 @@
+"""Text to measure or calibrate a model on: where it comes from, and its windows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gptconvert.containers.untrusted import read_small
+from gptconvert.errors import InputError
+from gptconvert.verify.probes import Integers
+
+#: Largest text file in bytes, and how many of its characters are used: tokens take much more memory than text.
+MAX_TEXT, MOST_USED = 64 << 20, 1 << 20
+
+
+def reference_text() -> str:
+    """The language reference in CPython's help topics: English prose with code, about 465 kB."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: str) -> str:
+    """The beginning of a text file.
+
+    Raises:
+        InputError: it cannot be read, is empty, too large or not UTF-8.
+    """
+    try:
+        text = read_small(path, MAX_TEXT, "a text").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "the text is not UTF-8",
+            path=path,
+            found=f"{error.reason} at byte {error.start}",
+            hint="convert it: iconv -f latin1 -t utf-8",
+        ) from None
+    if not text.strip():
+        raise InputError("the text is empty", path=path)
+    return text[:MOST_USED]
+
+
+def token_ids(tokenizer: bytes, text: str) -> Integers:
+    """The ids of a whole text, without special tokens.
+
+    Args:
+        tokenizer: content of tokenizer.json; the truncation and padding that it sets are ignored.
+        text: the text.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded or used.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_str(tokenizer.decode())
+        loaded.no_truncation()
+        loaded.no_padding()
+        ids = loaded.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # of no class in particular
+        raise InputError("the tokenizer cannot be used", path="tokenizer.json", found=str(error)) from error
+    return np.asarray(ids, np.int64)
+
+
+def evenly_spaced(ids: Integers, count: int, length: int) -> Sequence[Integers]:
+    """Up to ``count`` windows of ``length`` tokens that do not overlap; one shorter window if there are fewer tokens."""
+    count = max(1, min(count, len(ids) // length))
+    starts = np.linspace(0, max(0, len(ids) - length), count).astype(int)
+    return [ids[start : start + length] for start in starts if len(ids)]
