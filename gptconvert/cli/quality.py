@@ -37,8 +37,8 @@ def quality(artifact: str, against: str | None, as_json: bool, quiet: bool, **gi
 
     For each graph: the Kullback-Leibler divergence of its predictions from the checkpoint's in nats per token
     (mean, 99.9 % and largest), how often both find the same token most likely, and the perplexity of both. The exit
-    code is 5 if a mean divergence exceeds --max-kl, or a graph fails to run or computes NaN. Graphs of gptconvert have
-    limits of their own, 0.01 for q8 and 0.2 for q4; those of other programs have none unless --max-kl is given.
+    code is 5 if a mean divergence exceeds --max-kl, or a graph fails to run or computes NaN. Quantised graphs of
+    gptconvert have a limit by default, 0.01 for q8 and 0.2 for q4; those of other programs have none.
     """
     options.quieten()
     from gptconvert.quality import measure_quality

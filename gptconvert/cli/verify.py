@@ -28,8 +28,8 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
 
     The exit code is 0 if every weight equals the checkpoint's, every output is within rounding noise, and the
     configuration and tokenizer of a directory agree with the checkpoint; otherwise 5. Weights that another program
-    stored in an unknown form are judged by the outputs, and a note names them. Quantised graphs of gptconvert must also
-    stay within --max-kl; to measure those of other programs, use gptconvert quality.
+    stored in an unknown form are judged by the outputs, and a note names them. Quantised graphs of gptconvert must
+    also stay within --max-kl; to measure those of other programs, use gptconvert quality.
     """
     options.quieten()
     from gptconvert.pipeline import verify_export

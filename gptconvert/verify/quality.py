@@ -149,7 +149,8 @@ def measure(
 
     Args:
         evaluation: the text and the source.
-        run: returns the export's ``logits`` on a window, [1, S, V], or [1, K] if the task pools them; raises RunError.
+        run: returns the export's ``logits`` on a window, [1, S, V], or [1, K] if the task pools them;
+            raises RunError.
         limit: largest mean KL divergence that passes, unless ``evaluation`` sets another.
         decoded: canonical name → weight as the export decodes it; to name the worst if the limit is missed.
         advance: called with 1 after each window.

@@ -64,7 +64,7 @@ def token_ids(tokenizer: bytes, text: str) -> Integers:
 
 
 def evenly_spaced(ids: Integers, count: int, length: int) -> Sequence[Integers]:
-    """Up to ``count`` windows of ``length`` tokens that do not overlap; one shorter window if there are fewer tokens."""
+    """Up to ``count`` windows of ``length`` tokens that do not overlap; one shorter window of fewer tokens."""
     count = max(1, min(count, len(ids) // length))
     starts = np.linspace(0, max(0, len(ids) - length), count).astype(int)
     return [ids[start : start + length] for start in starts if len(ids)]

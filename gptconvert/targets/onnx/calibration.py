@@ -5,8 +5,8 @@ of a matrix are rounded in order. The error of each is compensated by the column
 of the layer correlate on the calibration text. Scales stay those of the search, so only the codes depend on the text.
 
 One block of the model is in memory at a time. The codes go to an unlinked temporary file, from which they are
-written. They are the same in every run on one machine. Another processor may sum in another order, and round a few
-differently.
+written. They do not depend on the number of cores, because torch runs in one thread. Another kind of processor may
+sum in another order, and round a few codes differently.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptconvert.model.blocks import SCALES, BlockEncoding, Codes
+from gptconvert.errors import InputError
+from gptconvert.model.blocks import SCALES, BlockEncoding, BlockFormat, Codes
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
+from gptconvert.verify.background import one_torch_thread
 from gptconvert.verify.evaluation import Evaluation
 from gptconvert.verify.probes import Probe
 from gptconvert.verify.truth import TruthPass, tensor_of
@@ -28,8 +30,8 @@ from gptconvert.verify.truth import TruthPass, tensor_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: Columns whose errors are applied to the rest of the matrix at once.
-COLUMNS = 128
+#: Inputs whose errors are applied to the rest of the matrix at once.
+COLUMNS = 64
 #: Added to the diagonal of the correlations, relative to its mean: they are singular if the text is short.
 DAMPING = 0.01
 
@@ -77,7 +79,8 @@ class _Pass(TruthPass):
 
     def found(self) -> dict[str, Array]:
         """Name → packed codes, mapped from the file."""
-        self.run()
+        with one_torch_thread():
+            self.run()
         self._file.flush()
         return {
             name: np.memmap(self._file, np.uint8, "r", offset, shape)
@@ -109,7 +112,7 @@ class _Pass(TruthPass):
             encoding = self._encodings[weight]
             values = np.array(self.weights[weight].read(), np.float32)  # (out, in)
             scales = np.asarray(encoding.encode(self.weights[weight])[SCALES].read(), np.float32)
-            packed = encoding.format.pack(gptq(values, scales, correlations, encoding))
+            packed = encoding.format.pack(gptq(values, scales, correlations, encoding.format))
             self._places[weight] = self._file.tell(), packed.shape
             self._file.write(packed.tobytes())
         self._correlations.clear()
@@ -118,35 +121,42 @@ class _Pass(TruthPass):
         """Not needed."""
 
 
-def gptq(values: Array, scales: Array, correlations: Tensor, encoding: BlockEncoding) -> Codes:
+def gptq(values: Array, scales: Array, correlations: Tensor, form: BlockFormat) -> Codes:
     """Codes [out, blocks, block] of a matrix [out, in] with scales [out, blocks] and input correlations [in, in]."""
     import torch
 
-    form = encoding.format
-    weight, steps = tensor_of(values).clone(), tensor_of(scales).repeat_interleave(form.block, 1)  # (out, in or more)
-    rows, width = weight.shape
+    out, width = values.shape
+    rest = tensor_of(values).T.contiguous()  # (in, out): an input's weights are contiguous
+    steps = tensor_of(scales).T.repeat_interleave(form.block, 0)  # (in or more, out)
     inverse = torch.where(steps == 0, 0, 1 / steps)
     factor = _factor(correlations)  # (in, in)
-    codes = torch.full((rows, form.blocks(width) * form.block), form.zero, dtype=torch.uint8)
+    codes = torch.full((form.blocks(width) * form.block, out), form.zero, dtype=torch.uint8)
     for start in range(0, width, COLUMNS):
         stop = min(start + COLUMNS, width)
-        errors = torch.zeros(rows, stop - start)
-        for column in range(start, stop):
-            code = (weight[:, column] * inverse[:, column] + form.zero + 0.5).floor().clamp(0, 2 * form.zero - 1)
-            codes[:, column] = code.to(torch.uint8)
-            error = (weight[:, column] - (code - form.zero) * steps[:, column]) / factor[column, column]
-            weight[:, column:stop] -= error[:, None] * factor[column, column:stop]
-            errors[:, column - start] = error
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes.view(rows, -1, form.block).numpy()
+        errors = torch.empty(stop - start, out)
+        for i in range(start, stop):
+            code = (rest[i] * inverse[i] + (form.zero + 0.5)).floor_().clamp_(0, 2 * form.zero - 1)  # (out)
+            codes[i] = code.to(torch.uint8)
+            torch.div(rest[i] - (code - form.zero) * steps[i], factor[i, i], out=errors[i - start])
+            rest[i + 1 : stop].addr_(factor[i, i + 1 : stop], errors[i - start], alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return codes.T.reshape(out, -1, form.block).numpy()
 
 
 def _factor(correlations: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of damped correlations [in, in]."""
+    """The upper Cholesky factor of the inverse of the damped correlations, [in, in].
+
+    If P reverses the order and P H P = L L^T, it is P L^-1 P.
+
+    Raises:
+        InputError: the correlations are not finite.
+    """
     import torch
 
-    diagonal = correlations.diagonal()
-    damped = correlations.clone()
-    damped.diagonal().add_(DAMPING * max(float(diagonal.mean()), float(torch.finfo(torch.float32).tiny)))
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    return factor
+    if not bool(correlations.isfinite().all()):
+        raise InputError("the checkpoint itself computes NaN or infinity on the calibration text")
+    damped = correlations.double().flip(0, 1)  # a copy
+    damped.diagonal().add_(DAMPING * max(float(damped.diagonal().mean()), torch.finfo(torch.float32).tiny))
+    lower = torch.linalg.cholesky(damped)
+    identity = torch.eye(len(lower), dtype=lower.dtype)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()

@@ -41,14 +41,14 @@ class OnnxFile:
         model: the ModelProto, external data not loaded.
         initializers: name → lazy tensor, except for types smaller than a byte and strings.
         confined: whether it runs in a process with limits.
-        altered: whether ``model`` differs from the file's content, and is to be run in its place.
+        omitted: name of an attribute that nodes do not have when it is run; empty to run the file as it is.
     """
 
     path: str
     model: Any
     initializers: Mapping[str, LazyTensor]
     confined: bool = True
-    altered: bool = False
+    omitted: str = ""
 
     @property
     def is_own(self) -> bool:

@@ -98,18 +98,8 @@ def _from_file(name: str, weight: LazyTensor, found: Mapping[str, LazyTensor]) -
 
 
 def with_float_activations(file: OnnxFile) -> OnnxFile:
-    """The graph with no accuracy level, so that its arithmetic is float32; the file itself if it has none."""
-    import onnx
-
-    levels = [a for node in file.model.graph.node for a in node.attribute if a.name == "accuracy_level"]
-    if not levels:
-        return file
-    model = onnx.ModelProto()
-    model.CopyFrom(file.model)
-    for node in model.graph.node:
-        for index in reversed([i for i, a in enumerate(node.attribute) if a.name == "accuracy_level"]):
-            del node.attribute[index]
-    return dataclasses.replace(file, model=model, altered=True)
+    """The graph with no accuracy level, so that its arithmetic is float32."""
+    return dataclasses.replace(file, omitted="accuracy_level")
 
 
 def measured(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +194,8 @@ class OnnxRunner:
             skipped=HOLDING_FLOAT32 if narrow and not self._prepack else (),
             buffers=self._buffers(),
         )
-        content = None if outputs is None and not file.altered else _returning(file, outputs or list(file.outputs()))
+        as_it_is = outputs is None and not file.omitted
+        content = None if as_it_is else _returning(file, outputs or list(file.outputs()))
         try:
             with utf8_path(file.path) as path:
                 if self._process is not None:
@@ -270,14 +271,33 @@ def _value(tensor: LazyTensor) -> Any:
 
 
 def _returning(file: OnnxFile, names: Sequence[str]) -> bytes:
-    """The serialised model with these values as outputs; its external data is not copied."""
+    """The serialised model with these values as outputs, without the attribute to omit; external data is not copied.
+
+    The model is changed for the moment of writing, because a copy of one with its weights inside takes much memory.
+    """
     import onnx
 
-    model, have = onnx.ModelProto(), file.outputs()
-    model.CopyFrom(file.model)
-    del model.graph.output[:]
-    for name in dict.fromkeys(names):
-        unknown = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        model.graph.output.append(have.get(name, unknown))
-    content: bytes = model.SerializeToString()
+    graph, have = file.model.graph, file.outputs()
+    unknown = {n: onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names if n not in have}
+    omitted = [(node, i) for node in graph.node for i, a in enumerate(node.attribute) if a.name == file.omitted]
+    outputs, wanted = _copies(graph.output), _copies({**have, **unknown}[name] for name in dict.fromkeys(names))
+    attributes = _copies(node.attribute[i] for node, i in omitted)
+    try:
+        _replace(graph.output, wanted)
+        for node, i in omitted:
+            del node.attribute[i]
+        content: bytes = file.model.SerializeToString()
+    finally:
+        _replace(graph.output, outputs)
+        for (node, i), attribute in zip(omitted, attributes, strict=True):
+            node.attribute.insert(i, attribute)
     return content
+
+
+def _copies(messages: Iterable[Any]) -> list[Any]:
+    return [type(message).FromString(message.SerializeToString()) for message in messages]
+
+
+def _replace(field: Any, values: Sequence[Any]) -> None:
+    del field[:]
+    field.extend(values)
