@@ -111,9 +111,9 @@ def test_tokenizers_that_do_not_fit(checkpoint: Checkpoint, useless: bytes) -> N
         _ = Evaluation(checkpoint, useless, "the " * 40, "a.txt").windows
 
 
-def test_classifiers_without_a_tokenizer_get_random_tokens(tmp_path: Path) -> None:
-    checkpoint = tiny(tmp_path, architectures=["GPT2ForTokenClassification"])
-    evaluation = Evaluation(checkpoint, None, amount=PROSE)
+def test_classifiers_without_a_tokenizer_get_random_tokens(directory: Path) -> None:
+    case = next(case for case in BY_TASK if case.task == "token-classification")
+    evaluation = Evaluation(witness.checkpoint(case, directory), None, amount=PROSE)
     assert evaluation.about == "random tokens"
     assert [len(window) for window in ids(evaluation)] == [16, 16, 16]
 
@@ -134,7 +134,7 @@ def test_texts(tmp_path: Path) -> None:
         (b" \n\t", "the text is empty"),
         (b"caf\xe9 latt\xe9", "not UTF-8"),
         ("text".encode("utf-16"), "not UTF-8"),
-        (None, "no such file"),
+        (None, "file is missing"),
     ],
 )
 def test_bad_texts(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -174,12 +174,9 @@ def test_a_checkpoint_that_computes_nan(checkpoint: Checkpoint) -> None:
 
 def test_samples_follow_the_models_distribution(tmp_path: Path) -> None:
     """By the frequencies of 4000 second tokens, in a vocabulary of four."""
-    import torch
-
-    case = Case("gpt2", keys={"vocab_size": 4, "bos_token_id": 2, "eos_token_id": 2})
-    checkpoint = witness.checkpoint(case, tmp_path)
+    checkpoint = tiny(tmp_path, vocab_size=4, bos_token_id=2, eos_token_id=3)
     drawn = sample(checkpoint, 2, 4000, 2)
-    (logits,) = witness.hf_model(case)(input_ids=torch.tensor([[2]])).logits.detach().numpy()[0]
+    logits = witness.our_outputs(witness.reference(checkpoint), {"input_ids": np.array([[2]])})["logits"][0, 0]
     expected = np.exp(logits) / np.exp(logits).sum()
     assert (drawn[:, 0] == 2).all()
     assert np.abs(np.bincount(drawn[:, 1], minlength=4) / 4000 - expected).max() < 0.04
