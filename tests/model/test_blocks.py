@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -113,3 +116,50 @@ def test_decoded_rows_and_columns() -> None:
 def test_sum_is_in_halves() -> None:
     values = np.array([1e8, 1.0, -1e8, 1.0], np.float32)
     assert ordered_sum(values[None]) == (np.float32(1e8) - np.float32(1e8)) + (np.float32(1) + np.float32(1))
+
+
+#: Prints a digest of a recipe's bytes on a model with blocks of all kinds: usual, tiny, huge, zero.
+DIGEST = """
+import hashlib, sys
+import numpy as np
+from gptconvert.model.blocks import CODES, SCALES, BlockEncoding, BlockFormat
+from tests.helpers import computed_tensors
+
+random, digest = np.random.default_rng(0), hashlib.sha256()
+for dtype in (np.float32, np.float16):
+    matrix = random.normal(0, 0.02, (333, 300))
+    matrix[::7] *= 10.0 ** random.integers(-6, 4, 48)[:, None]
+    matrix[3, 40:80] = 0
+    weight = computed_tensors({"w": matrix.astype(dtype)})["w"]
+    for bits, search in ((8, False), (4, False), (4, True)):
+        for block in (16, 32, 128):
+            parts = BlockEncoding(BlockFormat(bits, block), search).encode(weight)
+            digest.update(parts[CODES].read().tobytes() + parts[SCALES].read().tobytes())
+from numpy._core._multiarray_umath import __cpu_features__ as features
+assert not any(features[name] for name in sys.argv[1:])
+print(digest.hexdigest())
+"""
+
+
+def digest_with(*arguments: str, **variables: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    run = [sys.executable, "-c", DIGEST, *arguments]
+    return subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_bytes_depend_neither_on_threads_nor_on_the_processor() -> None:
+    """Other numbers of threads, another BLAS kernel, and numpy without its vector instructions."""
+    from numpy._core._multiarray_umath import (  # type: ignore[attr-defined]
+        __cpu_baseline__,
+        __cpu_dispatch__,
+        __cpu_features__,
+    )
+
+    vector = [name for name in __cpu_dispatch__ if __cpu_features__[name] and name not in __cpu_baseline__]
+    threads = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    found = {
+        digest_with(),
+        digest_with(**threads, OPENBLAS_CORETYPE="Prescott"),
+        digest_with(*vector, NPY_DISABLE_CPU_FEATURES=" ".join(vector)),
+    }
+    assert len(found) == 1

@@ -107,7 +107,7 @@ def test_without_a_tokenizer_the_model_is_sampled(checkpoint: Checkpoint) -> Non
 def test_tokenizers_that_do_not_fit(checkpoint: Checkpoint, useless: bytes) -> None:
     """Our own text is left out; a user's text is an error."""
     assert Evaluation(checkpoint, useless).about == "16 samples of the source model"
-    with pytest.raises(InputError, match="shorter than one window|does not have|cannot be used"):
+    with pytest.raises(InputError, match=r"shorter than one window|does not have|cannot be used"):
         _ = Evaluation(checkpoint, useless, "the " * 40, "a.txt").windows
 
 

@@ -136,6 +136,11 @@ def scales_of_another_layer(model: Any) -> None:
     node(model, "h.1.mlp.inner").input[2] = "h.0.mlp.c_fc.weight.scales"
 
 
+def head_with_scales_of_a_layer(model: Any) -> None:
+    """A layer's are of the same shape, because its inner width is the number of tokens."""
+    node(model, "logits_2d").input[2] = "h.0.mlp.c_fc.weight.scales"
+
+
 def zero_point_of_7(model: Any) -> None:
     """An explicit zero point, where the codes were made for the default of 8."""
     product = node(model, "h.1.mlp.inner")
@@ -168,13 +173,14 @@ BUGS: dict[str, Callable[[Any], None]] = {
     "zero point 7": zero_point_of_7,
     "bias dropped": bias_dropped,
     "scales of another layer": scales_of_another_layer,
+    "head with the scales of a layer": head_with_scales_of_a_layer,
     "embedding is not the head": embedding_is_not_the_head,
 }
 
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_planted_bugs_fail(bug: Callable[[Any], None], tmp_path: Path) -> None:
-    checkpoint = tiny(tmp_path / "source", n_embd=48, n_inner=96)
+    checkpoint = tiny(tmp_path / "source", n_embd=48, n_inner=96, vocab_size=96, bos_token_id=95, eos_token_id=95)
     exports = plan(checkpoint, Options(quantize=("q4:plain",), no_base=True, block_size=16))
     write_planned(tmp_path, exports[0].files)
     path = tmp_path / exports[0].path
@@ -212,6 +218,28 @@ def test_ids_outside_the_vocabulary_fail(bad: int, tmp_path: Path) -> None:
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(2)[None]}
     with pytest.raises(Exception, match="indices element out of data bounds"):
         onnxruntime.InferenceSession(path).run(None, feeds)
+
+
+@pytest.mark.parametrize("quantize", ["q8", "q4", "q4:plain"])
+def test_rows_of_a_batch_do_not_affect_each_other(quantize: str, tmp_path: Path) -> None:
+    """As shipped, and exactly. Dynamic quantisation scales all activations by the largest in the batch."""
+    import onnxruntime
+
+    _, path = exported(tmp_path, tiny(tmp_path / "source", n_embd=48), quantize, kv_cache=False)
+    session, random = onnxruntime.InferenceSession(path), np.random.default_rng(0)
+    ids = random.integers(0, 97, (4, 11))
+    mask = np.ones_like(ids)
+    mask[1, :4] = 0
+
+    def rows(ids: Any) -> Any:
+        positions = (mask.cumsum(1) - 1).clip(0)
+        (logits,) = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+        return logits[:2]
+
+    expected, others = rows(ids), ids.copy()
+    others[2:] = random.integers(0, 97, (2, 11))
+    assert (others[2:] != ids[2:]).any()
+    assert np.array_equal(rows(others), expected)
 
 
 @pytest.mark.parametrize("case", BY_TASK, ids=str)
