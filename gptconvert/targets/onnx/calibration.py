@@ -159,4 +159,5 @@ def _factor(correlations: Tensor) -> Tensor:
     damped.diagonal().add_(DAMPING * max(float(damped.diagonal().mean()), torch.finfo(torch.float32).tiny))
     lower = torch.linalg.cholesky(damped)
     identity = torch.eye(len(lower), dtype=lower.dtype)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    return factor

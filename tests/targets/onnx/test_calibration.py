@@ -54,12 +54,12 @@ def test_errors_of_the_outputs_are_smaller(rows: int, width: int) -> None:
 
 def test_equals_the_algorithm_of_the_paper() -> None:
     """One column at a time in float64, with the whole inverse updated after each."""
-    form, (weight, inputs) = BlockFormat(4, 16), layer(300, 48)
+    form, (weight, inputs) = BlockFormat(4, 16), layer(500, 144)
     scales = np.repeat(form.searched_scales(form.in_blocks(weight)), 16, axis=1).astype(np.float64)
     hessian = inputs.T.astype(np.float64) @ inputs
-    inverse, left = np.linalg.inv(hessian + 0.01 * np.diag(hessian).mean() * np.eye(48)), weight.astype(np.float64)
+    inverse, left = np.linalg.inv(hessian + 0.01 * np.diag(hessian).mean() * np.eye(144)), weight.astype(np.float64)
     expected = np.empty_like(left)
-    for i in range(48):
+    for i in range(144):
         expected[:, i] = (np.floor(left[:, i] / scales[:, i] + 8.5).clip(0, 15) - 8) * scales[:, i]
         left -= np.outer((left[:, i] - expected[:, i]) / inverse[i, i], inverse[i])
         inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
