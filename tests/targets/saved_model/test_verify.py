@@ -44,7 +44,7 @@ class Altered:
     def __init__(self, process: TensorFlowProcess, signature: str, alter: Callable[[Arrays, Arrays], Arrays]) -> None:
         self.process, self.signature, self.alter = process, signature, alter
 
-    def ask(self, command: str, **request: object) -> dict[str, Any]:
+    def ask(self, command: str, stop: object = None, **request: object) -> dict[str, Any]:
         return self.process.ask(command, **request)
 
     def run(self, signature: str, inputs: Arrays, wanted: tuple[str, ...] = ()) -> Arrays:
