@@ -7,12 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from campaigns import differential, exports, faults, fuzz, hostile, kills, limits, mutate
+from campaigns import correct, differential, exports, faults, fuzz, hostile, kills, limits, mutate
 from campaigns.runner import Campaign, State, UnusableStateError, run_all
 from campaigns.table import markdown
 
 #: Name → what runs it, and its share of the time.
 CAMPAIGNS: Mapping[str, Campaign] = {
+    "correct": Campaign(correct.run, weight=4),
     "differential": Campaign(differential.run, weight=3),
     "exports": Campaign(exports.run, weight=2),
     "faults": Campaign(faults.run, weight=3),

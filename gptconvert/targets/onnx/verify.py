@@ -118,9 +118,11 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
         planned = {placed.name for placed in candidate.export.placed}
         report.problems += unplanned(file, planned, tables)
         return candidate.checkpoint, report, pairs
-    checkpoint = as_stored(candidate.checkpoint, file.initializers.values())
-    if file.is_own:
+    if file.is_own:  # its tables may take more bytes than its weights
+        names = candidate.checkpoint.weights.keys() & file.initializers.keys()
+        checkpoint = as_stored(candidate.checkpoint, [file.initializers[name] for name in names])
         return checkpoint, *pair_up(file, checkpoint.weights, tables)
+    checkpoint = as_stored(candidate.checkpoint, file.initializers.values())
     report, found = match_by_content(used_tensors(file), candidate.checkpoint)
     return dataclasses.replace(checkpoint, weights={**checkpoint.weights, **found}), report, []
 

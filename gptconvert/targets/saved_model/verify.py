@@ -278,7 +278,7 @@ def _run(
         return
     stage("running the other signatures", 0)
     signatures = list(loaded().description["signatures"])
-    others, report.greedy = check_other_signatures(tensorflow, checkpoint, signatures, run.groups)
+    others, report.greedy = check_other_signatures(tensorflow, checkpoint, signatures, run.groups, seed)
     run.groups.append(others)
 
 
