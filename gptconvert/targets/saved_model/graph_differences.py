@@ -193,9 +193,7 @@ def _message(where: str, expected: Any, found: Any) -> Iterator[str]:
 
 
 def _text(message: Any) -> str:
-    from google.protobuf import text_format
-
-    return str(text_format.MessageToString(message))
+    return str(message)
 
 
 def _bytes(message: Any) -> bytes:

@@ -93,7 +93,6 @@ def version_of(path: str) -> str | None:
     except GptConvertError:  # none, or another program's
         return None
     tool, targets = found.get("tool"), found.get("targets")
-    ours = (
-        isinstance(tool, dict) and tool.get("name") == "gptconvert" and isinstance(targets, list) and NAME in targets
-    )
-    return str(tool["version"]) if ours and "version" in tool else None
+    if not isinstance(tool, dict) or tool.get("name") != "gptconvert":
+        return None
+    return str(tool.get("version")) if isinstance(targets, list) and NAME in targets else None
