@@ -9,6 +9,7 @@ cores, each with one TensorFlow for many cases, without limits.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import multiprocessing
 import os
 import tempfile
@@ -67,6 +68,8 @@ def run(seed: int, seconds: float, start: int = 0, only: int | None = None) -> R
     if only is not None:
         report.add(run_case(seed, only, debug=True))
         return report
+    if importlib.util.find_spec("tensorflow") is None:
+        report.missing = ["SavedModels, which need TensorFlow"]
     while time.monotonic() < end:
         for case in _in_children(seed, report.next, end):
             report.add(case)

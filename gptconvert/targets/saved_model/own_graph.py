@@ -43,9 +43,7 @@ class OwnGraph:
     stored: Mapping[str, LazyTensor]
     orientations: Mapping[str, bool | None]
 
-    def compare(
-        self, tensorflow: TensorFlowProcess, path: str, stop: threading.Event
-    ) -> tuple[list[str], list[str]]:
+    def compare(self, tensorflow: TensorFlowProcess, path: str, stop: threading.Event) -> tuple[list[str], list[str]]:
         """The differences in the directory ``path``, or a note why its graph is not compared.
 
         Raises:
