@@ -70,5 +70,8 @@ def in_chunks(runner: Runner, probe: Probe, config: GPTConfig, first: Outputs | 
         mask = feeds.attention_mask[:, :stop]
         pieces.append(runner.run(Feeds(feeds.input_ids[:, now], mask, feeds.position_ids[:, now], past), True))
         start = stop
-    named = {name: np.concatenate([piece.named[name] for piece in pieces], 1) for name in pieces[0].named}
+    try:
+        named = {name: np.concatenate([piece.named[name] for piece in pieces], 1) for name in pieces[0].named}
+    except ValueError as error:  # shapes that depend on more than the number of tokens
+        raise RunError(f"the chunks' outputs do not fit together: {error}") from error
     return Outputs(named, pieces[-1].presents if probe.compare_presents else ())
