@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from tests.verify.random_exports import Case as Model
 
 from campaigns.graph_mutations import Graph, Mutant, mutants
 from campaigns.report import Case, Report
@@ -50,7 +51,6 @@ from gptconvert.verify.truth import TruthPass
 from gptconvert.verify.weights import compare
 from reference_model.config import GPTConfig, Rotary
 from tests.helpers import write_planned
-from tests.verify.random_exports import Case as Model
 
 #: Relative difference of two float64 runs that rounding explains.
 EXACT = 1e-9
