@@ -27,12 +27,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from tests.verify.random_exports import Case as Model
 
 from campaigns.graph_mutations import Graph, Mutant, mutants
+from campaigns.models import Model
 from campaigns.report import Case, Report
 from gptconvert.errors import GptConvertError
 from gptconvert.families.registry import family_named
+from gptconvert.inspection import open_checkpoint
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.onnx import verify as onnx_verify
@@ -172,8 +173,8 @@ class Correct:
         fields = {**SIZES, **family_named(family).fixed, **FAMILIES[family]}
         config = GPTConfig(family=family, **fields)
         folder.mkdir()
-        model = Model(list(FAMILIES).index(family), config, "usual", np.dtype(np.float32), Options())
-        return cls.made(family, model.checkpoint(folder), folder)
+        model = Model(list(FAMILIES).index(family), 0, config, "usual", np.dtype(np.float32), Options())
+        return cls.made(family, open_checkpoint(model.write(folder / "source")), folder)
 
     @classmethod
     def made(cls, family: str, checkpoint: Checkpoint, folder: Path) -> Correct:
