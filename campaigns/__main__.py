@@ -7,12 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from campaigns import differential, exports, faults, fuzz, hostile, kills, limits, mutate
+from campaigns import correct, differential, exports, faults, fuzz, hostile, kills, limits, mutate, planted
 from campaigns.runner import Campaign, State, UnusableStateError, run_all
 from campaigns.table import markdown
 
 #: Name → what runs it, and its share of the time.
 CAMPAIGNS: Mapping[str, Campaign] = {
+    "correct": Campaign(correct.run, weight=4),
     "differential": Campaign(differential.run, weight=3),
     "exports": Campaign(exports.run, weight=2),
     "faults": Campaign(faults.run, weight=3),
@@ -21,6 +22,7 @@ CAMPAIGNS: Mapping[str, Campaign] = {
     "kills": Campaign(kills.run, weight=3),
     "limits": Campaign(limits.run, weight=1),
     "mutate": Campaign(mutate.run, weight=3),
+    "planted": Campaign(planted.run, weight=3),
 }
 #: Seconds of all campaigns together, in full and with ``--quick``; imports and the last case come on top.
 FULL, QUICK = 6900.0, 235.0

@@ -47,6 +47,8 @@ class Report:
         inputs: number of inputs tried in all cases.
         seconds: wall time.
         leftovers: files and processes that cases left behind.
+        caught: where bugs were planted → how many were found.
+        missed: likewise, how many were not.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Report:
     inputs: int = 0
     seconds: float = 0.0
     leftovers: int = 0
+    caught: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
 
     def add(self, case: Case) -> None:
         """Count a case."""
@@ -78,6 +82,8 @@ class Report:
     def merge(self, more: Report) -> None:
         """Add the result of a later run of the same campaign."""
         self.outcomes += more.outcomes
+        self.caught += more.caught
+        self.missed += more.missed
         self.failures += more.failures
         cases = [case for case in (self.slowest, more.slowest) if case is not None]
         self.slowest = max(cases, key=lambda case: case.seconds, default=None)
@@ -85,15 +91,23 @@ class Report:
         self.inputs, self.seconds = self.inputs + more.inputs, self.seconds + more.seconds
         self.leftovers += more.leftovers
 
+    @property
+    def scores(self) -> list[str]:
+        """The share of planted bugs that were found, as text."""
+        totals = {where: self.caught[where] + self.missed[where] for where in (self.caught | self.missed)}
+        return [f"{where}: {self.caught[where] / n:.2%} of {n} bugs caught" for where, n in sorted(totals.items())]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "outcomes": dict(self.outcomes)}
+        counts = {"outcomes": self.outcomes, "caught": self.caught, "missed": self.missed}
+        return {**asdict(self), **{name: dict(count) for name, count in counts.items()}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
         """The report of :meth:`as_dict`."""
         slowest, failures = values["slowest"], [Case(**case) for case in values["failures"]]
-        kept = {"outcomes": Counter(values["outcomes"]), "failures": failures}
+        counts = {name: Counter(values.get(name, {})) for name in ("outcomes", "caught", "missed")}
+        kept = {**counts, "failures": failures}
         return cls(**{**values, **kept, "slowest": None if slowest is None else Case(**slowest)})
 
     def __str__(self) -> str:
@@ -102,6 +116,7 @@ class Report:
         lines = [f"{self.name}, seed {self.seed}: {self.cases} cases{inputs} ({counts or 'none'})"]
         if self.slowest is not None:
             lines.append(f"  slowest: case {self.slowest.number}, {self.slowest.seconds:.2f} s: {self.slowest.what}")
+        lines += [f"  {score}" for score in self.scores]
         lines += [f"  NOT RUN: {what}" for what in self.missing]
         lines += [f"  FAILED case {case.number}: {case.what}\n    {case.outcome}" for case in self.failures]
         if self.leftovers:

@@ -23,6 +23,7 @@ def markdown(reports: Sequence[Report]) -> str:
     lines = [f"{circumstances()}\n", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
     lines += [_row(_cells(report)) for report in reports]
     for title, items in (
+        ("Planted bugs", [f"{report.name}, {score}" for report in reports for score in report.scores]),
         ("Not run", [f"{report.name}: {what}" for report in reports for what in report.missing]),
         ("Failures", [f"{r.name}, case {c.number}: {c.what}: {c.outcome}" for r in reports for c in r.failures]),
     ):

@@ -17,6 +17,8 @@ from gptconvert.errors import GptConvertError, InputError
 from gptconvert.publish import journal, signals
 
 _PR_SET_PDEATHSIG = 1
+#: Seconds that a child may take to clean up after a signal; then it is killed, and the parent cleans up.
+GRACE = 15.0
 _UNREADABLE = "the file was truncated while it was being read, or its disk failed"
 
 
@@ -57,17 +59,26 @@ def _run(command: Callable[[], int]) -> int:
 
 def _watch(child: int, descriptor: int) -> int:
     """Forward signals to the child until it ends; returns the exit code."""
+    forwarded: list[int] = []
 
     def forward(signum: int, _: object) -> None:
+        if not forwarded:
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+        forwarded.append(signum)
         with suppress(ProcessLookupError):
             os.kill(child, signum)
 
+    def end(_: int, __: object) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, end)
     for number in signals.handled():
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     # Once it is reaped, another process may get the child's number.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*signals.SIGNALS, signal.SIGALRM))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     record = journal.read(descriptor)
     left = _clean_up(record)
@@ -76,7 +87,8 @@ def _watch(child: int, descriptor: int) -> int:
     from gptconvert.publish.scratch import remove_abandoned
 
     remove_abandoned()
-    return _explain(-code, record, left)
+    killed_for = forwarded[0] if forwarded and code == -signal.SIGKILL else -code
+    return _explain(killed_for, record, left)
 
 
 def _clean_up(record: journal.Journal) -> list[str]:

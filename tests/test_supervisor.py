@@ -50,12 +50,12 @@ def root() -> Iterator[Path]:
         yield Path(directory)
 
 
-def start(root: Path, *flags: str, action: str = "") -> subprocess.Popen[str]:
-    """Convert ``source`` to ``out``; ``action`` runs before anything is written."""
+def start(root: Path, *flags: str, action: str = "", before: str = "") -> subprocess.Popen[str]:
+    """Convert ``source`` to ``out``; ``action`` runs before anything is written, ``before`` in the parent."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(root)}
     arguments = [sys.executable, "-m", "gptconvert"]
     if action:
-        code = HOOK.format(action=action.strip("\n").lstrip())
+        code = before + HOOK.format(action=action.strip("\n").lstrip())
         start_here = "from gptconvert.__main__ import main; main()"
         arguments = [sys.executable, "-c", f"{code}\n{start_here}"]
         (data,) = (root / "source").glob("*.data-*")
@@ -99,6 +99,19 @@ def test_a_process_that_is_killed_leaves_nothing(root: Path, signum: signal.Sign
     assert f"killed by {signum.name}" in done.stderr
     assert hint in done.stderr
     assert "nothing was published" in done.stderr
+    assert names(root) == ["source"]
+
+
+def test_a_child_that_does_not_react_to_a_signal_is_killed(root: Path) -> None:
+    deaf = "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 30)); print(flush=True); signal.sigwait([40])"
+    patience = "from gptconvert import supervisor\nsupervisor.GRACE = 0.2\n"
+    with start(root, action=deaf, before=patience) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=20)[1]
+    assert process.returncode == 143, err
+    assert "interrupted; nothing was published" in err
     assert names(root) == ["source"]
 
 

@@ -28,6 +28,8 @@ _LEGACY_PROTOCOL = 1001
 _RESAVE_SCRIPT = RESAVE.replace("model.state", "torch.jit.load(FILE, 'cpu').state")
 #: Usual file name extensions.
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+#: Members that hold no part of a tensor.
+RECORDS = frozenset({"version", ".data/serialization_id", ".format_version", ".storage_alignment"})
 #: Keys under which training scripts save the model's state dict beside their own state.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state")
 
@@ -167,6 +169,8 @@ def _read_zip(path: str) -> TorchFile:
         used[key] = member
         return Segment(path, member.data.offset, nbytes)
 
+    for name in RECORDS & {*(member.removeprefix(root) for member in members)}:
+        _read_member(members[f"{root}{name}"])  # their checksums show damage
     rules = torch_rules(path, locate, _byte_order(members.get(f"{root}byteorder"), path))
     tree = load_pickle(io.BytesIO(_read_member(members[f"{root}data.pkl"])), rules, path)
     checksums = tuple(FileChecksum(m.data, "crc32", m.crc32, m.name) for m in used.values())

@@ -30,7 +30,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_COMMENT = 0xFFFF
-_ENCRYPTED, _UTF8 = 1 << 0, 1 << 11
+_ENCRYPTED, _PATCH, _UTF8 = 1 << 0 | 1 << 6, 1 << 5, 1 << 11
 _IN_ZIP64 = 0xFFFFFFFF
 #: Newest version of the format that a member may need, times ten.
 _MAX_VERSION = 63
@@ -202,6 +202,7 @@ def _check_entries(entries: Sequence[_Entry], path: str) -> None:
     rules: Mapping[str, list[str]] = {
         "compressed members": [e.name for e in entries if e.method != 0],
         "encrypted members": [e.name for e in entries if e.flags & _ENCRYPTED],
+        "patches of members": [e.name for e in entries if e.flags & _PATCH],
         "duplicate member names": [n for n, c in Counter(e.name for e in entries).items() if c > 1],
         "member names that leave the archive": [e.name for e in entries if _leaves(e.name)],
         "members whose compressed and uncompressed sizes differ": [

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ from gptconvert.verify.weights import WeightReport
 
 #: Elements read of every tensor to select the pairs that are compared whole.
 SAMPLES = 24
+#: A tensor of at most this many bytes is read whole, which is faster than element by element.
+SMALL = 1 << 16
 #: A tensor with at least this share of a weight's elements, in the same places, is a copy of it.
 MOSTLY = 0.5
 #: Converters to float16 round smaller numbers up to this one or to half of it, instead of to the nearest.
@@ -74,11 +77,13 @@ class Part:
         weight: canonical name.
         tensor: the elements, in canonical layout.
         layouts: the ways in which it may be stored.
+        start: the weight's row that it begins at.
     """
 
     weight: str
     tensor: LazyTensor
     layouts: tuple[Layout, ...]
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
-class _FlatIndex(LazyTensor):
+class FlatIndex(LazyTensor):
     """A tensor whose elements are their own indices in row-major order."""
 
     shape: Shape
@@ -123,15 +128,26 @@ class _FlatIndex(LazyTensor):
         return np.ravel_multi_index(np.ix_(*axes), self.shape)
 
 
-def match_by_content(
-    found: Mapping[str, LazyTensor], checkpoint: Checkpoint
-) -> tuple[WeightReport, dict[str, LazyTensor]]:
-    """Compare the tensors of a file with a checkpoint's weights, under any name and in any known layout.
+#: A tensor's name, and the layout in which it holds a part.
+Place = tuple[str, Layout]
 
-    Returns:
-        the report, and the weights that were found, cast to the type that each is stored in. Damaged copies are
-        problems; weights that are not found are listed, and left to the outputs.
+
+class Match(NamedTuple):
+    """Which of a file's tensors hold which weights.
+
+    Attributes:
+        report: damaged copies are problems; weights that are not found are listed, and left to the outputs.
+        weights: those that were found, cast to the type that each is stored in.
+        places: part → all tensors that hold it exactly.
     """
+
+    report: WeightReport
+    weights: dict[str, LazyTensor]
+    places: Mapping[Part, tuple[Place, ...]]
+
+
+def match_by_content(found: Mapping[str, LazyTensor], checkpoint: Checkpoint) -> Match:
+    """Compare the tensors of a file with a checkpoint's weights, under any name and in any known layout."""
     floats = {name: tensor for name, tensor in found.items() if tensor.dtype.newbyteorder("=") in FLOATS}
     matcher = _Matcher(floats, sizes_of(checkpoint.config))
     whole, in_blocks = _parts(checkpoint)
@@ -149,7 +165,8 @@ def match_by_content(
             report.equal, report.nbytes = report.equal + 1, report.nbytes + weight.size * types[name].itemsize
         else:
             report.outputs_only.append(name)
-    return report, {name: cast(checkpoint.weights[name], dtype) for name, dtype in types.items()}
+    weights = {name: cast(checkpoint.weights[name], dtype) for name, dtype in types.items()}
+    return Match(report, weights, {part: tuple(places) for part, places in matcher.places.items()})
 
 
 def _parts(checkpoint: Checkpoint) -> tuple[list[Part], list[Part]]:
@@ -163,7 +180,8 @@ def _parts(checkpoint: Checkpoint) -> tuple[list[Part], list[Part]]:
         whole.append(Part(name, weight, _layouts(weight.shape, shape, steps, padded=name in TABLES)))
         if ".c_attn." in name:
             one = (weight.shape[0] // 3, *weight.shape[1:])
-            blocks += [Part(name, block, _layouts(one, one, (), padded=False)) for block in split(weight, 3)]
+            layouts = _layouts(one, one, (), padded=False)
+            blocks += [Part(name, block, layouts, i * one[0]) for i, block in enumerate(split(weight, 3))]
     return whole, blocks
 
 
@@ -186,6 +204,7 @@ class _Matcher:
         held: part → type of the tensor that holds it.
         used: names of the tensors that hold a part.
         shared: parts held by a tensor that holds an equal one too.
+        places: part → all tensors that hold it.
     """
 
     found: Mapping[str, LazyTensor]
@@ -193,18 +212,20 @@ class _Matcher:
     held: dict[Part, np.dtype[np.generic]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     shared: set[Part] = field(default_factory=set)
+    places: dict[Part, list[Place]] = field(default_factory=dict)
     _views: dict[Layout, list[_Views]] = field(default_factory=dict)
 
     def match(self, parts: Iterable[Part]) -> None:
         """Find a tensor for each part: one of its own if possible, or else one that holds an equal part."""
         for part in parts:
             similar = sorted(self._similar(part, 1.0), key=lambda similar: similar[0] in self.used)
-            for name, layout in similar:
-                if self._agreement(part, name, layout).exact:
-                    self.held[part] = self.found[name].dtype.newbyteorder("=")
-                    self.shared |= {part} if name in self.used else set()
-                    self.used.add(name)
-                    break
+            places = [place for place in similar if self._agreement(part, *place).exact]
+            if places:
+                name = places[0][0]
+                self.held[part] = self.found[name].dtype.newbyteorder("=")
+                self.shared |= {part} if name in self.used else set()
+                self.used.add(name)
+                self.places[part] = places
 
     def damaged(self, parts: Iterable[Part]) -> list[str]:
         """One line for each tensor that holds most of a part, and no part exactly."""
@@ -223,12 +244,12 @@ class _Matcher:
 
     def _similar(self, part: Part, share: float) -> Iterator[tuple[str, Layout]]:
         """Tensors, and their layouts, in which at least a share of the part's samples is equal."""
-        samples = _sample(part.tensor)
+        samples = sample(part.tensor)
         for layout in part.layouts:
             for views in self._views_in(layout):
                 expected = samples.astype(views.samples.dtype)
                 equal = _bits(expected) == _bits(views.samples)  # (n, SAMPLES)
-                telling = _telling(expected) if share < 1 else np.ones(len(expected), bool)
+                telling = is_telling(expected) if share < 1 else np.ones(len(expected), bool)
                 telling = telling if telling.any() else ~telling
                 for i in np.flatnonzero(equal[:, telling].mean(1) >= share):
                     yield views.names[i], layout
@@ -240,7 +261,7 @@ class _Matcher:
             for name, tensor in self.found.items():
                 view = layout.view(tensor, self.sizes)
                 if view is not None:
-                    by_type.setdefault(view.dtype.newbyteorder("="), {})[name] = _sample(view)
+                    by_type.setdefault(view.dtype.newbyteorder("="), {})[name] = sample(view)
             self._views[layout] = [_Views(tuple(s), np.stack(list(s.values()))) for s in by_type.values()]
         return self._views[layout]
 
@@ -252,7 +273,7 @@ class _Matcher:
     def _line(self, part: Part, name: str, layout: Layout, agreement: Agreement) -> str:
         """The damage, with the index that the first different element has in the file's tensor."""
         shape = self.found[name].shape
-        indices = layout.view(_FlatIndex(shape), self.sizes)
+        indices = layout.view(FlatIndex(shape), self.sizes)
         assert indices is not None and agreement.first is not None
         flat = indices.read(tuple(slice(i, i + 1) for i in agreement.first)).reshape(-1)[0]
         where = [int(i) for i in np.unravel_index(int(flat), shape)]
@@ -282,7 +303,7 @@ def _agreement(part: LazyTensor, view: LazyTensor) -> Agreement:
         differs = _bits(expected) != _bits(found)
         if part.dtype == np.float16:
             differs &= ~((np.abs(expected) <= FLOAT16_CLAMP) & (np.abs(found) <= FLOAT16_CLAMP))
-        mask = _telling(expected)
+        mask = is_telling(expected)
         telling, telling_equal = telling + int(mask.sum()), telling_equal + int((mask & ~differs).sum())
         if first is None and differs.any():
             inside = np.unravel_index(int(np.argmax(differs)), differs.shape)
@@ -299,10 +320,12 @@ def _blocks(tensor: LazyTensor) -> Iterator[Box]:
         yield (slice(start, min(start + step, rows)), *rest)
 
 
-def _sample(tensor: LazyTensor) -> Array:
+def sample(tensor: LazyTensor) -> Array:
     """The same :data:`SAMPLES` elements of every tensor of one shape."""
     random = np.random.default_rng(tensor.shape)
     cells = random.integers(0, tensor.shape, (SAMPLES, len(tensor.shape)))
+    if tensor.nbytes <= SMALL:
+        return np.ascontiguousarray(tensor.read()[tuple(cells.T)])
     return np.concatenate([tensor.read(tuple(slice(i, i + 1) for i in c)).reshape(-1) for c in cells.tolist()])
 
 
@@ -310,7 +333,7 @@ def _bits(array: Array) -> Array:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def _telling(array: Array) -> NDArray[np.bool_]:
+def is_telling(array: Array) -> NDArray[np.bool_]:
     """Elements that are neither 0 nor 1, which many tensors have in common."""
     return np.asarray((array != 0) & (array != 1))
 
@@ -319,8 +342,8 @@ def _reshaped(tensor: LazyTensor, shape: Shape) -> LazyTensor:
     """The same elements in row-major order."""
     if tensor.shape == shape:
         return tensor
-    if isinstance(tensor, _FlatIndex):
-        return _FlatIndex(shape)
+    if isinstance(tensor, FlatIndex):
+        return FlatIndex(shape)
     if isinstance(tensor, Stored):
         return Stored(tensor.parts, tensor.dtype, shape)
 

@@ -24,8 +24,8 @@ Floats = NDArray[np.float32]
 
 #: A model with more weights than this in its blocks is large.
 LARGE = 1_000_000_000
-#: Longest random sequence.
-MOST_RANDOM = 128
+#: Longest random sequence, and most rows of a random batch.
+MOST_RANDOM, MOST_ROWS = 128, 9
 #: The longest prompt repeats the shorter ones except for the id at this index: only outputs from there on may change.
 CHANGED = 6
 
@@ -197,8 +197,9 @@ def make_probes(
         config: the architecture; sizes are capped by its n_ctx.
         kv_cache: whether the candidate takes and returns keys and values.
         free_positions: whether the candidate lets its caller choose positions.
-        level: ``default``, about 100 tokens, or 55 for a large model; ``full``, sequences as long as the context too.
-        seed: of all random values; any but 0 adds probes of random length, batch size, mask and past.
+        level: ``default``, about 100 tokens, or 55 for a large model; ``full``, sequences as long as the context too,
+            and batches of random size, length, mask and past.
+        seed: of all random values; any but 0 adds such batches at either level.
     """
     make = _Maker(config, seed)
     amount = USUAL if level == "full" else usual_amount(config)
@@ -209,7 +210,7 @@ def make_probes(
         probes += _pasts(make, level)
     if free_positions:
         probes += _chosen_positions(make, kv_cache)
-    if seed:
+    if seed or level == "full":
         probes += _random(make, kv_cache, 12 if level == "full" else 3)
     return (*probes, *_beyond_windows(make, kv_cache))
 
@@ -297,10 +298,11 @@ def _chosen_positions(make: _Maker, kv_cache: bool) -> Iterator[Probe]:
 
 
 def _random(make: _Maker, kv_cache: bool, count: int) -> Iterator[Probe]:
-    """Batches that an exporter cannot foresee; each row has at least one new token."""
+    """Batches that an exporter cannot foresee, of every size if ``count`` suffices; each row has a new token."""
     n_ctx, random = make.config.n_ctx, np.random.default_rng([make.seed])
+    sizes = random.permutation(MOST_ROWS)
     for number in range(1, count + 1):
-        batch, total = int(random.integers(1, 10)), int(random.integers(1, min(n_ctx, MOST_RANDOM) + 1))
+        batch, total = int(sizes[number % MOST_ROWS]) + 1, int(random.integers(1, min(n_ctx, MOST_RANDOM) + 1))
         past = int(random.integers(0, total)) if kv_cache and random.random() < 0.5 else 0
         mask = random.random((batch, total)) < random.choice([0.5, 0.9, 1.0], (batch, 1))
         mask[np.arange(batch), random.integers(past, total, batch)] = True

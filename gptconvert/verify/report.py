@@ -27,11 +27,13 @@ class RunReport:
         runtime: its name and configuration.
         groups: results, in probe order.
         first_bad: where the error begins; None if there is none or it was not located.
+        stressed: whether stress weights ran in place of the checkpoint's.
     """
 
     runtime: str
     groups: list[Group]
     first_bad: str | None = None
+    stressed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -207,10 +209,12 @@ def _not_found(artifact: ArtifactReport) -> Iterator[str]:
     names = artifact.weights.outputs_only
     if names:
         more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-        verb, their = ("is", "its") if len(names) == 1 else ("are", "their")
+        verb, their, them = ("is", "its", "it") if len(names) == 1 else ("are", "their", "them")
+        stressed = any(run.stressed for run in artifact.runs)
         yield (
             f"{artifact.path}: {_weights(len(names))} {verb} found in no stored form "
             f"({', '.join(names[:MOST_SHOWN])}{more}), so only {their} effect on the probes' outputs was compared"
+            + (f", and stress weights did not replace {them}" if stressed else "")
         )
 
 
@@ -221,7 +225,8 @@ def _weights(count: int) -> str:
 def _unprovable(artifact: ArtifactReport) -> Iterator[str]:
     """One note per output in which rounding noise hides errors."""
     shares: dict[str, float] = {}
-    for measure in (m for run in artifact.runs for group in run.groups for m in group.measures.values()):
+    runs = [run for run in artifact.runs if not run.stressed]
+    for measure in (m for run in runs for group in run.groups for m in group.measures.values()):
         if not measure.tensor.startswith("present."):
             shares[measure.tensor] = max(shares.get(measure.tensor, 0.0), measure.noise_share)
     for name, share in shares.items():
@@ -265,6 +270,8 @@ def _artifact_lines(artifact: ArtifactReport, verbose: bool) -> list[str]:
         lines += ["  contract: FAIL", *_some(artifact.problems)]
     for run in artifact.runs:
         lines += _run_lines(run) if verbose else [_run_line(run)]
+    if any(run.stressed and not run.ok for run in artifact.runs):
+        lines.append("  the graph computes another function, though the checkpoint's own weights do not show it")
     if artifact.quality is not None:
         lines += artifact.quality.lines()
     if artifact.computes and not artifact.runs:

@@ -72,5 +72,8 @@ def in_chunks(runner: Runner, probe: Probe, config: GPTConfig, first: Outputs | 
         start = stop
     if config.last_token:
         return Outputs(pieces[-1].named, pieces[-1].presents if probe.compare_presents else ())
-    named = {name: np.concatenate([piece.named[name] for piece in pieces], 1) for name in pieces[0].named}
+    try:
+        named = {name: np.concatenate([piece.named[name] for piece in pieces], 1) for name in pieces[0].named}
+    except ValueError as error:  # shapes that depend on more than the number of tokens
+        raise RunError(f"the chunks' outputs do not fit together: {error}") from error
     return Outputs(named, pieces[-1].presents if probe.compare_presents else ())

@@ -89,11 +89,24 @@ def test_comment_that_looks_like_the_end(small: str) -> None:
     assert read_torch(small)["a"].read().tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_encrypted_member(small: str) -> None:
+@pytest.mark.parametrize(("bit", "what"), [(0, "encrypted"), (6, "encrypted"), (5, "patches of")])
+def test_members_that_are_not_stored_as_they_are(small: str, bit: int, what: str) -> None:
     content = bytearray(Path(small).read_bytes())
-    content[content.index(b"PK\1\2") + 8] |= 1
+    content[content.index(b"PK\1\2") + 8] |= 1 << bit
     Path(small).write_bytes(content)
-    with pytest.raises(UnsafeInputError, match=r"encrypted members: small/data\.pkl"):
+    with pytest.raises(UnsafeInputError, match=rf"{what} members: small/data\.pkl"):
+        read_torch(small)
+
+
+@pytest.mark.parametrize("name", ["small/version", "small/.data/serialization_id"])
+def test_damage_in_a_record_without_tensors(small: str, name: str) -> None:
+    with zipfile.ZipFile(small) as archive:
+        damaged = archive.read(name)
+    content = Path(small).read_bytes()
+    assert content.count(damaged) > 0
+    at = content.index(damaged, content.index(name.encode()) + len(name))
+    Path(small).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(InputError, match=rf"checksum mismatch in {name}"):
         read_torch(small)
 
 

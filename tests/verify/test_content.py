@@ -162,7 +162,9 @@ def test_unknown_form_qualifies_the_verdict(checkpoint: Checkpoint, tmp_path: Pa
     report = judged(checkpoint, tmp_path, {"wte.weight": scaled, "h.0.attn.c_proj.weight": scaled}, {})
     assert report.passed
     assert report.table().endswith("\nverified, except for 2 weights found in no stored form: outputs only")
-    (note,) = report.notes
+    of_stress_weights, note = report.notes
+    assert "and stress weights did not replace them" in note
+    assert "kept the checkpoint's values (h.0.attn.c_attn.weight" in of_stress_weights
     assert "2 weights are found in no stored form (h.0.attn.c_proj.weight, wte.weight)" in note
     weights = report.as_dict()["artifacts"][0]["weights"]
     assert weights["outputs_only"] == ["h.0.attn.c_proj.weight", "wte.weight"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptconvert.model.options import Level
 from gptconvert.verify.packing import Pack
 from gptconvert.verify.probes import Integers, Probe, default_positions, make_probes, waves
 from reference_model.config import TASKS, GPTConfig
@@ -196,7 +198,8 @@ def test_seed_adds_probes_that_an_exporter_cannot_foresee(kv_cache: bool) -> Non
         probes = make_probes(found, kv_cache=kv_cache, level=level, seed=seed)
         return [probe for probe in probes if probe.name.startswith("random")]
 
-    assert added(0) == [] and len(added(1, "default")) == 3
+    assert added(0, "default") == [] and len(added(1, "default")) == 3
+    assert len(added(0)) == 12
     first, again, other = added(1), added(1), added(2)
     assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(first, again, strict=True))
     assert [p.input_ids.shape for p in first] != [p.input_ids.shape for p in other]
@@ -209,3 +212,30 @@ def test_seed_changes_the_fixed_probes() -> None:
     config = checkpoint_of(*tiny_gpt2()).config
     a, b = (make_probes(config, kv_cache=True, seed=seed) for seed in (0, 1))
     assert any(not np.array_equal(x.input_ids, y.input_ids) for x, y in zip(a, b, strict=False))
+
+
+#: What a malicious graph could wait for before it computes something else.
+TRIGGERS: Mapping[str, Callable[[Probe], bool]] = {
+    "more than 64 new tokens": lambda probe: probe.input_ids.shape[1] > 64,
+    "exactly 100 tokens": lambda probe: probe.attention_mask.shape[1] == 100,
+    "batch of 2": lambda probe: len(probe.input_ids) == 2,
+    "batch of 4": lambda probe: len(probe.input_ids) == 4,
+    "batch above 6": lambda probe: len(probe.input_ids) > 6,
+    "past of 10": lambda probe: probe.past_length == 10,
+    "one id of 97": lambda probe: 41 in probe.input_ids[:, 1:],
+}
+
+
+def unseen(level: Level, seed: int) -> set[str]:
+    config = checkpoint_of(*tiny_gpt2(n_positions=256)).config
+    probes = make_probes(config, kv_cache=True, level=level, seed=seed)
+    return {name for name, trigger in TRIGGERS.items() if not any(map(trigger, probes))}
+
+
+def test_triggers_that_no_probe_meets() -> None:
+    """The figures of docs/verification.md: one batch size, length or past among many may be missed, but no range."""
+    rare = {"exactly 100 tokens", "past of 10"}
+    assert unseen("default", 0) == TRIGGERS.keys() - {"one id of 97"}
+    for seed in range(6):
+        assert unseen("full", seed) <= rare
+        assert unseen("default", seed + 1) < unseen("default", 0)

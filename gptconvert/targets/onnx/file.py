@@ -132,7 +132,7 @@ def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
     check_text(model, path)
     check_operators(model, path)
     problems: list[GptConvertError] = []
-    for tensor in (*_tensors(model.graph), *(t for function in model.functions for t in _in_nodes(function.node))):
+    for tensor in (*_tensors(model.graph), *(t for function in model.functions for t in tensors_of(function.node))):
         try:
             if _is_external(tensor):
                 _locate(path, tensor)
@@ -190,10 +190,10 @@ def _tensors(graph: Any) -> Iterator[Any]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    yield from _in_nodes(graph.node)
+    yield from tensors_of(graph.node)
 
 
-def _in_nodes(nodes: Any) -> Iterator[Any]:
+def tensors_of(nodes: Any) -> Iterator[Any]:
     """Every TensorProto of nodes and their subgraphs."""
     for node in nodes:
         for attribute in node.attribute:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any
 
 from gptconvert.model.blocks import Quantised
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.model.transforms import transpose
-from gptconvert.targets.onnx.file import OnnxFile
+from gptconvert.targets.onnx.file import OnnxFile, tensors_of
 from gptconvert.verify.weights import Pair, WeightReport
 
 #: A larger initializer that is not a weight of the model is a problem; smaller ones are constants.
@@ -67,6 +68,22 @@ def used_tensors(file: OnnxFile) -> dict[str, LazyTensor]:
             if node.op_type == "Constant" and node.attribute[0].HasField("t"):
                 constants.update(zip(node.output, file.lazy(node.attribute[0].t), strict=False))
     return {name: tensor for name, tensor in {**file.initializers, **constants}.items() if name in needed}
+
+
+def other_sizes(file: OnnxFile, known: Container[str]) -> set[int]:
+    """Sizes, in elements, of all tensors in the file but those named in ``known``; indices and masks do not count."""
+    import onnx
+
+    graph, whole = file.model.graph, onnx.TensorProto
+    nodes = [node for node in graph.node if node.op_type != "Constant" or node.output[0] not in known]
+    nodes += [node for function in file.model.functions for node in function.node]
+    tensors = [tensor for tensor in graph.initializer if tensor.name not in known]
+    tensors += [sparse.values for sparse in graph.sparse_initializer]
+    sizes = {len(attribute.floats) for node in nodes for attribute in node.attribute}
+    for tensor in (*tensors, *tensors_of(nodes)):
+        if tensor.data_type not in (whole.INT64, whole.INT32, whole.BOOL, whole.STRING):
+            sizes.add(math.prod(tensor.dims))
+    return sizes
 
 
 def _captured(attribute: Any) -> Iterator[str]:

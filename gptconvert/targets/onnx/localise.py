@@ -7,6 +7,8 @@ and values they return, or else by the kinds of probes that fail.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import Array
 from gptconvert.targets.onnx.file import OnnxFile
@@ -23,8 +25,17 @@ from gptconvert.verify.truth import Truth, TruthPass, tensor_of
 MOST_TOKENS = 64
 
 
-def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, groups: list[Group]) -> str | None:
-    """Where the error of the failing ``groups`` begins, as text; None if no whole probe reproduces it."""
+def first_bad_block(
+    file: OnnxFile,
+    binding: Binding,
+    checkpoint: Checkpoint,
+    groups: list[Group],
+    replaced: Mapping[str, Array] | None = None,
+) -> str | None:
+    """Where the error of the failing ``groups`` begins, as text; None if no whole probe reproduces it.
+
+    ``replaced`` is the content of tensors that differs from the file's.
+    """
     failing = [probe for group in groups if not group.ok for probe in group.probes]
     if not failing:
         return None
@@ -34,6 +45,7 @@ def first_bad_block(file: OnnxFile, binding: Binding, checkpoint: Checkpoint, gr
     values = {name for node in file.model.graph.node for name in node.output}
     taps = [name for name in ("embedding", *(f"h.{i}" for i in range(config.n_layer))) if name in values]
     runner = OnnxRunner(file, binding, config, optimise=False, taps=taps, tokens=probe.input_ids.size)
+    runner = runner.with_weights(replaced) if replaced else runner
     truth = TruthPass(
         checkpoint, [probe], binding.compute, presents=runner.kv_cache, taps=True, yardsticks=YARDSTICKS
     ).run()

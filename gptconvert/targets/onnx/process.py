@@ -12,7 +12,7 @@ import numpy as np
 
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.targets.child.client import ChildProcess
-from gptconvert.targets.onnx.session import Settings
+from gptconvert.targets.onnx.session import Settings, as_numbers, kind_of
 
 #: Parts of onnxruntime's messages that say nothing about the graph → what remains of them.
 NOISE: Mapping[str, str] = {
@@ -44,6 +44,7 @@ class RemoteSession:
         content: another graph to load in its place; None to load the file.
         settings: how to load it.
         lent: initializer → tensor in one piece of a file, to use instead.
+        replaced: initializer → its content, for those that ``content`` declares external.
 
     Raises:
         ChildError: onnxruntime cannot load the graph.
@@ -51,13 +52,31 @@ class RemoteSession:
     """
 
     def __init__(
-        self, process: Any, path: str, content: bytes | None, settings: Settings, lent: Mapping[str, LazyTensor]
+        self,
+        process: Any,
+        path: str,
+        content: bytes | None,
+        settings: Settings,
+        lent: Mapping[str, LazyTensor],
+        replaced: Mapping[str, Array] | None = None,
     ) -> None:
         self.process = process
-        arrays = {} if content is None else {"content": np.frombuffer(content, np.uint8)}
-        described = [_described(name, tensor) for name, tensor in lent.items()]
-        fields = {"path": os.path.abspath(path), "settings": dataclasses.asdict(settings), "lent": described}
+        arrays: dict[str, Array] = {} if content is None else {"content": np.frombuffer(content, np.uint8)}
+        kinds: dict[str, tuple[str, int]] = {}
+        for number, (name, array) in enumerate((replaced or {}).items()):
+            key, kind = f"replaced {number}", kind_of(array.dtype)
+            arrays[key], kinds[key] = as_numbers(array), (name, kind)
+        fields: dict[str, object] = {
+            "path": os.path.abspath(path),
+            "settings": dataclasses.asdict(settings),
+            "lent": [_described(name, tensor) for name, tensor in lent.items()],
+            "replaced": kinds,
+        }
         self.number: int = process.call("open", arrays=arrays, **fields)[0]["session"]
+
+    def close(self) -> None:
+        """Free the session's memory."""
+        self.process.call("close", session=self.number)
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs in ``names``.
@@ -73,9 +92,7 @@ class RemoteSession:
 
 def _described(name: str, tensor: LazyTensor) -> tuple[str, str, int, str, tuple[int, ...], int]:
     """Where a tensor is stored, its type as numpy reads it, and ONNX's number of the type."""
-    import onnx
-
     (segment,) = tensor.segments() or ()
-    kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
     numpy_type = tensor.dtype if tensor.dtype.kind == "f" else np.dtype(np.uint16)  # bfloat16 is opaque to numpy
+    kind = kind_of(tensor.dtype)
     return name, os.path.abspath(segment.path), segment.offset, numpy_type.str, tensor.shape, kind

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from gptconvert.errors import GptConvertError, InputError, UnsupportedError
-from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.process import OnnxProcess, RemoteSession
-from gptconvert.targets.onnx.session import Settings, open_session, ort_value
+from gptconvert.targets.onnx.session import Settings, as_numbers, kind_of, open_session, ort_value
 from gptconvert.verify.runners import Feeds, Outputs, RunError, one_line
 from reference_model.config import INPUTS, OUTPUTS, GPTConfig
 
@@ -172,6 +172,8 @@ class OnnxRunner:
         self._file, self._prepack, self._optimise, self._threads = file, prepack, optimise, threads
         self._lent = dict(lent or {})
         self._values: dict[str, Any] = {}  # a session does not keep them alive
+        self._replaced: Mapping[str, Array] = {}
+        self._base: OnnxRunner | None = None
         self._process = self._confined(max(tokens, config.n_ctx)) if file.confined else None
         self._session = self._open([*file.outputs(), *taps] if taps else None)
         self._without_cache: Any = None
@@ -184,6 +186,20 @@ class OnnxRunner:
         weakref.finalize(self, process.close)
         return process
 
+    def with_weights(self, arrays: Mapping[str, Array]) -> Self:
+        """The same graph, in the same process, with other content for some of its tensors (name → array)."""
+        other = copy.copy(self)
+        other._base, other._lent, other._replaced, other._without_cache = self, {}, arrays, None
+        other._values = {} if self._process else {name: _value(array) for name, array in arrays.items()}
+        other._session = other._open([*self._file.outputs(), *self.taps])
+        return other
+
+    def close(self) -> None:
+        """Free the memory of sessions in another process; the runner is not used after that."""
+        for session in (self._session, self._without_cache):
+            if isinstance(session, RemoteSession):
+                session.close()
+
     def _open(self, outputs: Sequence[str] | None) -> Any:
         """A session on the file, or on its graph with other ``outputs``."""
         file, narrow = self._file, any(t.dtype.itemsize == 2 for t in self._file.initializers.values())
@@ -195,13 +211,15 @@ class OnnxRunner:
             buffers=self._buffers(),
         )
         as_it_is = outputs is None and not file.omitted
-        content = None if as_it_is else _returning(file, outputs or list(file.outputs()))
+        content = None if as_it_is else _returning(file, outputs or list(file.outputs()), self._replaced)
         try:
             with utf8_path(file.path) as path:
                 if self._process is not None:
-                    return RemoteSession(self._process, path, content, settings, self._lent)
+                    return RemoteSession(self._process, path, content, settings, self._lent, self._replaced)
+                if self._replaced:
+                    return open_session(path, content, settings, {}, self._values)
                 if not self._values:
-                    self._values = {name: _value(tensor) for name, tensor in self._lent.items()}
+                    self._values = {name: _value(tensor.read()) for name, tensor in self._lent.items()}
                 return open_session(path, content, settings, self._values)
         except GptConvertError:
             raise
@@ -262,21 +280,21 @@ class OnnxRunner:
         return named
 
 
-def _value(tensor: LazyTensor) -> Any:
-    """onnxruntime's view of a memory-mapped tensor, without a copy."""
-    import onnx
-
-    array, kind = tensor.read(), onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
-    return ort_value(array.view(np.uint16) if array.dtype == BFLOAT16 else array, kind)
+def _value(array: Array) -> Any:
+    """onnxruntime's view of an array, without a copy."""
+    return ort_value(as_numbers(array), kind_of(array.dtype))
 
 
-def _returning(file: OnnxFile, names: Sequence[str]) -> bytes:
+def _returning(file: OnnxFile, names: Sequence[str], replaced: Mapping[str, Array]) -> bytes:
     """The serialised model with these values as outputs, without the attribute to omit; external data is not copied.
 
-    The model is changed for the moment of writing, because a copy of one with its weights inside takes much memory.
+    Tensors in ``replaced``, initializers or constants, become external initializers of no file. The model is changed
+    for the moment of writing, because a copy of one with its weights inside takes much memory.
     """
     import onnx
 
+    if replaced:
+        return _with_replaced(file, names, replaced)
     graph, have = file.model.graph, file.outputs()
     unknown = {n: onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names if n not in have}
     omitted = [(node, i) for node in graph.node for i, a in enumerate(node.attribute) if a.name == file.omitted]
@@ -301,3 +319,37 @@ def _copies(messages: Iterable[Any]) -> list[Any]:
 def _replace(field: Any, values: Sequence[Any]) -> None:
     del field[:]
     field.extend(values)
+
+
+def _with_replaced(file: OnnxFile, names: Sequence[str], replaced: Mapping[str, Array]) -> bytes:
+    """:func:`_returning`, with tensors replaced."""
+    import onnx
+
+    have = file.outputs()
+    model = _copied(file.model, ("graph",))
+    graph = _copied(file.model.graph, ("output", "initializer", "node"))
+    for name in dict.fromkeys(names):
+        unknown = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        graph.output.append(have.get(name, unknown))
+    graph.node.extend(node for node in file.model.graph.node if replaced.keys().isdisjoint(node.output))
+    graph.initializer.extend(tensor for tensor in file.model.graph.initializer if tensor.name not in replaced)
+    for name, array in replaced.items():
+        tensor = graph.initializer.add(name=name, dims=array.shape, data_type=kind_of(array.dtype))
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="replaced")
+    model.graph.CopyFrom(graph)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _copied(message: Any, without: Sequence[str]) -> Any:
+    """A copy of a protobuf message without some of its fields."""
+    copied = type(message)()
+    for field, value in message.ListFields():
+        if field.name in without:
+            continue
+        if isinstance(value, str | bytes | int | float):
+            setattr(copied, field.name, value)
+        else:
+            getattr(copied, field.name).MergeFrom(value)
+    return copied

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Array
 from gptconvert.targets.onnx.library import import_onnxruntime
 
@@ -31,14 +34,21 @@ class Settings:
     buffers: Sequence[tuple[str, str]] = ()
 
 
-def open_session(path: str, content: bytes | None, settings: Settings, lent: Mapping[str, Any]) -> Any:
+def open_session(
+    path: str,
+    content: bytes | None,
+    settings: Settings,
+    lent: Mapping[str, Any],
+    replaced: Mapping[str, Any] | None = None,
+) -> Any:
     """An InferenceSession.
 
     Args:
         path: of the graph file.
         content: another graph to load in its place, whose external data is that of ``path``; None to load the file.
         settings: how to load it.
-        lent: initializer → OrtValue to use instead.
+        lent: initializer → OrtValue of equal content to use instead; the optimiser may have read the file's.
+        replaced: initializer → OrtValue of other content, for those that ``content`` declares external.
 
     Raises:
         Exception: onnxruntime's exceptions share no base class.
@@ -55,6 +65,8 @@ def open_session(path: str, content: bytes | None, settings: Settings, lent: Map
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for name, value in lent.items():
         options.add_initializer(name, value)
+    if replaced:
+        options.add_external_initializers(list(replaced), list(replaced.values()))
     if content is not None:
         folder = path.rpartition("/")[0] or "."
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
@@ -113,3 +125,15 @@ class BufferedSession:
 def ort_value(array: Array, kind: int) -> Any:
     """onnxruntime's view of an array, without a copy; ``kind`` is ONNX's number of the type."""
     return import_onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+
+
+def kind_of(dtype: np.dtype[np.generic]) -> int:
+    """ONNX's number of a type."""
+    import onnx
+
+    return int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
+
+
+def as_numbers(array: Array) -> Array:
+    """An array as onnxruntime takes it: bfloat16 as its bits."""
+    return array.view(np.uint16) if array.dtype == BFLOAT16 else array

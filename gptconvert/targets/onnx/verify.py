@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
+from gptconvert.errors import InputError
 from gptconvert.model.blocks import Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
-from gptconvert.model.tensors import LazyTensor
+from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.publish.source_reader import StoppedError
 from gptconvert.targets.onnx.contract import check_contract
 from gptconvert.targets.onnx.file import OnnxFile, open_onnx
-from gptconvert.targets.onnx.foreign import pair_up, unplanned, used_tensors
+from gptconvert.targets.onnx.foreign import other_sizes, pair_up, unplanned, used_tensors
 from gptconvert.targets.onnx.localise import first_bad_block
 from gptconvert.targets.onnx.own_graph import graph_differences, version_note
 from gptconvert.targets.onnx.plan import NAME
@@ -25,15 +28,17 @@ from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
 from gptconvert.targets.rotary import rotary_tables
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.background import half_the_cores, in_background, torch_threads
-from gptconvert.verify.content import match_by_content
+from gptconvert.verify.content import Match, match_by_content
 from gptconvert.verify.evaluation import Evaluation
 from gptconvert.verify.foreign import as_stored
 from gptconvert.verify.outputs import Group, judge
 from gptconvert.verify.probes import Probe, make_probes, waves
 from gptconvert.verify.quality import measurable
-from gptconvert.verify.report import ArtifactReport, RunReport
+from gptconvert.verify.replacement import Replacement, replacement
+from gptconvert.verify.report import MOST_SHOWN, ArtifactReport, RunReport
 from gptconvert.verify.run_probes import run_probes
 from gptconvert.verify.runners import available_memory
+from gptconvert.verify.stress import Setting, settings_of, stress_weights
 from gptconvert.verify.truth import Truth, TruthPass
 from gptconvert.verify.weights import Pair, WeightReport, compare, in_one_piece, pairs_of
 from reference_model.config import GPTConfig
@@ -72,7 +77,7 @@ class OnnxVerifier:
                 or a run exceeds its limits.
         """
         file = open_onnx(candidate.path, confined=candidate.export is None)
-        checkpoint, weights, pairs = _weights(candidate, file)
+        checkpoint, weights, pairs, match = _weights(candidate, file)
         quantised = any(isinstance(weight, Quantised) for weight in checkpoint.weights.values())
         report = ArtifactReport(NAME, candidate.shown_as, weights)
         if candidate.export or file.is_own:
@@ -82,15 +87,47 @@ class OnnxVerifier:
             return report
         proven = with_float_activations(file) if quantised else file
         run_with = as_found(checkpoint, file.initializers) if quantised else checkpoint
-        self._run(report, proven, run_with, pairs, level, candidate.seed, stage)
+        runs = self._run(report, proven, run_with, pairs, level, candidate.seed, stage)
         shares = file.is_last_token or file.is_in_place  # the weights of another graph, which is measured
         if quantised and report.ok and candidate.evaluation is not None and not shares:
             self._measure(report, file, candidate.evaluation, stage)
-        if file.is_own and not candidate.export:
-            report.notes += [*version_note(file, candidate.shown_as), *calibration_note(file, candidate.shown_as)]
-            older = bool(version_note(file, candidate.shown_as))
-            report.problems += [] if older else graph_differences(file, checkpoint)
+        if candidate.export:
+            return report
+        other = version_note(file, candidate.shown_as) if file.is_own else ["not our own"]
+        if file.is_own:
+            report.notes += [*other, *calibration_note(file, candidate.shown_as)]
+            report.problems += [] if other else graph_differences(file, checkpoint)
+        if report.ok and other and not quantised:
+            self._stress(report, runs, match or match_by_content(used_tensors(file), checkpoint), level)
         return report
+
+    def _stress(self, report: ArtifactReport, runs: Runs, match: Match, level: Level) -> None:
+        """Rule 2 with stress weights, for a graph that is not known to be our own."""
+        path, file, checkpoint = report.path, runs.file, runs.checkpoint
+        if runs.binding.compute != "float32":
+            report.notes.append(f"{path}: it was not run with stress weights, because it computes in half precision")
+            return
+        if file.weight_bytes > self.small_model and level != "full":
+            report.notes.append(
+                f"{path}: it was not run with stress weights, which takes several times the memory of its "
+                f"{file.weight_bytes} bytes of weights; --full does"
+            )
+            return
+        tensors = used_tensors(file)
+        found = replacement(tensors, other_sizes(file, tensors), match, checkpoint)
+        report.notes += kept_note(path, [name for name in found.kept if name not in report.weights.outputs_only])
+        for setting in settings_of(checkpoint.config) if found.places else ():
+            stressed = runs.with_weights(found, setting)
+            try:
+                run = stressed.run()
+            except InputError:  # weights that were not replaced overflow
+                report.notes.append(f"{path}: with {setting.name}, the weights that were kept overflow")
+                continue
+            stressed.locate_error(run)
+            report.runs.append(run)
+            stressed.session.close()
+            if not run.ok:
+                break
 
     def _run(
         self,
@@ -101,7 +138,7 @@ class OnnxVerifier:
         level: Level,
         seed: int,
         stage: Stage,
-    ) -> None:
+    ) -> Runs:
         """Check both rules at once."""
         with in_background(lambda stop: self.compare(report.weights, pairs, stop=stop)) as compared:
             small = file.weight_bytes <= min(self.small_model, available_memory() // 4)
@@ -114,6 +151,7 @@ class OnnxVerifier:
         if report.weights.ok:  # a run with the wrong weights proves nothing
             runs.locate_error(run)
             report.runs = [run]
+        return runs
 
     def _measure(self, report: ArtifactReport, file: OnnxFile, evaluation: Evaluation, stage: Stage) -> None:
         """Rule 3, on the graph as it is shipped."""
@@ -130,8 +168,11 @@ class OnnxVerifier:
 verify = OnnxVerifier()
 
 
-def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightReport, list[Pair]]:
-    """The checkpoint as stored, and the pairs to compare: matched by plan, else by name, else by content."""
+def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightReport, list[Pair], Match | None]:
+    """The checkpoint as stored, and the pairs to compare: matched by plan, else by name, else by content.
+
+    The last is the match by content, if that was necessary.
+    """
     if file.is_last_token and not candidate.checkpoint.config.last_token:
         config = dataclasses.replace(candidate.checkpoint.config, last_token=True)
         candidate = dataclasses.replace(
@@ -144,12 +185,29 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
         pairs = pairs_of(candidate.export, file.initializers, report)
         planned = {placed.name for placed in candidate.export.placed}
         report.problems += unplanned(file, planned, tables)
-        return candidate.checkpoint, report, pairs
-    checkpoint = by_recipe(candidate.checkpoint, file) or as_stored(candidate.checkpoint, file.initializers.values())
-    if file.is_own:
-        return checkpoint, *pair_up(file, checkpoint.weights, tables)
-    report, found = match_by_content(used_tensors(file), candidate.checkpoint)
-    return dataclasses.replace(checkpoint, weights={**checkpoint.weights, **found}), report, []
+        return candidate.checkpoint, report, pairs, None
+    if file.is_own:  # its tables may take more bytes than its weights
+        names = candidate.checkpoint.weights.keys() & file.initializers.keys()
+        checkpoint = by_recipe(candidate.checkpoint, file) or as_stored(
+            candidate.checkpoint, [file.initializers[name] for name in names]
+        )
+        return checkpoint, *pair_up(file, checkpoint.weights, tables), None
+    checkpoint = as_stored(candidate.checkpoint, file.initializers.values())
+    match = match_by_content(used_tensors(file), candidate.checkpoint)
+    weights = {**checkpoint.weights, **match.weights}
+    return dataclasses.replace(checkpoint, weights=weights), match.report, [], match
+
+
+def kept_note(path: str, kept: Sequence[str]) -> list[str]:
+    """A note on the weights that stress weights do not replace."""
+    if not kept:
+        return []
+    more = f" and {len(kept) - MOST_SHOWN} more" if len(kept) > MOST_SHOWN else ""
+    note = (
+        f"{path}: while it ran with stress weights, {len(kept)} kept the checkpoint's values "
+        f"({', '.join(kept[:MOST_SHOWN])}{more}), because the graph's tensors for them are not known for certain"
+    )
+    return [note]
 
 
 class Runs:
@@ -181,6 +239,7 @@ class Runs:
     ) -> None:
         self.file, self.checkpoint, self.lent, self.stage, self.runner = file, checkpoint, lent, stage, runner
         self.config: GPTConfig = checkpoint.config
+        self.replaced: Mapping[str, Array] = {}
         self.binding: Binding = bind(file, self.config)
         self.name = DEFAULT if lent is None else LENT if lent else IN_PLACE
         self.probes = make_probes(
@@ -191,18 +250,28 @@ class Runs:
             seed=seed,
         )
 
+    def with_weights(self, found: Replacement, setting: Setting) -> Self:
+        """The same probes and process, with stress weights."""
+        other = copy.copy(self)
+        shapes = {name: weight.shape for name, weight in self.checkpoint.weights.items()}
+        other.checkpoint = found.checkpoint(self.checkpoint, stress_weights(self.config, shapes, setting))
+        other.replaced = found.arrays(other.checkpoint)
+        other.name = f"stress weights: {setting.name}"
+        other.__dict__["session"] = self.session.with_weights(other.replaced)  # in place of the cached property
+        return other
+
     def run(self) -> RunReport:
         """Run all probes."""
         groups: dict[str, Group] = {}
         for wave in waves(self.probes):
             self._run_wave(wave, groups)
-        return RunReport(self.name, list(groups.values()))
+        return RunReport(self.name, list(groups.values()), stressed=bool(self.replaced))
 
     def locate_error(self, run: RunReport) -> None:
         """Record where the error of a failed run begins."""
         if not run.ok:
             self.stage("locating the error", 0)
-            run.first_bad = first_bad_block(self.file, self.binding, self.checkpoint, run.groups)
+            run.first_bad = first_bad_block(self.file, self.binding, self.checkpoint, run.groups, self.replaced)
 
     @functools.cached_property
     def session(self) -> OnnxRunner:

@@ -23,14 +23,18 @@ Answer = tuple[Mapping[str, object], Arrays]
 
 
 def open_(request: Mapping[str, Any], arrays: Arrays) -> Answer:
-    """Open a session on ``path``, or on the graph in the array ``content``; return its number."""
+    """Open a session on ``path``, or on the graph in the array ``content``; return its number.
+
+    ``replaced`` maps the keys of further arrays to initializers.
+    """
     lent = {
         name: ort_value(np.memmap(path, dtype, "r", offset, tuple(shape)), kind)
         for name, path, offset, dtype, shape, kind in request["lent"]
     }
     content = arrays["content"].tobytes() if "content" in arrays else None
-    number = next(NUMBERS)
-    SESSIONS[number] = open_session(request["path"], content, Settings(**request["settings"]), lent), lent
+    replaced = {name: ort_value(arrays[key], kind) for key, (name, kind) in request["replaced"].items()}
+    number, settings = next(NUMBERS), Settings(**request["settings"])
+    SESSIONS[number] = open_session(request["path"], content, settings, lent, replaced), {**lent, **replaced}
     return {"session": number}, {}
 
 

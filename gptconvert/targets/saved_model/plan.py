@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gptconvert.errors import UnsupportedError, install_hint
@@ -89,20 +89,11 @@ def build_graph(
     Raises:
         UnsupportedError: TensorFlow cannot build it, or ``stop`` was set first.
     """
-    described = {name: (weight.dtype.name, weight.shape) for name, weight in sorted(weights.items())}
     flipped = [name for name, weight in checkpoint.weights.items() if weight is not weights[name]]
+    described = description(checkpoint, weights, flipped)
     try:
         with TensorFlowProcess() as tensorflow:
-            answer = tensorflow.ask(
-                "build",
-                stop,
-                config=checkpoint.config.as_dict(),
-                special=dataclasses.asdict(checkpoint.special_ids),
-                weights=described,
-                flipped=flipped,
-                xla=xla,
-                directory=tensorflow.directory,
-            )
+            answer = tensorflow.ask("build", stop, **described, xla=xla, directory=tensorflow.directory)
             saved_model, objects = (_read(tensorflow.directory, name) for name in ("saved_model.pb", "object_graph"))
     except TensorFlowError as error:
         raise UnsupportedError(
@@ -110,6 +101,18 @@ def build_graph(
             hint=f"install TensorFlow 2.18 to 2.21: {install_hint('tf')}",
         ) from error
     return BuiltGraph(saved_model, objects, answer["keys"])
+
+
+def description(
+    checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], flipped: Iterable[str]
+) -> dict[str, object]:
+    """The fields of a request that determine the graph: those of the model, and the weights as stored."""
+    return {
+        "config": checkpoint.config.as_dict(),
+        "special": dataclasses.asdict(checkpoint.special_ids),
+        "weights": {name: (weight.dtype.name, weight.shape) for name, weight in sorted(weights.items())},
+        "flipped": list(flipped),
+    }
 
 
 def _read(directory: str, name: str) -> bytes:

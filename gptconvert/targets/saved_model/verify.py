@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +33,13 @@ from gptconvert.targets.saved_model.contract import (
     outputs_of,
     signature_names,
 )
+from gptconvert.targets.saved_model.own_graph import OwnGraph, version_of
 from gptconvert.targets.saved_model.plan import NAME
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from gptconvert.targets.saved_model.safety import check_saved_model
 from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
 from gptconvert.targets.target import Candidate
+from gptconvert.verify.background import in_background
 from gptconvert.verify.foreign import as_stored
 from gptconvert.verify.localise import from_groups
 from gptconvert.verify.outputs import Group, judge
@@ -78,26 +81,56 @@ class SavedModelVerifier:
         """
         path, variables = candidate.path, read_variables(candidate.path)
         limits = None if candidate.export else limits_of(path, variables, candidate.checkpoint.config, level)
-        checkpoint, weights, pairs = _weights(candidate, variables)
+        checkpoint, weights, pairs, own = _weights(candidate, variables)
         report = ArtifactReport(NAME, candidate.shown_as, weights)
         compare(weights, pairs, stage("comparing weights", checkpoint.nbytes))
         if not weights.ok:
             return report
         require_memory(path, sum(tensor.nbytes for tensor in variables.values()), self.free_memory())
-        with self.process() if self.process else TensorFlowProcess(limits) as tensorflow:
-            stage("loading the SavedModel", 0)
-            try:
-                with utf8_path(os.path.abspath(path)) as readable:
-                    loaded = tensorflow.ask("load", path=readable)
-            except TensorFlowError as error:
-                raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
-            report.problems = list(contract_problems(loaded, checkpoint.config))
-            if not report.problems:
-                _run(report, tensorflow, loaded["signatures"], checkpoint, level, candidate.seed, stage)
+        with (
+            self.process() if self.process else TensorFlowProcess(limits) as tensorflow,
+            in_background(lambda stop: Loaded.from_file(tensorflow, path, own, stop)) as loading,
+        ):
+            _run(report, tensorflow, loading.result, checkpoint, level, candidate.seed, stage)
+            loaded = loading.result()
+        report.problems += loaded.differences
+        report.notes += loaded.notes
         return report
 
 
 verify = SavedModelVerifier()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded SavedModel.
+
+    Attributes:
+        description: see :func:`.worker.load`.
+        differences: of its graph from the one that this version builds.
+        notes: for the user, one sentence each.
+    """
+
+    description: Mapping[str, Any]
+    differences: Sequence[str]
+    notes: Sequence[str]
+
+    @classmethod
+    def from_file(
+        cls, tensorflow: TensorFlowProcess, path: str, own: OwnGraph | None, stop: threading.Event
+    ) -> Loaded:
+        """Compare the graph with our own, if given, and load it.
+
+        Raises:
+            InputError: TensorFlow cannot load it.
+            UnsafeInputError: it exceeds its limits.
+        """
+        try:
+            with utf8_path(os.path.abspath(path)) as readable:
+                differences, notes = own.compare(tensorflow, readable, stop) if own else ([], [])
+                return cls(tensorflow.ask("load", stop, path=readable), differences, notes)
+        except TensorFlowError as error:
+            raise InputError("TensorFlow cannot load the SavedModel", path=path, found=error) from error
 
 
 def limits_of(path: str, variables: Mapping[str, LazyTensor], config: GPTConfig, level: Level) -> Limits:
@@ -116,23 +149,27 @@ def limits_of(path: str, variables: Mapping[str, LazyTensor], config: GPTConfig,
 
 def _weights(
     candidate: Candidate, variables: Mapping[str, LazyTensor]
-) -> tuple[Checkpoint, WeightReport, list[Pair]]:
-    """The checkpoint as stored, and the pairs to compare."""
+) -> tuple[Checkpoint, WeightReport, list[Pair], OwnGraph | None]:
+    """The checkpoint as stored, the pairs to compare, and the graph to compare, unless it was just built."""
     checkpoint = candidate.checkpoint
     weights = WeightReport(len(checkpoint.weights))
     weights.problems += [
         f"{name}: not a weight of this model" for name in variables if name not in checkpoint.weights
     ]
     if candidate.export is not None:
-        return checkpoint, weights, pairs_of(candidate.export, variables, weights)
+        return checkpoint, weights, pairs_of(candidate.export, variables, weights), None
     checkpoint = as_stored(checkpoint, variables.values())
     weights.problems += [f"{name}: not in the SavedModel" for name in checkpoint.weights if name not in variables]
+    found = {name: variables[name] for name in checkpoint.weights if name in variables}
+    flipped = {name: _flipped(checkpoint.weights[name], tensor) for name, tensor in found.items()}
     pairs = [
-        Pair(name, name, *_oriented(weight, variables[name]))
+        Pair(name, name, transpose(weight) if flipped[name] else weight, found[name])
         for name, weight in checkpoint.weights.items()
-        if name in variables
+        if name in found
     ]
-    return checkpoint, weights, pairs
+    version = version_of(candidate.path)
+    own = OwnGraph(candidate.shown_as, version, candidate.checkpoint, found, flipped)
+    return checkpoint, weights, pairs, own
 
 
 def read_variables(path: str) -> dict[str, LazyTensor]:
@@ -168,12 +205,19 @@ def require_memory(path: str, nbytes: int, free: int) -> None:
         )
 
 
-def _oriented(weight: LazyTensor, found: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
-    """Both tensors in one orientation. A square matrix may have either: the outputs show how it is used."""
-    flipped = transpose(weight) if len(weight.shape) == 2 else weight
+def _flipped(weight: LazyTensor, found: LazyTensor) -> bool | None:
+    """Whether a tensor is stored transposed; None if it equals its transpose.
+
+    A square matrix may have either orientation: the outputs show how it is used.
+    """
+    if len(weight.shape) != 2:
+        return False
+    flipped = transpose(weight)
     if weight.shape != flipped.shape:
-        return (flipped if found.shape == flipped.shape else weight), found
-    return (weight if difference("", flipped, found) else flipped), found
+        return found.shape == flipped.shape
+    if difference("", flipped, found):
+        return False
+    return True if difference("", weight, found) else None
 
 
 def contract_problems(loaded: Mapping[str, Any], config: GPTConfig) -> Iterator[str]:
@@ -196,36 +240,45 @@ def contract_problems(loaded: Mapping[str, Any], config: GPTConfig) -> Iterator[
 def _run(
     report: ArtifactReport,
     tensorflow: TensorFlowProcess,
-    signatures: Mapping[str, object],
+    loaded: Callable[[], Loaded],
     checkpoint: Checkpoint,
     level: Level,
     seed: int,
     stage: Stage,
 ) -> None:
-    """Rule 2: run all probes on the signatures with all inputs and outputs, then compare the others with these."""
+    """Rule 2: run all probes on the signatures with all inputs and outputs, then compare the others with these.
+
+    The first truth is computed while TensorFlow starts and loads the model.
+    """
     config, runner = checkpoint.config, SavedModelRunner(tensorflow, checkpoint.config)
     probes: tuple[Probe, ...] = make_probes(
         config, kv_cache=runner.kv_cache, free_positions=runner.free_positions, level=level, seed=seed
     )
-    report.probes = [probe.as_dict() for probe in probes]
     groups: dict[str, Group] = {}
     for wave in waves(probes):
         advance = stage("computing the truth", config.n_layer)
         truth_pass = functools.partial(TruthPass, checkpoint, wave, runner.compute, presents=runner.kv_cache)
         truth = truth_pass().run(advance)
+        if not groups:
+            stage("loading the SavedModel", 0)
+            report.problems = list(contract_problems(loaded().description, config))
+            if report.problems:
+                return
         answers = run_probes(runner, wave, config, stage("running TensorFlow", len(wave)))
 
         def measure_noise(yardsticks: int, truth_pass: Callable[..., TruthPass] = truth_pass) -> Truth:
             return truth_pass(yardsticks=yardsticks).run(stage("measuring the rounding noise", config.n_layer))
 
         judge(answers, runner.compute, config, groups, truth, measure_noise)
+    report.probes = [probe.as_dict() for probe in probes]
     run = RunReport("TensorFlow", list(groups.values()))
     report.runs.append(run)
     if not run.ok:
         run.first_bad = first_bad(run.groups, runner.kv_cache)
         return
     stage("running the other signatures", 0)
-    others, report.greedy = check_other_signatures(tensorflow, checkpoint, list(signatures), run.groups)
+    signatures = list(loaded().description["signatures"])
+    others, report.greedy = check_other_signatures(tensorflow, checkpoint, signatures, run.groups, seed)
     run.groups.append(others)
 
 

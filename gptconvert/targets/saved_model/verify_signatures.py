@@ -17,7 +17,7 @@ from gptconvert.targets.saved_model.contract import INT32, XLA, inputs_of, signa
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
 from gptconvert.verify.greedy import Continuation
 from gptconvert.verify.outputs import Group
-from gptconvert.verify.probes import Integers
+from gptconvert.verify.probes import MOST_RANDOM, Integers
 from gptconvert.verify.runners import one_line
 from reference_model.config import CACHED_TASKS, GPTConfig
 
@@ -28,9 +28,15 @@ NAME = "other signatures"
 
 
 def check_other_signatures(
-    tensorflow: TensorFlowProcess, checkpoint: Checkpoint, present: Sequence[str], groups: Sequence[Group]
+    tensorflow: TensorFlowProcess,
+    checkpoint: Checkpoint,
+    present: Sequence[str],
+    groups: Sequence[Group],
+    seed: int = 0,
 ) -> tuple[Group, Continuation | None]:
     """Check the signatures ``present`` in the loaded model, given the ``groups`` that have passed.
+
+    Any ``seed`` but 0 draws the size of the batch, too.
 
     Returns:
         a group without figures, and the greedy continuation of ``generate`` (None without such a signature).
@@ -39,7 +45,7 @@ def check_other_signatures(
     for measure in (m for group in groups for m in group.measures.values()):
         allowed[measure.tensor] = max(allowed.get(measure.tensor, 0.0), 2 * measure.most)
     config = checkpoint.config
-    check = _Check(tensorflow, config, checkpoint.special_ids, allowed)
+    check = _Check(tensorflow, config, checkpoint.special_ids, allowed, seed)
     group = Group(NAME)
     try:
         group.problems += check.int32()
@@ -59,14 +65,22 @@ class _Check:
     """The inputs, and one method per signature."""
 
     def __init__(
-        self, tensorflow: TensorFlowProcess, config: GPTConfig, special: SpecialIds, allowed: Mapping[str, float]
+        self,
+        tensorflow: TensorFlowProcess,
+        config: GPTConfig,
+        special: SpecialIds,
+        allowed: Mapping[str, float],
+        seed: int,
     ) -> None:
         self.tensorflow, self.config, self.special, self.allowed = tensorflow, config, special, allowed
-        self.random = np.random.default_rng(1)
+        self.random = np.random.default_rng([1, seed])
         self.tokens = 0
         self.greedy: Continuation | None = None
-        length = max(1, min(7, config.n_ctx - NEW_TOKENS))
-        mask = np.ones((3, length), np.int64)
+        rows, length = 3, 7
+        if seed:
+            rows, length = int(self.random.integers(3, 10)), int(self.random.integers(1, MOST_RANDOM + 1))
+        length = max(1, min(length, config.n_ctx - NEW_TOKENS))
+        mask = np.ones((rows, length), np.int64)
         mask[1, : length // 2], mask[2, length - length // 2 :] = 0, 0  # left and right padding
         self.prompts = self._inputs(mask)
 
@@ -141,30 +155,42 @@ class _Check:
         inputs = {**prompts, **choices, "temperature": np.float32(temperature)}
         return self.tensorflow.run(name, inputs)["sequences"].astype(np.int64)  # type: ignore[arg-type]
 
-    def _unlikely(self, sequences: Integers, prompts: Arrays) -> Iterator[str]:
-        """Yield the errors of a greedy continuation, by the logits of ``serving_default``."""
+    def _unlikely(self, sequences: Integers, prompts: Arrays) -> Sequence[str]:
+        """The errors of a greedy continuation, by the logits of ``serving_default``."""
+        ids = prompts["input_ids"].astype(np.int64)
+        room = self.config.n_ctx - int(prompts["attention_mask"].sum(1).max())
+        checked = [self._continued(n, sequences, prompts, room) for n in _new_tokens(ids, sequences, room)]
+        if not checked:
+            return ["the sequences do not begin with the prompt"]
+        made, errors = min(checked, key=lambda each: len(each[1]))
+        self.greedy = self.greedy or made
+        return errors
+
+    def _continued(
+        self, new: int, sequences: Integers, prompts: Arrays, room: int
+    ) -> tuple[Continuation, Sequence[str]]:
+        """The continuation by the last ``new`` tokens, and its errors."""
         ids, mask = prompts["input_ids"].astype(np.int64), prompts["attention_mask"].astype(np.int64)
-        new = _new_tokens(ids, sequences)
-        if new is None:
-            yield "the sequences do not begin with the prompt"
-            return
         mask = np.concatenate((mask, np.ones_like(sequences[:, -new:])), 1)
         made = Continuation(np.concatenate((ids, sequences[:, -new:]), 1), mask, new, self.allowed["logits"])
         feeds = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
-        yield from made.unlikely(self.tensorflow.run("serving_default", feeds)["logits"], self.special, made.allowed)
-        room = self.config.n_ctx - mask[:, :-new].sum(1).max()
+        logits = self.tensorflow.run("serving_default", feeds)["logits"]
+        errors = list(made.unlikely(logits, self.special, made.allowed))
         if new != min(NEW_TOKENS, room) and not made.ended(self.special.eos)[:, -1].all():
-            yield f"it ended after {new} tokens"
-        self.greedy = self.greedy or made
+            errors.append(f"it ended after {new} tokens")
+        return made, errors
 
 
-def _new_tokens(ids: Integers, sequences: Integers) -> int | None:
-    """How many tokens follow ``ids``; at fixed length, as many were dropped in front. None if none follow."""
+def _new_tokens(ids: Integers, sequences: Integers, room: int) -> list[int]:
+    """How many tokens may follow ``ids``, at most ``room``.
+
+    At fixed length, as many were dropped in front; if the prompt repeats itself, several numbers are possible.
+    """
     if sequences.shape != ids.shape:
         new = sequences.shape[1] - ids.shape[1]
-        return new if new > 0 and np.array_equal(sequences[:, :-new], ids) else None
-    counts = (n for n in range(NEW_TOKENS, 0, -1) if np.array_equal(sequences[:, :-n], ids[:, n:]))
-    return next(counts, None)
+        return [new] if new > 0 and np.array_equal(sequences[:, :-new], ids) else []
+    most = min(NEW_TOKENS, room)
+    return [n for n in range(most, 0, -1) if np.array_equal(sequences[:, :-n], ids[:, n:])]
 
 
 def _last_real(mask: Array) -> Integers:

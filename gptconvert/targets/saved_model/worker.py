@@ -15,42 +15,75 @@ import tensorflow as tf
 from gptconvert.model.generation import SpecialIds
 from gptconvert.targets.child.frames import Arrays
 from gptconvert.targets.child.server import Command, serve
+from gptconvert.targets.saved_model.contract import XLA
 from gptconvert.targets.saved_model.graph import Weights
+from gptconvert.targets.saved_model.graph_differences import differences
 from gptconvert.targets.saved_model.signatures import signatures
 from reference_model.config import GPTConfig, Rotary
 from reference_model.rotary import RopeScaling
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
+#: A directory of TensorFlow's file system in memory.
+IN_MEMORY = "ram://gptconvert"
 
 
 def build(request: Mapping[str, Any]) -> dict[str, object]:
     """Save the model without its weights: ``saved_model.pb`` and ``object_graph`` in ``request["directory"]``.
 
-    Variables are declared with unknown sizes and stay empty while the graph is traced and saved; their real shapes
-    are then written into the saved graph. TensorFlow's checkpoint of the empty variables provides the keys under
-    which it will look them up.
+    TensorFlow's checkpoint of the empty variables provides the keys under which it will look them up.
 
     Returns:
         ``keys``: canonical name → checkpoint key.
     """
     from tensorflow.core.protobuf import trackable_object_graph_pb2
 
+    saved = os.path.join(request["directory"], "empty")
+    content = save(request, saved).SerializeToString(deterministic=True)
+    reader = tf.train.load_checkpoint(os.path.join(saved, "variables", "variables"))
+    objects = reader.get_tensor(OBJECT_GRAPH_KEY)
+    graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(objects)
+    keys = {a.full_name: a.checkpoint_key for node in graph.nodes for a in node.attributes}
+    _write(request["directory"], "object_graph", objects)
+    _write(request["directory"], "saved_model.pb", content)
+    return {"keys": keys}
+
+
+def save(request: Mapping[str, Any], saved: str) -> Any:
+    """Save the model without its weights in ``saved``; return its SavedModel message.
+
+    Variables are declared with unknown sizes and stay empty while the graph is traced and saved; their real shapes
+    are then written into the message.
+    """
     gc.disable()  # takes an eighth of the time and frees nothing among the million objects of a graph
     config = config_of(request["config"])
     special = SpecialIds(**{**request["special"], "eos": tuple(request["special"]["eos"])})
     shapes = {name: shape for name, (_, shape) in request["weights"].items()}
     variables = {name: empty_variable(name, dtype, len(shape)) for name, (dtype, shape) in request["weights"].items()}
     weights = Weights(variables, shapes, frozenset(request["flipped"]))
-    root, saved = tf.Module(), os.path.join(request["directory"], "empty")
+    root = tf.Module()
     root.weights = variables  # a flat dictionary: modules within modules take seconds to save
     tf.saved_model.save(root, saved, signatures=signatures(weights, config, special, request["xla"]))
-    reader = tf.train.load_checkpoint(os.path.join(saved, "variables", "variables"))
-    objects = reader.get_tensor(OBJECT_GRAPH_KEY)
-    graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(objects)
-    keys = {a.full_name: a.checkpoint_key for node in graph.nodes for a in node.attributes}
-    _write(request["directory"], "object_graph", objects)
-    _write(request["directory"], "saved_model.pb", with_shapes(saved, shapes))
-    return {"keys": keys}
+    return with_shapes(read_saved_model(saved), shapes)
+
+
+def compare(request: Mapping[str, Any]) -> dict[str, object]:
+    """Compare the graph of the SavedModel at ``path`` with the one that :func:`build` would write.
+
+    It is built in memory, since a confined process cannot write files. Graphs of other versions of TensorFlow differ.
+
+    Returns:
+        ``built_by``: the version that wrote the graph; ``tensorflow``: this version; and ``differences``, as text,
+        empty for another version.
+    """
+    found = read_saved_model(request["path"])
+    version = found.meta_graphs[0].meta_info_def.tensorflow_version
+    versions = {"built_by": version, "tensorflow": tf.__version__}
+    if version != tf.__version__:
+        return {**versions, "differences": []}
+    xla = any(name.endswith(XLA) for name in found.meta_graphs[0].signature_def)
+    expected = save({**request, "xla": xla}, IN_MEMORY)
+    gc.enable()
+    return {**versions, "differences": differences(expected, found)}
 
 
 def config_of(fields: Mapping[str, Any]) -> GPTConfig:
@@ -72,12 +105,16 @@ def empty_variable(name: str, dtype: str, rank: int) -> Any:
     return tf.Variable(nothing, name=name, shape=tf.TensorShape([None] * rank))
 
 
-def with_shapes(saved: str, shapes: Mapping[str, list[int]]) -> bytes:
-    """``saved_model.pb`` with the variables' real shapes."""
+def read_saved_model(path: str) -> Any:
+    """The message in ``saved_model.pb`` in the directory ``path``."""
     from tensorflow.core.protobuf import saved_model_pb2
 
-    with open(os.path.join(saved, "saved_model.pb"), "rb") as file:
-        model = saved_model_pb2.SavedModel.FromString(file.read())
+    with tf.io.gfile.GFile(f"{path}/saved_model.pb", "rb") as file:
+        return saved_model_pb2.SavedModel.FromString(file.read())
+
+
+def with_shapes(model: Any, shapes: Mapping[str, list[int]]) -> Any:
+    """The SavedModel message ``model``, changed to have the variables' real shapes."""
     graph = model.meta_graphs[0]
     declared = {n.variable.name: n.variable.shape for n in graph.object_graph_def.nodes if n.HasField("variable")}
     handles = {n.name: n.attr["shape"].shape for n in graph.graph_def.node if n.op == "VarHandleOp"}
@@ -86,8 +123,7 @@ def with_shapes(saved: str, shapes: Mapping[str, list[int]]) -> bytes:
     for name, shape in shapes.items():
         for written in (declared[name], handles[name]):
             written.CopyFrom(tf.TensorShape(shape).as_proto())
-    content: bytes = model.SerializeToString(deterministic=True)
-    return content
+    return model
 
 
 def _write(directory: str, name: str, content: bytes) -> None:
@@ -121,10 +157,7 @@ def load(request: Mapping[str, Any]) -> dict[str, object]:
 
 def largest_constant(path: str) -> int:
     """Bytes of the largest constant in the graph and its functions."""
-    from tensorflow.core.protobuf import saved_model_pb2
-
-    with open(os.path.join(path, "saved_model.pb"), "rb") as file:
-        graphs = [meta.graph_def for meta in saved_model_pb2.SavedModel.FromString(file.read()).meta_graphs]
+    graphs = [meta.graph_def for meta in read_saved_model(path).meta_graphs]
     nodes = [node for graph in graphs for node in graph.node]
     nodes += [node for graph in graphs for function in graph.library.function for node in function.node_def]
     sizes = [int(node.attr["value"].tensor.ByteSize()) for node in nodes if node.op == "Const"]
@@ -175,6 +208,7 @@ def _computed_by(command: Callable[[Mapping[str, Any], Arrays], dict[str, Any]])
 
 COMMANDS: Mapping[str, Command] = {
     "build": _described_by(build),
+    "compare": _described_by(compare),
     "load": _described_by(load),
     "run": _computed_by(run),
     "step": _computed_by(step),

@@ -117,6 +117,7 @@ def test_graph_of_another_version_is_noted(tmp_path: Path) -> None:
 
     edit(path, older)
     report = report_on(checkpoint, path)
-    assert report.passed
+    assert [run.runtime for run in report.artifacts[0].runs if not run.ok] == [report.artifacts[0].runs[-1].runtime]
+    assert report.artifacts[0].runs[-1].stressed
     (note,) = report.notes
     assert "its nodes were not compared, because gptconvert 0.0.9 wrote it" in note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,8 @@ from gptconvert.targets.onnx.verify import DEFAULT, IN_PLACE, LENT, OnnxVerifier
 from gptconvert.verify.probes import make_probes
 from gptconvert.verify.run_probes import feeds_of
 from gptconvert.verify.weights import Pair, compare, in_one_piece
+from tests.families import witness
+from tests.families.witness import Case
 from tests.helpers import checkpoint_of, computed_tensors, tiny_gpt2
 from tests.verify.exports import export, report_on, tiny
 
@@ -206,3 +209,28 @@ def test_large_rotary_tables_are_known(tmp_path: Path) -> None:
     edit(path, alter)
     problems = report_on(checkpoint, path).artifacts[0].weights.problems
     assert len(problems) == 1 and problems[0].endswith(": not a weight of this model")
+
+
+def test_weights_smaller_than_the_rotary_tables(tmp_path: Path) -> None:
+    """The weights alone, not the float32 tables, show that they were cast."""
+    sizes = {"vocab_size": 2, "n_embd": 16, "n_head": 2, "n_layer": 1, "n_inner": 7}
+    checkpoint = witness.checkpoint(Case("gptj", keys=sizes, name="small"), tmp_path)
+    report = report_on(checkpoint, export(tmp_path / "out", checkpoint, dtype="fp16"))
+    assert report.passed, report.table()
+
+
+class Triggered(OnnxRunner):
+    """Computes something else for a batch of four."""
+
+    def run(self, feeds: Any, presents: bool) -> Any:
+        outputs = super().run(feeds, presents)
+        wrong = {name: array + (len(feeds.input_ids) == 4) for name, array in outputs.named.items()}
+        return dataclasses.replace(outputs, named=wrong)
+
+
+def test_full_finds_what_waits_for_a_batch_size(tmp_path: Path) -> None:
+    checkpoint = tiny(tmp_path)
+    path = export(tmp_path, checkpoint)
+    verifiers = {"onnx": OnnxVerifier(runner=Triggered)}
+    assert report_on(checkpoint, path, verifiers=verifiers).passed
+    assert not report_on(checkpoint, path, "full", verifiers=verifiers).passed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from gptconvert.model.export import Placed, PlannedFile
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import Transposed
 from gptconvert.model.transforms import cast
+from gptconvert.version import __version__
 from tests.families import witness
 from tests.families.witness import Case
 from tests.helpers import content
@@ -57,6 +59,12 @@ def write(directory: Path, files: Iterable[PlannedFile]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(file_bytes(file))
     return directory / "saved_model"
+
+
+def write_manifest(directory: Path) -> None:
+    """A manifest that names this version, so that the graph of the SavedModel in ``directory`` is compared."""
+    content = {"tool": {"name": "gptconvert", "version": __version__}, "targets": ["tf"]}
+    (directory / "manifest.json").write_text(json.dumps(content))
 
 
 def understood(case: Case, directory: Path, dtype: Any = None) -> Checkpoint:

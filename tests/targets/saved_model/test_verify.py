@@ -16,6 +16,7 @@ from gptconvert.model.options import Options
 from gptconvert.targets.saved_model import plan as model
 from gptconvert.targets.saved_model.process import TensorFlowProcess
 from gptconvert.targets.saved_model.verify import SavedModelVerifier, contract_problems
+from gptconvert.targets.saved_model.verify_signatures import _new_tokens
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.report import ArtifactReport
 from tests.families.witness import Case
@@ -44,7 +45,7 @@ class Altered:
     def __init__(self, process: TensorFlowProcess, signature: str, alter: Callable[[Arrays, Arrays], Arrays]) -> None:
         self.process, self.signature, self.alter = process, signature, alter
 
-    def ask(self, command: str, **request: object) -> dict[str, Any]:
+    def ask(self, command: str, stop: object = None, **request: object) -> dict[str, Any]:
         return self.process.ask(command, **request)
 
     def run(self, signature: str, inputs: Arrays, wanted: tuple[str, ...] = ()) -> Arrays:
@@ -152,3 +153,20 @@ def test_too_little_memory(checkpoint: Checkpoint, path: Path) -> None:
     with pytest.raises(UnsupportedError, match="too large to load") as caught:
         verdict(checkpoint, path, verifier)
     assert caught.value.found == f"{checkpoint.nbytes} bytes available"
+
+
+@pytest.mark.parametrize(
+    ("ids", "sequences", "counts"),
+    [
+        ([1, 2, 3, 4, 5, 6], [4, 5, 6, 0, 0, 0], [3]),
+        ([0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [5, 4, 3, 2, 1]),
+        ([1, 2, 3, 4, 5, 6], [6, 0, 0, 0, 0, 0], [5]),
+        ([1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0], []),
+        ([1, 2], [1, 2, 3], [1]),
+        ([1, 2], [2, 2, 3], []),
+    ],
+)
+def test_how_many_tokens_follow_a_prompt(ids: list[int], sequences: list[int], counts: list[int]) -> None:
+    """In a short context, all tokens of the prompt may have been dropped, but never more than there is room for."""
+    found = _new_tokens(np.array([ids]), np.array([sequences]), room=5)
+    assert found == counts
