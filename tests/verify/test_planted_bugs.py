@@ -23,7 +23,9 @@ from tests.verify.exports import altered, attribute, edit, export, insert_after,
 
 
 def transposed_use(model: Any) -> None:
-    attribute(model, "h.1.attn.out", "transB").i ^= 1
+    product = node(model, "h.1.attn.out.product")
+    product.op_type = "Gemm"
+    product.attribute.append(helper.make_attribute("transB", 1))
 
 
 def query_and_key_swapped(model: Any) -> None:
@@ -40,7 +42,9 @@ def small_epsilon(model: Any) -> None:
 
 
 def missing_bias(model: Any) -> None:
-    del node(model, "h.1.mlp.inner").input[2]
+    shifted = node(model, "h.1.mlp.inner")
+    shifted.op_type = "Identity"
+    del shifted.input[1]
 
 
 def query_blind_to_itself(model: Any) -> None:
@@ -74,7 +78,7 @@ def infinite_mask(model: Any) -> None:
 
 def layers_swapped(model: Any) -> None:
     for layer in (0, 1):
-        node(model, f"h.{layer}.mlp.inner").input[1] = f"h.{1 - layer}.mlp.c_fc.weight"
+        node(model, f"h.{layer}.mlp.inner.product").input[1] = f"h.{1 - layer}.mlp.c_fc.weight"
 
 
 def layers_bytes_swapped(model: Any) -> None:

@@ -1,6 +1,7 @@
-// Continues a prompt with transformers.js in headless Chromium, without a network; prints the texts as JSON.
+// Continues a prompt with transformers.js in headless Chromium, without a network; prints as JSON the texts and the dtypes of the
+// graphs.
 // Arguments: the directory of the exports, Chromium's path, and the cases as JSON:
-// [{model, binary (suffix of onnxruntime-web's file), device}].
+// [{model, binary (suffix of onnxruntime-web's file), device, dtype (if not the one that config.json names)}].
 import fs from "node:fs";
 import http from "node:http";
 import path from "node:path";
@@ -28,7 +29,7 @@ const args = ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=sw
 const browser = await chromium.launch({ executablePath, args });
 
 /** Runs in the page. */
-async function continuation({ model, binary, device }) {
+async function continuation({ model, binary, device, dtype }) {
   const { env, pipeline } = await import("/npm/@huggingface/transformers/dist/transformers.min.js");
   const at = `${location.origin}/npm/onnxruntime-web/dist/ort-wasm-simd-threaded${binary}`;
   env.backends.onnx.wasm.wasmPaths = { mjs: `${at}.mjs`, wasm: `${at}.wasm` };
@@ -36,18 +37,18 @@ async function continuation({ model, binary, device }) {
   env.allowRemoteModels = false;
   env.localModelPath = "/models/";
   env.useBrowserCache = false;
-  const generate = await pipeline("text-generation", model, { device }); // the dtype that config.json names
+  const generate = await pipeline("text-generation", model, { device, ...(dtype && { dtype }) });
   const [{ generated_text }] = await generate("import os", { max_new_tokens: 12, do_sample: false });
-  return generated_text;
+  return [generated_text, generate.model.sessions.model.config.dtype];
 }
 
-const texts = [];
+const results = [];
 for (const each of JSON.parse(cases)) {
   const page = await browser.newPage();
   await page.goto(`http://127.0.0.1:${server.address().port}/`);
-  texts.push(await page.evaluate(continuation, each).catch((error) => `failed: ${error}`));
+  results.push(await page.evaluate(continuation, each).catch((error) => [`failed: ${error}`, null]));
   await page.close();
 }
-console.log(JSON.stringify(texts));
+console.log(JSON.stringify(results));
 await browser.close();
 server.close();

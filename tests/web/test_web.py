@@ -112,6 +112,59 @@ def test_logits_under_node(build: str, exports: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories of exports of a trained model with several graphs, by name."""
+    root = tmp_path_factory.mktemp("variants")
+    options: dict[str, dict[str, Any]] = {
+        "all": {"quantize": ("q8", "q4", "fp16")},
+        "external": {"quantize": ("q8", "q4"), "single_file": False},
+        "no-q8": {"quantize": ("q4", "fp16")},
+        "fp16": {"quantize": ("fp16",), "no_base": True},
+    }
+    for name, chosen in options.items():
+        source = open_checkpoint(str(FIXTURES / "gpt2-stdlib"))
+        convert(source, str(root / name), Options(targets=("onnx",), verify=None, **chosen))
+    return root
+
+
+#: (export, dtype that the page asks for, dtype that it gets). Without one, the q8 graph if there is one, else fp32.
+DTYPES = [
+    ("all", None, "q8"),
+    ("all", "q4", "q4"),
+    ("all", "fp32", "fp32"),
+    ("external", None, "q8"),
+    ("external", "q4", "q4"),
+    ("no-q8", None, "fp32"),
+    ("fp16", None, "fp16"),
+]
+
+
+def check_variants(root: Path, cases: list[tuple[str, str | None, str]], results: list[list[str]]) -> None:
+    """Each text is what our own generate writes with the graph of the expected dtype."""
+    for (name, asked, dtype), (text, chosen) in zip(cases, results, strict=True):
+        continued = generate(str(root / name), "import os", Sampling(max_new_tokens=12), variant=dtype)
+        assert (text, chosen) == ("import os" + "".join(continued.pieces), dtype), (name, asked)
+
+
+def test_variants_under_node(variants: Path) -> None:
+    cases = [{"model": name, "dtype": dtype} for name, dtype, _ in DTYPES]
+    check_variants(variants, DTYPES, json.loads(node("transformers.mjs", variants, json.dumps(cases))))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_variants_in_a_browser(variants: Path) -> None:
+    """On WebAssembly, and on WebGPU in software: slow, and without the ``shader-f16`` that fp16 needs."""
+    on_gpu = [case for case in DTYPES if case in (("all", None, "q8"), ("no-q8", None, "fp32"))]
+    cases = [
+        {"model": name, "dtype": dtype, "binary": ASYNCIFY, "device": device}
+        for device, chosen in (("wasm", DTYPES), ("webgpu", on_gpu))
+        for name, dtype, _ in chosen
+    ]
+    results = json.loads(node("browser.mjs", variants, str(CHROMIUM), json.dumps(cases)))
+    check_variants(variants, DTYPES + on_gpu, results)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_text_in_a_browser(exports: Path) -> None:
     """transformers.js, without a dtype option, writes what onnxruntime writes on the CPU."""
@@ -122,6 +175,6 @@ def test_text_in_a_browser(exports: Path) -> None:
     ]
     cases.append({"model": "neox-fp16", "binary": ASYNCIFY, "device": "wasm"})
     texts = json.loads(node("browser.mjs", exports, str(CHROMIUM), json.dumps(cases)))
-    for case, text in zip(cases, texts, strict=True):
+    for case, (text, _) in zip(cases, texts, strict=True):
         continued = generate(str(exports / case["model"]), "import os", Sampling(max_new_tokens=12))
         assert text == "import os" + "".join(continued.pieces), case

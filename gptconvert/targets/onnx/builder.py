@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from gptconvert.model.blocks import CODES, SCALES, Quantised
 from gptconvert.model.tensors import LazyTensor
-from gptconvert.targets.layout import as_stored
+from gptconvert.targets.layout import TABLES, as_stored
 
 Dim = int | str
 #: Domain of the operators that only onnxruntime and OpenVINO define.
@@ -130,14 +130,25 @@ class Builder:
     def linear(
         self, x: ir.Value, prefix: str, *, weight: str | None = None, bias: bool = True, name: str
     ) -> ir.Value:
-        """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (stored either way) plus bias → [N, out]."""
+        """``x`` [N, in] times the weight ``prefix.weight`` [out, in] (stored either way) plus bias → [N, out].
+
+        A weight stored as [in, out] has a ``MatMul``, which other programs' quantisers look for, and an ``Add``;
+        onnxruntime fuses the two into a ``Gemm``, which the other orientation needs. An ``Identity`` protects a tied
+        table from onnxruntime's ``quantize_dynamic``, which transposes the initializer of a ``Gemm`` in place.
+        """
         matrix_name = weight or f"{prefix}.weight"
         shift = self.weight(f"{prefix}.bias") if bias else None
         if (found := self.quantised(matrix_name)) is not None:
             return self._block_linear(x, *found, shift, name)
-        matrix, flipped = self.stored_weight(matrix_name)
-        operands = [x, self.typed(matrix_name, matrix), *([] if shift is None else [shift])]
-        return self.op("Gemm", *operands, name=name, transB=int(not flipped))
+        stored, flipped = self.stored_weight(matrix_name)
+        matrix = self.typed(matrix_name, stored)
+        if not flipped:
+            if matrix_name in TABLES and matrix is stored:
+                matrix = self.op("Identity", matrix, name=f"{prefix}.tied")
+            return self.op("Gemm", x, matrix, *([] if shift is None else [shift]), name=name, transB=1)
+        if shift is None:
+            return self.op("MatMul", x, matrix, name=name)
+        return self.op("Add", self.op("MatMul", x, matrix, name=f"{name}.product"), shift, name=name)
 
     def _block_linear(
         self, x: ir.Value, matrix: Quantised, codes: ir.Value, scales: ir.Value, bias: ir.Value | None, name: str

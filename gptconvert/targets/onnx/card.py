@@ -65,8 +65,6 @@ for _ in range(20):
     ids += new
 print({text})
 """
-#: Preferred dtypes in browsers, which take q8 by default.
-JS_PREFERRED = ("q8", "q4")
 JS_SETTINGS = """
 env.allowLocalModels = true; // in browsers, false by default
 env.allowRemoteModels = false;
@@ -177,10 +175,10 @@ def _in_place(facts: CardFacts) -> str | None:
 
 
 def _js_dtypes(facts: CardFacts) -> Sequence[str]:
-    """The dtypes by which transformers.js loads a graph here, the preferred one first."""
+    """The dtypes by which transformers.js loads a graph here, the default of config.json first."""
     names = [_js_dtype(export) for export in facts.all_of(NAME) if _in_browsers(export)]
     found = [name for name in names if name is not None]
-    return sorted(found, key=lambda name: JS_PREFERRED.index(name) if name in JS_PREFERRED else len(JS_PREFERRED))
+    return sorted(found, key=list(JS_DTYPE.values()).index)
 
 
 def _js_dtype(export: Export) -> str | None:

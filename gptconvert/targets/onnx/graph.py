@@ -2,7 +2,7 @@
 
 Read it beside ``reference_model/model.py``: the same functions in the same order under the same names.
 Only ai.onnx operators, opset 17 to 21. The hidden state stays 2-D, [N, D] with N = B * S, so that every linear
-layer is one Gemm that takes its weight as stored in the checkpoint; masks and shapes are computed once per run.
+layer is one product that takes its weight as stored in the checkpoint; masks and shapes are computed once per run.
 
 The runtime's Gather rejects ids from vocab_size on and learned positions from n_ctx on. Rotary positions continue
 past n_ctx, where the model was never trained, up to the limit of ``targets/rotary.py``. Negative ids and positions

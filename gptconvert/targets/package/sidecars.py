@@ -7,7 +7,7 @@ one tensor per key and value, since its only GPT type, ``gpt2``, expects a combi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from gptconvert.containers.json import dump_json
@@ -31,13 +31,16 @@ ONNX = "onnx"
 #: Written if no graph has a cache, which optimum's ``generate`` would request. transformers' ``generate`` reads only
 #: generation_config.json.
 UNCACHED: Mapping[str, object] = {"use_cache": False}
-#: Graph file → its dtype in transformers.js, which has none for bfloat16.
+#: Graph file → its dtype in transformers.js, which has none for bfloat16. The default is the first that exists: the
+#: smallest without a visible loss, then what every device runs; fp16 needs ``shader-f16`` on WebGPU.
 JS_DTYPE: Mapping[str, str] = {
-    "model.onnx": "fp32",
-    "model_fp16.onnx": "fp16",
     "model_quantized.onnx": "q8",
+    "model.onnx": "fp32",
     "model_q4.onnx": "q4",
+    "model_fp16.onnx": "fp16",
 }
+#: Name of the graph that computes in float16, which onnxruntime-genai runs on the CPU only by casting.
+HALF = "fp16"
 
 
 def sidecar_files(
@@ -67,11 +70,17 @@ def sidecar_files(
         alone = uncached and all(export.target == ONNX for export in exports)
         files[GENERATION_CONFIG] = dump_json({**checkpoint.generation, **(UNCACHED if alone else {})})
     if graphs and generates and not uncached:
-        files["genai_config.json"] = dump_json(
-            genai_config(checkpoint, in_place or next(iter(graphs)), in_place is not None)
-        )
+        graph = in_place or _for_genai(exports, options)
+        files["genai_config.json"] = dump_json(genai_config(checkpoint, graph, in_place is not None))
     files |= {**licence_files(checkpoint), **tokenizer}
     return tuple(PlannedFile.of_bytes(path, data) for path, data in sorted(files.items()))
+
+
+def _for_genai(exports: Sequence[Export], options: Options) -> str:
+    """The graph for onnxruntime-genai: the first that computes in float32, if there is one."""
+    graphs = [export for export in exports if export.target == ONNX and not export.shared]
+    wide = [export for export in graphs if not (export.variant == HALF and HALF in options.quantize)]
+    return (wide or graphs)[0].path
 
 
 def licence_files(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -117,11 +126,17 @@ def transformers_js_config(graphs: Mapping[str, bool]) -> dict[str, object]:
     """The key that transformers.js reads: a dtype that exists (in browsers, the default is q8), and external data."""
     files = {path.rpartition("/")[2]: has_data for path, has_data in graphs.items()}
     hint: dict[str, object] = {}
-    if dtypes := [JS_DTYPE[file] for file in files if file in JS_DTYPE]:
-        hint["dtype"] = dtypes[0]
+    if (default := browser_graph(graphs)) is not None:
+        hint["dtype"] = JS_DTYPE[default.rpartition("/")[2]]
     if external := {file: True for file, has_data in files.items() if has_data}:
         hint["use_external_data_format"] = external
     return {"transformers.js_config": hint} if hint else {}
+
+
+def browser_graph(graphs: Iterable[str]) -> str | None:
+    """The graph that transformers.js loads by default; None if it cannot load any."""
+    files = {path.rpartition("/")[2]: path for path in graphs}
+    return next((files[file] for file in JS_DTYPE if file in files), None)
 
 
 def genai_config(checkpoint: Checkpoint, graph: str, in_place: bool = False) -> dict[str, object]:

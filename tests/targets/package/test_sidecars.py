@@ -163,6 +163,45 @@ def test_dtype_that_exists_is_named(tiny: Checkpoint, graph: str, dtype: str | N
     assert config.get("transformers.js_config") == (dtype and {"dtype": dtype})
 
 
+@pytest.mark.parametrize(
+    ("graphs", "dtype"),
+    [
+        (("model", "model_quantized", "model_q4", "model_fp16"), "q8"),
+        (("model", "model_fp16", "model_q4"), "fp32"),
+        (("model_fp16", "model_q4"), "q4"),
+        (("model_bf16", "model_fp16"), "fp16"),
+    ],
+)
+def test_the_default_dtype_runs_everywhere(tiny: Checkpoint, graphs: tuple[str, ...], dtype: str) -> None:
+    """In any order of the graphs: q8, fp32 or q4 if there is one, since fp16 needs ``shader-f16`` on WebGPU."""
+    for order in (graphs, graphs[::-1]):
+        config = parsed(tiny, "config.json", planned=tuple(f"onnx/{graph}.onnx" for graph in order))
+        assert config["transformers.js_config"] == {"dtype": dtype}
+
+
+@pytest.mark.parametrize(
+    ("options", "graph", "shared"),
+    [
+        ({"quantize": ("q8", "q4")}, "model", False),
+        ({"quantize": ("q8",), "in_place": True}, "model_in_place", True),
+        ({"quantize": ("q8",), "in_place": True, "no_base": True}, "model_quantized_in_place", True),
+        ({"quantize": ("fp16", "q4"), "no_base": True}, "model_q4", False),
+        ({"quantize": ("fp16", "q4", "q8"), "no_base": True, "last_token": True}, "model_q4", False),
+        ({"quantize": ("fp16",), "no_base": True}, "model_fp16", False),
+        ({"dtype": "fp16", "quantize": ("q8",)}, "model_fp16", False),
+    ],
+    ids=str,
+)
+def test_genai_config_names_a_graph_that_it_runs(
+    tiny: Checkpoint, options: dict[str, Any], graph: str, shared: bool
+) -> None:
+    """The cache in place if there is one; otherwise the first graph that computes in float32."""
+    files = sidecar_files(plan(tiny, Options(**options)), Options(**options))
+    found = json.loads(next(file.head for file in files if file.path == "genai_config.json"))
+    assert found["model"]["decoder"]["filename"] == f"onnx/{graph}.onnx"
+    assert found["search"]["past_present_share_buffer"] is shared
+
+
 def test_genai_config_names_the_first_graph(tiny: Checkpoint) -> None:
     planned = ("onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data")
     for order in (planned, planned[::-1]):
