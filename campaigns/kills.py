@@ -106,7 +106,14 @@ def _start(root: Path, name: str) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=_default_signals,
     )
+
+
+def _default_signals() -> None:
+    """Shells start background jobs with SIGINT ignored, and ``nohup`` ignores SIGHUP; conversions keep that."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def _finish(root: Path, name: str) -> None:

@@ -142,6 +142,8 @@ def _run(args: list[str]) -> int:
     Raises:
         Interrupted: by a signal. The staged files are removed.
     """
+    from gptconvert.publish import signals
+
     debug = _given("--debug", args) or _is_on("GPTCONVERT_DEBUG")
     as_json = is_json(args)
     args = _bare_verify([arg for arg in args if arg != "--debug"])
@@ -158,6 +160,7 @@ def _run(args: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _interrupted(signal.SIGINT, "interrupted", as_json)
     except GptConvertError as error:
+        signals.check()  # libraries turn an interrupted import into an error of their own
         if debug:
             raise
         reported = limit_error(error) or error
@@ -173,6 +176,7 @@ def _run(args: list[str]) -> int:
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         # Not Exception: some libraries raise other classes (pyo3's PanicException).
+        signals.check()
         if debug:
             raise
         explained, code = _explained(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -69,6 +70,20 @@ def test_an_interrupted_command_prints_its_json(capsys: Any, monkeypatch: pytest
     assert done.json["error"]["kind"] == "interrupted"
     assert done.json["error"]["exit_code"] == done.code
     assert "nothing was published" in done.err
+
+
+@pytest.mark.parametrize("error", [InputError("cannot be loaded"), ImportError("initialization failed")])
+def test_a_signal_that_a_library_turned_into_an_error(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def loading(*args: object, **kwargs: object) -> None:
+        with contextlib.suppress(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        raise error
+
+    monkeypatch.setattr("gptconvert.pipeline.convert", loading)
+    done = command(capsys, *CONVERT)
+    assert (done.code, "interrupted; nothing was published" in done.err) == (143, True), done.err
 
 
 def test_interrupted_outside_a_conversion(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
