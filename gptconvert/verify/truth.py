@@ -157,7 +157,7 @@ class PrecisionPass:
         return self._scratch[: stored.numel()].view(stored.shape).copy_(stored)
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
     """Return freed memory to the system. Small long-lived tensors (errors, outputs) keep glibc's heap from shrinking
     by itself, and every block would leave some of its temporaries behind.
     """
@@ -277,7 +277,7 @@ class TruthPass:
         self._tap(f"h.{i}", outs)
         del stored, caches  # memory freed after the trim would be kept until the next one
         if i % TRIM_BLOCKS == 0:
-            _trim_heap()
+            trim_heap()
         return outs
 
     def _prepare(self, block: nn.Module, i: int) -> None:

@@ -39,7 +39,7 @@ from gptconvert.verify.report import MOST_SHOWN, ArtifactReport, RunReport
 from gptconvert.verify.run_probes import run_probes
 from gptconvert.verify.runners import available_memory
 from gptconvert.verify.stress import Setting, settings_of, stress_weights
-from gptconvert.verify.truth import Truth, TruthPass
+from gptconvert.verify.truth import Truth, TruthPass, trim_heap
 from gptconvert.verify.weights import Pair, WeightReport, compare, in_one_piece, pairs_of
 from reference_model.config import GPTConfig
 
@@ -88,6 +88,8 @@ class OnnxVerifier:
         proven = with_float_activations(file) if quantised else file
         run_with = as_found(checkpoint, file.initializers) if quantised else checkpoint
         runs = self._run(report, proven, run_with, pairs, level, candidate.seed, stage)
+        if candidate.export:
+            runs.close()
         shares = file.is_last_token or file.is_in_place  # the weights of another graph, which is measured
         if quantised and report.ok and candidate.evaluation is not None and not shares:
             self._measure(report, file, candidate.evaluation, stage)
@@ -259,6 +261,11 @@ class Runs:
         other.name = f"stress weights: {setting.name}"
         other.__dict__["session"] = self.session.with_weights(other.replaced)  # in place of the cached property
         return other
+
+    def close(self) -> None:
+        """Free the session, and return its memory to the system."""
+        self.__dict__.pop("session", None)
+        trim_heap()
 
     def run(self) -> RunReport:
         """Run all probes."""
