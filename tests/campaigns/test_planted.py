@@ -27,7 +27,7 @@ def named(export: Correct, name: str) -> Mutant:
 
 OUTCOMES = {
     "h.1.norm_2 (LayerNormalization): epsilon 0.0": "caught by outputs",
-    "h.1.mlp.out (Gemm): clipped at 65504": "caught by stress weights",
+    "h.1.mlp.out (Add): clipped at 65504": "caught by stress weights",
     "bias.causal (LessOrEqual): Less": "caught by outputs",
     "present.0.key (Concat): inputs 0 and 1 swapped": "caught by outputs",
     "h.1.mlp.c_fc.weight: one element": "caught by weights",
@@ -57,7 +57,7 @@ def test_algebra(export: Correct) -> None:
 
 def test_survivors_are_failures(export: Correct, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without stress weights, or without the comparison of nodes."""
-    mutant = named(export, "h.1.mlp.out (Gemm): clipped at 65504")
+    mutant = named(export, "h.1.mlp.out (Add): clipped at 65504")
     with monkeypatch.context() as patched:
         patched.setattr(onnx_verify, "settings_of", lambda config: ())
         case = planted.run_case(0, export, mutant)

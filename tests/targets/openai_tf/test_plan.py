@@ -14,7 +14,7 @@ from gptconvert import pipeline
 from gptconvert.errors import UnsupportedError, VerificationError
 from gptconvert.families.registry import FAMILIES
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.model.encodings import encoded
+from gptconvert.model.encodings import cast_to
 from gptconvert.model.options import Options
 from gptconvert.pipeline import open_checkpoint
 from gptconvert.targets.openai_tf.plan import FOLDER, plan, why_not
@@ -152,7 +152,7 @@ def plan_without_tokenizer(checkpoint: Checkpoint, **options: Any) -> Any:
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_gpt1_of_another_type_reads_back(tmp_path: Path, dtype: str) -> None:
     """Cast tensors are computed, including those that straddle two files."""
-    checkpoint = encoded(gpt1(), dtype)
+    checkpoint = cast_to(gpt1(), dtype)
     write_planned(tmp_path, plan_without_tokenizer(checkpoint))
     found = open_checkpoint(str(tmp_path / FOLDER))
     assert found.config.n_head == 3  # from hparams.json, since 24 / 64 heads is invalid
@@ -169,7 +169,7 @@ def test_gpt1_of_another_type_reads_back(tmp_path: Path, dtype: str) -> None:
         (lambda: gpt2(scale_attn_weights=False), "scores are not scaled"),
         (lambda: gpt2(scale_attn_by_inverse_layer_idx=True), "scores are not scaled"),
         (lambda: gpt1(afn="relu"), "activation is 'relu'"),
-        (lambda: encoded(gpt1(), "bf16"), "bfloat16"),
+        (lambda: cast_to(gpt1(), "bf16"), "bfloat16"),
     ],
 )
 def test_configurations_the_format_cannot_express_are_rejected(checkpoint: Any, reason: str) -> None:
