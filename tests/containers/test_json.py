@@ -88,6 +88,12 @@ def test_minus_zero_becomes_a_float() -> None:
     assert type(parse_json(b"-0", "x", "file")) is float
 
 
+@pytest.mark.parametrize(("text", "value"), [("-9223372036854775809", -(2.0**63)), (str(1 << 64), 2.0**64)])
+def test_integers_of_more_than_64_bits_become_floats(text: str, value: float) -> None:
+    found = parse_json(text.encode(), "x", "file")
+    assert type(found) is float and found == value
+
+
 def test_a_byte_order_mark(tmp_path: Path) -> None:
     """Editors on Windows write one before UTF-8; PowerShell writes UTF-16."""
     path = tmp_path / "config.json"
