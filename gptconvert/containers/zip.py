@@ -30,7 +30,8 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_COMMENT = 0xFFFF
-_ENCRYPTED, _PATCH, _UTF8 = 1 << 0 | 1 << 6, 1 << 5, 1 << 11
+#: Flags of members: encrypted, strongly encrypted, or with a masked local header; a patch; a name in UTF-8.
+_ENCRYPTED, _PATCH, _UTF8 = 1 << 0 | 1 << 6 | 1 << 13, 1 << 5, 1 << 11
 _IN_ZIP64 = 0xFFFFFFFF
 #: Newest version of the format that a member may need, times ten.
 _MAX_VERSION = 63
@@ -146,7 +147,9 @@ def _find_directory64(file: BinaryIO, narrow: list[int], end: int, path: str) ->
         if count == 0xFFFF or _IN_ZIP64 in (nbytes, offset):
             raise _damaged(path, "zip64 end record is missing")
         return (count, nbytes, offset), end
-    record = _END64_LOCATOR.unpack(data)[2]
+    _, disk, record, disks = _END64_LOCATOR.unpack(data)
+    if (disk, disks) != (0, 1):
+        raise _damaged(path, "an archive of several disks")
     if record + _END64.size != locator:
         raise _damaged(path, f"zip64 end record at byte {record}, its locator at {locator}")
     file.seek(record)

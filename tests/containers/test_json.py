@@ -16,7 +16,7 @@ from gptconvert.errors import InputError
 VALUES = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers()
+    | st.integers(-(1 << 63), (1 << 64) - 1)  # larger ones become floats, as in other readers
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
@@ -86,6 +86,12 @@ def test_depth(opening: str) -> None:
 
 def test_minus_zero_becomes_a_float() -> None:
     assert type(parse_json(b"-0", "x", "file")) is float
+
+
+@pytest.mark.parametrize(("text", "value"), [("-9223372036854775809", -(2.0**63)), (str(1 << 64), 2.0**64)])
+def test_integers_of_more_than_64_bits_become_floats(text: str, value: float) -> None:
+    found = parse_json(text.encode(), "x", "file")
+    assert type(found) is float and found == value
 
 
 def test_a_byte_order_mark(tmp_path: Path) -> None:

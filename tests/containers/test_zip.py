@@ -89,10 +89,10 @@ def test_comment_that_looks_like_the_end(small: str) -> None:
     assert read_torch(small)["a"].read().tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-@pytest.mark.parametrize(("bit", "what"), [(0, "encrypted"), (6, "encrypted"), (5, "patches of")])
+@pytest.mark.parametrize(("bit", "what"), [(0, "encrypted"), (6, "encrypted"), (13, "encrypted"), (5, "patches of")])
 def test_members_that_are_not_stored_as_they_are(small: str, bit: int, what: str) -> None:
     content = bytearray(Path(small).read_bytes())
-    content[content.index(b"PK\1\2") + 8] |= 1 << bit
+    content[content.index(b"PK\1\2") + 8 + bit // 8] |= 1 << bit % 8
     Path(small).write_bytes(content)
     with pytest.raises(UnsafeInputError, match=rf"{what} members: small/data\.pkl"):
         read_torch(small)
@@ -158,6 +158,17 @@ def test_several_disks(tmp_path: Path, at: int) -> None:
     """torch.load refuses such archives too."""
     data = bytearray(archive_of())
     data[-22 + at] ^= 1
+    path = tmp_path / "a.zip"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="several disks"):
+        read_members(path)
+
+
+@pytest.mark.parametrize("at", [4, 16, 17])
+def test_several_disks_of_a_wide_archive(tmp_path: Path, at: int) -> None:
+    """The locator's number of the disk, and of all disks."""
+    data = bytearray(archive_of(locator=True))
+    data[data.index(b"PK\6\7") + at] ^= 1
     path = tmp_path / "a.zip"
     path.write_bytes(data)
     with pytest.raises(InputError, match="several disks"):
