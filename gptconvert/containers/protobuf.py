@@ -6,6 +6,7 @@ allocated. The writer omits singular numbers of value 0, as proto3 does. Source:
 
 from __future__ import annotations
 
+import mmap
 import struct
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
@@ -16,7 +17,7 @@ class MalformedError(ValueError):
     """The bytes violate the format. Readers turn it into an error that names the file."""
 
 
-def read_varint(data: bytes, at: int, bits: int = 64) -> tuple[int, int]:
+def read_varint(data: bytes | mmap.mmap, at: int, bits: int = 64) -> tuple[int, int]:
     """The unsigned base-128 number at position ``at``.
 
     Returns:

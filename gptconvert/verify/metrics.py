@@ -58,7 +58,7 @@ class Errors:
     def of(cls, values: Tensor, truth: Tensor) -> Errors:
         """Errors of ``values`` (any type) against float64 ``truth``, both [N, width]."""
         difference = values.double().sub_(truth) if values.dtype != truth.dtype else values - truth
-        largest = difference.abs().amax(1)
+        largest = difference.amax(1).maximum(difference.amin(1).neg_())  # of the magnitudes, without a copy of them
         square = difference.square_().sum(1)
         return cls(square, largest, square)
 

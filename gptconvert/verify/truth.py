@@ -10,8 +10,6 @@ Shapes: N tokens; n tokens and p past tokens of one part; V, D, H, hd as in ``re
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import warnings
@@ -25,6 +23,7 @@ from gptconvert.errors import InputError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Array, LazyTensor
+from gptconvert.verify.heap import trim_heap
 from gptconvert.verify.metrics import Errors
 from gptconvert.verify.packing import Pack, Part
 from gptconvert.verify.probes import Integers, Probe
@@ -155,14 +154,6 @@ class PrecisionPass:
         if stored.numel() > len(self._scratch):
             return stored.to(self.dtype)
         return self._scratch[: stored.numel()].view(stored.shape).copy_(stored)
-
-
-def trim_heap() -> None:
-    """Return freed memory to the system. Small long-lived tensors (errors, outputs) keep glibc's heap from shrinking
-    by itself, and every block would leave some of its temporaries behind.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tensor_of(array: Array) -> Tensor:
@@ -336,24 +327,25 @@ class TruthPass:
 
         from reference_model.model import Head, canonical_name
 
-        heads = []
-        for pass_ in self.passes:
-            with torch.device("meta"):
-                head = Head(self.config)
-            names = [canonical_name(f"head.{name}", self.config) for name, _ in head.named_parameters()]
-            pass_.fill(head, {name: tensor_of(self.weights[name].read()) for name in names}, self.config, "head.")
-            heads.append(head)
+        with torch.device("meta"):
+            heads = [Head(self.config) for _ in self.passes]
+        names = [canonical_name(f"head.{name}", self.config) for name, _ in heads[0].named_parameters()]
+        weights = {name: tensor_of(self.weights[name].read()) for name in names}  # which may take decoding: once
+        for pass_, head in zip(self.passes, heads, strict=True):
+            pass_.fill(head, weights, self.config, "head.")
         whole: dict[str, Tensor] = {}
         noise: dict[str, list[Errors]] = {}
         for start in range(0, self.truth.pack.length, self._head_tokens):
             some = slice(start, start + self._head_tokens)
-            outs = [head.per_token(x[:, some]) for head, x in zip(heads, xs, strict=True)]
-            for name in outs[0]:
-                exact, *yardsticks = (out[name][0] for out in outs)  # (n, width) each
+            for name, exact in heads[0].per_token(xs[0][:, some]).items():  # (1, n, width)
                 if name not in whole:
-                    whole[name] = exact.new_empty(self.truth.pack.length, exact.shape[1])
-                whole[name][some] = exact
-                noise.setdefault(name, []).append(Errors.of_several(yardsticks, exact))
+                    whole[name] = exact.new_empty(self.truth.pack.length, exact.shape[2])
+                whole[name][some] = exact[0]
+            del exact  # large
+            outs = [head.per_token(x[:, some]) for head, x in zip(heads[1:], xs[1:], strict=True)]
+            for name, truth in whole.items():
+                errors = Errors.of_several([out[name][0] for out in outs], truth[some])
+                noise.setdefault(name, []).append(errors)
         for name, exact in whole.items():
             self.truth.keep(name, exact, Errors.of_all(noise[name]))
 

@@ -19,9 +19,12 @@ from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
 from gptconvert.targets.interface import Tensors
 from gptconvert.targets.onnx.safety import check_operators, check_text
+from gptconvert.targets.onnx.skeleton import without_weights
 
 #: Largest graph file; larger weights are external.
 MOST_BYTES = (2 << 30) - 1
+#: The weights of larger graph files stay where they are.
+LARGE_BYTES = 16 << 20
 #: Keys that ONNX defines for external data.
 EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
 #: Fields of TensorProto that hold data by type.
@@ -42,6 +45,7 @@ class OnnxFile:
         initializers: name → lazy tensor, except for types smaller than a byte and strings.
         confined: whether it runs in a process with limits.
         omitted: name of an attribute that nodes do not have when it is run; empty to run the file as it is.
+        inside: whether weights that the file itself holds are external data of ``model``, at their offsets in it.
     """
 
     path: str
@@ -49,6 +53,7 @@ class OnnxFile:
     initializers: Mapping[str, LazyTensor]
     confined: bool = True
     omitted: str = ""
+    inside: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -123,8 +128,9 @@ def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
         raise InputError("too large for an ONNX model", path=path, expected=expected, found=f"{size} bytes")
     if explained := explain_file(path):
         raise InputError(f"is not an ONNX model: this file {explained}", path=path)
+    inside = size > LARGE_BYTES
     try:
-        model = onnx.load_model(path, load_external_data=False)
+        model = onnx.load_model_from_string(without_weights(path)) if inside else onnx.load_model(path, None, False)
     except Exception as error:  # protobuf's DecodeError moves between modules
         raise InputError("is not an ONNX model", path=path, found=str(error)[:200] or type(error).__name__) from error
     if not model.graph.node:
@@ -144,7 +150,11 @@ def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
     if problems:
         raise _worst(problems, path)
     return OnnxFile(
-        path, model, {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)}, confined
+        path,
+        model,
+        {t.name: _lazy(path, t) for t in model.graph.initializer if _whole_bytes(t)},
+        confined,
+        inside=inside,
     )
 
 

@@ -210,7 +210,7 @@ class OnnxRunner:
             skipped=HOLDING_FLOAT32 if narrow and not self._prepack else (),
             buffers=self._buffers(),
         )
-        as_it_is = outputs is None and not file.omitted
+        as_it_is = outputs is None and not file.omitted and not file.inside
         content = None if as_it_is else _returning(file, outputs or list(file.outputs()), self._replaced)
         try:
             with utf8_path(file.path) as path:

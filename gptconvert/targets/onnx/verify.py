@@ -31,6 +31,7 @@ from gptconvert.verify.background import half_the_cores, in_background, torch_th
 from gptconvert.verify.content import Match, match_by_content
 from gptconvert.verify.evaluation import Evaluation
 from gptconvert.verify.foreign import as_stored
+from gptconvert.verify.heap import trim_heap
 from gptconvert.verify.outputs import Group, judge
 from gptconvert.verify.probes import Probe, make_probes, waves
 from gptconvert.verify.quality import measurable
@@ -39,7 +40,7 @@ from gptconvert.verify.report import MOST_SHOWN, ArtifactReport, RunReport
 from gptconvert.verify.run_probes import run_probes
 from gptconvert.verify.runners import available_memory
 from gptconvert.verify.stress import Setting, settings_of, stress_weights
-from gptconvert.verify.truth import Truth, TruthPass, trim_heap
+from gptconvert.verify.truth import Truth, TruthPass
 from gptconvert.verify.weights import Pair, WeightReport, compare, in_one_piece, pairs_of
 from reference_model.config import GPTConfig
 
