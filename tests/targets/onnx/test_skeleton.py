@@ -67,7 +67,7 @@ def test_large_files_are_opened_so(tmp_path: Path) -> None:
     path.write_bytes(model(rows).SerializeToString())
     file = open_onnx(str(path))
     assert file.inside and file.model.ByteSize() < LARGE_BYTES / 10
-    assert file.size == pytest.approx(path.stat().st_size, rel=0.001)
+    assert file.size == pytest.approx(path.stat().st_size, rel=0.01)
     large = numpy_helper.to_array(model(rows).graph.initializer[0])
     assert np.array_equal(file.initializers["large"].read(), large)
     path.write_bytes(path.read_bytes()[:-9])
