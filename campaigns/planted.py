@@ -48,7 +48,7 @@ from gptconvert.targets.onnx.foreign import pair_up
 from gptconvert.targets.onnx.own_graph import graph_differences
 from gptconvert.targets.onnx.plan import plan
 from gptconvert.targets.onnx.runner import OnnxRunner, bind
-from gptconvert.targets.saved_model import verify as tf_verify
+from gptconvert.targets.saved_model import runner as tf_runner
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.probes import Probe, make_probes
 from gptconvert.verify.run_probes import whole
@@ -189,7 +189,7 @@ def remembered_truths() -> Iterator[None]:
     remembered = functools.partial(_Remembered, {})
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(onnx_verify, "first_bad_block", lambda *_: None))
-        for module in (onnx_verify, tf_verify):
+        for module in (onnx_verify, tf_runner):
             stack.enter_context(mock.patch.object(module, "make_probes", functools.cache(make_probes)))
             stack.enter_context(mock.patch.object(module, "TruthPass", remembered))
         yield

@@ -27,6 +27,7 @@ from gptconvert.targets.saved_model import verify as tf_verify
 from gptconvert.targets.saved_model.bundle import plan_bundle
 from gptconvert.targets.saved_model.plan import DIRECTORY, BuiltGraph, build_graph
 from gptconvert.targets.saved_model.process import TensorFlowError
+from gptconvert.targets.saved_model.runner import SavedModelRunner
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.probes import make_probes
 from gptconvert.verify.run_probes import whole
@@ -161,11 +162,13 @@ def caught_as_foreign(export: CorrectSavedModel, mutant: Mutant) -> str:
         return "cannot run"
     if not report.weights.ok or report.problems:
         return "weights"
-    failed = [group for run in report.runs for group in run.groups if not group.ok]
+    failed = [run for run in report.runs if not run.ok]
     if not failed:
         return "nothing"
-    problems = [problem for group in failed for problem in group.problems or [""]]
-    return "cannot run" if all("run failed" in problem for problem in problems) else "outputs"
+    problems = [problem for group in failed[0].groups if not group.ok for problem in group.problems or [""]]
+    if all("run failed" in problem for problem in problems):
+        return "cannot run"
+    return "stress weights" if failed[0].stressed else "outputs"
 
 
 def _no_stage(name: str, total: int) -> Callable[[int], None]:
@@ -220,7 +223,7 @@ def outputs_of(
     with tf_verify.TensorFlowProcess() as process:
         process.ask("load", path=str(export.write(mutant, setting, double)))
         tensorflow: Any = _Double(process) if double else process
-        runner = tf_verify.SavedModelRunner(tensorflow, config)
+        runner = SavedModelRunner(tensorflow, config)
         for probe in make_probes(config, kv_cache=True, free_positions=True, level="full", seed=20260101):
             new = probe.attention_mask[:, probe.past_length :].astype(bool)
             try:

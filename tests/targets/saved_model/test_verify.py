@@ -48,6 +48,9 @@ class Altered:
     def ask(self, command: str, stop: object = None, **request: object) -> dict[str, Any]:
         return self.process.ask(command, **request)
 
+    def assign(self, name: str, values: Any) -> None:
+        self.process.assign(name, values)
+
     def run(self, signature: str, inputs: Arrays, wanted: tuple[str, ...] = ()) -> Arrays:
         outputs = self.process.run(signature, inputs, wanted)
         return self.alter(inputs, outputs) if signature == self.signature else outputs
