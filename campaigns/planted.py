@@ -109,7 +109,7 @@ def run(seed: int, seconds: float, start: int = 0, only: int | None = None) -> R
             report.add(case)
             if not case.outcome.startswith(("equal", "cannot run")):
                 counts = report.caught if case.outcome.startswith("caught") else report.missed
-                counts[f"{bug[0].target}, {bug[0].family}"] += 1
+                counts[bug[0].scored_as(bug[1])] += 1
     close_tensorflow()
     return report
 
@@ -232,6 +232,10 @@ class Correct:
         write_planned(folder / "out", files)
         loaded = onnx.load_model(folder / "out" / files[0].path)
         return cls(family, checkpoint, Graph.of(loaded, frozenset(checkpoint.weights)), folder)
+
+    def scored_as(self, mutant: Mutant) -> str:
+        """The score that a mutant counts for."""
+        return f"onnx, {self.family}"
 
     def write(self, mutant: Mutant | None, producer: str | None = None) -> Path:
         """The file with a bug, by another producer if named."""

@@ -1,13 +1,11 @@
 """The planted bugs of SavedModels: what becomes of each.
 
-Allowed outcomes are those of :mod:`.planted`. A SavedModel without our manifest stands for another program's: it runs
-with the checkpoint's weights only, so a bug that needs others to be seen is ``too small to see`` too: in float64, it
-changes no output of any signature by more than :data:`NOISE`.
+Allowed outcomes are those of :mod:`.planted`. A SavedModel without our manifest stands for another program's. Bugs of
+the functions that only ``generate`` calls change tokens and no float, so they have a score of their own.
 """
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from campaigns.graph_mutations import Mutant
-from campaigns.saved_model_mutations import mutants
+from campaigns.saved_model_mutations import in_order
 from gptconvert.errors import GptConvertError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import LazyTensor
@@ -37,13 +35,13 @@ from tests.targets.saved_model.support import write
 
 #: Relative difference of two float64 runs that rounding explains.
 EXACT = 1e-9
-#: Relative difference in float64, with the checkpoint's weights, that rounding to float32 hides.
-NOISE = 4e-6
 #: Pattern of a mutant's name → why outputs need not show it in a SavedModel without our manifest.
 TOO_SMALL: Mapping[str, str] = {
     r"\* 1\.00001$": "a part in 100,000 of a small part of a sum is below the limit of 4 roundings",
-    r"^(while_)?cond_true/": "what is drawn is not compared, only that a seed repeats it and that top_k 1 is greedy",
+    r"^(while_)?cond_true/": "it draws other tokens, but by top_k, temperature and seed",
 }
+#: Names of functions that only ``generate`` calls.
+OF_GENERATE = re.compile("generate|while_|cond_")
 Arrays = dict[str, Any]
 
 
@@ -57,7 +55,7 @@ class CorrectSavedModel:
         message: its SavedModel message.
         built: what TensorFlow built.
         again: the same graph, built once more: its functions have other numbers.
-        order: all mutants, shuffled.
+        order: all mutants; any part of them is a sample.
         folder: holds the directories to verify and run, by name of the weights.
         outputs: of the correct graph, by name of the weights and whether they are in float64.
     """
@@ -80,9 +78,12 @@ class CorrectSavedModel:
         stored = {name: as_stored(name, weight)[0] for name, weight in checkpoint.weights.items()}
         first, second = (build_graph(checkpoint, stored, xla=False) for _ in range(2))
         message = saved_model_pb2.SavedModel.FromString(first.saved_model)
-        order = list(mutants(message))
-        random.Random(seed).shuffle(order)
+        order = in_order(message, seed)
         return cls(family, checkpoint, message, first, second.saved_model, order, folder)
+
+    def scored_as(self, mutant: Mutant) -> str:
+        """The score that a mutant counts for."""
+        return f"tf, {self.family}" + (", text of generate" if OF_GENERATE.match(mutant.name) else "")
 
     def mutated(self, mutant: Mutant | None) -> Any:
         """The SavedModel message with a bug."""
@@ -135,8 +136,6 @@ def outcome_of(export: CorrectSavedModel, mutant: Mutant) -> str:
         if agrees(export, mutant, EXACT):
             return "equal but for rounding"
         reason = next((why for pattern, why in TOO_SMALL.items() if re.search(pattern, mutant.name)), None)
-        if reason is None and agrees(export, mutant, NOISE, own_weights=True):
-            reason = "with the checkpoint's weights it is below the rounding noise"
         if reason is None:
             return "survived: as another program's"
         found = f"too small to see: {reason}"
@@ -175,14 +174,13 @@ def _no_stage(name: str, total: int) -> Callable[[int], None]:
     return lambda count: None
 
 
-def agrees(export: CorrectSavedModel, mutant: Mutant, tolerance: float, *, own_weights: bool = False) -> bool:
-    """Whether a mutant computes the same as the correct graph, with stress weights too unless ``own_weights``.
+def agrees(export: CorrectSavedModel, mutant: Mutant, tolerance: float) -> bool:
+    """Whether a mutant computes the same as the correct graph, with stress weights too.
 
     ``tolerance`` is relative and for float64; 0 compares the bits of float32.
     """
-    stressed = () if own_weights else settings_of(export.checkpoint.config)
     double = tolerance > 0
-    for name in ("", *(setting.name for setting in stressed)):
+    for name in ("", *(setting.name for setting in settings_of(export.checkpoint.config))):
         if (name, double) not in export.outputs:
             export.outputs[name, double] = list(outputs_of(export, None, name, double))
         pairs = zip(export.outputs[name, double], outputs_of(export, mutant, name, double), strict=True)

@@ -6,8 +6,10 @@ TensorFlow, for its protobufs and the definitions of its operators.
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,13 +153,26 @@ def attribute(node: Any, name: str) -> Any:
     return next(each for each in definition(node.op).attr if each.name == name).default_value
 
 
-def mutants(model: Any) -> Iterator[Mutant]:
-    """All mutants of a SavedModel, in a fixed order."""
+def mutants(model: Any) -> dict[tuple[str, str], list[Mutant]]:
+    """All mutants of a SavedModel in a fixed order, by kind of mutation and operator of the node."""
+    found: dict[tuple[str, str], list[Mutant]] = {}
     for function in functions_of(model):
         for index, node in enumerate(function.nodes):
-            if node.op not in CHECKS:
-                for operator in OPERATORS:
-                    yield from operator(function, index)
+            for mutate in OPERATORS if node.op not in CHECKS else ():
+                found.setdefault((mutate.__name__, node.op), []).extend(mutate(function, index))
+    return found
+
+
+def in_order(model: Any, seed: int) -> list[Mutant]:
+    """All mutants, shuffled, but with all kinds in turn, and for each kind all operators."""
+    chance, kinds = random.Random(seed), dict[str, list[list[Mutant]]]()
+    for (kind, _), found in mutants(model).items():
+        kinds.setdefault(kind, []).append(chance.sample(found, len(found)))
+    return _in_turn([_in_turn(chance.sample(lists, len(lists))) for lists in kinds.values()])
+
+
+def _in_turn(lists: Sequence[Sequence[Mutant]]) -> list[Mutant]:
+    return [mutant for round_ in itertools.zip_longest(*lists) for mutant in round_ if mutant is not None]
 
 
 def _on(function: Function, index: int, what: str, change: Callable[[Any, Any], None]) -> Mutant:

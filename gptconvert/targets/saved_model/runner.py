@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +14,8 @@ from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
 from gptconvert.targets.saved_model.contract import POSITIONS, cache_names, inputs_of, outputs_of, signature_names
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
+from gptconvert.verify.greedy import Continuation
 from gptconvert.verify.localise import from_groups
 from gptconvert.verify.outputs import Group, judge
 from gptconvert.verify.probes import Probe, default_positions, make_probes, waves
@@ -82,12 +84,14 @@ class Run:
 
     Attributes:
         runner: the loaded SavedModel.
-        probes: all inputs.
+        probes: all inputs of the signatures with all inputs and outputs.
+        seed: of the inputs of the others.
         stage: receives progress.
     """
 
     runner: SavedModelRunner
     probes: tuple[Probe, ...]
+    seed: int
     stage: Stage
 
     @classmethod
@@ -95,7 +99,7 @@ class Run:
         """A run of the probes of a level and seed."""
         cache, positions = runner.kv_cache, runner.free_positions
         probes = make_probes(runner.config, kv_cache=cache, free_positions=positions, level=level, seed=seed)
-        return cls(runner, probes, stage)
+        return cls(runner, probes, seed, stage)
 
     def report(
         self,
@@ -131,6 +135,24 @@ class Run:
         if not run.ok:
             run.first_bad = first_bad(run.groups, runner.kv_cache)
         return run
+
+    def add_others(
+        self, run: RunReport, checkpoint: Checkpoint, signatures: Sequence[str], *, thorough: bool = False
+    ) -> Continuation | None:
+        """Compare the other ``signatures`` with those of ``run``, which passed.
+
+        ``thorough`` also checks what ``generate`` draws, and where it ends.
+
+        Returns:
+            the greedy continuation of ``generate``; None without one.
+        """
+        self.stage("running the other signatures", 0)
+        tensorflow = self.runner.tensorflow
+        others, greedy = check_other_signatures(
+            tensorflow, checkpoint, signatures, run.groups, self.seed, thorough=thorough
+        )
+        run.groups.append(others)
+        return greedy
 
 
 def first_bad(groups: list[Group], kv_cache: bool) -> str | None:

@@ -7,6 +7,7 @@ their names, so all can be replaced, but for matrices that equal their transpose
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,7 +24,12 @@ from gptconvert.verify.stress import MOST_STRESSED, Setting, large_note, setting
 
 
 def run_with_stress_weights(
-    report: ArtifactReport, run: Run, checkpoint: Checkpoint, own: OwnGraph, level: Level
+    report: ArtifactReport,
+    run: Run,
+    checkpoint: Checkpoint,
+    own: OwnGraph,
+    signatures: Sequence[str],
+    level: Level,
 ) -> None:
     """Add a run for each setting to the report, up to the first that fails.
 
@@ -32,6 +38,7 @@ def run_with_stress_weights(
         run: what to repeat.
         checkpoint: as stored in the SavedModel.
         own: how its weights are stored.
+        signatures: all that it has.
         level: of verification.
 
     Raises:
@@ -44,11 +51,13 @@ def run_with_stress_weights(
         return
     kept = [name for name, flipped in own.orientations.items() if flipped is None]
     report.notes += kept_note(report.path, kept, "they equal their transposes, so their orientation is unknown")
-    for setting in settings_of(checkpoint.config):
+    for number, setting in enumerate(settings_of(checkpoint.config)):
         stressed = _with_stress_weights(checkpoint, own, setting)
         try:
             _assign(run.runner.tensorflow, stressed, own)
             found = run.report(f"stress weights: {setting.name}", stressed, stressed=True)
+            if found.ok:
+                run.add_others(found, stressed, signatures, thorough=number == 0)
         except TensorFlowError as error:
             raise InputError("TensorFlow cannot change the variables", path=report.path, found=error) from error
         except InputError:  # weights that were not replaced overflow

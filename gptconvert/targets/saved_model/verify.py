@@ -34,7 +34,6 @@ from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowPr
 from gptconvert.targets.saved_model.runner import Run, SavedModelRunner
 from gptconvert.targets.saved_model.safety import check_saved_model
 from gptconvert.targets.saved_model.stress import run_with_stress_weights
-from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.background import in_background
 from gptconvert.verify.foreign import as_stored
@@ -89,7 +88,7 @@ class SavedModelVerifier:
             report.problems += loaded.differences
             report.notes += loaded.notes
             if run is not None and own is not None and loaded.notes and report.ok:
-                run_with_stress_weights(report, run, checkpoint, own, level)
+                run_with_stress_weights(report, run, checkpoint, own, list(loaded.description["signatures"]), level)
         return report
 
 
@@ -260,8 +259,5 @@ def _run(
     report.runs.append(found)
     if not found.ok:
         return None
-    stage("running the other signatures", 0)
-    signatures = list(loaded().description["signatures"])
-    others, report.greedy = check_other_signatures(tensorflow, checkpoint, signatures, found.groups, seed)
-    found.groups.append(others)
+    report.greedy = run.add_others(found, checkpoint, list(loaded().description["signatures"]))
     return run
