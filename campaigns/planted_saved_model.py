@@ -38,7 +38,7 @@ EXACT = 1e-9
 #: Pattern of a mutant's name → why outputs need not show it in a SavedModel without our manifest.
 TOO_SMALL: Mapping[str, str] = {
     r"\* 1\.00001$": "a part in 100,000 of a small part of a sum is below the limit of 4 roundings",
-    r"^(while_)?cond_true/": "it draws other tokens, but by top_k, temperature and seed",
+    r"^(while_)?cond_true/": "of what is drawn, only a few draws at the limits of top_k and temperature are compared",
 }
 #: Names of functions that only ``generate`` calls.
 OF_GENERATE = re.compile("generate|while_|cond_")

@@ -27,8 +27,10 @@ NEW_TOKENS = 8
 NAME = "other signatures"
 #: Temperatures at which any two tokens are equally likely, and at which all but the best are not drawn.
 HOT, COLD = 1e6, 1e-3
-#: Natural logarithm of how unlikely a draw must be to count as an error.
-UNLIKELY = 40.0
+#: A token drawn at ``COLD`` is this far below the best one, or more, with a chance of e⁻⁴⁰.
+FAR = 40 * COLD
+#: Texts of two seeds are compared if they are the same, or end at once, by a chance below e to this power, negated.
+UNLIKELY = 25.0
 
 
 def check_other_signatures(
@@ -133,11 +135,12 @@ class _Check:
         few = self._sequences("generate", prompts, temperature=HOT, top_k=3, seed=1)
         yield from (f"generate, top_k 3: {problem}" for problem in self._unlikely(few, prompts, among=3))
         cold = self._sequences("generate", prompts, temperature=COLD, seed=2)
-        slack = COLD * UNLIKELY
-        yield from (f"generate, temperature {COLD:g}: {p}" for p in self._unlikely(cold, prompts, slack=slack))
+        yield from (f"generate, temperature {COLD:g}: {p}" for p in self._unlikely(cold, prompts, slack=FAR))
         hot, other = (self._sequences("generate", prompts, temperature=HOT, seed=seed) for seed in (3, 4))
-        draws = hot.shape[0] * (hot.shape[1] - prompts["input_ids"].shape[1])
-        if draws * np.log(vocabulary) > UNLIKELY and np.array_equal(hot, other):
+        first = prompts["input_ids"].shape[1]
+        later, others = (made[:, first + 1 :] for made in (hot, other))
+        draws = min(2 * len(hot), later.size)
+        if draws * np.log(vocabulary) > UNLIKELY and np.array_equal(later, others):
             yield "generate: two seeds give the same text at a high temperature"
 
     def twins(self) -> Iterator[str]:
