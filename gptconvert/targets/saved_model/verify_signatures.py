@@ -29,7 +29,7 @@ NAME = "other signatures"
 HOT, COLD = 1e6, 1e-3
 #: A token drawn at ``COLD`` is this far below the best one, or more, with a chance of e⁻⁴⁰.
 FAR = 40 * COLD
-#: Texts of two seeds are compared if they are the same, or end at once, by a chance below e to this power, negated.
+#: Texts drawn at ``HOT`` are compared if they agree, or end at once, with a chance below e to this power, negated.
 UNLIKELY = 25.0
 
 
@@ -137,11 +137,12 @@ class _Check:
         cold = self._sequences("generate", prompts, temperature=COLD, seed=2)
         yield from (f"generate, temperature {COLD:g}: {p}" for p in self._unlikely(cold, prompts, slack=FAR))
         hot, other = (self._sequences("generate", prompts, temperature=HOT, seed=seed) for seed in (3, 4))
-        first = prompts["input_ids"].shape[1]
-        later, others = (made[:, first + 1 :] for made in (hot, other))
-        draws = min(2 * len(hot), later.size)
-        if draws * np.log(vocabulary) > UNLIKELY and np.array_equal(later, others):
-            yield "generate: two seeds give the same text at a high temperature"
+        draws = min(2 * len(hot), hot.size - prompts["input_ids"].size - len(hot))
+        if draws * np.log(vocabulary) > UNLIKELY:
+            if np.array_equal(hot, other):
+                yield "generate: two seeds give the same text at a high temperature"
+            if all(problem.startswith("token 0 ") for problem in self._unlikely(hot, prompts)):
+                yield "generate: at a high temperature, all tokens but the first are the best ones"
 
     def twins(self) -> Iterator[str]:
         """Compiled signatures equal the plain ones on a left-padded sequence as long as the context."""

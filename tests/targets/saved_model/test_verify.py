@@ -148,9 +148,14 @@ class Generating:
             False,
             "generate, temperature 0.001: token ",
         ),
+        (
+            lambda i: {"temperature": np.float32(i["temperature"] * (i["top_k"] > 0))},
+            False,
+            "generate: at a high temperature, all tokens but the first are the best ones",
+        ),
         (lambda i: {"seed": np.int64(7)}, False, "generate: two seeds give the same text at a high temperature"),
     ],
-    ids=["unchanged", "shorter context", "top_k", "temperature", "seed"],
+    ids=["unchanged", "shorter context", "top_k", "temperature", "greedy", "seed"],
 )
 def test_limits_of_generate(
     change: Callable[[Arrays], Arrays],
