@@ -219,7 +219,7 @@ def other_constants(graph: Graph, index: int) -> Iterator[Mutant]:
     for k, name in enumerate(graph.model.graph.node[index].input):
         if name not in graph.arrays:
             continue
-        for what, array in _constants(graph.arrays[name]):
+        for what, array in changed_constants(graph.arrays[name]):
 
             def change(model: Any, node: Any, k: int = k, array: NDArray[Any] = array) -> None:
                 import onnx
@@ -230,7 +230,8 @@ def other_constants(graph: Graph, index: int) -> Iterator[Mutant]:
             yield _on(index, f"{_label(graph, index)}: {name} {what}", change)
 
 
-def _constants(array: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
+def changed_constants(array: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Other values of an int64 or float32 constant, with names."""
     if array.dtype == np.int64:
         for step in (-1, 1):
             for k in range(array.size):

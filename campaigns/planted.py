@@ -1,5 +1,6 @@
 """Planted bugs: every mutation of every node of correct exports of all five families, which verification must find.
 
+ONNX graphs and, in every fourth case, SavedModels (:mod:`.planted_saved_model`).
 Each mutant is checked twice: as our own export, whose nodes are compared with those that this version builds, and as
 another program's, of which only weights and outputs are known, with stress weights too. Allowed outcomes:
 
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,11 @@ from unittest import mock
 
 import numpy as np
 
+from campaigns import planted_saved_model
+from campaigns.correct import close_tensorflow, one_tensorflow
 from campaigns.graph_mutations import Graph, Mutant, mutants
 from campaigns.models import Model
+from campaigns.planted_saved_model import EXACT, CorrectSavedModel
 from campaigns.report import Case, Report
 from gptconvert.errors import GptConvertError
 from gptconvert.families.registry import family_named
@@ -43,6 +48,7 @@ from gptconvert.targets.onnx.foreign import pair_up
 from gptconvert.targets.onnx.own_graph import graph_differences
 from gptconvert.targets.onnx.plan import plan
 from gptconvert.targets.onnx.runner import OnnxRunner, bind
+from gptconvert.targets.saved_model import runner as tf_runner
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.probes import Probe, make_probes
 from gptconvert.verify.run_probes import whole
@@ -53,8 +59,8 @@ from gptconvert.verify.weights import compare
 from reference_model.config import GPTConfig, Rotary
 from tests.helpers import write_planned
 
-#: Relative difference of two float64 runs that rounding explains.
-EXACT = 1e-9
+#: SavedModels are every so many-th case: TensorFlow takes ten times as long.
+EVERY = 4
 SIZES: Mapping[str, Any] = {
     "vocab_size": 97,
     "n_ctx": 40,
@@ -89,18 +95,53 @@ def run(seed: int, seconds: float, start: int = 0, only: int | None = None) -> R
         only: check this one alone.
     """
     report, end = Report("planted", seed, next=start), time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder, remembered_truths():
-        exports = [Correct.of(family, Path(folder) / family) for family in FAMILIES]
-        order = in_order(exports, seed)
-        for number in range(start, len(order)) if only is None else (only,):
+    if importlib.util.find_spec("tensorflow") is None:
+        report.missing = ["SavedModels, which need TensorFlow"]
+    with tempfile.TemporaryDirectory() as folder, remembered_truths(), one_tensorflow():
+        bugs = Bugs(Path(folder), seed)
+        for number in range(start, bugs.most) if only is None else (only,):
             if time.monotonic() > end:
                 break
-            case = run_case(number, *order[number])
+            bug = bugs[number]
+            if bug is None:
+                continue
+            case = run_case(number, *bug)
             report.add(case)
             if not case.outcome.startswith(("equal", "cannot run")):
                 counts = report.caught if case.outcome.startswith("caught") else report.missed
-                counts[f"onnx, {order[number][0].family}"] += 1
+                counts[bug[0].scored_as(bug[1])] += 1
+    close_tensorflow()
     return report
+
+
+class Bugs:
+    """The bugs of a seed by number: every :data:`EVERY`-th is one of a SavedModel, of each family in turn.
+
+    SavedModels are exported when they are needed first: TensorFlow takes seconds to start.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        exports = [Correct.of(family, folder / family) for family in FAMILIES]
+        self.checkpoints = {export.family: export.checkpoint for export in exports}
+        self.onnx = in_order(exports, seed)
+        self.most = len(self.onnx) * EVERY // (EVERY - 1)
+        self.tensorflow: dict[str, CorrectSavedModel] = {}
+
+    def __getitem__(self, number: int) -> tuple[Correct | CorrectSavedModel, Mutant] | None:
+        """The export of a case and its bug; None without TensorFlow, or after the last bug."""
+        turn, place = divmod(number, EVERY)
+        if place < EVERY - 1:
+            return self.onnx[number - turn] if number - turn < len(self.onnx) else None
+        if importlib.util.find_spec("tensorflow") is None:
+            return None
+        index, which = divmod(turn, len(FAMILIES))
+        family = list(FAMILIES)[which]
+        if family not in self.tensorflow:
+            folder = self.folder / "tf" / family
+            self.tensorflow[family] = CorrectSavedModel.of(family, self.checkpoints[family], folder, self.seed)
+        export = self.tensorflow[family]
+        return (export, export.order[index]) if index < len(export.order) else None
 
 
 def in_order(exports: Sequence[Correct], seed: int) -> list[tuple[Correct, Mutant]]:
@@ -110,12 +151,17 @@ def in_order(exports: Sequence[Correct], seed: int) -> list[tuple[Correct, Mutan
     return found
 
 
-def run_case(number: int, export: Correct, mutant: Mutant) -> Case:
+def run_case(number: int, export: Correct | CorrectSavedModel, mutant: Mutant) -> Case:
     """Check one mutant."""
     started = time.process_time()
-    outcome = outcome_of(export, mutant)
+    check: Callable[[Any, Mutant], str] = (
+        outcome_of if isinstance(export, Correct) else planted_saved_model.outcome_of
+    )
+    outcome = check(export, mutant)
     failed = outcome.startswith(("survived", "escaped"))
-    return Case(number, f"{export.family}: {mutant.name}", outcome, time.process_time() - started, failed)
+    return Case(
+        number, f"{export.target}, {export.family}: {mutant.name}", outcome, time.process_time() - started, failed
+    )
 
 
 def outcome_of(export: Correct, mutant: Mutant) -> str:
@@ -140,12 +186,12 @@ def outcome_of(export: Correct, mutant: Mutant) -> str:
 @contextmanager
 def remembered_truths() -> Iterator[None]:
     """Compute each truth once for all mutants of a model, and do not locate errors, which would take most time."""
-    truths: dict[Any, Any] = {}
-    with (
-        mock.patch.object(onnx_verify, "first_bad_block", lambda *_: None),
-        mock.patch.object(onnx_verify, "make_probes", functools.cache(make_probes)),
-        mock.patch.object(onnx_verify, "TruthPass", functools.partial(_Remembered, truths)),
-    ):
+    remembered = functools.partial(_Remembered, {})
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(onnx_verify, "first_bad_block", lambda *_: None))
+        for module in (onnx_verify, tf_runner):
+            stack.enter_context(mock.patch.object(module, "make_probes", functools.cache(make_probes)))
+            stack.enter_context(mock.patch.object(module, "TruthPass", remembered))
         yield
 
 
@@ -166,6 +212,7 @@ class Correct:
     graph: Graph
     folder: Path
     outputs: dict[str, list[Outputs | None]] = field(default_factory=dict)
+    target = "onnx"
 
     @classmethod
     def of(cls, family: str, folder: Path) -> Correct:
@@ -185,6 +232,10 @@ class Correct:
         write_planned(folder / "out", files)
         loaded = onnx.load_model(folder / "out" / files[0].path)
         return cls(family, checkpoint, Graph.of(loaded, frozenset(checkpoint.weights)), folder)
+
+    def scored_as(self, mutant: Mutant) -> str:
+        """The score that a mutant counts for."""
+        return f"onnx, {self.family}"
 
     def write(self, mutant: Mutant | None, producer: str | None = None) -> Path:
         """The file with a bug, by another producer if named."""

@@ -90,7 +90,7 @@ class _Walker:
         if code in _NUMBERS:
             return self.number(_NUMBERS[code])
         if code in _FIXED_EXTENSIONS:
-            return self.extension(_FIXED_EXTENSIONS[code])
+            return self.extension(_FIXED_EXTENSIONS[code], depth)
         if code not in _SIZED:
             raise self.wrong(f"byte 0x{code:02x} is not a type code")
         kind, width = _SIZED[code]
@@ -98,7 +98,7 @@ class _Walker:
         handlers: Mapping[str, Callable[[int], Value]] = {
             "text": self.text,
             "bytes": self.skip,
-            "extension": self.extension,
+            "extension": lambda n: self.extension(n, depth),
             "list": lambda n: self.list(n, depth),
             "map": lambda n: self.map(n, depth),
         }
@@ -137,7 +137,7 @@ class _Walker:
         found: int | float = value
         return found
 
-    def extension(self, length: int) -> LazyTensor:
+    def extension(self, length: int, depth: int) -> LazyTensor:
         """A type byte and ``length`` bytes: an array."""
         kind = self.take(1)[0]
         self.need(length)
@@ -146,16 +146,16 @@ class _Walker:
             raise UnsupportedError("arrays of complex numbers are not supported", path=self.path)
         if kind not in (ARRAY, SCALAR):
             raise self.wrong(f"extension type {kind}, which Flax does not write")
-        array = self.array(end)
+        array = self.array(end, depth)
         if self.at != end:
             raise self.wrong("an array whose length does not match its content")
         return array
 
-    def array(self, end: int) -> LazyTensor:
+    def array(self, end: int, depth: int) -> LazyTensor:
         """(shape, dtype name, bytes): the bytes are located, not read."""
         if self.take(1) != b"\x93":
             raise self.wrong("an array that is not (shape, dtype, bytes)")
-        shape = self.value(MAX_DEPTH - 1)
+        shape = self.value(max(depth + 1, MAX_DEPTH - 1))  # deeper: a shape may hold an array, which has a shape
         if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(n) for n in shape):
             raise self.wrong(f"an array of shape {shape!r:.60}")
         dtype = self.dtype()

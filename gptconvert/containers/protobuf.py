@@ -78,6 +78,19 @@ class Message:
             raise MalformedError(f"has bytes where field {number} should be a number")
         return signed(value)
 
+    def integers(self, number: int) -> list[int]:
+        """A repeated int64 field (or a narrower integer type), packed or not."""
+        found: list[int] = []
+        for value in self._fields.get(number, []):
+            if isinstance(value, int):
+                found.append(signed(value))
+                continue
+            at = 0
+            while at < len(value):
+                each, at = read_varint(value, at)
+                found.append(signed(each))
+        return found
+
     def raw(self, number: int) -> bytes:
         """The bytes of a singular embedded message, empty if absent."""
         value = self._single(number)

@@ -143,7 +143,11 @@ def _header(value: bytes, path: str) -> tuple[int, bool]:
     """Number of shards and whether the data are big-endian, from a BundleHeaderProto."""
     header = Message(value)
     shards, endianness = header.integer(1), header.integer(2)
-    required = header.message(3).integer(2)
+    required, refused = header.message(3).integer(2), header.message(3).integers(3)
+    if VERSION in refused:
+        raise UnsupportedError(
+            "the checkpoint excludes readers of this bundle version", path=path, expected="another", found=VERSION
+        )
     if required > VERSION:
         raise UnsupportedError(
             f"the checkpoint requires a reader of bundle version {required}", path=path, expected=VERSION

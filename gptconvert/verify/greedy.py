@@ -43,13 +43,17 @@ class Continuation:
         hits = np.isin(self.input_ids[:, -self.new :], np.asarray(stops, np.int64))  # (B, n)
         return np.concatenate((np.zeros_like(hits[:, :1]), hits), 1).cumsum(1) > 0
 
-    def unlikely(self, logits: Array, special: SpecialIds, allowed: float) -> Iterator[str]:
-        """New tokens that ``logits`` [B, S + n, V] rule out; after the end only padding is allowed."""
+    def unlikely(self, logits: Array, special: SpecialIds, allowed: float, among: int = 1) -> Iterator[str]:
+        """New tokens that ``logits`` [B, S + n, V] rule out; after the end only padding is allowed.
+
+        A token's logit may be ``allowed`` below the best one, or below the one of rank ``among``.
+        """
         rows, ended = np.arange(len(self.input_ids)), self.ended(special.eos)
         filler = special.filler(logits.shape[-1])
         for i in range(self.new):
             token = self.input_ids[:, i - self.new]  # (B)
             scores = logits[rows, self.last_seen(i)].astype(np.float64)  # (B, V)
-            behind = scores.max(1) - scores[rows, token]  # (B)
+            least = np.sort(scores, 1)[:, -min(among, scores.shape[1])]  # (B)
+            behind = least - scores[rows, token]  # (B)
             wrong = np.where(ended[:, i], token != filler, ~(behind <= allowed))
             yield from (f"token {i} of row {row} is {token[row]}" for row in np.flatnonzero(wrong))

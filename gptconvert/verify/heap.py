@@ -1,4 +1,4 @@
-"""glibc's heap: verification allocates and frees blocks of many megabytes, which should go back to the system at once."""
+"""glibc's heap. Verification allocates and frees blocks of many megabytes, which should return to the system."""
 
 from __future__ import annotations
 

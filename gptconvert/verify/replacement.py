@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from gptconvert.model.schemes import sizes_of
 from gptconvert.model.tensors import CHUNK_BYTES, Array, Box, Computed, LazyTensor
 from gptconvert.model.transforms import Sizes, cast, take_rows
 from gptconvert.verify.content import FlatIndex, Layout, Match, Part, Place, is_telling, sample
+from gptconvert.verify.report import MOST_SHOWN
 
 #: A tensor that holds no known weight may derive from one of this many times its size or fewer, or the reverse.
 MOST_PARTS = 4
@@ -45,7 +46,7 @@ class Replacement:
 
     def checkpoint(self, checkpoint: Checkpoint, values: Mapping[str, LazyTensor]) -> Checkpoint:
         """The checkpoint with other values, rounded to the types in the file."""
-        replaced = {name: _representable(values[name], dtype) for name, dtype in self.types.items()}
+        replaced = {name: representable(values[name], dtype) for name, dtype in self.types.items()}
         return dataclasses.replace(checkpoint, weights={**checkpoint.weights, **replaced})
 
     def arrays(self, checkpoint: Checkpoint) -> dict[str, Array]:
@@ -102,6 +103,18 @@ def replacement(
     )
 
 
+def kept_note(path: str, kept: Sequence[str], why: str) -> list[str]:
+    """A note on the weights that stress weights do not replace."""
+    if not kept:
+        return []
+    more = f" and {len(kept) - MOST_SHOWN} more" if len(kept) > MOST_SHOWN else ""
+    note = (
+        f"{path}: while it ran with stress weights, {len(kept)} kept the checkpoint's values "
+        f"({', '.join(kept[:MOST_SHOWN])}{more}), because {why}"
+    )
+    return [note]
+
+
 def _is_index(tensor: LazyTensor) -> bool:
     return tensor.dtype.kind == "b" or (tensor.dtype.kind in "iu" and tensor.dtype.itemsize > 1)
 
@@ -143,7 +156,7 @@ def _boxes(tensor: LazyTensor) -> Iterator[Box]:
         yield (slice(start, min(start + step, rows)), *rest)
 
 
-def _representable(tensor: LazyTensor, dtype: np.dtype[np.generic]) -> LazyTensor:
+def representable(tensor: LazyTensor, dtype: np.dtype[np.generic]) -> LazyTensor:
     """The values in ``dtype``; what float16 cannot hold, cut to what it can."""
     if dtype != np.float16:
         return cast(tensor, dtype)

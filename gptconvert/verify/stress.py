@@ -24,6 +24,8 @@ POOL = 1 << 18
 BIAS = 0.3
 #: Standard deviation of the scales of norms, in units of their mean.
 SPREAD = 0.3
+#: Weights of more bytes are replaced only with ``--full``: it takes several times their memory.
+MOST_STRESSED = 600 << 20
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,14 @@ def settings_of(config: GPTConfig) -> tuple[Setting, ...]:
 Deviation = float | NDArray[np.float64]
 #: Mean and standard deviation.
 Scale = tuple[float, Deviation]
+
+
+def large_note(path: str, nbytes: int) -> str:
+    """A note on a model that is too large to run with stress weights by default."""
+    return (
+        f"{path}: it was not run with stress weights, which takes several times the memory of its {nbytes} bytes of "
+        "weights; --full does"
+    )
 
 
 def stress_weights(

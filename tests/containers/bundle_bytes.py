@@ -70,8 +70,8 @@ def slice_proto(extents: Sequence[tuple[int, int | None]]) -> bytes:
     return b"".join(text(1, number(1, a) + (b"" if n is None else varint(2 << 3) + varint(n))) for a, n in extents)
 
 
-def header(shards: int = 1, endianness: int = 0, minimum: int = 0) -> bytes:
-    return number(1, shards) + number(2, endianness) + text(3, number(1, 1) + number(2, minimum))
+def header(shards: int = 1, endianness: int = 0, minimum: int = 0, excluded: bytes = b"") -> bytes:
+    return number(1, shards) + number(2, endianness) + text(3, number(1, 1) + number(2, minimum) + excluded)
 
 
 def block(rows: Rows, restart: int = 16) -> bytes:

@@ -71,6 +71,16 @@ BAD: dict[str, tuple[bytes, type[GptConvertError], str]] = {
     "shape of 2**80": (msgpack.packb({"a": array(shape=(1 << 40, 1 << 40))}), InputError, "not"),
     "negative shape": (msgpack.packb({"a": array(shape=(-2,))}), InputError, "shape"),
     "shape of words": (msgpack.packb({"a": array(shape=("x",))}), InputError, "shape"),
+    "shape that is an array, 10k deep": (
+        b"\x81\xa1a" + b"\xc9\x00\x00\x01\x00\x01\x93" * 10_000 + bytes(300),
+        UnsafeInputError,
+        "nested too deep",
+    ),
+    "shape of arrays, 10k deep": (
+        b"\x81\xa1a" + b"\xc9\x00\x00\x01\x00\x01\x93\x91" * 10_000 + bytes(300),
+        UnsafeInputError,
+        "nested too deep",
+    ),
     "payload too long": (
         msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(([2], "float32", bytes(8))) + b"\0")}),
         InputError,
@@ -90,7 +100,7 @@ BAD: dict[str, tuple[bytes, type[GptConvertError], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_41_bad_files(tmp_path: Path, name: str) -> None:
+def test_bad_files(tmp_path: Path, name: str) -> None:
     content, error, message = BAD[name]
     with pytest.raises(error, match=message):
         read_msgpack(write(tmp_path, content))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,10 +131,12 @@ def test_no_header(tmp_path: Path) -> None:
         ({"shards": 1 << 40}, InputError, "1099511627776 data files"),
         ({"endianness": 2}, InputError, "byte order 2"),
         ({"minimum": 2}, UnsupportedError, "bundle version 2"),
+        ({"excluded": made.number(3, 2) + made.number(3, 1)}, UnsupportedError, "excludes readers"),
+        ({"excluded": made.text(3, b"\x02\x01")}, UnsupportedError, "excludes readers"),  # packed
     ],
     ids=str,
 )
-def test_bad_header(tmp_path: Path, head: dict[str, int], error: type[GptConvertError], message: str) -> None:
+def test_bad_header(tmp_path: Path, head: dict[str, Any], error: type[GptConvertError], message: str) -> None:
     with pytest.raises(error, match=message):
         read_index(made.write_entries(tmp_path, **head))
 

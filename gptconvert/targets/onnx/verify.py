@@ -35,11 +35,11 @@ from gptconvert.verify.heap import trim_heap
 from gptconvert.verify.outputs import Group, judge
 from gptconvert.verify.probes import Probe, make_probes, waves
 from gptconvert.verify.quality import measurable
-from gptconvert.verify.replacement import Replacement, replacement
-from gptconvert.verify.report import MOST_SHOWN, ArtifactReport, RunReport
+from gptconvert.verify.replacement import Replacement, kept_note, replacement
+from gptconvert.verify.report import ArtifactReport, RunReport
 from gptconvert.verify.run_probes import run_probes
 from gptconvert.verify.runners import available_memory
-from gptconvert.verify.stress import Setting, settings_of, stress_weights
+from gptconvert.verify.stress import Setting, large_note, settings_of, stress_weights
 from gptconvert.verify.truth import Truth, TruthPass
 from gptconvert.verify.weights import Pair, WeightReport, compare, in_one_piece, pairs_of
 from reference_model.config import GPTConfig
@@ -111,14 +111,15 @@ class OnnxVerifier:
             report.notes.append(f"{path}: it was not run with stress weights, because it computes in half precision")
             return
         if file.weight_bytes > self.small_model and level != "full":
-            report.notes.append(
-                f"{path}: it was not run with stress weights, which takes several times the memory of its "
-                f"{file.weight_bytes} bytes of weights; --full does"
-            )
+            report.notes.append(large_note(path, file.weight_bytes))
             return
         tensors = used_tensors(file)
         found = replacement(tensors, other_sizes(file, tensors), match, checkpoint)
-        report.notes += kept_note(path, [name for name in found.kept if name not in report.weights.outputs_only])
+        report.notes += kept_note(
+            path,
+            [name for name in found.kept if name not in report.weights.outputs_only],
+            "the graph's tensors for them are not known for certain",
+        )
         for setting in settings_of(checkpoint.config) if found.places else ():
             stressed = runs.with_weights(found, setting)
             try:
@@ -199,18 +200,6 @@ def _weights(candidate: Candidate, file: OnnxFile) -> tuple[Checkpoint, WeightRe
     match = match_by_content(used_tensors(file), candidate.checkpoint)
     weights = {**checkpoint.weights, **match.weights}
     return dataclasses.replace(checkpoint, weights=weights), match.report, [], match
-
-
-def kept_note(path: str, kept: Sequence[str]) -> list[str]:
-    """A note on the weights that stress weights do not replace."""
-    if not kept:
-        return []
-    more = f" and {len(kept) - MOST_SHOWN} more" if len(kept) > MOST_SHOWN else ""
-    note = (
-        f"{path}: while it ran with stress weights, {len(kept)} kept the checkpoint's values "
-        f"({', '.join(kept[:MOST_SHOWN])}{more}), because the graph's tensors for them are not known for certain"
-    )
-    return [note]
 
 
 class Runs:

@@ -76,6 +76,15 @@ class TensorFlowProcess(ChildProcess):
         tokens = sum(array.size for array in arrays.values() if array.dtype.kind == "i")
         return self.call("run", None, arrays, tokens, signature=signature, wanted=wanted)[1]
 
+    def assign(self, name: str, values: Array) -> None:
+        """Give a variable of the loaded model other values, in float32.
+
+        Raises:
+            TensorFlowError: there is no such variable, or it has another shape.
+            UnsafeInputError: a confined process exceeded its time, or died.
+        """
+        self.call("assign", None, {"values": values}, name=name)
+
     def step(self, ids: Sequence[int]) -> Array:
         """Logits [V] after ``ids``, which continue the ids of earlier steps.
 

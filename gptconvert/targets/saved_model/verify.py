@@ -6,15 +6,12 @@ TensorFlow runs in a process of its own. A SavedModel is a program: one of unkno
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from gptconvert.containers.tf_bundle import read_bundle
 from gptconvert.errors import InputError, UnsupportedError
@@ -26,9 +23,7 @@ from gptconvert.model.transforms import transpose
 from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.saved_model.contract import (
-    POSITIONS,
     XLA,
-    cache_names,
     inputs_of,
     outputs_of,
     signature_names,
@@ -36,20 +31,17 @@ from gptconvert.targets.saved_model.contract import (
 from gptconvert.targets.saved_model.own_graph import OwnGraph, version_of
 from gptconvert.targets.saved_model.plan import NAME
 from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from gptconvert.targets.saved_model.runner import Run, SavedModelRunner
 from gptconvert.targets.saved_model.safety import check_saved_model
-from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
+from gptconvert.targets.saved_model.stress import run_with_stress_weights
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.background import in_background
 from gptconvert.verify.foreign import as_stored
-from gptconvert.verify.localise import from_groups
-from gptconvert.verify.outputs import Group, judge
-from gptconvert.verify.probes import Probe, default_positions, make_probes, waves
-from gptconvert.verify.report import ArtifactReport, RunReport
-from gptconvert.verify.run_probes import run_probes
-from gptconvert.verify.runners import Feeds, Outputs, RunError, available_memory, one_line
-from gptconvert.verify.truth import Truth, TruthPass
+from gptconvert.verify.probes import make_probes
+from gptconvert.verify.report import ArtifactReport
+from gptconvert.verify.runners import available_memory
 from gptconvert.verify.weights import Pair, WeightReport, compare, difference, pairs_of
-from reference_model.config import CACHED_TASKS, GPTConfig
+from reference_model.config import GPTConfig
 
 PREFIX, SUFFIX = "weights/", "/.ATTRIBUTES/VARIABLE_VALUE"
 #: Largest constant allowed in a graph: weights belong in variables.
@@ -91,10 +83,12 @@ class SavedModelVerifier:
             self.process() if self.process else TensorFlowProcess(limits) as tensorflow,
             in_background(lambda stop: Loaded.from_file(tensorflow, path, own, stop)) as loading,
         ):
-            _run(report, tensorflow, loading.result, checkpoint, level, candidate.seed, stage)
+            run = _run(report, tensorflow, loading.result, checkpoint, level, candidate.seed, stage)
             loaded = loading.result()
-        report.problems += loaded.differences
-        report.notes += loaded.notes
+            report.problems += loaded.differences
+            report.notes += loaded.notes
+            if run is not None and own is not None and loaded.notes and report.ok:
+                run_with_stress_weights(report, run, checkpoint, own, list(loaded.description["signatures"]), level)
         return report
 
 
@@ -245,103 +239,25 @@ def _run(
     level: Level,
     seed: int,
     stage: Stage,
-) -> None:
+) -> Run | None:
     """Rule 2: run all probes on the signatures with all inputs and outputs, then compare the others with these.
 
-    The first truth is computed while TensorFlow starts and loads the model.
+    The first truth is computed while TensorFlow starts and loads the model. Returns the run, to be repeated with
+    other weights; None if it failed.
     """
-    config, runner = checkpoint.config, SavedModelRunner(tensorflow, checkpoint.config)
-    probes: tuple[Probe, ...] = make_probes(
-        config, kv_cache=runner.kv_cache, free_positions=runner.free_positions, level=level, seed=seed
-    )
-    groups: dict[str, Group] = {}
-    for wave in waves(probes):
-        advance = stage("computing the truth", config.n_layer)
-        truth_pass = functools.partial(TruthPass, checkpoint, wave, runner.compute, presents=runner.kv_cache)
-        truth = truth_pass().run(advance)
-        if not groups:
-            stage("loading the SavedModel", 0)
-            report.problems = list(contract_problems(loaded().description, config))
-            if report.problems:
-                return
-        answers = run_probes(runner, wave, config, stage("running TensorFlow", len(wave)))
+    run = Run.of(SavedModelRunner(tensorflow, checkpoint.config), level, seed, stage)
 
-        def measure_noise(yardsticks: int, truth_pass: Callable[..., TruthPass] = truth_pass) -> Truth:
-            return truth_pass(yardsticks=yardsticks).run(stage("measuring the rounding noise", config.n_layer))
+    def keeps_contract() -> bool:
+        stage("loading the SavedModel", 0)
+        report.problems = list(contract_problems(loaded().description, checkpoint.config))
+        return not report.problems
 
-        judge(answers, runner.compute, config, groups, truth, measure_noise)
-    report.probes = [probe.as_dict() for probe in probes]
-    run = RunReport("TensorFlow", list(groups.values()))
-    report.runs.append(run)
-    if not run.ok:
-        run.first_bad = first_bad(run.groups, runner.kv_cache)
-        return
-    stage("running the other signatures", 0)
-    signatures = list(loaded().description["signatures"])
-    others, report.greedy = check_other_signatures(tensorflow, checkpoint, signatures, run.groups, seed)
-    run.groups.append(others)
-
-
-def first_bad(groups: list[Group], kv_cache: bool) -> str | None:
-    """The first layer whose keys or values leave the noise, as text; None if nothing was measured."""
-    bad = {m.tensor for group in groups for m in group.measures.values() if not m.ok}
-    presents = sorted((int(name.split(".")[1]), name) for name in bad if name.startswith("present."))
-    if not presents:
-        place = "the last block or the head" if kv_cache else "an unknown place: no keys or values to compare"
-        return (from_groups(groups) or place) if bad else None
-    layer, name = presents[0]
-    return f"block {layer}, in {name}" + (
-        f", or block {layer - 1} after its keys and values" if layer else ", or the embedding"
-    )
-
-
-class SavedModelRunner:
-    """A loaded SavedModel.
-
-    Outputs come from ``serving_default`` if it takes the inputs, else from the signature that takes positions, else
-    from ``decode``.
-    """
-
-    compute = "float32"
-
-    def __init__(self, tensorflow: TensorFlowProcess, config: GPTConfig) -> None:
-        self.tensorflow, self.config = tensorflow, config
-        self.kv_cache, self.free_positions = config.task in CACHED_TASKS, True
-
-    def run(self, feeds: Feeds, presents: bool) -> Outputs:
-        """See :class:`~gptconvert.verify.runners.Runner`."""
-        signature = self._signature(feeds)
-        try:
-            named = self._serving(signature, feeds) if signature else {}
-            cache = self._decode(feeds, presents) if presents or not signature else {}
-        except TensorFlowError as error:
-            raise RunError(one_line(error)) from error
-        pairs = [(cache.pop(key), cache.pop(value)) for key, value in self._present_names(presents)]
-        return Outputs(named or cache, tuple(pairs))
-
-    def _signature(self, feeds: Feeds) -> str | None:
-        """The signature that takes these inputs and returns no cache; None if ``decode`` alone takes them."""
-        positions = default_positions(self.config.task, feeds.attention_mask, feeds.input_ids.shape[1])
-        if feeds.past:
-            return None
-        if np.array_equal(positions, feeds.position_ids):
-            return "serving_default"
-        return POSITIONS if POSITIONS in signature_names(self.config) else None
-
-    def _serving(self, signature: str, feeds: Feeds) -> dict[str, Any]:
-        inputs = {name: getattr(feeds, name) for name in inputs_of(self.config, signature)}
-        if self.config.task == "multiple-choice":
-            inputs = {name: array[None] for name, array in inputs.items()}  # one question, B choices
-        return self.tensorflow.run(signature, inputs)
-
-    def _decode(self, feeds: Feeds, presents: bool) -> dict[str, Any]:
-        inputs = {name: getattr(feeds, name) for name in ("input_ids", "attention_mask", "position_ids")}
-        empty = np.zeros((len(feeds.input_ids), self.config.n_head, 0, self.config.head_dim), np.float32)
-        past = feeds.past or [(empty, empty)] * self.config.n_layer
-        for names, arrays in zip(cache_names(self.config, "past_key_values"), past, strict=True):
-            inputs |= dict(zip(names, arrays, strict=True))
-        wanted = [name for name in outputs_of(self.config, "decode") if presents or not name.startswith("present.")]
-        return self.tensorflow.run("decode", inputs, tuple(wanted))
-
-    def _present_names(self, presents: bool) -> list[tuple[str, str]]:
-        return cache_names(self.config, "present") if presents else []
+    found = run.report("TensorFlow", checkpoint, keeps_contract)
+    if report.problems:
+        return None
+    report.probes = [probe.as_dict() for probe in run.probes]
+    report.runs.append(found)
+    if not found.ok:
+        return None
+    report.greedy = run.add_others(found, checkpoint, list(loaded().description["signatures"]))
+    return run

@@ -25,6 +25,12 @@ Arrays = Mapping[str, Array]
 #: Tokens to generate.
 NEW_TOKENS = 8
 NAME = "other signatures"
+#: Temperatures at which any two tokens are equally likely, and at which all but the best are not drawn.
+HOT, COLD = 1e6, 1e-3
+#: A token drawn at ``COLD`` is this far below the best one, or more, with a chance of e⁻⁴⁰.
+FAR = 40 * COLD
+#: Texts drawn at ``HOT`` are compared if they agree, or end at once, with a chance below e to this power, negated.
+UNLIKELY = 25.0
 
 
 def check_other_signatures(
@@ -33,10 +39,13 @@ def check_other_signatures(
     present: Sequence[str],
     groups: Sequence[Group],
     seed: int = 0,
+    *,
+    thorough: bool = False,
 ) -> tuple[Group, Continuation | None]:
     """Check the signatures ``present`` in the loaded model, given the ``groups`` that have passed.
 
-    Any ``seed`` but 0 draws the size of the batch, too.
+    Any ``seed`` but 0 draws the size of the batch, too. ``thorough`` also checks which tokens
+    ``generate`` draws, and where it ends.
 
     Returns:
         a group without figures, and the greedy continuation of ``generate`` (None without such a signature).
@@ -53,6 +62,7 @@ def check_other_signatures(
             group.problems += check.last_logits()
             if config.n_ctx > 1:  # one token of prompt leaves room for another
                 group.problems += check.generate("generate", check.prompts)
+                group.problems += check.limits() if thorough else ()
         if any(name.endswith(XLA) for name in present):
             group.problems += check.twins()
     except TensorFlowError as error:
@@ -116,6 +126,24 @@ class _Check:
         if not np.array_equal(first, second):
             yield f"{name}: the same seed gives different texts"
 
+    def limits(self) -> Iterator[str]:
+        """``generate`` ends with the context, and draws from the ``top_k`` best tokens, by temperature and seed."""
+        prompts, vocabulary = self.prompts, self.config.vocab_size
+        long = self._inputs(np.ones((1, max(1, self.config.n_ctx - 3)), np.int64))
+        full = self._sequences("generate", long, temperature=0.0)
+        yield from (f"generate, to the end of the context: {problem}" for problem in self._unlikely(full, long))
+        few = self._sequences("generate", prompts, temperature=HOT, top_k=3, seed=1)
+        yield from (f"generate, top_k 3: {problem}" for problem in self._unlikely(few, prompts, among=3))
+        cold = self._sequences("generate", prompts, temperature=COLD, seed=2)
+        yield from (f"generate, temperature {COLD:g}: {p}" for p in self._unlikely(cold, prompts, slack=FAR))
+        hot, other = (self._sequences("generate", prompts, temperature=HOT, seed=seed) for seed in (3, 4))
+        draws = min(2 * len(hot), hot.size - prompts["input_ids"].size - len(hot))
+        if draws * np.log(vocabulary) > UNLIKELY:
+            if np.array_equal(hot, other):
+                yield "generate: two seeds give the same text at a high temperature"
+            if all(problem.startswith("token 0 ") for problem in self._unlikely(hot, prompts)):
+                yield "generate: at a high temperature, all tokens but the first are the best ones"
+
     def twins(self) -> Iterator[str]:
         """Compiled signatures equal the plain ones on a left-padded sequence as long as the context."""
         n_ctx, config = self.config.n_ctx, self.config
@@ -155,11 +183,12 @@ class _Check:
         inputs = {**prompts, **choices, "temperature": np.float32(temperature)}
         return self.tensorflow.run(name, inputs)["sequences"].astype(np.int64)  # type: ignore[arg-type]
 
-    def _unlikely(self, sequences: Integers, prompts: Arrays) -> Sequence[str]:
-        """The errors of a greedy continuation, by the logits of ``serving_default``."""
+    def _unlikely(self, sequences: Integers, prompts: Arrays, *, among: int = 1, slack: float = 0.0) -> Sequence[str]:
+        """The errors of a continuation by the best ``among`` tokens, by the logits of ``serving_default``."""
         ids = prompts["input_ids"].astype(np.int64)
         room = self.config.n_ctx - int(prompts["attention_mask"].sum(1).max())
-        checked = [self._continued(n, sequences, prompts, room) for n in _new_tokens(ids, sequences, room)]
+        news = _new_tokens(ids, sequences, room)
+        checked = [self._continued(n, sequences, prompts, room, among, slack) for n in news]
         if not checked:
             return ["the sequences do not begin with the prompt"]
         made, errors = min(checked, key=lambda each: len(each[1]))
@@ -167,7 +196,7 @@ class _Check:
         return errors
 
     def _continued(
-        self, new: int, sequences: Integers, prompts: Arrays, room: int
+        self, new: int, sequences: Integers, prompts: Arrays, room: int, among: int, slack: float
     ) -> tuple[Continuation, Sequence[str]]:
         """The continuation by the last ``new`` tokens, and its errors."""
         ids, mask = prompts["input_ids"].astype(np.int64), prompts["attention_mask"].astype(np.int64)
@@ -175,7 +204,7 @@ class _Check:
         made = Continuation(np.concatenate((ids, sequences[:, -new:]), 1), mask, new, self.allowed["logits"])
         feeds = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
         logits = self.tensorflow.run("serving_default", feeds)["logits"]
-        errors = list(made.unlikely(logits, self.special, made.allowed))
+        errors = list(made.unlikely(logits, self.special, made.allowed + slack, among))
         if new != min(NEW_TOKENS, room) and not made.ended(self.special.eos)[:, -1].all():
             errors.append(f"it ended after {new} tokens")
         return made, errors

@@ -174,6 +174,13 @@ def run(request: Mapping[str, Any], inputs: Arrays) -> dict[str, Any]:
     return {name: results[name].numpy() for name in request["wanted"] or results}
 
 
+def assign(request: Mapping[str, Any], inputs: Arrays) -> dict[str, Any]:
+    """Give the variable of the weight ``name`` the ``values``, cast to its type."""
+    variable = LOADED["model"].weights[request["name"]]
+    variable.assign(tf.cast(inputs["values"], variable.dtype))
+    return {}
+
+
 def step(request: Mapping[str, Any], _: Arrays) -> dict[str, Any]:
     """Feed ``ids`` to ``decode`` with the cache of the steps before; return the last logits [V]."""
     decode, seen = LOADED["model"].signatures["decode"], LOADED.get("seen", 0)
@@ -207,6 +214,7 @@ def _computed_by(command: Callable[[Mapping[str, Any], Arrays], dict[str, Any]])
 
 
 COMMANDS: Mapping[str, Command] = {
+    "assign": _computed_by(assign),
     "build": _described_by(build),
     "compare": _described_by(compare),
     "load": _described_by(load),

@@ -18,6 +18,7 @@ from gptconvert.cli import run
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.saved_model import plan as model
+from gptconvert.targets.saved_model import stress
 from gptconvert.targets.saved_model import verify as verifier
 from gptconvert.targets.saved_model.own_graph import OwnGraph
 from gptconvert.targets.saved_model.plan import plan
@@ -120,7 +121,6 @@ def other_operator(meta: Any) -> None:
 
 def other_version(meta: Any) -> None:
     meta.meta_info_def.tensorflow_version = "2.0.0"
-    finite_mask(meta)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,54 @@ def test_graph_of_another_version_is_noted(
         assert done.code == 0
 
 
+def larger_epsilon(meta: Any) -> None:
+    set_constant(function(meta, "__inference_block").node_def, np.float32(1e-5), 1.01e-5)
+
+
+def clipped(meta: Any) -> None:
+    """Whatever the first block's MLP computes, at 10⁴."""
+    nodes = function(meta, "__inference_block").node_def
+    node = next(n for n in reversed(nodes) if n.op == "AddV2")
+    limit = nodes.add(name="limit", op="Const")
+    limit.CopyFrom(next(constants(nodes, np.float32(1e-5))))
+    limit.name = "limit"
+    set_constant([limit], np.float32(1e-5), 1e4)
+    least = nodes.add(name="least", op="Minimum", input=[node.input[1], "limit:output:0"])
+    least.attr["T"].CopyFrom(node.attr["T"])
+    node.input[1] = "least:z:0"
+
+
+@pytest.mark.parametrize("edit", [larger_epsilon, finite_mask, clipped])
+def test_bugs_that_only_stress_weights_show(
+    edit: Edit, converted: Path, shared: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a graph whose nodes are not compared."""
+    output = edited(converted, tmp_path, edit)
+    done = command(capsys, "verify", SOURCE, moved(output), "--json")
+    assert done.code == 5
+    (artifact,) = done.json["verification"]["artifacts"]
+    own, *stressed = artifact["runs"]
+    assert own["ok"] and not stressed[-1]["ok"] and not artifact["problems"], artifact["runs"]
+    assert stressed[-1]["first_bad_block"]
+    assert all(run["runtime"].startswith("stress weights: ") for run in stressed)
+
+
+def moved(output: Path) -> Path:
+    """The SavedModel without a manifest beside it."""
+    (output / "manifest.json").unlink()
+    return output / "saved_model"
+
+
+def test_a_correct_graph_without_a_manifest_passes(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a confined process of its own."""
+    output = Path(shutil.copytree(converted, tmp_path / "out"))
+    done = command(capsys, "verify", SOURCE, moved(output), "--json")
+    runs = done.json["verification"]["artifacts"][0]["runs"]
+    assert (done.code, [run["ok"] for run in runs]) == (0, [True] * 5)
+
+
 def report_on(checkpoint: Checkpoint, path: Path) -> ArtifactReport:
     candidate = Candidate("tf", str(path), "saved_model", checkpoint)
     return SavedModelVerifier()(candidate, "default", lambda name, total: lambda count: None)
@@ -200,3 +248,32 @@ def test_differences_of_one_process(shared: TensorFlowProcess, saved: Path, tmp_
     flipped = {name: checkpoint.weights[name] is not stored[name] for name in stored}
     own = OwnGraph("saved_model", __version__, checkpoint, stored, flipped)
     assert own.compare(shared, str(path), threading.Event()) == ([], [])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_stress_weights_take_the_types_and_orientations_of_the_variables(
+    dtype: str, shared: TensorFlowProcess, saved: Path, tmp_path: Path
+) -> None:
+    """Matrices of unknown orientation keep their values, and a note names them."""
+    plain = transposed(understood(Case("gpt2"), saved, dtype))
+    name = "h.1.attn.c_proj.weight"
+    zeros = witness_tensor(np.zeros(plain.weights[name].shape, dtype))
+    checkpoint = dataclasses.replace(plain, weights={**plain.weights, name: zeros})
+    report = report_on(checkpoint, write(tmp_path, plan(checkpoint, Options())[0].files))
+    assert report.ok and [run.stressed for run in report.runs] == [False, *[True] * 4], report.table()
+    assert f"1 kept the checkpoint's values ({name}), because they equal" in report.notes[-1]
+
+
+def test_large_models_run_with_stress_weights_in_a_full_verification(
+    converted: Path,
+    shared: object,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(stress, "MOST_STRESSED", 1 << 10)
+    path = moved(edited(converted, tmp_path, finite_mask))
+    done = command(capsys, "verify", SOURCE, path)
+    assert done.code == 0
+    assert "it was not run with stress weights, which takes several times the memory" in done.err
+    assert command(capsys, "verify", SOURCE, path, "--full").code == 5

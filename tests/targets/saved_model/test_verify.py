@@ -16,8 +16,10 @@ from gptconvert.model.options import Options
 from gptconvert.targets.saved_model import plan as model
 from gptconvert.targets.saved_model.process import TensorFlowProcess
 from gptconvert.targets.saved_model.verify import SavedModelVerifier, contract_problems
-from gptconvert.targets.saved_model.verify_signatures import _new_tokens
+from gptconvert.targets.saved_model.verify_signatures import _new_tokens, check_other_signatures
 from gptconvert.targets.target import Candidate
+from gptconvert.verify.metrics import Measure
+from gptconvert.verify.outputs import Group
 from gptconvert.verify.report import ArtifactReport
 from tests.families.witness import Case
 from tests.targets.saved_model.support import Shared, understood, write
@@ -47,6 +49,9 @@ class Altered:
 
     def ask(self, command: str, stop: object = None, **request: object) -> dict[str, Any]:
         return self.process.ask(command, **request)
+
+    def assign(self, name: str, values: Any) -> None:
+        self.process.assign(name, values)
 
     def run(self, signature: str, inputs: Arrays, wanted: tuple[str, ...] = ()) -> Arrays:
         outputs = self.process.run(signature, inputs, wanted)
@@ -116,6 +121,57 @@ def test_unaltered_outputs_pass(checkpoint: Checkpoint, path: Path, tensorflow: 
     report = verdict(checkpoint, path, SavedModelVerifier(Shared(unaltered)))
     assert report.ok
     assert report.runs[0].groups[-1].name == "other signatures"
+
+
+class Generating:
+    """A TensorFlow process whose ``generate`` gets other inputs, or whose text is cut."""
+
+    def __init__(self, process: TensorFlowProcess, change: Callable[[Arrays], Arrays], cut: bool = False) -> None:
+        self.process, self.change, self.cut = process, change, cut
+
+    def run(self, signature: str, inputs: Arrays, wanted: tuple[str, ...] = ()) -> Arrays:
+        if signature != "generate":
+            return self.process.run(signature, inputs, wanted)
+        made = self.process.run(signature, {**inputs, **self.change(inputs)}, wanted)
+        long = self.cut and inputs["input_ids"].shape[1] > 20
+        return {"sequences": made["sequences"][:, :-1]} if long else made
+
+
+@pytest.mark.parametrize(
+    ("change", "cut", "message"),
+    [
+        (lambda i: {}, False, None),
+        (lambda i: {}, True, "generate, to the end of the context: it ended after 2 tokens"),
+        (lambda i: {"top_k": i["top_k"] * (i["top_k"] == 1)}, False, "generate, top_k 3: token "),
+        (
+            lambda i: {"temperature": np.float32(i["temperature"] > 0)},
+            False,
+            "generate, temperature 0.001: token ",
+        ),
+        (
+            lambda i: {"temperature": np.float32(i["temperature"] * (i["top_k"] > 0))},
+            False,
+            "generate: at a high temperature, all tokens but the first are the best ones",
+        ),
+        (lambda i: {"seed": np.int64(7)}, False, "generate: two seeds give the same text at a high temperature"),
+    ],
+    ids=["unchanged", "shorter context", "top_k", "temperature", "greedy", "seed"],
+)
+def test_limits_of_generate(
+    change: Callable[[Arrays], Arrays],
+    cut: bool,
+    message: str | None,
+    checkpoint: Checkpoint,
+    path: Path,
+    tensorflow: TensorFlowProcess,
+) -> None:
+    """Checked in a SavedModel whose nodes cannot be compared."""
+    tensorflow.ask("load", path=str(path))
+    measured = Group("all", measures={"logits": Measure("logits", 2.0**-23, usual_max=1e-5)})
+    process: Any = Generating(tensorflow, change, cut)
+    found, _ = check_other_signatures(process, checkpoint, [], [measured], thorough=True)
+    assert bool(found.problems) == bool(message)
+    assert message is None or any(problem.startswith(message) for problem in found.problems), found.problems
 
 
 def test_contract_violations(checkpoint: Checkpoint, path: Path, tensorflow: TensorFlowProcess) -> None:
