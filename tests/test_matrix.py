@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from campaigns.correct import close_tensorflow, one_tensorflow
 from gptconvert.pipeline import target_named
 from gptconvert.targets.registry import TARGETS
 from tests.commands import command
@@ -45,10 +47,20 @@ def targets_of(source: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [name for name in TARGETS if not (families := target_named(name).families) or found["family"] in families]
 
 
+@pytest.fixture(scope="module")
+def tensorflow() -> Iterator[None]:
+    """One TensorFlow for all cases, since starting it takes seconds."""
+    with one_tensorflow():
+        yield
+    close_tensorflow()
+
+
 @pytest.mark.parametrize("storage", STORAGE, ids=" ".join)
 @pytest.mark.parametrize("source", SOURCES)
-def test_verified(source: str, storage: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TensorFlow takes seconds to start, so its target is tested only as stored and in one other type."""
+def test_verified(
+    source: str, storage: list[str], tensorflow: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With TensorFlow's target, which takes seconds, only as stored and in one other type."""
     with_tensorflow = storage in ([], ["--dtype", "bf16"])
     targets = [name for name in targets_of(source, capsys) if name != "tf" or with_tensorflow]
     if "openai-tf" in targets and storage[1:] == ["bf16"] and "gpt1" in source:

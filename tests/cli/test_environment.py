@@ -27,7 +27,17 @@ def parameters(name: str) -> list[Option]:
 
 
 #: (command, option) → the value of its variable.
-VALUES = {"--verify": "full", "--dtype": "bf16", "--task": "text-generation", "--activation": "erf", "--to": "tf"}
+VALUES = {
+    "--verify": "full",
+    "--dtype": "bf16",
+    "--task": "text-generation",
+    "--activation": "erf",
+    "--to": "tf",
+    "--quantize": "q8",
+    "--variant": "q8",
+    "--early-stopping": "never",
+    "--block-size": "64",
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
