@@ -15,7 +15,8 @@ from gptconvert.errors import GptConvertError, InputError, UsageError
 from gptconvert.targets.registry import RUNTIMES
 
 if TYPE_CHECKING:
-    from gptconvert.generation.model import Generated, Model
+    from gptconvert.generation.model import Model
+    from gptconvert.generation.results import Generated
     from gptconvert.generation.sampling import Sampling
 
 PROMPTS, RUNTIME, CHOICE, LENGTH, SEVERAL = "Prompts", "Runtime", "Choice of tokens", "Length", "Several texts"

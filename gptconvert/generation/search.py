@@ -128,7 +128,7 @@ def beam_search(
             score = float(total[order[place]]) / new**settings.length_penalty
             finished.append(Beam(tuple(cut), score, bool(over[place])))
         finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
-        going = total[order] + OUT * (over | full)
+        going = np.where(over | full, total[order] + OUT, total[order])
         chosen = _largest(going, beams)
         scores = going[chosen]
         if full or over.all() or _is_over(finished, settings, float(scores[0]), new, len(prompt)):
@@ -146,7 +146,7 @@ def _is_over(finished: Sequence[Beam], settings: Settings, best: float, new: int
         return True
     longest = settings.early_stopping == "never" and settings.length_penalty > 0
     length = settings.length - prompt if longest else new
-    return best / length**settings.length_penalty <= min(beam.score for beam in finished)
+    return bool(best / length**settings.length_penalty <= min(beam.score for beam in finished))
 
 
 def _largest(values: Floats, count: int) -> NDArray[np.intp]:

@@ -151,12 +151,8 @@ BROKEN: Mapping[str, tuple[Change, int, tuple[str, ...]]] = {
         for key in ("eos_token_id", "bos_token_id", "pad_token_id")
         for value in (1.5, "96", 10**30, [[96]], ["a"], {}, True)
     },
-    "a small vocabulary": (
-        edited("config.json", vocab_size=5),
-        3,
-        ("tokenizer.json", "id that the model does not have", "below 5"),
-    ),
-    "a long prompt": (edited("config.json", n_positions=2, n_ctx=2), 2, ("fills the context",)),
+    "a small vocabulary": (edited("config.json", vocab_size=5), 3, ("do not match the configuration",)),
+    "a small context": (edited("config.json", n_positions=2, n_ctx=2), 3, ("do not match the configuration",)),
 }
 
 

@@ -1,4 +1,4 @@
-"""A loaded export: prompts one after another, several rows, stop texts, and text that is cut between characters only."""
+"""A loaded export: prompts one after another, several rows, stop texts, and pieces of whole characters."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from gptconvert.cli.generate import generate as command
 from gptconvert.errors import InputError, UnsupportedError, UsageError
-from gptconvert.generation.model import Generated, generate
+from gptconvert.generation.model import generate
+from gptconvert.generation.results import Generated
 from gptconvert.generation.sampling import Sampling
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options

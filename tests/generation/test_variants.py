@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gptconvert.errors import InputError, UsageError
-from gptconvert.generation.model import Generated, generate
+from gptconvert.generation.model import generate
+from gptconvert.generation.results import Generated
 from gptconvert.generation.sampling import Sampling
 from gptconvert.model.options import Options
 from gptconvert.pipeline import convert

@@ -52,9 +52,11 @@ class OnnxRuntime:
         self.process.close()
 
     def step(self, rows: Sequence[Sequence[int]], parents: Sequence[int]) -> Floats:
-        request = {"rows": [list(row) for row in rows], "parents": list(parents)}
+        rows, parents = [list(row) for row in rows], list(parents)
         try:
-            logits: Any = self.process.call("step", tokens=sum(map(len, rows)), **request)[1]["logits"]
+            logits: Any = self.process.call("step", tokens=sum(map(len, rows)), rows=rows, parents=parents)[1][
+                "logits"
+            ]
         except ChildError as error:
             raise InputError("onnxruntime cannot run the graph", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]

@@ -92,5 +92,5 @@ class TensorFlowProcess(ChildProcess):
             TensorFlowError: the run failed.
             UnsafeInputError: a confined process exceeded its time, or died.
         """
-        request = {"rows": [list(row) for row in rows], "parents": list(parents)}
-        return self.call("step", tokens=sum(map(len, rows)), **request)[1]["logits"]
+        rows, parents = [list(row) for row in rows], list(parents)
+        return self.call("step", tokens=sum(map(len, rows)), rows=rows, parents=parents)[1]["logits"]
