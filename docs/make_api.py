@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import gptconvert
+from gptconvert.generation.model import Model
+from gptconvert.generation.results import Continuation, Continued, Generated
+from gptconvert.generation.sampling import Sampling
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import INFO
 from gptconvert.model.progress import Progress
@@ -22,9 +25,12 @@ from gptconvert.verify.quality import Quality
 from gptconvert.verify.report import ArtifactReport, Report
 
 PAGE = Path(__file__).with_name("api.md")
-FUNCTIONS = ("open_checkpoint", "inspect", "plan", "convert", "verify_export", "measure_quality")
+FUNCTIONS = ("open_checkpoint", "inspect", "plan", "convert", "verify_export", "measure_quality", "generate", "load")
 #: Classes that the functions take and return.
-VALUES: tuple[type, ...] = (Checkpoint, Plan, Result, Report, ArtifactReport, Measured, Quality, Progress)
+VALUES: tuple[type, ...] = (
+    *(Checkpoint, Plan, Result, Report, ArtifactReport, Measured, Quality),
+    *(Sampling, Model, Generated, Continuation, Continued, Progress),
+)
 SECTIONS = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Errors", "Returns": "Returns"}
 LINE = 100
 
@@ -34,12 +40,15 @@ Generated from the docstrings by `make docs`; a test checks that it is current. 
 page is internal and may change.
 
 ```python
-from gptconvert import Options, convert, open_checkpoint, plan, verify_export
+from gptconvert import Options, Sampling, convert, load, open_checkpoint, plan, verify_export
 
 checkpoint = open_checkpoint("./models/124M", Options(targets=("onnx", "safetensors")))  # headers only
 print(plan(checkpoint).nbytes)  # what would be written
 result = convert(checkpoint, "gpt2")  # verified and published, or raises and writes nothing
 report = verify_export("./models/124M", "./an-export-of-another-tool")
+
+with load("gpt2") as model:  # runs the export, one prompt after another
+    print(model.generate("Hello", Sampling(num_beams=5, num_return_sequences=3)))
 ```
 
 One `Options` value holds every choice: how to open a checkpoint, what to write, how to verify. It travels with the
@@ -50,7 +59,9 @@ cheap; the names below are imported on first use.
 
 def render() -> str:
     """Return the page."""
-    assert {*FUNCTIONS, "Options", "errors"} == {*gptconvert.__all__}, "a public name is missing from this page"
+    assert {*FUNCTIONS, "Options", "Sampling", "errors"} == {*gptconvert.__all__}, (
+        "a public name is missing from this page"
+    )
     blocks = [HEAD, "## Functions\n", *(_function(getattr(gptconvert, name)) for name in FUNCTIONS)]
     blocks += ["## Options\n", _options(), "## Errors\n", _errors()]
     blocks += ["## Values\n", *(_value(kind) for kind in VALUES)]

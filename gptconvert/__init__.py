@@ -13,17 +13,34 @@ for _name in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
+    from gptconvert.generation.model import generate, load
+    from gptconvert.generation.sampling import Sampling
     from gptconvert.inspection import inspect, open_checkpoint
     from gptconvert.model.options import Options
     from gptconvert.pipeline import convert, plan, verify_export
     from gptconvert.quality import measure_quality
 
-__all__ = ["Options", "convert", "errors", "inspect", "measure_quality", "open_checkpoint", "plan", "verify_export"]
+__all__ = [
+    "Options",
+    "Sampling",
+    "convert",
+    "errors",
+    "generate",
+    "inspect",
+    "load",
+    "measure_quality",
+    "open_checkpoint",
+    "plan",
+    "verify_export",
+]
 
 _MODULES = {
     "Options": "gptconvert.model.options",
+    "Sampling": "gptconvert.generation.sampling",
     "convert": "gptconvert.pipeline",
+    "generate": "gptconvert.generation.model",
     "inspect": "gptconvert.inspection",
+    "load": "gptconvert.generation.model",
     "measure_quality": "gptconvert.quality",
     "open_checkpoint": "gptconvert.inspection",
     "plan": "gptconvert.pipeline",

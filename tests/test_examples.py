@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import gptconvert
-from gptconvert.generate.sampling import Sampling
-from gptconvert.generate.text import generate
+from gptconvert.generation.model import generate
+from gptconvert.generation.sampling import Sampling
 from tests.commands import TINY, TRAINED
 from tests.helpers import ROOT
 
@@ -82,7 +82,7 @@ def test_decode_loop_writes_what_each_prompt_gives_alone(export: Path) -> None:
     texts = example("decode_loop").main(str(export), *PROMPTS)
     for prompt, text in zip(PROMPTS, texts, strict=True):
         alone = generate(str(export), prompt, Sampling(max_new_tokens=24))
-        assert text == prompt + "".join(alone.pieces)
+        assert text == prompt + alone.text
 
 
 def test_decode_loop_ends_a_row_and_goes_on_with_the_others(export: Path) -> None:

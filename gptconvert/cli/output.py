@@ -31,6 +31,11 @@ def print_json(fields: Mapping[str, object]) -> None:
     emit(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2))
 
 
+def print_json_line(fields: Mapping[str, object]) -> None:
+    """:func:`print_json` on one line, for one of many results."""
+    emit(json.dumps({"schema_version": SCHEMA_VERSION, **fields}))
+
+
 def emit(text: str = "", *, nl: bool = True) -> None:
     """Print a part of the result on stdout. If stdout was closed before the program began, add it to :data:`lost`.
 

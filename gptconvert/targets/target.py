@@ -45,7 +45,7 @@ class Candidate:
 
 
 class Runtime(Protocol):
-    """A loaded model that keeps its own keys and values.
+    """A loaded model that keeps its own keys and values, for a batch of rows of equal length.
 
     Attributes:
         n_ctx: context length.
@@ -55,8 +55,17 @@ class Runtime(Protocol):
     n_ctx: int
     vocab_size: int | None
 
-    def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [V] after ``ids``, which continue the ids of earlier steps."""
+    def step(self, rows: Sequence[Sequence[int]], parents: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [B, V] after new ids.
+
+        Args:
+            rows: new ids of each row, equally many.
+            parents: for each row, the row of the step before that it continues; of the first step, any.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget the ids of earlier steps."""
         ...
 
     def close(self) -> None:

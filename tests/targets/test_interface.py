@@ -118,7 +118,7 @@ class Session:
 def test_values_have_the_types_of_the_graph() -> None:
     session = Session()
     decoding = Decoding(session)
-    logits = [decoding.step(ids) for ids in ([1, 2], [3])]
+    logits = [decoding.step([ids], [0]) for ids in ([1, 2], [3])]
     assert [each.dtype for each in logits] == [np.float32] * 2
     first, second = session.fed
     assert (first["input_ids"].dtype, first["past_key_values.0.key"].dtype) == (np.int32, np.float16)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptconvert.generate.sampling import Sampling
-from gptconvert.generate.text import generate
+from gptconvert.generation.model import generate
+from gptconvert.generation.sampling import Sampling
 from gptconvert.model.options import Options
 from gptconvert.pipeline import convert, open_checkpoint
 from tests.helpers import FIXTURES
@@ -144,7 +144,7 @@ def check_variants(root: Path, cases: list[tuple[str, str | None, str]], results
     """Each text is what our own generate writes with the graph of the expected dtype."""
     for (name, asked, dtype), (text, chosen) in zip(cases, results, strict=True):
         continued = generate(str(root / name), "import os", Sampling(max_new_tokens=12), variant=dtype)
-        assert (text, chosen) == ("import os" + "".join(continued.pieces), dtype), (name, asked)
+        assert (text, chosen) == ("import os" + continued.text, dtype), (name, asked)
 
 
 def test_variants_under_node(variants: Path) -> None:
@@ -177,4 +177,4 @@ def test_text_in_a_browser(exports: Path) -> None:
     texts = json.loads(node("browser.mjs", exports, str(CHROMIUM), json.dumps(cases)))
     for case, (text, _) in zip(cases, texts, strict=True):
         continued = generate(str(exports / case["model"]), "import os", Sampling(max_new_tokens=12))
-        assert text == "import os" + "".join(continued.pieces), case
+        assert text == "import os" + continued.text, case

@@ -51,12 +51,18 @@ class OnnxRuntime:
         """End the process."""
         self.process.close()
 
-    def step(self, ids: Sequence[int]) -> Floats:
+    def step(self, rows: Sequence[Sequence[int]], parents: Sequence[int]) -> Floats:
+        rows, parents = [list(row) for row in rows], list(parents)
         try:
-            logits: Any = self.process.call("step", tokens=len(ids), ids=list(ids))[1]["logits"]
+            logits: Any = self.process.call("step", tokens=sum(map(len, rows)), rows=rows, parents=parents)[1][
+                "logits"
+            ]
         except ChildError as error:
             raise InputError("onnxruntime cannot run the graph", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]
+
+    def reset(self) -> None:
+        self.process.call("reset")
 
 
 def find_onnx(directory: str, variant: str | None = None) -> str:

@@ -58,11 +58,24 @@ def start(request: Mapping[str, Any], _: Arrays) -> Answer:
 
 
 def step(request: Mapping[str, Any], _: Arrays) -> Answer:
-    """Logits [V] after ``ids``, which continue those of earlier steps."""
-    return {}, {"logits": DECODING[0].step(request["ids"])}
+    """Logits [B, V] after the new ids ``rows``, which continue the rows ``parents`` of the step before."""
+    return {}, {"logits": DECODING[0].step(request["rows"], request["parents"])}
 
 
-COMMANDS: Mapping[str, Command] = {"open": open_, "run": run, "close": close, "start": start, "step": step}
+def reset(_: Mapping[str, Any], __: Arrays) -> Answer:
+    """Forget the ids of earlier steps."""
+    DECODING[0].reset()
+    return {}, {}
+
+
+COMMANDS: Mapping[str, Command] = {
+    "open": open_,
+    "run": run,
+    "close": close,
+    "start": start,
+    "step": step,
+    "reset": reset,
+}
 
 
 if __name__ == "__main__":

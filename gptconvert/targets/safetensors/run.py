@@ -39,10 +39,15 @@ class TorchRuntime:
     def close(self) -> None:
         """Do nothing; the model needs no cleanup."""
 
-    def step(self, ids: Sequence[int]) -> Floats:
+    def step(self, rows: Sequence[Sequence[int]], parents: Sequence[int]) -> Floats:
         import torch
 
+        chosen = list(parents)
+        past = [(keys[chosen], values[chosen]) for keys, values in self.past]
         with torch.no_grad():
-            logits, self.past = self.model(torch.tensor([list(ids)]), past=self.past)
-        last: Floats = logits[0, -1].numpy()
+            logits, self.past = self.model(torch.tensor([list(row) for row in rows]), past=past)
+        last: Floats = logits[:, -1].numpy()
         return last
+
+    def reset(self) -> None:
+        self.past = []

@@ -85,11 +85,12 @@ class TensorFlowProcess(ChildProcess):
         """
         self.call("assign", None, {"values": values}, name=name)
 
-    def step(self, ids: Sequence[int]) -> Array:
-        """Logits [V] after ``ids``, which continue the ids of earlier steps.
+    def step(self, rows: Sequence[Sequence[int]], parents: Sequence[int]) -> Array:
+        """Logits [B, V] after new ids, which continue the rows ``parents`` of the step before.
 
         Raises:
             TensorFlowError: the run failed.
             UnsafeInputError: a confined process exceeded its time, or died.
         """
-        return self.call("step", tokens=len(ids), ids=list(ids))[1]["logits"]
+        rows, parents = [list(row) for row in rows], list(parents)
+        return self.call("step", tokens=sum(map(len, rows)), rows=rows, parents=parents)[1]["logits"]

@@ -67,9 +67,12 @@ class TensorFlowRuntime:
     def close(self) -> None:
         self.process.close()
 
-    def step(self, ids: Sequence[int]) -> Floats:
+    def step(self, rows: Sequence[Sequence[int]], parents: Sequence[int]) -> Floats:
         try:
-            logits: Any = self.process.step(ids)
+            logits: Any = self.process.step(rows, parents)
         except TensorFlowError as error:
             raise InputError("TensorFlow cannot run the SavedModel", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]
+
+    def reset(self) -> None:
+        self.process.call("reset")

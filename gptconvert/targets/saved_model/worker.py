@@ -182,25 +182,34 @@ def assign(request: Mapping[str, Any], inputs: Arrays) -> dict[str, Any]:
 
 
 def step(request: Mapping[str, Any], _: Arrays) -> dict[str, Any]:
-    """Feed ``ids`` to ``decode`` with the cache of the steps before; return the last logits [V]."""
-    decode, seen = LOADED["model"].signatures["decode"], LOADED.get("seen", 0)
+    """Feed ``rows`` to ``decode`` with the cache of the rows ``parents`` of the step before; return logits [B, V]."""
+    decode, seen, rows = LOADED["model"].signatures["decode"], LOADED.get("seen", 0), request["rows"]
     specs = {spec.name: spec for spec in tf.nest.flatten(decode.structured_input_signature)}
-    empty = {
-        name: tf.zeros((1, spec.shape[1], 0, spec.shape[3]), spec.dtype)
-        for name, spec in specs.items()
-        if name.startswith("past_key_values.")
-    }
-    total = seen + len(request["ids"])
+    if seen:
+        past = {name: tf.gather(cache, request["parents"]) for name, cache in LOADED["past"].items()}
+    else:
+        past = {
+            name: tf.zeros((len(rows), spec.shape[1], 0, spec.shape[3]), spec.dtype)
+            for name, spec in specs.items()
+            if name.startswith("past_key_values.")
+        }
+    total = seen + len(rows[0])
     feeds = {
-        "input_ids": tf.constant([request["ids"]], tf.int64),
-        "attention_mask": tf.ones((1, total), tf.int64),
-        "position_ids": tf.range(seen, total, dtype=tf.int64)[tf.newaxis],
+        "input_ids": tf.constant(rows, tf.int64),
+        "attention_mask": tf.ones((len(rows), total), tf.int64),
+        "position_ids": tf.tile(tf.range(seen, total, dtype=tf.int64)[tf.newaxis], (len(rows), 1)),
     }
     fed = {name: tf.cast(value, specs[name].dtype) for name, value in feeds.items() if name in specs}
-    results = decode(**fed, **LOADED.get("past", empty))
-    LOADED["past"] = {name: results[name.replace("past_key_values", "present")] for name in empty}
+    results = decode(**fed, **past)
+    LOADED["past"] = {name: results[name.replace("past_key_values", "present")] for name in past}
     LOADED["seen"] = total
-    return {"logits": tf.cast(results["logits"][0, -1], tf.float32).numpy()}
+    return {"logits": tf.cast(results["logits"][:, -1], tf.float32).numpy()}
+
+
+def reset(_: Mapping[str, Any]) -> dict[str, object]:
+    """Forget the ids of earlier steps."""
+    LOADED["seen"] = 0
+    return {}
 
 
 def _described_by(command: Callable[[Mapping[str, Any]], dict[str, object]]) -> Command:
@@ -220,6 +229,7 @@ COMMANDS: Mapping[str, Command] = {
     "load": _described_by(load),
     "run": _computed_by(run),
     "step": _computed_by(step),
+    "reset": _described_by(reset),
 }
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from gptconvert.generate.sampling import Sampling
-from gptconvert.generate.text import generate
+from gptconvert.generation.model import generate
+from gptconvert.generation.sampling import Sampling
 from gptconvert.model.options import Options
 from gptconvert.pipeline import convert, open_checkpoint
 from tests.families.witness import Case
@@ -67,8 +67,7 @@ def continued(directory: Path, prompts: Sequence[str]) -> list[str]:
 
 
 def expected(directory: Path, prompt: str, variant: str = "fp32") -> str:
-    pieces = generate(str(directory), prompt, Sampling(max_new_tokens=NEW), variant=variant).pieces
-    return prompt + "".join(pieces)
+    return prompt + generate(str(directory), prompt, Sampling(max_new_tokens=NEW), variant=variant).text
 
 
 @pytest.mark.parametrize(

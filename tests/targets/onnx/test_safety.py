@@ -269,7 +269,7 @@ def test_failing_step_is_an_input_error(checkpoint: Checkpoint, tmp_path: Path) 
     loaded = OnnxRuntime(str(tmp_path), {"n_positions": 40})
     try:
         with pytest.raises(InputError, match="onnxruntime cannot run the graph"):
-            loaded.step([9999])
+            loaded.step([[9999]], [0])
     finally:
         loaded.close()
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import gptconvert
-from gptconvert.generate.sampling import Sampling
-from gptconvert.generate.text import generate
+from gptconvert.generation.model import generate
+from gptconvert.generation.sampling import Sampling
 from gptconvert.model.options import Options
 from gptconvert.targets.onnx.plan import plan
 from gptconvert.targets.package.model_card import model_card
@@ -111,8 +111,8 @@ def test_the_cache_in_place_continues_as_generate_does(
     ids = run(code, directory, monkeypatch)["ids"]
     (directory / "onnx/model_in_place.onnx").unlink()  # which generate would prefer
     expected = generate(str(directory), "Hello", Sampling(max_new_tokens=20))
-    assert capsys.readouterr().out.strip() == ("Hello" + "".join(expected.pieces)).strip()
-    assert ids == [*expected.prompt, *expected.ids]
+    assert capsys.readouterr().out.strip() == ("Hello" + expected.text).strip()
+    assert ids == [*expected.prompt_ids, *expected.continuations[0].ids]
 
 
 def test_code_in_place_without_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from gptconvert import pipeline
 from gptconvert.errors import InputError, UsageError
-from gptconvert.generate.sampling import Sampling
-from gptconvert.generate.text import generate
+from gptconvert.generation.model import generate, load
+from gptconvert.generation.sampling import Sampling
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.package.tokenizer import end_token_id, tokenizer_files
@@ -285,8 +285,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generated_pieces_are_the_text(prompt: str, seed: int, exported: Path) -> None:
     """The pieces continue the prompt as the tokenizer decodes it, with spaces between words."""
     tokenizer = tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json"))
-    running = generate(str(exported), prompt, Sampling(24, temperature=1.5, seed=seed))
-    pieces = list(running.pieces)
+    with load(str(exported)) as model:
+        running = model.stream(prompt, Sampling(24, temperature=1.5, seed=seed))
+        pieces = list(running.pieces)
     before = decoded(tokenizer, list(running.prompt))
     whole = decoded(tokenizer, [*running.prompt, *running.ids])
     assert len(running.ids) == 24
@@ -317,6 +318,5 @@ def test_openais_own_directory(tmp_path: Path) -> None:
     pipeline.convert(checkpoint, str(tmp_path / "out"), pipeline.Options(verify=None))
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded("the president is")["input_ids"] == [481, 4735, 544]  # from transformers' own test
-    running = generate(str(tmp_path / "out"), "the president is", Sampling(5))
-    pieces = list(running.pieces)
-    assert "the president is" + "".join(pieces) == loaded.decode([*running.prompt, *running.ids])
+    found = generate(str(tmp_path / "out"), "the president is", Sampling(5))
+    assert "the president is" + found.text == loaded.decode([*found.prompt_ids, *found.continuations[0].ids])

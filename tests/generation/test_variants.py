@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from gptconvert.errors import InputError, UsageError
-from gptconvert.generate.sampling import Sampling
-from gptconvert.generate.text import Continued, generate
+from gptconvert.generation.model import generate
+from gptconvert.generation.results import Generated
+from gptconvert.generation.sampling import Sampling
 from gptconvert.model.options import Options
 from gptconvert.pipeline import convert
 from gptconvert.targets.onnx import decoding
@@ -29,9 +30,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(output)
 
 
-def written(directory: str, variant: str | None, **fields: Any) -> tuple[str, Continued]:
+def written(directory: str, variant: str | None, **fields: Any) -> tuple[str, Generated]:
     running = generate(directory, PROMPT, Sampling(24, **fields), variant=variant)
-    return "".join(running.pieces), running
+    return running.text, running
 
 
 @pytest.mark.parametrize("variant", [None, "fp32", "q8", "fp16"])
@@ -80,5 +81,5 @@ def test_buffers_grow(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     growing = Decoding(session(f"{directory}/onnx/model.onnx"))
     in_place = DecodingInPlace(session(f"{directory}/onnx/model_in_place.onnx"))
     for ids in ([1, 2, 3], [4], [5, 6, 7, 8, 9], [10], [11], *([n] for n in range(12, 40))):
-        assert in_place.step(ids) == pytest.approx(growing.step(ids), abs=2e-5)
+        assert in_place.step([ids], [0]) == pytest.approx(growing.step([ids], [0]), abs=2e-5)
     assert in_place.room == 72

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 from gptconvert.cli.generate import generate as command
 from gptconvert.errors import InputError, UnsupportedError, UsageError
-from gptconvert.generate.sampling import Sampling
-from gptconvert.generate.text import Continued, generate
+from gptconvert.generation.model import generate
+from gptconvert.generation.results import Generated
+from gptconvert.generation.sampling import Sampling
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
 from gptconvert.targets.onnx import plan as onnx
@@ -73,7 +74,7 @@ def test_each_step_equals_the_reference_model(runtime: Runtime, checkpoint: Chec
     model = reference(checkpoint)
     assert runtime.n_ctx == 40
     for start, stop in ((0, 3), (3, 4), (4, 5)):
-        logits = runtime.step(PROMPT[start:stop])
+        (logits,) = runtime.step([PROMPT[start:stop]], [0])
         with torch.no_grad():
             expected = model(torch.tensor([PROMPT[:stop]]))[0][0, -1].numpy()
         assert logits.shape == (97,)
@@ -85,8 +86,8 @@ def test_same_text_on_every_runtime(sampling: Sampling, export: Path) -> None:
     texts = {}
     for name in RUNTIMES:
         running = generate(str(export), " ".join(f"w{i}" for i in PROMPT), sampling, name)
-        texts[name] = "".join(running.pieces)
-        assert running.prompt == tuple(PROMPT)
+        texts[name] = running.text
+        assert running.prompt_ids == tuple(PROMPT)
     assert len(texts["onnx"].split()) > 3
     assert texts["onnx"] == texts["tf"] == texts["torch"]
 
@@ -108,13 +109,12 @@ def test_generation_stops_at_any_end_token(place: str, name: str, export: Path, 
         (copy / place).write_text(json.dumps({"eos_token_id": [96, end], "bos_token_id": 7}))
     (copy / "config.json").write_text(json.dumps(config))
     assert ids_of(generate(str(copy), prompt, Sampling(NEW), name)) == free[: free.index(end)]
-    started = generate(str(copy), "", Sampling(1), "torch").prompt
+    started = generate(str(copy), "", Sampling(1), "torch").prompt_ids
     assert started == ((96,) if place == "config.json" else (7,))
 
 
-def ids_of(running: Continued) -> list[int]:
-    assert list(running.pieces)
-    return running.ids
+def ids_of(found: Generated) -> list[int]:
+    return list(found.continuations[0].ids)
 
 
 def test_command_line(export: Path) -> None:

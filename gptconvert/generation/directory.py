@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gptconvert.containers.json import read_json_object
 from gptconvert.containers.untrusted import hub_homes, links_out, no_such_path, read_small
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
+from gptconvert.generation.sampling import stated
 from gptconvert.model.generation import GENERATION_CONFIG, SpecialIds, special_ids
 from gptconvert.targets.context import context_length, vocabulary_size
 from gptconvert.targets.package.tokenizer_kinds import MAX_BYTES
@@ -55,6 +57,7 @@ class Exported:
         directory: holds them.
         config: config.json.
         special: ids of generation_config.json, else of config.json.
+        defaults: settings of generation_config.json.
         tokenizer: tokenizer.json, not parsed.
         n_ctx: context length.
         vocab_size: number of ids; None if config.json does not state it.
@@ -63,6 +66,7 @@ class Exported:
     directory: str
     config: Mapping[str, object]
     special: SpecialIds
+    defaults: Mapping[str, Any]
     tokenizer: bytes
     n_ctx: int
     vocab_size: int | None
@@ -86,15 +90,18 @@ def read_exported(directory: str) -> Exported:
     present = {name: os.path.join(directory, name) for name in DOCUMENTS if _is_present(directory, name)}
     config = _json(present, CONFIG)
     files: list[tuple[Mapping[str, object], str | None]] = [(config, present[CONFIG])]
+    defaults: Mapping[str, Any] = {}
     if GENERATION_CONFIG in present:
-        files.insert(0, (_json(present, GENERATION_CONFIG), present[GENERATION_CONFIG]))
+        generation = _json(present, GENERATION_CONFIG)
+        files.insert(0, (generation, present[GENERATION_CONFIG]))
+        defaults = stated(generation, present[GENERATION_CONFIG])
     try:
         n_ctx, vocab_size = context_length(config), vocabulary_size(config)
     except GptConvertError as error:
         error.path = error.path or present[CONFIG]
         raise
     tokenizer = read_small(present[TOKENIZER], DOCUMENTS[TOKENIZER].most, TOKENIZER)
-    return Exported(directory, config, special_ids(*files), tokenizer, n_ctx, vocab_size)
+    return Exported(directory, config, special_ids(*files), defaults, tokenizer, n_ctx, vocab_size)
 
 
 def _is_present(directory: str, name: str) -> bool:

@@ -16,8 +16,8 @@ import pytest
 
 from campaigns.exports import FOREIGN, UNFORESEEN, make_export
 from gptconvert.errors import InputError
-from gptconvert.generate.sampling import Sampling, choose
-from gptconvert.generate.text import continuation
+from gptconvert.generation.sampling import Sampling, settle
+from gptconvert.generation.search import beam_search, decode
 from tests.commands import Outcome, command
 
 Change = Callable[[Path], object]
@@ -151,12 +151,8 @@ BROKEN: Mapping[str, tuple[Change, int, tuple[str, ...]]] = {
         for key in ("eos_token_id", "bos_token_id", "pad_token_id")
         for value in (1.5, "96", 10**30, [[96]], ["a"], {}, True)
     },
-    "a small vocabulary": (
-        edited("config.json", vocab_size=5),
-        3,
-        ("tokenizer.json", "id that the model does not have", "below 5"),
-    ),
-    "a long prompt": (edited("config.json", n_positions=2, n_ctx=2), 2, ("fills the context",)),
+    "a small vocabulary": (edited("config.json", vocab_size=5), 3, ("do not match the configuration",)),
+    "a small context": (edited("config.json", n_positions=2, n_ctx=2), 3, ("do not match the configuration",)),
 }
 
 
@@ -354,8 +350,11 @@ class Broken:
     def __init__(self, logits: object, vocab_size: int | None = 3) -> None:
         self.logits, self.vocab_size = np.array(logits, np.float32), vocab_size
 
-    def step(self, ids: object) -> Any:
+    def step(self, rows: object, parents: object) -> Any:
         return self.logits
+
+    def reset(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -364,14 +363,16 @@ class Broken:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "logits",
-    [[0, np.nan, 1], [np.inf, 0, 1], [-np.inf] * 3, [[0, 1, 2]], [0, 1], [], 1.0],
-    ids=["NaN", "infinite", "none", "rank 2", "too few", "empty", "a number"],
+    [[[0, np.nan, 1]], [[np.inf, 0, 1]], [[-np.inf] * 3], [0, 1, 2], [[0, 1, 2]] * 2, [[0, 1]], [[]], 1.0],
+    ids=["NaN", "infinite", "none", "rank 1", "two rows", "too few", "empty", "a number"],
 )
 def test_logits_that_choose_nothing(logits: object, temperature: float) -> None:
     with pytest.raises(InputError, match=r"the model (computes|returns)"):
-        list(continuation(Broken(logits), [1], Sampling(2, temperature)))
+        list(decode(Broken(logits), [1], settle(Sampling(2, temperature), {}, 1, 9), ()))
+    with pytest.raises(InputError, match=r"the model (computes|returns)"):
+        beam_search(Broken(logits), [1], settle(Sampling(2, num_beams=2), {}, 1, 9), ())
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
-    logits = np.array([1, 5, 3], np.float32)
-    assert choose(logits, Sampling(1, 1e-310), np.random.default_rng(0)) == 1
+    settings = settle(Sampling(1, 1e-310), {}, 1, 9)
+    assert list(decode(Broken([[1, 5, 3]]), [1], settings, ())) == [[(0, 1)]]
