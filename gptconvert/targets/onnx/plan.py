@@ -20,6 +20,7 @@ from gptconvert.model.export import Export, Placed, PlannedFile, place
 from gptconvert.model.options import INFO, Options
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor
 from gptconvert.targets.package.tokenizer import tokenizer_files
+from gptconvert.targets.package.tokenizer_process import text_encoder
 from gptconvert.version import __version__
 from reference_model.config import CACHED_TASKS, INPUTS, GPTConfig
 
@@ -129,9 +130,8 @@ def _calibrator(checkpoint: Checkpoint, options: Options) -> Calibrator | None:
             )
         evaluation = Evaluation(checkpoint, None, amount=Amount(16, 256, sampled_rows=64, sampled_tokens=64))
     else:
-        tokenizer = tokenizer_files(checkpoint)[0].get("tokenizer.json")
-        text = read_text(options.calibrate)
-        evaluation = Evaluation(checkpoint, tokenizer, text, options.calibrate, amount=Amount(16, 256, 0, 0))
+        encode, text = text_encoder(tokenizer_files(checkpoint)[0]), read_text(options.calibrate)
+        evaluation = Evaluation(checkpoint, encode, text, options.calibrate, amount=Amount(16, 256, 0, 0))
     return Calibration(checkpoint, evaluation)
 
 
