@@ -47,7 +47,7 @@ from gptconvert.publish.staging import Staging
 from gptconvert.publish.writer import Written, WrittenFile, write_and_digest, write_files
 from gptconvert.quality import evaluation_of
 from gptconvert.sources.detect import FORMATS
-from gptconvert.targets.onnx.plan import HALF
+from gptconvert.targets.onnx.variants import HALF
 from gptconvert.targets.package.model_card import CARD_FILE, model_card
 from gptconvert.targets.package.sidecars import sidecar_files, with_special_ids
 from gptconvert.targets.package.tokenizer import tokenizer_files

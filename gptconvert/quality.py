@@ -15,6 +15,7 @@ from gptconvert.model.options import Options, as_options
 from gptconvert.model.progress import Progress, Silent
 from gptconvert.targets.package.sidecars import with_special_ids
 from gptconvert.targets.package.tokenizer import tokenizer_files
+from gptconvert.targets.package.tokenizer_process import text_encoder
 
 if TYPE_CHECKING:
     from gptconvert.verify.evaluation import Evaluation
@@ -108,7 +109,7 @@ def evaluation_of(checkpoint: Checkpoint, options: Options, package: Sequence[Pl
     from gptconvert.verify.evaluation import Evaluation
     from gptconvert.verify.text import read_text
 
-    tokenizer = {file.path: file.head for file in package} or tokenizer_files(checkpoint)[0]
+    files = {file.path: file.head for file in package} or tokenizer_files(checkpoint)[0]
     path = options.eval_text
     text = None if path is None else read_text(path)
-    return Evaluation(checkpoint, tokenizer.get("tokenizer.json"), text, path, options.max_kl)
+    return Evaluation(checkpoint, text_encoder(files), text, path, options.max_kl)

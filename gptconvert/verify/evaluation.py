@@ -17,7 +17,7 @@ from gptconvert.errors import InputError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.verify.probes import USUAL, Integers, Probe, usual_amount
 from gptconvert.verify.tasks import is_pooled
-from gptconvert.verify.text import evenly_spaced, reference_text, token_ids
+from gptconvert.verify.text import Encoder, evenly_spaced, reference_text
 from reference_model.config import GPTConfig
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Evaluation:
 
     Attributes:
         checkpoint: the source, with its own weights.
-        tokenizer: content of tokenizer.json; None if there is none.
+        encode: tokenizes a text, for the checkpoint's vocabulary; None if it has no tokenizer.
         text: of a file; None for the language reference.
         path: of that file, for errors.
         max_kl: limit of the mean KL divergence; None for each quantisation's default.
@@ -64,7 +64,7 @@ class Evaluation:
     """
 
     checkpoint: Checkpoint
-    tokenizer: bytes | None
+    encode: Encoder | None
     text: str | None = None
     path: str | None = None
     max_kl: float | None = None
@@ -122,17 +122,17 @@ class Evaluation:
         if self.text is not None:
             return self._of_user(self.text)
         try:
-            ids = np.zeros(0, np.int64) if self.tokenizer is None else token_ids(self.tokenizer, reference_text())
+            ids = np.zeros(0, np.int64) if self.encode is None else self.encode(reference_text())
         except InputError:
             return []
         return [window for window in self._in_windows(ids) if window.max() < self._config.vocab_size]
 
     def _of_user(self, text: str) -> Sequence[Integers]:
-        if self.tokenizer is None:
+        if self.encode is None:
             raise UsageError(
                 f"{self.path} cannot be tokenized, because the checkpoint has no tokenizer", hint="drop the option"
             )
-        ids, vocabulary = token_ids(self.tokenizer, text), self._config.vocab_size
+        ids, vocabulary = self.encode(text), self._config.vocab_size
         if len(ids) < self._length:
             raise InputError(
                 "the text is shorter than one window",

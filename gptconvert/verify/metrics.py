@@ -8,7 +8,7 @@ Correct exports measure ratios between 0.7 and 1.6; docs/verification.md lists w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Floats = NDArray[Any]
 
 TINY = 2.0**-1022
+#: Elements compared at once, each with several temporaries in float64: the logits of a few tokens.
+ELEMENTS_AT_ONCE = 1 << 20
 #: rmse(c, t) may be this many times rmse(e, t).
 MAX_RMSE_RATIO = 4.0
 #: max|c - t| may be this many times max|e - t|.
@@ -232,6 +234,12 @@ class LogitSimilarity:
             "max_divergence": significant(self.max_divergence),
             "min_cosine": significant(self.min_cosine, 9),
         }
+
+
+def pieces(tokens: int, width: int) -> Iterator[slice]:
+    """Slices of ``tokens`` rows of ``width``, each of at most :data:`ELEMENTS_AT_ONCE` elements, or one row."""
+    step = max(1, ELEMENTS_AT_ONCE // max(1, width))
+    yield from (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
 def significant(value: float, digits: int = 3) -> float | None:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from gptconvert.model.tensors import Array
-from gptconvert.verify.metrics import EPSILON, UNDERFLOW, Errors, LogitSimilarity, Measure
+from gptconvert.verify.metrics import EPSILON, UNDERFLOW, Errors, LogitSimilarity, Measure, pieces
 from gptconvert.verify.packing import Row
 from gptconvert.verify.probes import Integers, Probe
 from gptconvert.verify.run_probes import ProbeResults
@@ -27,8 +27,8 @@ from reference_model.config import GPTConfig
 CHUNKED = "chunked prefill"
 #: If a group fails, the noise is measured again by this many yardsticks: one alone may be near the truth by chance.
 YARDSTICKS = 8
-#: Tokens compared at once: float64 logits of a long sequence take as much memory as a small model.
-AT_ONCE = 64
+#: The first tokens of each prompt that are compared with those of other prompts.
+MOST_SHARED = 64
 
 
 @dataclass
@@ -147,7 +147,7 @@ class OutputComparison:
             self._count(row, answer, groups[row.row])
             if not chunked and probe.is_prompt(row.row) and not is_pooled(self.config, output):
                 own = answer.named[output].reshape(*probe.input_ids.shape, -1)[row.row]  # (S, width)
-                self.prompts.append((row, own[:AT_ONCE]))
+                self.prompts.append((row, own[:MOST_SHARED]))
 
     def _constant(self, rows: Sequence[Row], answer: Outputs) -> Iterator[str]:
         """Yield the outputs that are constant, although the truth varies by more than noise.
@@ -188,8 +188,8 @@ class OutputComparison:
 
     def _measure(self, group: Group, name: str, row: Row, values: Array, only: Array | slice = slice(None)) -> None:
         """Add a row's values [n, width] to a group; ``only`` selects the tokens they belong to."""
-        truth, noise = self.truth.values[name][row.tokens][only], self.truth.noise[name]
-        if not len(truth):
+        tokens, truth = row.tokens[only], self.truth.values[name]
+        if not len(tokens):
             return
         epsilon = EPSILON[self.compute]
         measure = group.measures.setdefault(name, Measure(name, epsilon, UNDERFLOW[self.compute]))
@@ -197,13 +197,13 @@ class OutputComparison:
         measure.typical = max(measure.typical, typical)
         measure.usual_rmse = max(measure.usual_rmse, usual_rmse)
         measure.usual_max = max(measure.usual_max, usual_max)
-        own = noise.at(row.tokens).at(only)
-        for start in range(0, len(truth), AT_ONCE):
-            some = slice(start, start + AT_ONCE)
-            candidate, exact = tensor_of(np.ascontiguousarray(values[some])), truth[some]
+        own = self.truth.noise[name].at(tokens)
+        noise = float(own.largest.max())
+        for some in pieces(len(tokens), truth.shape[1]):
+            candidate, exact = tensor_of(np.ascontiguousarray(values[some])), truth[tokens[some]]
             measure.add(Errors.of(candidate, exact), own.at(some), exact)
             if name == "logits" and exact.shape[1] > 1:
-                group.similarity.add(candidate, exact, float(own.largest.max()))
+                group.similarity.add(candidate, exact, noise)
 
     def _over_all(self, name: str) -> tuple[float, float, float]:
         """Root mean square of a tensor's truth, rmse and largest error of its yardstick, over all these probes."""
@@ -221,9 +221,11 @@ class OutputComparison:
         name = next(iter(SHAPES[self.config.task]))
         groups = [self.groups[row.probe.groups[row.row]] for row in (a, b)]
         noise = sum(group.measures[name].most for group in groups)
-        changes = np.abs(np.subtract(first[:n], second[:n], dtype=np.float64)).max(1)  # (n)
-        exact = [self.truth.values[name][row.tokens][:n] for row in (a, b)]
-        must_change = (exact[0] - exact[1]).abs().amax(1).numpy() > 100 * noise  # (n)
+        changes, must_change, truth = np.empty(n), np.empty(n, bool), self.truth.values[name]
+        for some in pieces(n, truth.shape[1]):
+            changes[some] = np.abs(np.subtract(first[some], second[some], dtype=np.float64)).max(1)
+            exact = [truth[row.tokens[some]] for row in (a, b)]
+            must_change[some] = (exact[0] - exact[1]).abs().amax(1).numpy() > 100 * noise
         if changes[:start].max(initial=0) > noise:
             groups[1].problems.append("a token changes the outputs before it")
         if (changes <= noise)[must_change].any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from gptconvert.verify.probes import Integers
 
 #: Largest text file in bytes, and how many of its characters are used: tokens take much more memory than text.
 MAX_TEXT, MOST_USED = 64 << 20, 1 << 20
+
+#: Returns the ids of a whole text, without special tokens. Raises InputError if the tokenizer cannot be used.
+Encoder = Callable[[str], Integers]
 
 
 def reference_text() -> str:
@@ -39,28 +42,6 @@ def read_text(path: str) -> str:
     if not text.strip():
         raise InputError("the text is empty", path=path)
     return text[:MOST_USED]
-
-
-def token_ids(tokenizer: bytes, text: str) -> Integers:
-    """The ids of a whole text, without special tokens.
-
-    Args:
-        tokenizer: content of tokenizer.json; the truncation and padding that it sets are ignored.
-        text: the text.
-
-    Raises:
-        InputError: the tokenizer cannot be loaded or used.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        loaded = Tokenizer.from_str(tokenizer.decode())
-        loaded.no_truncation()
-        loaded.no_padding()
-        ids = loaded.encode(text, add_special_tokens=False).ids
-    except Exception as error:  # of no class in particular
-        raise InputError("the tokenizer cannot be used", path="tokenizer.json", found=str(error)) from error
-    return np.asarray(ids, np.int64)
 
 
 def evenly_spaced(ids: Integers, count: int, length: int) -> Sequence[Integers]:

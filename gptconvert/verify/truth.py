@@ -24,7 +24,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.verify.heap import trim_heap
-from gptconvert.verify.metrics import Errors
+from gptconvert.verify.metrics import Errors, pieces
 from gptconvert.verify.packing import Pack, Part
 from gptconvert.verify.probes import Integers, Probe
 from reference_model.config import GPTConfig
@@ -344,8 +344,9 @@ class TruthPass:
             del exact  # large
             outs = [head.per_token(x[:, some]) for head, x in zip(heads[1:], xs[1:], strict=True)]
             for name, truth in whole.items():
-                errors = Errors.of_several([out[name][0] for out in outs], truth[some])
-                noise.setdefault(name, []).append(errors)
+                rows, exact = [out[name][0] for out in outs], truth[some]  # (n, width) each
+                for few in pieces(*exact.shape):
+                    noise.setdefault(name, []).append(Errors.of_several([row[few] for row in rows], exact[few]))
         for name, exact in whole.items():
             self.truth.keep(name, exact, Errors.of_all(noise[name]))
 

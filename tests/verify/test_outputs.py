@@ -12,6 +12,8 @@ import torch
 
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
+from gptconvert.verify import metrics, outputs, truth
+from gptconvert.verify.metrics import Errors
 from gptconvert.verify.outputs import CHUNKED, Group, OutputComparison
 from gptconvert.verify.probes import make_probes
 from gptconvert.verify.run_probes import run_probes
@@ -36,10 +38,10 @@ class Spoiled(TorchRunner):
 
 def judge(checkpoint: Checkpoint, runner: Any, kv_cache: bool = True) -> dict[str, Group]:
     probes = make_probes(checkpoint.config, kv_cache=kv_cache)
-    truth = TruthPass(checkpoint, probes, "float32", presents=kv_cache).run()
+    exact = TruthPass(checkpoint, probes, "float32", presents=kv_cache).run()
     groups: dict[str, Group] = {}
     answers = run_probes(runner, probes, checkpoint.config)
-    OutputComparison(answers, runner.compute, truth, checkpoint.config, groups).judge()
+    OutputComparison(answers, runner.compute, exact, checkpoint.config, groups).judge()
     return groups
 
 
@@ -60,6 +62,34 @@ def test_reference_model_passes(checkpoint: Checkpoint) -> None:
     groups = judge(checkpoint, Spoiled(checkpoint, lambda feeds, out: out))
     assert all(group.ok for group in groups.values()), problems(groups)
     assert CHUNKED in groups and groups[CHUNKED].tokens == 7
+
+
+@pytest.mark.parametrize("most", [1, 300], ids=["one row", "3 rows"])
+def test_outputs_are_compared_a_few_rows_at_a_time(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """So that the memory does not grow with the number of tokens; the figures are the same."""
+    at_once: list[int] = []
+
+    class Watched(Errors):
+        @classmethod
+        def of(cls, values: Any, truth: Any) -> Errors:
+            at_once.append(len(truth) if truth.shape[1] == 97 else 0)
+            return super().of(values, truth)
+
+    runner = Spoiled(checkpoint, lambda feeds, out: out)
+    expected = judge(checkpoint, runner)
+    monkeypatch.setattr(metrics, "ELEMENTS_AT_ONCE", most)
+    for module in (outputs, truth):
+        monkeypatch.setattr(module, "Errors", Watched)
+    found = judge(checkpoint, runner)
+    assert max(at_once) == max(1, most // 97)
+    assert [measure.as_dict() for group in found.values() for measure in group.measures.values()] == [
+        measure.as_dict() for group in expected.values() for measure in group.measures.values()
+    ]
+    assert [group.similarity.as_dict() for group in found.values()] == [
+        group.similarity.as_dict() for group in expected.values()
+    ]
 
 
 def one_nan(feeds: Feeds, array: Any) -> Any:

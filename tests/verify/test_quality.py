@@ -21,7 +21,7 @@ from tests.families import witness
 from tests.families.witness import BY_TASK, Case
 from tests.helpers import computed_tensors
 from tests.verify.exports import tiny
-from tests.verify.test_evaluation import text, tokenizer
+from tests.verify.test_evaluation import encode, text
 
 PROSE = Amount(prose_windows=3, prose_tokens=16, sampled_rows=0)
 CASES = [case for case in BY_TASK if case.task.endswith(("generation", "classification"))]
@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_prose(checkpoint: Checkpoint, **fields: Any) -> Evaluation:
-    return Evaluation(checkpoint, tokenizer(), text(90), "a.txt", amount=PROSE, **fields)
+    return Evaluation(checkpoint, encode, text(90), "a.txt", amount=PROSE, **fields)
 
 
 def model_of(checkpoint: Checkpoint) -> Run:

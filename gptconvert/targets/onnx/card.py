@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from gptconvert.model.export import Export
 from gptconvert.targets.onnx.card_graphs import computes_in_half, kind_of
-from gptconvert.targets.onnx.plan import NAME, has_cache, takes_positions
+from gptconvert.targets.onnx.plan import NAME
+from gptconvert.targets.onnx.variants import has_cache, takes_positions
 from gptconvert.targets.package.sidecars import JS_DTYPE
 from gptconvert.targets.python_code import BERT_PROMPT, SUFFIXES, python_code, uses_bert_tokenizer
 from gptconvert.targets.target import CardFacts, Snippet

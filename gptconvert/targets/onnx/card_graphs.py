@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptconvert.model.export import Export
-from gptconvert.targets.onnx.plan import HALF, KINDS, NAME
+from gptconvert.targets.onnx.plan import NAME
+from gptconvert.targets.onnx.variants import HALF, KINDS
 from gptconvert.targets.target import CardFacts
 
 #: Variant → its weights, and what it is for.

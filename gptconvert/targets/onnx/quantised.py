@@ -17,8 +17,8 @@ from gptconvert.model.encodings import QUANTISED, quantised
 from gptconvert.model.options import DEFAULTS, INFO
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.targets.onnx.file import OnnxFile
-from gptconvert.targets.onnx.plan import BLOCK_KEY, CALIBRATED_KEY, QUANTIZE_KEY
 from gptconvert.targets.onnx.runner import OnnxRunner, bind
+from gptconvert.targets.onnx.variants import BLOCK_KEY, CALIBRATED_KEY, QUANTIZE_KEY
 from gptconvert.verify.evaluation import Evaluation
 from gptconvert.verify.probes import Probe
 from gptconvert.verify.quality import Quality, measure

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,15 @@ from gptconvert.containers.json import parse_json
 from gptconvert.errors import InputError
 from gptconvert.targets.child.client import ChildError, ChildProcess, Limits
 from gptconvert.targets.package.tokenizer_kinds import MAX_VALUES
+from gptconvert.verify.probes import Integers
+from gptconvert.verify.text import Encoder
 
 #: Memory of the process, and per byte of tokenizer.json, of which the library needs up to 20.
 MEMORY, MEMORY_PER_BYTE = 1 << 30, 64
 #: Time for any request, and per byte; GPT-2's tokenizer.json of 1.4 MB loads in 0.1 s.
 SECONDS, SECONDS_PER_BYTE = 8.0, 2 / (1 << 20)
+#: A byte of a long text counts as this many of tokenizer.json: ideographs take 240 bytes of memory per byte.
+BYTES_PER_TEXT_BYTE = 8
 #: One thread: the library starts others only for batches, NumPy for nothing that happens here.
 VARIABLES: Mapping[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -87,9 +91,14 @@ class RemoteTokenizer:
     number: int
     size: int
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text. Raises as :meth:`TokenizerProcess.load`."""
-        ids: list[int] = self._ask("encode", len(text), text=text)[0]["ids"]
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """The ids of a text. Raises as :meth:`TokenizerProcess.load`.
+
+        Args:
+            text: the text.
+            plain: from now on, ignore the truncation and padding that tokenizer.json sets, and add no special tokens.
+        """
+        ids: list[int] = self._ask("encode", len(text), text=text, plain=plain)[1]["ids"].tolist()
         return ids
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
@@ -124,3 +133,14 @@ def describe(data: bytes, path: str) -> Description:
     with TokenizerProcess(path, len(data)) as process:
         answer, arrays = process.load(data, path)._ask("describe", 0)
     return Description(json.loads(arrays["tokens"].tobytes()), answer["behaviour"])
+
+
+def text_encoder(files: Mapping[str, bytes]) -> Encoder | None:
+    """What tokenizes a whole text, in a process of its own; None if ``files`` (name → content) has no tokenizer."""
+    data = files.get("tokenizer.json")
+    return None if data is None else partial(_ids_of, data, "tokenizer.json")
+
+
+def _ids_of(data: bytes, path: str, text: str) -> Integers:
+    with TokenizerProcess(path, len(data) + BYTES_PER_TEXT_BYTE * len(text.encode())) as process:
+        return np.asarray(process.load(data, path).encode(text, plain=True), np.int64)

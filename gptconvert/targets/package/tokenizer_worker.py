@@ -36,8 +36,13 @@ def describe(request: Mapping[str, Any], _: Arrays) -> Answer:
 
 
 def encode(request: Mapping[str, Any], _: Arrays) -> Answer:
-    """The ids of ``text``."""
-    return {"ids": TOKENIZERS[request["tokenizer"]].encode(request["text"]).ids}, {}
+    """The ids of ``text`` in an array; with ``plain``, of the whole text and without special tokens."""
+    tokenizer, plain = TOKENIZERS[request["tokenizer"]], request["plain"]
+    if plain:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    ids = tokenizer.encode(request["text"], add_special_tokens=not plain).ids
+    return {}, {"ids": np.asarray(ids, np.uint32)}
 
 
 def decode(request: Mapping[str, Any], _: Arrays) -> Answer:

@@ -12,7 +12,8 @@ from onnx import helper
 
 from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.options import Options
-from gptconvert.targets.onnx.plan import HEAD_MULTIPLE, plan
+from gptconvert.targets.onnx.plan import plan
+from gptconvert.targets.onnx.variants import HEAD_MULTIPLE
 from gptconvert.targets.verification import verify_exports
 from tests.families import witness
 from tests.families.witness import CASES, Case

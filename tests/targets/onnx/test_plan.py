@@ -18,8 +18,9 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import OPSETS, Options
 from gptconvert.model.transforms import cast
-from gptconvert.targets.onnx.plan import IR_VERSIONS, has_cache, plan
+from gptconvert.targets.onnx.plan import IR_VERSIONS, plan
 from gptconvert.targets.onnx.target import TARGET
+from gptconvert.targets.onnx.variants import has_cache
 from reference_model.config import CACHED_TASKS, INPUTS, OUTPUTS
 from tests.families import witness
 from tests.families.bugs import BUGS, Bug
