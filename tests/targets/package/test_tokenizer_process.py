@@ -14,7 +14,7 @@ from gptconvert.model.export import PlannedFile
 from gptconvert.model.options import Options
 from gptconvert.quality import evaluation_of
 from gptconvert.targets.package.tokenizer_process import text_encoder
-from tests.generate.test_hostile_directories import charsmap
+from tests.generation.test_hostile_directories import charsmap
 from tests.helpers import checkpoint_of, tiny_gpt2
 
 WORDS = [f"w{i}" for i in range(97)]
