@@ -203,7 +203,7 @@ class Options:
         "Checkpoint",
         "Set the GELU formula, if the checkpoint does not record it.",
         choices=("tanh", "erf"),
-        default_text="erf for nanoGPT, tanh for Megatron-LM",
+        default_text="erf for nanoGPT and GPT-NeoX in GGUF, else tanh",
     )
     trim_vocab: int | None = option(
         None,
