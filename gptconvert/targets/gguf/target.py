@@ -5,7 +5,7 @@ from gptconvert.targets.target import Target
 
 TARGET = Target(
     name=plan.NAME,
-    title="GGUF for llama.cpp, Ollama and LM Studio",
+    title="GGUF (llama.cpp, Ollama, LM Studio)",
     short_title="GGUF",
     plan=plan.plan,
     verify=verify.verify,

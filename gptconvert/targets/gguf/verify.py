@@ -50,7 +50,7 @@ READER = "gguf"
 
 
 #: Most KL(truth ‖ llama.cpp) in nats: of weights in float32 or float16, and of others, for which llama.cpp rounds
-#: activations to 8 bits. Deeper models add up more roundings: so many times the yardstick's divergence is allowed too.
+#: activations to 8 bits. Deeper models add up more roundings: so many times the yardstick's is allowed too.
 MAX_DIVERGENCE, MAX_DIVERGENCE_ROUNDED, MAX_DIVERGENCE_RATIO = 1e-4, 1e-3, 4.0
 YARDSTICK = "the reference model\nwith llama.cpp's roundings"
 #: What is compared.
@@ -76,7 +76,9 @@ def verify(candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
         if candidate.export is not None:
             report.problems += _second_reading(model)
         pairs = _pairs(checkpoint, model, report.weights)
-        compare(report.weights, pairs, stage("comparing weights", checkpoint.nbytes))
+        compare(report.weights, [p for p in pairs if p.weight], stage("comparing weights", checkpoint.nbytes))
+        zeros = compare(WeightReport(0), [pair for pair in pairs if not pair.weight])
+        report.weights.problems += zeros.problems
     if report.problems or not report.weights.ok:
         return report
     if not is_installed():
@@ -110,7 +112,7 @@ def _fitting(kind: str, shape: tuple[int, ...]) -> str:
 
 
 def _pairs(checkpoint: Checkpoint, model: GgufModel, report: WeightReport) -> list[Pair]:
-    """Every tensor that the file should have, with the one that it has."""
+    """Every tensor that the file should have, with the one that it has; those of zeros belong to no weight."""
     expected = {item.name: item for item in items_of(checkpoint)}
     if OUTPUT in model.tensors and OUTPUT not in expected and checkpoint.config.tied_head:
         expected[OUTPUT] = dataclasses.replace(
@@ -121,7 +123,7 @@ def _pairs(checkpoint: Checkpoint, model: GgufModel, report: WeightReport) -> li
     pairs = []
     for name, item in expected.items():
         if name in model.tensors and not (problem := _other_kind(item, model)):
-            pairs.append(Pair(item.weight or name, name, item.tensor, model.tensors[name].stored))
+            pairs.append(Pair(item.weight or "", name, item.tensor, model.tensors[name].stored))
         elif name in model.tensors:
             report.problems.append(problem)
     return pairs

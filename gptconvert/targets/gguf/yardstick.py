@@ -60,7 +60,7 @@ class LlamaPass(PrecisionPass):
         from reference_model.model import ACTIVATION, MLP, canonical_name
 
         super().fill(module, stored, config, prefix)
-        kinds = _roundings()
+        kinds, gelu = _roundings(), ACTIVATION["gelu_tanh"]
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear):
                 weight = canonical_name(f"{prefix}{name}.weight", config)
@@ -68,7 +68,6 @@ class LlamaPass(PrecisionPass):
                 if rounding is not None:
                     part.forward = functools.partial(_rounded_first, rounding, part.forward)  # type: ignore[method-assign]
             elif isinstance(part, MLP):
-                gelu = ACTIVATION["gelu_tanh"]
                 part.activation = lambda x: gelu(x.half().float()).half().float()
 
 
