@@ -32,7 +32,8 @@ MODEL, TOKENS, TOKEN_TYPES, MERGES = (
 CHAT_TEMPLATE = "tokenizer.chat_template"
 #: llama.cpp's types of tokens: special ones, ones that users added, and ids without a token.
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-SPECIAL_IDS = ("bos", "eos")
+#: Special ids in the file → in config.json.
+SPECIAL_IDS: Mapping[str, str] = {"bos": "bos", "eos": "eos", "padding": "pad"}
 
 
 def open_gguf(path: str, options: Options) -> Source:
@@ -90,8 +91,8 @@ def _config(metadata: Mapping[str, Value], architecture: str) -> dict[str, objec
             config[key.removeprefix(f"{architecture}.").replace(".", "_")] = _shortest(value)
         elif not key.startswith(HARMLESS):
             config[key] = value  # refused by name
-    for name in SPECIAL_IDS:
-        if (value := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+    for stored, name in SPECIAL_IDS.items():
+        if (value := metadata.get(f"tokenizer.ggml.{stored}_token_id")) is not None:
             config[f"{name}_token_id"] = value
     return config
 
@@ -117,8 +118,8 @@ def _tokenizer(metadata: Mapping[str, Value]) -> tuple[StoredTokenizer | None, t
         return None, ("no tokenizer is written: the file has placeholders in place of its tokens",)
     pairs = [tuple(str(merge).split(" ")) for merge in merges]
     settings: dict[str, object] = {}
-    for name in SPECIAL_IDS:
-        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    for stored, name in SPECIAL_IDS.items():
+        number = metadata.get(f"tokenizer.ggml.{stored}_token_id")
         if type(number) is int and 0 <= number < len(tokens) and kinds[number] != UNUSED:
             settings[f"{name}_token"] = str(tokens[number])
         if metadata.get(f"tokenizer.ggml.add_{name}_token") is True:

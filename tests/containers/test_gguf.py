@@ -89,7 +89,9 @@ def test_the_library_reads_ours(tmp_path: Path) -> None:
     path, rows = tmp_path / "model.gguf", np.arange(6, dtype=np.float32).reshape(2, 3)
     entries = [("one", TYPES["F32"], (2, 3), 0), ("two", TYPES["F16"], (5,), 32)]
     content = head_bytes({**METADATA, "split.no": (container.UINT16, 7)}, entries)
-    path.write_bytes(content + rows.tobytes().ljust(32, b"\0") + np.arange(5, dtype=np.float16).tobytes().ljust(32, b"\0"))
+    path.write_bytes(
+        content + rows.tobytes().ljust(32, b"\0") + np.arange(5, dtype=np.float16).tobytes().ljust(32, b"\0")
+    )
     reader = gguf.GGUFReader(path)
     for key, value in METADATA.items():
         if value != []:
@@ -97,7 +99,9 @@ def test_the_library_reads_ours(tmp_path: Path) -> None:
     assert reader.fields["split.no"].types == [gguf.GGUFValueType.UINT16]
     assert np.array_equal(reader.tensors[0].data, rows) and reader.tensors[1].data.tolist() == [0, 1, 2, 3, 4]
     ours = read_gguf(path)
-    assert ours.metadata["tokenizer.ggml.token_type"] == [1, 1, 5, -1] and ours.metadata["tokenizer.ggml.merges"] == []
+    assert (
+        ours.metadata["tokenizer.ggml.token_type"] == [1, 1, 5, -1] and ours.metadata["tokenizer.ggml.merges"] == []
+    )
 
 
 def simple(keys: bytes = b"", count: int = 0, tensors: bytes = b"", number: int = 0, data: bytes = b"") -> bytes:

@@ -75,6 +75,7 @@ KEYS = (
     Key("attention_layer_norm_epsilon", "norm_eps", NUMBER),
     Key("bos_token_id", "bos_token_id", TOKEN, None),
     Key("eos_token_id", "eos_token_id", TOKENS, None),
+    Key("pad_token_id", "pad_token_id", TOKEN, None),
 )
 UNUSED: Mapping[str, object] = {"attention_causal": True}
 GPT2_KEYS = table(*KEYS, harmless=("file_type",), unused=UNUSED)

@@ -17,7 +17,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.sources.gguf import CHAT_TEMPLATE, CONTROL, MERGES, MODEL, TOKEN_TYPES, TOKENS, UNUSED, USER_DEFINED
 from gptconvert.sources.tokenizer_files import CHAT_TEMPLATE as TEMPLATE_FILE
 from gptconvert.targets.package.tokenizer import stored_bpe, tokenizer_files
-from gptconvert.targets.package.tokenizer_kinds import token_text
+from gptconvert.targets.package.tokenizer_process import describe
 
 NORMAL = 1
 NO_TOKENIZER = (
@@ -38,9 +38,9 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Value], tuple[
     raw: Any = json.loads(files["tokenizer.json"]) if "tokenizer.json" in files else None
     if raw is None and any(not name.endswith("_config.json") for name in files):
         raise _refused(["it is not a byte-level BPE tokenizer"], checkpoint)
-    ids: dict[str, int] = {}
+    ids: Mapping[str, int] = {}
     merges: list[tuple[str, str]] = []
-    added: list[Mapping[str, Any]] = []
+    added: dict[str, int] = {}
     if raw is None:
         notes.append(NO_TOKENIZER)
     elif reasons := [*_why_not(raw)]:
@@ -48,8 +48,10 @@ def tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Value], tuple[
     else:
         if raw.get("normalizer") is not None:
             notes.append("llama.cpp does not normalise text to NFC, as the tokenizer does")
-        ids, merges = stored_bpe(raw["model"], checkpoint.source.path)
-        added = raw.get("added_tokens") or []
+        _, merges = stored_bpe(raw["model"], checkpoint.source.path)
+        ids = describe(files["tokenizer.json"], checkpoint.source.path).tokens  # the library numbers added tokens
+        flags = {token["content"]: token.get("special") for token in raw.get("added_tokens") or ()}
+        added = {token: CONTROL if special else USER_DEFINED for token, special in flags.items()}
     tokens, types = _tokens(ids, added, checkpoint)
     end, beginning, invented = _ends(checkpoint, types)
     notes += [f"the model has no end-of-text token: GGUF needs one, and token {end} is named in its place"] * invented
@@ -104,24 +106,20 @@ def _why_not(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"it normalises text ({normalizer.get('type')})"
 
 
-def _tokens(
-    ids: Mapping[str, int], added: list[Mapping[str, Any]], checkpoint: Checkpoint
-) -> tuple[list[str], list[int]]:
+def _tokens(ids: Mapping[str, int], added: Mapping[str, int], checkpoint: Checkpoint) -> tuple[list[str], list[int]]:
     """Every token and its type; ids without a token get placeholders.
 
     Raises:
         UnsupportedError: a token's id is outside the model's vocabulary.
     """
     size = checkpoint.config.vocab_size
-    named = {number: (token, NORMAL) for token, number in ids.items()}
-    for token in added:
-        named[token["id"]] = token["content"], CONTROL if token.get("special") else USER_DEFINED
+    named = {number: (token, added.get(token, NORMAL)) for token, number in ids.items()}
     outside = [number for number in named if number >= size]
     if outside:
         raise UnsupportedError(
             "the tokenizer has tokens that the model lacks, and GGUF needs a row of weights for each",
             path=checkpoint.source.path,
-            item=token_text(named[min(outside)][0]),
+            item=named[min(outside)][0],
             expected=f"ids below {size}",
             found=f"{len(outside)} tokens from id {min(outside)} on",
             hint="use the tokenizer of this model, or remove these tokens from its files",
