@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
+from fixtures.foreign import gguf_tensors
 from gptconvert import pipeline
 from gptconvert.errors import InputError, UnsupportedError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from gptconvert.targets.gguf.plan import plan
 from tests.commands import command
 from tests.families import witness
 from tests.helpers import FIXTURES, checkpoint_of, tiny_gpt2, write_planned
-from tests.sources.foreign import same_weights
+from tests.sources.foreign import ORIGINALS, gap, opened, same_weights
 
 TRAINED = FIXTURES / "gpt2-stdlib"
 KEYS = {"block_count": 2, "context_length": 40, "embedding_length": 24, "feed_forward_length": 56}
@@ -52,33 +53,17 @@ def library(path: Path, architecture: str, tensors: dict[str, Any], extra: dict[
     return path
 
 
-def gpt2_tensors(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Hugging Face's names → GGUF's, spelled out here."""
-    names = {
-        "attn.c_attn": "attn_qkv",
-        "attn.c_proj": "attn_output",
-        "mlp.c_fc": "ffn_up",
-        "mlp.c_proj": "ffn_down",
-        "ln_1": "attn_norm",
-        "ln_2": "ffn_norm",
-    }
-    found = {}
-    for name, array in arrays.items():
-        module, _, kind = name.removeprefix("transformer.").rpartition(".")
-        array = np.ascontiguousarray(array.T) if ".c_" in name and kind == "weight" else array
-        if module.startswith("h."):
-            _, layer, inner = module.split(".", 2)
-            found[f"blk.{layer}.{names[inner]}.{kind}"] = array
-        else:
-            top = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}[module]
-            found[f"{top}.{kind}"] = array
-    return found
+def test_logits_match_the_golden_ones() -> None:
+    """Of a file as llama.cpp's converter writes it."""
+    checkpoint = opened(ORIGINALS / "gguf")
+    assert gap(checkpoint, "gguf") < 1e-12
+    assert checkpoint.config.tied_head and checkpoint.special_ids.eos == (96,)
 
 
 def test_gpt2_of_the_library(tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2()
     path = library(
-        tmp_path / "m.gguf", "gpt2", gpt2_tensors(arrays), {"general.name": "x", "gpt2.attention.head_count_kv": 3}
+        tmp_path / "m.gguf", "gpt2", gguf_tensors(arrays), {"general.name": "x", "gpt2.attention.head_count_kv": 3}
     )
     found, expected = open_checkpoint(str(path)), checkpoint_of(raw, arrays)
     assert found.config == expected.config and same_weights(found, expected)
@@ -91,7 +76,7 @@ def test_a_stored_head(repeated: bool, tmp_path: Path) -> None:
     _, arrays = tiny_gpt2(tie_word_embeddings=False)
     if repeated:
         arrays["lm_head.weight"] = arrays["transformer.wte.weight"]
-    path = library(tmp_path / "m.gguf", "gpt2", gpt2_tensors(arrays))
+    path = library(tmp_path / "m.gguf", "gpt2", gguf_tensors(arrays))
     found = open_checkpoint(str(path))
     assert found.config.tied_head is repeated and ("lm_head.weight" in found.weights) is not repeated
 
@@ -100,7 +85,7 @@ def test_a_head_that_differs_in_a_few_rows_is_never_lost(tmp_path: Path) -> None
     _, arrays = tiny_gpt2(tie_word_embeddings=False)
     arrays["lm_head.weight"] = arrays["transformer.wte.weight"].copy()
     arrays["lm_head.weight"][5] += 1
-    path = library(tmp_path / "m.gguf", "gpt2", gpt2_tensors(arrays))
+    path = library(tmp_path / "m.gguf", "gpt2", gguf_tensors(arrays))
     with pytest.raises(InputError, match=r"output\.weight.*differ"):
         pipeline.convert(str(path), tmp_path / "out", Options(targets=("safetensors",), verify=None))
 
@@ -194,13 +179,13 @@ def test_other_architectures_are_refused(architecture: str, tmp_path: Path) -> N
     ],
 )
 def test_keys_that_change_the_output_are_refused(extra: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = library(tmp_path / "m.gguf", "gpt2", gpt2_tensors(tiny_gpt2()[1]), extra)
+    path = library(tmp_path / "m.gguf", "gpt2", gguf_tensors(tiny_gpt2()[1]), extra)
     with pytest.raises(UnsupportedError, match=message):
         open_checkpoint(str(path))
 
 
 def test_missing_and_unknown_tensors(tmp_path: Path) -> None:
-    tensors = gpt2_tensors(tiny_gpt2()[1])
+    tensors = gguf_tensors(tiny_gpt2()[1])
     del tensors["blk.1.ffn_up.bias"]
     with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.bias"):
         open_checkpoint(str(library(tmp_path / "m.gguf", "gpt2", tensors)))

@@ -68,9 +68,9 @@ GELUS = ("gelu_tanh", "gelu_erf")
 SCALINGS = ("dynamic", "linear")
 
 
-def why_not(checkpoint: Checkpoint) -> list[str]:
+def why_not(config: GPTConfig) -> list[str]:
     """All reasons why llama.cpp cannot compute a model of one of the families in :data:`ARCHITECTURES`."""
-    config, architecture = checkpoint.config, ARCHITECTURES[checkpoint.config.family]
+    architecture = ARCHITECTURES[config.family]
     reasons = []
     if config.task != "text-generation":
         reasons.append(f"it is a model for {config.task}, not a language model")

@@ -43,7 +43,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
         UsageError: an option has no effect.
     """
     _check_used(options)
-    if reasons := why_not(checkpoint):
+    if reasons := why_not(checkpoint.config):
         raise UnsupportedError(
             "llama.cpp cannot compute this model: " + "; ".join(reasons), hint="use --to onnx, which preserves it"
         )
