@@ -73,7 +73,8 @@ def _reciprocal(scales: Floats) -> Floats:
 
 def _halves(codes: NDArray[np.uint8]) -> Bytes:
     """Low four bits of the codes [n, 32] → [n, 16]: elements 0 to 15 in the low halves, 16 to 31 in the high ones."""
-    return np.bitwise_or(codes[:, :16] & 15, (codes[:, 16:] & 15) << 4, dtype=np.uint8)
+    packed: Bytes = np.bitwise_or(codes[:, :16] & 15, (codes[:, 16:] & 15) << 4, dtype=np.uint8)
+    return packed
 
 
 def _unhalve(packed: Bytes) -> NDArray[np.uint8]:
@@ -166,9 +167,12 @@ class GgmlQuantised(LazyTensor):
 
     def read(self, box: Box | None = None) -> Array:
         rows = slice(0, self.shape[0]) if box is None else box[0]
-        packed = np.ascontiguousarray(self.encoded.read((rows, slice(0, self.encoded.shape[1]))), np.uint8)
-        blocks = packed.reshape(-1, self.format.nbytes)
-        scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
-        values = self.format.codes(np.ascontiguousarray(blocks[:, 2:])) * scales
-        whole = values.reshape(len(packed), self.shape[1])
+        whole = by_slabs(self.encoded, rows, lambda _, packed: self._decode(packed))
         return whole if box is None else whole[:, box[1]]
+
+    def _decode(self, packed: Array) -> Array:
+        blocks = np.ascontiguousarray(packed, np.uint8).reshape(-1, self.format.nbytes)
+        scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+        values = self.format.codes(np.ascontiguousarray(blocks[:, 2:]))
+        values *= scales
+        return values.reshape(len(packed), self.shape[1])

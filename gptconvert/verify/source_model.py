@@ -76,12 +76,13 @@ class SourceModel(TruthPass):
                 logits = self._module.per_token(self.hidden[None, tokens[some]])["logits"][0]  # (n, V)
             yield some, _finite(logits)
 
-    def last_logits(self, window: Probe) -> Tensor:
-        """Logits [V] of a window's last position. Raises as :meth:`logits`."""
+    def last_logits(self, windows: Sequence[Probe]) -> Tensor:
+        """Logits [n, V] of each window's last position. Raises as :meth:`logits`."""
         import torch
 
+        last = [int(self._tokens(window)[-1]) for window in windows]
         with torch.no_grad():
-            return _finite(self._module.per_token(self.hidden[None, self._tokens(window)[-1:]])["logits"][0, 0])
+            return _finite(self._module.per_token(self.hidden[None, last])["logits"][0])
 
     def _tokens(self, window: Probe) -> Integers:
         """Indices of a window's tokens among all."""

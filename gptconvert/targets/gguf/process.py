@@ -24,6 +24,8 @@ PACKAGE = "xllamacpp"
 LARGE = 600 << 20
 #: Bytes of memory beside the weights, per id of the vocabulary: an answer names every id, as text.
 ANSWER_BYTES = 4096
+#: Tokens that are compared to find out whether two prompts are the same.
+MOST_LIKELY = 20
 #: No debugger is started to describe a crash.
 VARIABLES: Mapping[str, str] = {"GGML_NO_BACKTRACE": "1"}
 
@@ -88,9 +90,25 @@ class LlamaProcess(ChildProcess):
             LlamaError: llama.cpp refuses the request.
             UnsafeInputError: a confined process exceeded its time, or died.
         """
-        answer = self.call("predict", tokens=len(ids), ids=list(ids), vocabulary=vocabulary, cached=cached)
-        found: NDArray[np.float32] = np.asarray(answer[1]["log_probabilities"], np.float32)
+        tokens, values = self._predict(list(ids), len(ids), vocabulary, cached=cached)
+        found = np.full(vocabulary, np.nan, np.float32)
+        inside = (tokens >= 0) & (tokens < vocabulary)
+        found[tokens[inside]] = values[inside]
         return found
+
+    def most_likely(self, prompt: Sequence[int] | str, tokens: int) -> list[tuple[int, float]]:
+        """The most likely tokens after token ids or a text of about ``tokens`` tokens, and their log-probabilities.
+
+        Raises as :meth:`log_probabilities`.
+        """
+        ids, values = self._predict(prompt if isinstance(prompt, str) else list(prompt), tokens, MOST_LIKELY)
+        return list(zip(ids.tolist(), values.tolist(), strict=True))
+
+    def _predict(
+        self, prompt: list[int] | str, tokens: int, most: int, *, cached: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        found = self.call("predict", tokens=tokens, prompt=prompt, most=most, cached=cached)[1]
+        return np.asarray(found["ids"], np.int64), np.asarray(found["log_probabilities"], np.float32)
 
 
 def limits_of(path: str, weight_bytes: int, head_bytes: int, vocabulary: int, n_ctx: int, width: int) -> Limits:

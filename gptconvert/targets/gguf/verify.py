@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,18 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.containers.gguf import TYPES, GgufModel, read_gguf
-from gptconvert.errors import install_hint
+from gptconvert.errors import install_hint, short_repr
 from gptconvert.families.trainers.gguf import OUTPUT, gguf_name
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.ggml import GgmlQuantised
 from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
+from gptconvert.model.tensors import LazyTensor
 from gptconvert.targets.gguf.foreign import check_model, metadata_problems
-from gptconvert.targets.gguf.layout import ARCHITECTURES, Item, as_computed, items_of, stored_as
+from gptconvert.targets.gguf.layout import ARCHITECTURES, Item, as_computed, in_file_order, items_of, stored_as
 from gptconvert.targets.gguf.plan import NAME
 from gptconvert.targets.gguf.process import LlamaError, LlamaProcess, is_installed, limits_of
 from gptconvert.targets.gguf.yardstick import LlamaPass
+from gptconvert.targets.package.tokenizer import tokenizer_files
+from gptconvert.targets.package.tokenizer_process import TokenizerProcess
+from gptconvert.targets.package.verify import CORPUS
 from gptconvert.targets.target import Candidate
 from gptconvert.verify.background import half_the_cores
 from gptconvert.verify.evaluation import Evaluation
@@ -43,8 +48,8 @@ from gptconvert.verify.weights import Pair, WeightReport, compare
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Lengths of the prompts; the last is longer than llama.cpp evaluates at once, and shorter for a large model.
-LENGTHS, LONG, LONG_OF_LARGE = (1, 2, 8, 33), 600, 70
+#: Lengths of the prompts, and of the last one; that of a large model is shorter.
+LENGTHS, LONG, LONG_OF_LARGE = (1, 2, 8, 33), 130, 70
 #: The package whose reader is a second witness of the bytes.
 READER = "gguf"
 
@@ -73,7 +78,7 @@ def verify(candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
     checkpoint = _as_found(candidate, model, report)
     if not report.problems:
         report.problems = [*metadata_problems(checkpoint, model, planned=candidate.export is not None)]
-        if candidate.export is not None:
+        if candidate.export is not None and (level == "full" or not is_installed()):
             report.problems += _second_reading(model)
         pairs = _pairs(checkpoint, model, report.weights)
         compare(report.weights, [p for p in pairs if p.weight], stage("comparing weights", checkpoint.nbytes))
@@ -81,6 +86,7 @@ def verify(candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
         report.weights.problems += zeros.problems
     if report.problems or not report.weights.ok:
         return report
+    checkpoint = _in_file(checkpoint, model)
     if not is_installed():
         report.computes = False
         report.notes.append(
@@ -139,8 +145,23 @@ def _other_kind(item: Item, model: GgufModel) -> str:
     return ""
 
 
+def _in_file(checkpoint: Checkpoint, model: GgufModel) -> Checkpoint:
+    """The checkpoint with quantised weights read from the file, which has been compared: they need no computing."""
+
+    def found(name: str, weight: LazyTensor) -> LazyTensor:
+        if not isinstance(weight, GgmlQuantised) or in_file_order(checkpoint.config, name, weight) is not weight:
+            return weight
+        return dataclasses.replace(weight, encoded=model.tensors[gguf_name(name)].stored)
+
+    weights = {name: found(name, weight) for name, weight in checkpoint.weights.items()}
+    return dataclasses.replace(checkpoint, weights=weights)
+
+
 def _second_reading(model: GgufModel) -> Iterator[str]:
-    """Differences between this program's reading of the files and that of the gguf package, if it is installed."""
+    """Differences between this program's reading of the files and that of the gguf package, if it is installed.
+
+    It takes seconds for a large vocabulary; llama.cpp, which reads the file too, takes less.
+    """
     if importlib.util.find_spec(READER) is None:
         return
     from gguf import GGUFReader
@@ -185,18 +206,50 @@ def _run(
     stage("computing the truth", 0)
     truth = SourceModel(checkpoint, prompts, exact=True)
     noisy = SourceModel(checkpoint, prompts, instead=LlamaPass(checkpoint))
+    exact, rounded = truth.last_logits(prompts), noisy.last_logits(prompts)  # (n, V)
     advance, answers = stage("running llama.cpp", len(prompts)), []
     try:
         with LlamaProcess(limits) as process:
             process.load(candidate.path, nbytes, longest + 1, half_the_cores())
             for prompt in prompts:
                 found = process.log_probabilities(prompt.input_ids[0].tolist(), config.vocab_size)
-                answers.append((found, truth.last_logits(prompt), noisy.last_logits(prompt)))
+                answers.append(found)
                 advance(1)
+            texts = [*_texts(checkpoint, longest)]
+            report.problems += [
+                f"llama.cpp tokenizes {short_repr(text)} differently"
+                for text, ids in texts
+                if process.most_likely(text, len(ids)) != process.most_likely(ids, len(ids))
+            ]
     except LlamaError as error:
         groups[0].problems.append(f"the run failed: {error}")
         return
-    judge(groups, answers, _most_divergence(checkpoint))
+    judge(groups, np.stack(answers), exact, rounded, _most_divergence(checkpoint))
+
+
+def _texts(checkpoint: Checkpoint, most: int) -> Iterator[tuple[str, list[int]]]:
+    """Texts of at most ``most`` tokens, and their ids by the checkpoint's tokenizer; none without one.
+
+    The same prediction after a text and after its ids shows that llama.cpp tokenizes it as the checkpoint does.
+    """
+    data = tokenizer_files(checkpoint)[0].get("tokenizer.json")
+    if data is None:
+        return
+    path = checkpoint.source.path
+    with TokenizerProcess(path, len(data)) as process:
+        tokenizer = process.load(data, path)
+        for text in filter(_is_plain, CORPUS):
+            ids = tokenizer.encode(text)
+            if 0 < len(ids) <= most:
+                yield text, ids
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text has no control characters but white space, no special tokens, and is normalised.
+
+    llama.cpp ends a prompt at a NUL, and does not normalise.
+    """
+    return "<|" not in text and "\0" not in text and unicodedata.is_normalized("NFC", text)
 
 
 def _most_divergence(checkpoint: Checkpoint) -> float:
@@ -220,19 +273,21 @@ def _prompts(checkpoint: Checkpoint, level: Level, seed: int) -> Iterator[Probe]
 
 
 def judge(
-    groups: Sequence[Group], answers: Sequence[tuple[NDArray[np.float32], Tensor, Tensor]], most: float
+    groups: Sequence[Group], answers: NDArray[np.float32], truth: Tensor, yardstick: Tensor, most: float
 ) -> None:
     """Add the comparison of each prompt to its group.
 
     Args:
         groups: one per prompt.
-        answers: llama.cpp's log-probabilities [V], the truth's logits [V], the yardstick's logits [V].
+        answers: llama.cpp's log-probabilities [n, V].
+        truth: logits [n, V].
+        yardstick: logits [n, V].
         most: largest KL divergence from the truth.
     """
     import torch
 
-    found = torch.stack([torch.from_numpy(answer).double() for answer, _, _ in answers])  # (n, V)
-    exact, noisy = (torch.stack([row[i] for row in answers]).double().log_softmax(-1) for i in (1, 2))  # (n, V)
+    found = torch.from_numpy(answers).double()  # (n, V)
+    exact, noisy = (logits.double().log_softmax(-1) for logits in (truth, yardstick))  # (n, V)
     noise = Errors.of(noisy, exact)
     usual = noise.square.sum().div(exact.numel()).sqrt().item(), noise.largest.max().item()
     typical, epsilon, underflow = exact.square().mean().sqrt().item(), EPSILON["float32"], UNDERFLOW["float32"]

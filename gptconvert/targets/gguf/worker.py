@@ -42,12 +42,12 @@ def load(request: Mapping[str, Any], _: Arrays) -> Answer:
 
 
 def predict(request: Mapping[str, Any], _: Arrays) -> Answer:
-    """Log-probabilities of the token after ``ids``."""
+    """The most likely tokens after ``prompt``, token ids or text, and their log-probabilities, ``most`` of each."""
     answer = SERVERS[0].handle_completions(
         {
-            "prompt": request["ids"],
+            "prompt": request["prompt"],
             "n_predict": 1,
-            "logprobs": request["vocabulary"],
+            "logprobs": request["most"],
             "temperature": 0,
             "cache_prompt": request["cached"],
             "ignore_eos": True,
@@ -56,9 +56,8 @@ def predict(request: Mapping[str, Any], _: Arrays) -> Answer:
     if "error" in answer:
         raise RuntimeError(str(answer["error"].get("message", answer["error"])))
     found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    values = np.full(request["vocabulary"], np.nan, np.float32)
-    values[[each["id"] for each in found]] = [each["logprob"] for each in found]
-    return {}, {"log_probabilities": values}
+    ids, values = ([each[key] for each in found] for key in ("id", "logprob"))
+    return {}, {"ids": np.array(ids, np.int64), "log_probabilities": np.array(values, np.float32)}
 
 
 COMMANDS: Mapping[str, Command] = {"load": load, "predict": predict}

@@ -12,12 +12,14 @@ import gguf
 import numpy as np
 import pytest
 
+from gptconvert.containers.gguf import read_gguf
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import GGUF_TYPES, Options
 from gptconvert.pipeline import open_checkpoint
 from gptconvert.targets.foreign import find_candidates
 from gptconvert.targets.gguf import foreign, layout, metadata, process
 from gptconvert.targets.gguf import plan as planning
+from gptconvert.targets.gguf import verify as verifying
 from gptconvert.targets.gguf.plan import plan
 from gptconvert.targets.verification import verify, verify_exports
 from gptconvert.verify.evaluation import Amount, Evaluation
@@ -239,7 +241,15 @@ def test_files_of_llama_cpps_converter(tmp_path: Path, stdlib: Checkpoint) -> No
     assert not report.passed and "gpt2.attention.layer_norm_epsilon" in str(report.artifacts[0].problems)
 
 
-def library_copy(checkpoint: Checkpoint, path: Path) -> Path:
+def test_llama_cpp_tokenizes_as_the_checkpoint(tmp_path: Path, stdlib: Checkpoint) -> None:
+    """Other rules for splitting text show in what it predicts after a text."""
+    path = library_copy(stdlib, tmp_path / "model.gguf", pre="llama-bpe")
+    report = verify(find_candidates(stdlib, str(path)))
+    assert not report.passed and "llama.cpp tokenizes" in str(report.artifacts[0].problems)
+    assert all(group.ok for group in report.artifacts[0].runs[0].groups)
+
+
+def library_copy(checkpoint: Checkpoint, path: Path, pre: str = "gpt-2") -> Path:
     """The model as written by the gguf package."""
     config, writer = checkpoint.config, gguf.GGUFWriter(path, "gpt2")
     own = plan(checkpoint, Options(targets=("gguf",), gguf_type=("f16",)))[0]
@@ -254,7 +264,7 @@ def library_copy(checkpoint: Checkpoint, path: Path) -> Path:
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.norm_eps)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(reader.fields["tokenizer.ggml.tokens"].contents())
     writer.add_token_merges(reader.fields["tokenizer.ggml.merges"].contents())
     writer.add_eos_token_id(config.vocab_size - 1)
@@ -282,3 +292,17 @@ def test_the_process_is_confined(tmp_path: Path) -> None:
         assert found.shape == (97,) and abs(np.exp(found.astype(np.float64)).sum() - 1) < 1e-5
         with pytest.raises(process.LlamaError, match="context"):
             confined.log_probabilities([1] * 300, 97)
+
+
+def test_the_gguf_package_reads_the_same(tmp_path: Path) -> None:
+    """At level full, and where llama.cpp is missing."""
+    exports = plan(checkpoint_of(*tiny_gpt2()), Options(targets=("gguf",), gguf_type=("q8_0",)))
+    write_planned(tmp_path, exports[0].files)
+    report = verify_exports(exports, str(tmp_path), "full")
+    assert report.passed and "length 39" in [group.name for group in report.artifacts[0].runs[0].groups]
+    model = read_gguf(tmp_path / exports[0].path)
+    assert [*verifying._second_reading(model)] == []
+    first, second = (model.tensors[f"blk.{i}.ffn_up.bias"] for i in (0, 1))
+    swapped = {**model.tensors, "blk.0.ffn_up.bias": second, "blk.1.ffn_up.bias": first}
+    found = [*verifying._second_reading(dataclasses.replace(model, tensors=swapped))]
+    assert [problem.split(":")[0] for problem in found] == ["blk.0.ffn_up.bias", "blk.1.ffn_up.bias"]
