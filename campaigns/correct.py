@@ -29,8 +29,9 @@ import numpy as np
 from campaigns.models import Model, random_model
 from campaigns.report import Case, Report
 from gptconvert.errors import GptConvertError
-from gptconvert.model.options import Options
+from gptconvert.model.options import GGUF_TYPES, Options
 from gptconvert.pipeline import convert, verify_export
+from gptconvert.targets.gguf.layout import ARCHITECTURES, why_not
 from gptconvert.targets.openai_tf.plan import FIXED, TASKS, TOKENIZER_NAMES
 from gptconvert.targets.saved_model import plan as tf_plan
 from gptconvert.targets.saved_model import verify as tf_verify
@@ -38,12 +39,13 @@ from gptconvert.targets.saved_model.process import TensorFlowProcess
 
 #: Targets → share of the cases. TensorFlow takes five times as long as onnxruntime.
 MIXTURE: Mapping[tuple[str, ...], float] = {
-    ("onnx",): 0.6,
+    ("onnx",): 0.55,
     ("safetensors",): 0.05,
     ("onnx", "safetensors"): 0.05,
     ("openai-tf",): 0.1,
     ("tf",): 0.15,
     ("onnx", "tf"): 0.05,
+    ("gguf",): 0.05,
 }
 #: Share of the outputs that are verified once more, on their own.
 AGAIN = 1 / 3
@@ -126,7 +128,11 @@ def case(seed: int, number: int) -> Export:
     if targets == ("openai-tf",):
         model = expressible(model)
         targets = targets if model.config.family in TOKENIZER_NAMES and model.config.task in TASKS else ("onnx",)
+    if targets == ("gguf",) and (model.config.family not in ARCHITECTURES or why_not(model.config)):
+        targets = ("onnx",)
     chosen: dict[str, Any] = {"targets": targets, "dtype": pick(None, None, None, "fp32", "fp16", "bf16")}
+    if "gguf" in targets:
+        chosen["gguf_type"] = (pick(*GGUF_TYPES),)
     if "onnx" in targets:
         chosen |= {"opset": pick(17, 18, 21, 21), "single_file": pick(False, False, True)}
         chosen["position_ids"] = pick(False, True) if model.options.kv_cache is None else False

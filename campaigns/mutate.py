@@ -33,6 +33,7 @@ SOURCES: Mapping[str, tuple[str | None, dict[str, Any]]] = {
     **{f"tiny-gpt2/{name}": ("openai-tf", {}) for name in ("openai-tf-bf16", "openai-tf-sharded")},
     "gpt2-stdlib": ("openai-tf", {}),
     "originals/gpt1": ("openai-gpt1", {"n_head": 3}),
+    "originals/gguf": (None, {}),
     "originals/llmc": (None, {}),
     "originals/megatron": ("megatron", {}),
     "originals/mesh-jax": ("mesh-jax", {}),

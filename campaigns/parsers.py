@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.mutations import Mutation, damaged, index_row, json_value, safetensors_header, zip_member
+from gptconvert.containers import gguf, msgpack, npy, safetensors, snappy, tf_index, yaml
 from gptconvert.containers import json as strict_json
-from gptconvert.containers import msgpack, npy, safetensors, snappy, tf_index, yaml
 from gptconvert.containers.hdf5 import is_dataset, lazy_tensor, open_hdf5
 from gptconvert.containers.leveldb import read_table
 from gptconvert.containers.pickle import load_pickle
@@ -209,6 +209,15 @@ def onnx_model(path: str) -> object:
     return read_all(open_onnx(path).initializers.values())
 
 
+def gguf_files() -> Iterable[bytes]:
+    """A head with values of every kind, plain and quantised tensors."""
+    metadata: dict[str, Any] = {"general.architecture": "gpt2", "a": 7, "b": 0.5, "c": True}
+    metadata |= {"t": ["x", "ü"], "n": [1, -2], "f": [0.5], "e": [], "s": (gguf.UINT16, 3)}
+    entries = [("one", gguf.TYPES["F32"], (2, 3), 0), ("two", gguf.TYPES["Q4_0"], (1, 32), 32)]
+    yield gguf.head_bytes(metadata, entries) + bytes(64)
+    yield gguf.head_bytes({}, [])
+
+
 def onnx_models() -> Iterable[bytes]:
     """A branch, a function, and weights in every form."""
     import numpy as np
@@ -276,6 +285,9 @@ STATE = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model
 
 PARSERS: Mapping[str, Parser] = {
     "card": Parser(at("README.md", read_card), _texts(CARD)),
+    "gguf": Parser(
+        at("m.gguf", lambda path: read_all(t.stored for t in gguf.read_gguf(path).tensors.values())), gguf_files
+    ),
     "hdf5": Parser(at("tf_model.h5", hdf5), hdf5_files, needs="h5py"),
     "json": Parser(
         lambda data, _: strict_json.parse_json(data, "x.json", "x"), fixtures("*/*/config.json"), json_value

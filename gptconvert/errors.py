@@ -22,6 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "tf": ("tensorflow>=2.18",),
     "h5": ("h5py>=3.11",),
     "flax": ("msgpack>=1.1",),
+    "gguf": ("gguf>=0.19", "xllamacpp>=2026.10"),
     "gpt1-tokenizer": ("ftfy>=6.1", "spacy>=3.7"),
 }
 

@@ -15,6 +15,7 @@ from gptconvert.families.registry import family_named, understand
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options, as_options
+from gptconvert.model.source import Source
 from gptconvert.sources.detect import open_source
 
 
@@ -74,7 +75,13 @@ def inspect(source: str | os.PathLike[str], options: Options | None = None) -> d
             for name, t in stored.items()
         ],
         "dropped": dict(checkpoint.dropped),
-        "tokenizer": sorted(checkpoint.source.tokenizer.keys() - {GENERATION_CONFIG}),
+        "tokenizer": _tokenizer(checkpoint.source),
         "inventory": [dataclasses.asdict(entry) for entry in checkpoint.source.inventory],
         "notes": list(checkpoint.notes),
     }
+
+
+def _tokenizer(source: Source) -> list[str]:
+    """Names of the tokenizer's files, or that of the weights file if it holds a tokenizer."""
+    stored = [] if source.stored_tokenizer is None else [os.path.basename(source.path)]
+    return stored or sorted(source.tokenizer.keys() - {GENERATION_CONFIG})

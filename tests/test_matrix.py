@@ -30,6 +30,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "originals/llmc/gpt2_fp32.bin": (),
     "originals/llmc/gpt2_bf16.bin": (),
     "originals/megatron": (),
+    "originals/gguf": (),
 }
 STORAGE = [
     pytest.param([], marks=pytest.mark.tensorflow),

@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "nanogpt": ("convert", "Convert a nanoGPT checkpoint (ckpt.pt)."),
     "llmc": ("convert", "Convert an llm.c model file (.bin)."),
     "megatron": ("convert", "Convert a Megatron-LM GPT-2 checkpoint."),
+    "gguf": ("convert", "Convert a GGUF file of llama.cpp."),
     "convert": ("convert", "Convert any supported checkpoint; the format is detected."),
     "inspect": ("inspect", "Show configuration and tensors; reads headers only."),
     "verify": ("verify", "Check an existing export against its checkpoint."),

@@ -140,4 +140,19 @@ Example:
 """,
         frozenset({"step", "n_head", "activation"}) | EDITS,
     ),
+    "gguf": FormatCommand(
+        "Convert the GGUF file SOURCE of llama.cpp.",
+        """\b
+SOURCE is a GPT-2 or GPT-NeoX file with float weights (F32, F16, BF16), the
+first of several such files, or a directory that contains one; if it
+contains several models, choose with --weights-file. Quantised files are
+refused. The tokenizer in the file is converted too. GGUF does not record
+the GELU: tanh is assumed for GPT-2, erf for GPT-NeoX.
+
+\b
+Example:
+  gptconvert gguf gpt2-F16.gguf --to safetensors
+""",
+        frozenset({"weights_file", "activation"}) | EDITS,
+    ),
 }

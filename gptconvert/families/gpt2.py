@@ -18,7 +18,7 @@ from gptconvert.families.precedence import (
     without_default_scaling,
 )
 from gptconvert.families.rows import CONV1D_BLOCK, FINAL_NORM
-from gptconvert.families.trainers import llmc, megatron, nanogpt, openai_tf
+from gptconvert.families.trainers import gguf, llmc, megatron, nanogpt, openai_tf
 from gptconvert.model.config_kinds import FLAG, WHOLE
 from gptconvert.model.config_table import MAX_LAYERS, Key, Values, usual_scale
 from gptconvert.model.schemes import Row
@@ -71,6 +71,6 @@ FAMILY = Family(
     HEADS,
     HF,
     CONFIG,
-    trainers=(openai_tf.LAYOUT, *nanogpt.LAYOUTS, llmc.LAYOUT, *megatron.LAYOUTS),
+    trainers=(openai_tf.LAYOUT, *nanogpt.LAYOUTS, llmc.LAYOUT, *megatron.LAYOUTS, gguf.GPT2),
     precedence=in_turn(common_names_win(COMMON_NAMES), positions_from_the_table, without_default_scaling),
 )

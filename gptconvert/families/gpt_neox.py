@@ -13,7 +13,7 @@ from gptconvert.families import keys, rope
 from gptconvert.families.family import Family
 from gptconvert.families.heads import embedding, hf_scheme, own_lm_head
 from gptconvert.families.precedence import NEOX_UNREAD, neox_rope
-from gptconvert.families.trainers import neox
+from gptconvert.families.trainers import gguf, neox
 from gptconvert.model.config_kinds import FLAG, NUMBER, WHOLE, flag
 from gptconvert.model.config_table import Key, Values
 from gptconvert.model.schemes import Drop, Row
@@ -123,7 +123,7 @@ FAMILY = Family(
     HEADS,
     HF,
     CONFIG,
-    trainers=(neox.LAYOUT,),
+    trainers=(neox.LAYOUT, gguf.NEOX),
     precedence=neox_rope,
     unread=NEOX_UNREAD,
 )

@@ -203,7 +203,7 @@ class _Scales(LazyTensor):
         if len(found) == len(kept) and kept:
             scales: Array = np.stack(found)
         else:
-            scales = _by_slabs(self.weight, rows, lambda start, values: self._computed(self._blocks(values)))
+            scales = by_slabs(self.weight, rows, lambda start, values: self._computed(self._blocks(values)))
         return scales if box is None else scales[:, box[1]]
 
     def of(self, start: int, blocks: Floats) -> Floats:
@@ -245,7 +245,7 @@ class _Codes(LazyTensor):
             blocks = self.format.in_blocks(values)
             return self.format.pack(self.format.encode(blocks, self.scales.of(start, blocks)))
 
-        found = _by_slabs(self.weight, wanted, encode)
+        found = by_slabs(self.weight, wanted, encode)
         return found if box is None else found[(slice(None), *box[1:])]
 
 
@@ -253,7 +253,7 @@ def _rows(tensor: LazyTensor, rows: slice) -> Array:
     return tensor.read((rows, *(slice(0, n) for n in tensor.shape[1:])))
 
 
-def _by_slabs(weight: LazyTensor, rows: slice, function: Callable[[int, Array], Array]) -> Array:
+def by_slabs(weight: LazyTensor, rows: slice, function: Callable[[int, Array], Array]) -> Array:
     """``function`` of the first row's number and the rows, a slab of a matrix at a time, concatenated."""
     step = max(1, SLAB_BYTES // max(1, weight.shape[1] * 4) // SEARCH_ROWS) * SEARCH_ROWS
     starts = range(rows.start, rows.stop, step)

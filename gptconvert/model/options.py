@@ -28,7 +28,11 @@ SMALLER = (*QUANTISED, "fp16")
 #: Largest safetensors file by default, as in huggingface_hub.
 SHARD_BYTES = 5_000_000_000
 
-_ONNX, _SAFETENSORS, _TF = frozenset({"onnx"}), frozenset({"safetensors"}), frozenset({"tf"})
+#: Types of GGUF files, and those of them in which most matrices are quantised.
+GGUF_TYPES, GGUF_QUANTISED = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"), ("q8_0", "q5_0", "q4_0")
+
+_ONNX, _TF, _GGUF = frozenset({"onnx"}), frozenset({"tf"}), frozenset({"gguf"})
+_SHARDED = frozenset({"safetensors", "gguf"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +76,16 @@ class Options:
         block_size: elements of a row that share a scale in quantised graphs: 16, 32, 64 or 128.
         accuracy_level: of quantised matrix products: 4 rounds activations to 8 bits, 1 keeps float32, 0 is the
             runtime's choice.
-        max_shard_size: largest safetensors file, in bytes.
+        gguf_type: types of the GGUF files to write, one file each: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_0``,
+            ``q4_0``; empty: that of ``dtype``, else ``f16``.
+        max_shard_size: largest safetensors or GGUF file, in bytes; None: 5 GB for safetensors, any for GGUF.
         xla: whether to add jit-compiled signatures of fixed shape to the SavedModel.
         verify: ``default`` or ``full``; None: skip verification.
         seed: of the probes; any but 0 adds some of random length, batch size, mask and past.
         eval_text: UTF-8 text file that the quality of lossy exports is measured on; None: the language reference of
             Python, and text sampled from the model.
-        max_kl: most mean KL divergence of a lossy export from its source, in nats per token; None: 0.01 for q8, 0.2
-            for q4.
+        max_kl: most mean KL divergence of a lossy export from its source, in nats per token; None: 0.01 for 8 bits,
+            0.1 for 5, 0.2 for 4.
         force: replace an existing output.
         allow_nonfinite: convert weights that contain NaN or infinities.
         strict: treat notes as errors.
@@ -203,7 +209,7 @@ class Options:
         "Checkpoint",
         "Set the GELU formula, if the checkpoint does not record it.",
         choices=("tanh", "erf"),
-        default_text="erf for nanoGPT, tanh for Megatron-LM",
+        default_text="erf for nanoGPT and GPT-NeoX in GGUF, else tanh",
     )
     trim_vocab: int | None = option(
         None,
@@ -348,16 +354,27 @@ class Options:
         choices=(0, 1, 4),
         targets=_ONNX,
     )
-    max_shard_size: int = option(
-        SHARD_BYTES,
+    gguf_type: tuple[str, ...] = option(
+        (),
+        "--gguf-type",
+        "output",
+        "GGUF",
+        f"Write a GGUF file of this type: {', '.join(GGUF_TYPES)}; repeat for several.",
+        metavar="NAME",
+        default_text="as --dtype, else f16",
+        targets=_GGUF,
+        choices=GGUF_TYPES,
+    )
+    max_shard_size: int | None = option(
+        None,
         "--max-shard-size",
         "output",
         "safetensors and TensorFlow",
-        "Split safetensors files larger than this, such as 500MB or 2GiB.",
+        "Split safetensors and GGUF files larger than this, such as 500MB or 2GiB.",
         metavar="SIZE",
         minimum=1,
-        default_text="5GB",
-        targets=_SAFETENSORS,
+        default_text="5GB for safetensors, none for GGUF",
+        targets=_SHARDED,
     )
     xla: bool = option(
         False,
@@ -390,22 +407,22 @@ class Options:
         "--eval-text",
         "run",
         "Verification",
-        "Measure the quality of quantised graphs on this text.",
+        "Measure the quality of quantised exports on this text.",
         metavar="FILE",
         default_text="Python's language reference and text sampled from the model",
         shapes=False,
-        targets=_ONNX,
+        targets=_ONNX | _GGUF,
     )
     max_kl: float | None = option(
         None,
         "--max-kl",
         "run",
         "Verification",
-        "Fail if a quantised graph's mean KL divergence from the source, in nats per token, exceeds this.",
+        "Fail if a quantised export's mean KL divergence from the source, in nats per token, exceeds this.",
         metavar="X",
-        default_text="0.01 for q8, 0.2 for q4",
+        default_text="0.01 for 8 bits, 0.1 for 5, 0.2 for 4",
         shapes=False,
-        targets=_ONNX,
+        targets=_ONNX | _GGUF,
     )
     force: bool = option(
         False, "--force", "run", "Output", "Replace an existing output once the new one is complete.", shapes=False
@@ -433,6 +450,12 @@ class Options:
             for name, info, value in self._entries()
             if value != DEFAULTS[name] and (not stages or info.stage in stages)
         }
+
+    @property
+    def rounds(self) -> bool:
+        """Whether an export has quantised weights, whose quality is measured."""
+        graphs = "onnx" in self.targets and any(name in QUANTISED for name in self.quantize)
+        return graphs or ("gguf" in self.targets and any(name in GGUF_QUANTISED for name in self.gguf_type))
 
     def check_targets(self, named: Container[str] = ()) -> None:
         """Reject options that none of the targets uses.

@@ -42,6 +42,25 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class StoredTokenizer:
+    """A byte-level BPE tokenizer in the weights file itself.
+
+    Attributes:
+        vocabulary: token, in the byte alphabet unless it is special or added → id.
+        merges: pairs of symbols, best first; as the file has them, not checked.
+        special: special tokens.
+        added: other tokens that are found in text before it is split.
+        settings: as in tokenizer_config.json.
+    """
+
+    vocabulary: Mapping[str, int]
+    merges: tuple[tuple[str, ...], ...]
+    special: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Source:
     """An opened checkpoint, still in its own names and layout.
 
@@ -56,6 +75,7 @@ class Source:
         config: the parsed configuration file, or empty.
         config_path: path of that file, or None.
         tokenizer: original file name (``encoder.json``, ``merges.txt`` …) → path.
+        stored_tokenizer: the one in the weights file, if it has one.
         revision: hub commit, if the source came from a hub.
         repo: hub repository, if the source came from a hub.
         notes: what the user should know, one sentence each.
@@ -77,6 +97,7 @@ class Source:
     config: Mapping[str, object] = field(default_factory=dict)
     config_path: str | None = None
     tokenizer: Mapping[str, str] = field(default_factory=dict)
+    stored_tokenizer: StoredTokenizer | None = None
     revision: str | None = None
     repo: str | None = None
     notes: tuple[str, ...] = ()

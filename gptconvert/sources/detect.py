@@ -19,7 +19,7 @@ from gptconvert.model.names import collapse
 from gptconvert.model.options import Options
 from gptconvert.model.source import Source
 from gptconvert.model.strangers import refusal
-from gptconvert.sources import hub, llmc, megatron, mesh_jax, mesh_tf, nanogpt, neox, openai_tf
+from gptconvert.sources import gguf, hub, llmc, megatron, mesh_jax, mesh_tf, nanogpt, neox, openai_tf
 from gptconvert.sources import openai_gpt1 as gpt1_npy
 from gptconvert.sources.advice import advice_for, by_number, refuse_archive
 from gptconvert.sources.format import Format
@@ -39,6 +39,7 @@ FORMATS: tuple[Format[Any], ...] = (
     nanogpt.FORMAT,
     llmc.FORMAT,
     megatron.FORMAT,
+    gguf.FORMAT,
 )
 
 
@@ -137,7 +138,6 @@ class Lookalike:
 LOOKALIKES: tuple[Lookalike, ...] = (
     Lookalike("mesh-transformer-jax shards (GPT-J) without their arrays", r"step_\d+|shard_\d+"),
     Lookalike("a DeepSpeed run (possibly GPT-NeoX) without weights", r"global_step\d+"),
-    Lookalike("llama.cpp weights (GGUF)", r".*\.gguf", b"GGUF"),
     Lookalike("ggml weights", r"ggml-.*\.bin", b"lmgg"),
     Lookalike("a CTranslate2 model", r"vocabulary\.(?:json|txt)"),
     Lookalike("Keras weights (HDF5)", r".*\.(?:hdf5|keras)", b"\x89HDF\r\n\x1a\n"),
@@ -180,6 +180,7 @@ FILES: Mapping[str, tuple[str, str]] = {
     "mesh-jax": (r"step_\d+|shard_\d+|.*\.npz", "shard_0 … with .npz files"),
     "neox": (r"global_step\d+|latest|configs|.*\.ya?ml|(layer|mp_rank|zero)_.*", "global_stepN and configs/*.yml"),
     "llmc": (r".*\.bin", "gpt2_124M.bin"),
+    "gguf": (r".*\.gguf", "model.gguf"),
     "megatron": (r"iter_.*|mp_rank_.*|latest_.*|model_.*rng\.pt", "mp_rank_00/model_optim_rng.pt"),
 }
 

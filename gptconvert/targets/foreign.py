@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from gptconvert.containers.gguf import is_later_file
 from gptconvert.containers.untrusted import no_such_path
 from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
@@ -40,14 +41,14 @@ def find_candidates(checkpoint: Checkpoint, path: str, seed: int = 0) -> list[Ca
         raise UnsupportedError(
             "no artifact to verify",
             path=path,
-            expected=f"*.onnx, onnx/*.onnx, {' or '.join(SAFETENSORS)}, saved_model/",
+            expected=f"*.onnx, onnx/*.onnx, {', '.join(SAFETENSORS)}, *.gguf, saved_model/",
             hint="pass a directory that holds one of these, or the file itself",
         )
     return [Candidate(target, artifact, shown_as, checkpoint, seed=seed) for target, artifact, shown_as in found]
 
 
 def _file(path: str) -> Iterator[Found]:
-    for ending, target in ((".onnx", "onnx"), (".safetensors", "safetensors")):
+    for ending, target in ((".onnx", "onnx"), (".safetensors", "safetensors"), (".gguf", "gguf")):
         if path.endswith(ending):
             yield target, path, os.path.basename(path)
 
@@ -69,6 +70,8 @@ def _graphs_and_weights(path: str) -> Iterator[Found]:
                 yield "onnx", os.path.join(inside, name), f"{folder}/{name}" if folder else name
             elif name in SAFETENSORS and not folder:
                 yield "safetensors", os.path.join(inside, name), name
+            elif name.endswith(".gguf") and not folder and not is_later_file(name):
+                yield "gguf", os.path.join(inside, name), name
 
 
 def _saved_models(path: str) -> Iterator[Found]:

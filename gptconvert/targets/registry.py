@@ -20,9 +20,10 @@ TARGETS: Mapping[str, str] = {
     "safetensors": "gptconvert.targets.safetensors.target",
     "tf": "gptconvert.targets.saved_model.target",
     "openai-tf": "gptconvert.targets.openai_tf.target",
+    "gguf": "gptconvert.targets.gguf.target",
 }
 #: ``--runtime`` name → the target whose artifact it runs.
-RUNTIMES: Mapping[str, str] = {"onnx": "onnx", "tf": "tf", "torch": "safetensors"}
+RUNTIMES: Mapping[str, str] = {"onnx": "onnx", "tf": "tf", "torch": "safetensors", "gguf": "gguf"}
 
 
 @cache
@@ -60,8 +61,9 @@ def _require(target: Target, checkpoint: Checkpoint) -> None:
         if importlib.util.find_spec(module) is None:
             raise UnsupportedError(f"--to {target.name} needs the package {module}", hint=install_hint(extra))
     if target.families and checkpoint.config.family not in target.families:
+        reason = target.refused.get(checkpoint.config.family)
         raise UnsupportedError(
-            f"{checkpoint.config.family} cannot be written as {target.title}",
+            f"{checkpoint.config.family} cannot be written as {target.title}" + (f": {reason}" if reason else ""),
             expected=f"one of {', '.join(sorted(target.families))}",
             found=checkpoint.config.family,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -149,6 +149,7 @@ class Target:
         library: the hub's name of the library that loads it.
         requires: (module, extra) pairs that must be installed.
         families: names of the families it can express; empty for all.
+        refused: family that it cannot express → why, for those that need a reason.
         libraries: distributions whose versions may affect the bytes.
 
     Raises:
@@ -168,6 +169,7 @@ class Target:
     library: str | None = None
     requires: tuple[tuple[str, str], ...] = ()
     families: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

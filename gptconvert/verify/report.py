@@ -28,12 +28,14 @@ class RunReport:
         groups: results, in probe order.
         first_bad: where the error begins; None if there is none or it was not located.
         stressed: whether stress weights ran in place of the checkpoint's.
+        yardstick: what measured the rounding noise, if not the reference model in the computing type.
     """
 
     runtime: str
     groups: list[Group]
     first_bad: str | None = None
     stressed: bool = False
+    yardstick: str = ""
 
     @property
     def ok(self) -> bool:
@@ -43,7 +45,8 @@ class RunReport:
     def as_dict(self, figures: bool) -> dict[str, object]:
         """Plain values."""
         groups = [_group_dict(group, figures) for group in self.groups]
-        return {"runtime": self.runtime, "ok": self.ok, "first_bad_block": self.first_bad, "groups": groups}
+        fields = {"runtime": self.runtime, "ok": self.ok, "first_bad_block": self.first_bad, "groups": groups}
+        return {**fields, "yardstick": self.yardstick} if self.yardstick else fields
 
 
 @dataclass

@@ -27,11 +27,24 @@ class SourceModel(TruthPass):
     """The source model on some windows, in float32: at most one block of it is in memory, and then its head.
 
     float32 is enough: its rounding moves a KL divergence by less than 1e-9.
+
+    Args:
+        checkpoint: the model.
+        windows: prompts.
+        exact: compute in float64 instead.
+        instead: another pass to compute in.
     """
 
-    def __init__(self, checkpoint: Checkpoint, windows: Sequence[Probe]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: Sequence[Probe],
+        *,
+        exact: bool = False,
+        instead: PrecisionPass | None = None,
+    ) -> None:
         super().__init__(checkpoint, windows, "float32", presents=False)
-        self.passes = self.passes[1:]
+        self.passes = self.passes[:1] if exact else self.passes[1:] if instead is None else (instead,)
         self.run()
 
     def _head(self, xs: list[Tensor]) -> None:
@@ -54,7 +67,7 @@ class SourceModel(TruthPass):
         """
         import torch
 
-        (tokens,) = (row.tokens for row in self.truth.pack.rows if row.probe is window)
+        tokens = self._tokens(window)
         if is_pooled(self.config, "logits"):
             tokens = tokens[pooled_tokens(self.config, window)]
         for start in range(0, len(tokens), AT_ONCE):
@@ -62,6 +75,19 @@ class SourceModel(TruthPass):
             with torch.no_grad():
                 logits = self._module.per_token(self.hidden[None, tokens[some]])["logits"][0]  # (n, V)
             yield some, _finite(logits)
+
+    def last_logits(self, windows: Sequence[Probe]) -> Tensor:
+        """Logits [n, V] of each window's last position. Raises as :meth:`logits`."""
+        import torch
+
+        last = [int(self._tokens(window)[-1]) for window in windows]
+        with torch.no_grad():
+            return _finite(self._module.per_token(self.hidden[None, last])["logits"][0])
+
+    def _tokens(self, window: Probe) -> Integers:
+        """Indices of a window's tokens among all."""
+        (tokens,) = (row.tokens for row in self.truth.pack.rows if row.probe is window)
+        return tokens
 
 
 def sample(checkpoint: Checkpoint, start: int, rows: int, length: int) -> Integers:

@@ -152,7 +152,7 @@ def test_help_shows_defaults_and_one_word_per_kind_of_value(capsys: Any) -> None
     text = " ".join(command(capsys, "convert", "--help").out.split())
     for part in (
         "--opset N Write this ONNX operator set, 17 to 21. [default: 21]",
-        "[default: 5GB]",
+        "[default: 5GB for safetensors, none for GGUF]",
         "[default: as stored]",
         "--no-verify Skip verification.",
         "--strict Treat notes as errors.",

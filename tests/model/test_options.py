@@ -23,7 +23,6 @@ from gptconvert.model.options import DEFAULTS, FIELDS, Options
         ("max_shard_size", "lots", "such as 5GB"),
         ("max_shard_size", 0, "at least 1"),
         ("max_shard_size", 5e9, "a whole number"),
-        ("max_shard_size", None, "a whole number"),
         ("n_head", "3", "a whole number"),
         ("n_head", 0, "at least 1"),
         ("n_head", True, "a whole number"),

@@ -174,8 +174,7 @@ def test_mistyped_paths_are_not_tried_as_repositories(
 #: File name → (content, title in the error).
 STRANGERS = {
     "weights.npy": (b"\x93NUMPY", "NumPy"),
-    "model.gguf": (b"x", "GGUF"),
-    "renamed": (b"GGUF\3\0\0\0", "GGUF"),
+    "renamed": (b"lmgg\3\0\0\0", "ggml"),
     "weights": (b"\x89HDF\r\n\x1a\n", "HDF5"),
     "model.onnx": (b"x", "ONNX"),
     "rust_model.ot": (b"x", "rust-bert"),

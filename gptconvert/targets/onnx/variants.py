@@ -28,6 +28,8 @@ CALIBRATED_KEY = "gptconvert.calibrated"
 OF_QUANTISED = ("block_size", "accuracy_level", "eval_text", "max_kl")
 #: Those of them that verification uses.
 OF_VERIFICATION = ("eval_text", "max_kl")
+#: Those of them that verification uses.
+OF_VERIFICATION = ("eval_text", "max_kl")
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,14 @@ def _check_kinds(config: GPTConfig, kinds: Sequence[str], options: Options) -> N
 def _check_used(options: Options) -> None:
     """Refuse options that need a quantised graph, or verification, without it."""
     given = options.given()
-    unused = [INFO[name].flag for name in OF_QUANTISED if name in given]
-    if unused and not any(name in QUANTISED for name in options.quantize):
+    graphs = any(name in QUANTISED for name in options.quantize)
+    used = graphs or options.rounds
+    unused = [
+        INFO[name].flag
+        for name in OF_QUANTISED
+        if name in given and not (used if name in OF_VERIFICATION else graphs)
+    ]
+    if unused:
         raise UsageError(
             f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without a quantised graph",
             hint="add --quantize q8 or q4, or drop the option",

@@ -15,6 +15,7 @@ from typing import Any
 from gptconvert.errors import printable
 from gptconvert.families.registry import family_named
 from gptconvert.model.blocks import Quantised
+from gptconvert.model.ggml import GgmlQuantised
 from gptconvert.sources.documents import is_licence
 from gptconvert.targets.registry import target_named
 from gptconvert.targets.target import CardFacts, Target
@@ -22,7 +23,7 @@ from gptconvert.targets.target import CardFacts, Target
 #: Name of the card.
 CARD_FILE = "README.md"
 #: Targets whose library the hub's front matter names, the preferred one first.
-LIBRARY_OF = ("safetensors", "onnx")
+LIBRARY_OF = ("safetensors", "onnx", "gguf")
 #: Tags about the files of the source, which the output need not have.
 FORMAT_TAGS = frozenset("pytorch tf jax flax rust tflite onnx coreml openvino gguf safetensors keras".split())
 
@@ -44,6 +45,12 @@ LOSSES = (
     "```sh",
     "gptconvert quality OUTPUT --against CHECKPOINT",
     "```",
+)
+#: The same without ONNX graphs, which alone ``gptconvert quality`` measures.
+LOSSES_IN_GGUF = (
+    "Quantised weights are rounded, so these files predict slightly different probabilities. The mean KL divergence",
+    "of the model of the rounded weights from the checkpoint, in nats per token of text, is below the limit in the",
+    "table.",
 )
 
 
@@ -114,6 +121,8 @@ def _introduction(facts: CardFacts) -> str:
     name = named.rpartition("/")[2] if named else family_named(facts.checkpoint.config.family).title.partition(",")[0]
     own = "the checkpoint's own" if adapter is None else "the checkpoint's, with the adapter merged"
     changed = "their type only if `--dtype` is given"
+    gguf = any(export.target == "gguf" for export in facts.exports)
+    changed += ", and in GGUF files to the type in their names" if gguf else ""
     changed += ", or `--quantize`, which rounds them" if facts.options.quantize else ""
     return "\n".join(
         [
@@ -161,7 +170,9 @@ def _command(facts: CardFacts) -> str:
 def _architecture(facts: CardFacts) -> str:
     config, weights = facts.checkpoint.config, facts.checkpoint.weights.values()
     dtypes = sorted({str(weight.dtype.newbyteorder("=")) for weight in weights})
-    rounded = any(isinstance(weight, Quantised) for weight in weights)  # stored in several types: the graphs' table
+    rounded = any(
+        isinstance(weight, Quantised | GgmlQuantised) for weight in weights
+    )  # stored in several types: the graphs' table
     rows = [
         ("Parameters", f"{sum(weight.size for weight in weights):,}"),
         *([] if rounded else [("Weights", f"{facts.checkpoint.nbytes:,} bytes, {', '.join(dtypes)}")]),
@@ -209,8 +220,9 @@ def _graphs(facts: CardFacts, verification: Mapping[str, Any]) -> str:
         return ""
     table = _table(("Graph", "Bytes", "Use", "Proof"), [(f"`{path}`", f"{n:,}", *text) for path, n, *text in rows])
     lines = ["## Graphs", "", *table, ""]
-    if any(each.get("quality") for each in verification.get("artifacts", ())):
-        lines += [*LOSSES, ""]
+    lossy = {each["kind"] for each in verification.get("artifacts", ()) if each.get("quality")}
+    if lossy:
+        lines += [*(LOSSES if "onnx" in lossy else LOSSES_IN_GGUF), ""]
     return "\n".join(lines)
 
 
@@ -218,18 +230,21 @@ def _checks(report: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]]) -
     words = ["Checked before publication. Every weight equals the checkpoint's, byte for byte."]
     if any(artifact.get("quality") for artifact in artifacts):
         words = [ROUNDED]
-    run = [artifact["path"] for artifact in artifacts if artifact.get("runs")]
-    if len(run) < len(artifacts):
+    if any(not a.get("runs") for a in artifacts):
         names = ", ".join(f"`{printable(a['path'])}`" for a in artifacts if not a.get("runs"))
         words.append(f"The outputs of {names} were not computed: loading them is up to the library that reads them.")
-    if run:
-        names = ", ".join(f"`{printable(path)}`" for path in run)
-        rule = report.get("rule", {})
-        mean, largest = (f"{rule.get(k, default):g}" for k, default in (("max_rmse_ratio", 4), ("max_abs_ratio", 8)))
+    run: dict[str, list[str]] = {}
+    for artifact in artifacts:
+        if artifact.get("runs"):
+            yardstick = artifact["runs"][0].get("yardstick", "the reference model\nin the computing type")
+            run.setdefault(yardstick, []).append(artifact["path"])
+    rule = report.get("rule", {})
+    mean, largest = (f"{rule.get(k, default):g}" for k, default in (("max_rmse_ratio", 4), ("max_abs_ratio", 8)))
+    for yardstick, paths in run.items():
+        names = ", ".join(f"`{printable(path)}`" for path in paths)
         words += [
             f"Every output of {names} is within rounding noise of the same model in float64: its root mean square",
-            f"error is at most {mean} times, its largest error at most {largest} times, that of the reference model",
-            "in the computing type.",
+            f"error is at most {mean} times, its largest error at most {largest} times, that of {yardstick}.",
         ]
     return words
 

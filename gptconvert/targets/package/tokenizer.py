@@ -18,9 +18,11 @@ from gptconvert.containers.untrusted import read_small
 from gptconvert.errors import InputError, short_repr
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
+from gptconvert.model.source import StoredTokenizer
 from gptconvert.targets.package.tokenizer_foreign import copied_files, foreign_files, is_other, stated_class
 from gptconvert.targets.package.tokenizer_json import portable_json
 from gptconvert.targets.package.tokenizer_kinds import (
+    KINDS,
     MAX_BYTES,
     MAX_ID,
     MAX_VALUES,
@@ -77,12 +79,14 @@ def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
         InputError: a tokenizer file is corrupt.
         UnsafeInputError: a file is not a regular file.
     """
-    found = checkpoint.source.tokenizer
-    settings = _settings(found)
+    found, stored = checkpoint.source.tokenizer, checkpoint.source.stored_tokenizer
+    settings = {**_settings(found), **(stored.settings if stored is not None else {})}
     name = stated_class(settings, checkpoint.source.config)
     kind = kind_of(name, family_named(checkpoint.config.family).tokenizer)
     vocabulary, merges = _first(found, kind.vocabulary), _first(found, kind.merges)
     complete = vocabulary is not None and merges is not None
+    if stored is not None:
+        return _stored(stored, checkpoint, settings)
     if is_other(found, name, complete=complete):
         return _other(checkpoint, settings, name)
     pair = None if vocabulary is None or merges is None else _read_pair(vocabulary, merges)
@@ -93,12 +97,36 @@ def tokenizer_files(checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
         made = _build(pair, kind, settings, found.get("added_tokens.json"))
     else:
         return copied_files(found), (_missing_note(kind, vocabulary, merges),)
+    files, notes = _completed(made, kind, settings, checkpoint)
+    return {**copied_files(found), **files}, notes
+
+
+def _completed(made: _Made, kind: Kind, settings: Settings, checkpoint: Checkpoint) -> tuple[Files, tuple[str, ...]]:
+    """A tokenizer's files with its tokenizer_config.json, and notes for the user."""
     config = _config(kind, made, settings, checkpoint.config.n_ctx)
     size = _size_note(max(made.tokens.values()) + 1, checkpoint.config.vocab_size)
     endless = kind.end is not None and config["eos_token"] is None
     end = ("the tokenizer has no end-of-text token",) if endless else ()
-    files = {**copied_files(found), **made.files, "tokenizer_config.json": dump_json(config)}
-    return files, (*made.notes, *end, *size)
+    return {**made.files, "tokenizer_config.json": dump_json(config)}, (*made.notes, *end, *size)
+
+
+def _stored(stored: StoredTokenizer, checkpoint: Checkpoint, settings: Settings) -> tuple[Files, tuple[str, ...]]:
+    """The files of a tokenizer that the weights file holds.
+
+    Raises:
+        InputError: a merge is not a pair of symbols of the vocabulary.
+    """
+    path, kind = checkpoint.source.path, KINDS["byte-level"]
+    wrong = [merge for merge in stored.merges if len(merge) != 2 or not _merged([*merge], stored.vocabulary)]
+    if wrong:
+        expected, found = "two symbols of the vocabulary", short_repr(" ".join(wrong[0]))
+        raise InputError("invalid merge in the tokenizer", path=path, expected=expected, found=found)
+    merges = [(a, b) for a, b in stored.merges]
+    vocabulary = dict(sorted(stored.vocabulary.items(), key=lambda entry: entry[1]))
+    files = {"vocab.json": json.dumps(vocabulary).encode("ascii"), "merges.txt": _merges_text(merges)}
+    pair = _Pair(vocabulary, merges, files)
+    _check_merges(pair, path)
+    return _completed(_build(pair, kind, settings, None, stored), kind, settings, checkpoint)
 
 
 def _other(checkpoint: Checkpoint, settings: Settings, name: str | None) -> tuple[Files, tuple[str, ...]]:
@@ -179,12 +207,16 @@ def _read_pair(vocabulary_path: str, merges_path: str) -> _Pair:
     return _Pair(vocabulary, merges, files, () if exact else (note,))
 
 
-def _build(pair: _Pair, kind: Kind, settings: Settings, added_path: str | None) -> _Made:
+def _build(
+    pair: _Pair, kind: Kind, settings: Settings, added_path: str | None, stored: StoredTokenizer | None = None
+) -> _Made:
     """Build a tokenizer from a vocabulary, merges and any tokens added in fine-tuning."""
     tokenizer = kind.build(pair.vocabulary, pair.merges, settings)
     named = {str(token_text(settings[key])) for key in NAMED_TOKENS if settings.get(key) is not None}
-    special = dict.fromkeys((*kind.named.values(), *sorted(named)))
+    special = dict.fromkeys((*kind.named.values(), *sorted(named), *(stored.special if stored else ())))
     _add_special(tokenizer, [token for token in special if token in pair.vocabulary])
+    if stored is not None:
+        _add_plain(tokenizer, stored.added)
     added = {} if added_path is None else _add_tokens(tokenizer, added_path, named)
     absent = sum(symbol not in pair.vocabulary for symbol in kind.alphabet(settings))
     lossy = f"{absent} symbols of the alphabet are not in the vocabulary and are lost when text is encoded"
@@ -197,6 +229,12 @@ def _add_special(tokenizer: Any, tokens: Iterable[str]) -> None:
     from tokenizers import AddedToken
 
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+
+
+def _add_plain(tokenizer: Any, tokens: Iterable[str]) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
 
 
 def _add_tokens(tokenizer: Any, path: str, special: Iterable[str]) -> dict[str, int]:

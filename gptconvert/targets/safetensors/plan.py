@@ -16,7 +16,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.encodings import cast_to
 from gptconvert.model.export import Export, PlannedFile, place
-from gptconvert.model.options import Options
+from gptconvert.model.options import SHARD_BYTES, Options
 from gptconvert.model.schemes import Scheme, expand, write_names
 from gptconvert.model.tensors import LazyTensor
 from reference_model.config import GPTConfig
@@ -40,7 +40,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     tensors = write_names(scheme, config, checkpoint.weights, bare=bare)
     weights = _canonical_names(scheme, config, bare)
     ordered = {name: tensors[name] for name in weights}
-    shards = _split(ordered, options.max_shard_size)
+    shards = _split(ordered, options.max_shard_size or SHARD_BYTES)
     files = [
         safetensors_file(path, [(name, ordered[name], weights[name]) for name in names])
         for path, names in shards.items()
