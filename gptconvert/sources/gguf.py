@@ -92,8 +92,8 @@ def _config(metadata: Mapping[str, Value], architecture: str) -> dict[str, objec
         elif not key.startswith(HARMLESS):
             config[key] = value  # refused by name
     for stored, name in SPECIAL_IDS.items():
-        if (value := metadata.get(f"tokenizer.ggml.{stored}_token_id")) is not None:
-            config[f"{name}_token_id"] = value
+        if (number := metadata.get(f"tokenizer.ggml.{stored}_token_id")) is not None:
+            config[f"{name}_token_id"] = number
     return config
 
 

@@ -67,7 +67,7 @@ class GgufRuntime:
         self.texts = [[]]
 
     def _after(self, text: Sequence[int]) -> Floats:
-        return self.process.log_probabilities(text, self.vocab_size, cached=True)
+        return self.process.log_probabilities(text, self.vocab_size or MOST, cached=True)
 
 
 def find_gguf(directory: str) -> str:

@@ -51,11 +51,11 @@ class LlamaPass(PrecisionPass):
 
     def _in_blocks(self, x: Tensor) -> Tensor:
         """Round [..., n] to 8 bits in blocks of 32, each with a float16 scale."""
-        blocks = x.unflatten(-1, (-1, BLOCK))  # (..., n / 32, 32)
+        blocks = x.reshape(*x.shape[:-1], -1, BLOCK)  # (..., n / 32, 32)
         scales = blocks.abs().amax(-1, keepdim=True) / 127  # (..., n / 32, 1)
         codes = blocks / scales.where(scales > 0, scales.new_ones(()))  # (..., n / 32, 32)
         codes = (codes + self._noise(codes)).round()  # (..., n / 32, 32)
-        return (codes * scales.half().float()).flatten(-2)  # (..., n)
+        return (codes * scales.half().float()).reshape(x.shape)  # (..., n)
 
     def _gelu(self, x: Tensor) -> Tensor:
         """From the table of float16 values."""
