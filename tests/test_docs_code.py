@@ -53,8 +53,14 @@ def _tokenizers(directory: Path, trained: Path) -> Path:
     return directory
 
 
+def _generate(directory: Path, trained: Path) -> Path:
+    (directory / "out").symlink_to(trained)
+    return directory
+
+
 #: Page → where its Python runs. ``api.md`` has signatures; ``tests/targets/saved_model`` runs ``serving.md``.
 SETTINGS: dict[str, Callable[[Path, Path], Path]] = {
+    "generate.md": _generate,
     "README.md": _readme,
     "onnx.md": lambda _, trained: trained,
     "tokenizers.md": _tokenizers,

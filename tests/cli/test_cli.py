@@ -74,7 +74,7 @@ def test_unknown_command_suggests_a_similar_one(capsys: Capture) -> None:
         ("convert", TINY / "openai-tf", "--max-shard-size", "lots"),
         ("convert", TINY / "openai-tf", "--n-head", "0"),
         ("convert", TINY / "openai-tf", "--n-head", "4"),
-        ("generate", "x"),
+        ("generate",),
     ],
 )
 def test_usage_errors_exit_2(args: tuple[object, ...], capsys: Capture, tmp_path: Path) -> None:
