@@ -53,8 +53,8 @@ def _option(group: str, flag: str, kind: Any, metavar: str, text: str, **setting
     default="onnx",
     show_default=True,
     group=RUNTIME,
-    help="Run onnx/ with onnxruntime, saved_model/ with TensorFlow, model.safetensors with PyTorch, or a GGUF file with "
-    "llama.cpp.",
+    help="Run onnx/ with onnxruntime, saved_model/ with TensorFlow, model.safetensors with PyTorch, or a GGUF file "
+    "with llama.cpp.",
 )
 @own(
     "--variant",
