@@ -79,6 +79,8 @@ def _type_of(name: str, array: np.ndarray, kind: str) -> str:
     matrices, embedding = TYPES[kind]
     if array.ndim < 2 or name == "wpe.weight":
         return "F32"
+    if array.shape[-1] % 32:  # the models of tests, which blocks of 32 do not fit
+        return "F32"
     return embedding if name == "wte.weight" else matrices
 
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 PROMPTS, RUNTIME, CHOICE, LENGTH, SEVERAL = "Prompts", "Runtime", "Choice of tokens", "Length", "Several texts"
 EPILOG = """\b
-Greedy unless --temperature, --top-k, --top-p, --seed or generation_config.json asks for sampling.
-Options and defaults are those of transformers; the export's generation_config.json sets others.
+Greedy unless --temperature, --top-k, --top-p or --seed is given.
+Options mean what they mean in transformers; the export's
+generation_config.json sets other defaults.
 Put -- before DIRECTORY if the prompt begins with a hyphen.
 """
 

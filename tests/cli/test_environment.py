@@ -37,6 +37,7 @@ VALUES = {
     "--variant": "q8",
     "--early-stopping": "never",
     "--block-size": "64",
+    "--gguf-type": "q8_0",
 }
 
 

@@ -197,7 +197,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "an unknown accuracy level": (("--quantize", "q8", "--accuracy-level", "3"), 2, "accuracy_level"),
     "a block size without a quantised graph": (("--block-size", "64"), 2, "--block-size has no effect"),
     "a limit without a quantised graph": (("--max-kl", "1", "--quantize", "fp16"), 2, "--max-kl has no effect"),
-    "a limit for another target": (("--to", "safetensors", "--max-kl", "1"), 2, "no effect without --to onnx"),
+    "a limit for another target": (
+        ("--to", "safetensors", "--max-kl", "1"),
+        2,
+        "no effect without --to gguf or --to onnx",
+    ),
     "a limit without verification": (
         ("--quantize", "q8", "--max-kl", "1", "--no-verify"),
         2,
