@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from gptconvert.publish.manifest import (
     manifest_files,
     record_reading,
     snapshot,
+    source_record,
 )
 from gptconvert.publish.replaceable import deletion_notes
 from gptconvert.publish.source_scan import sha256_of
@@ -112,6 +113,7 @@ class Result:
         files: every file in the directory, with size and digest.
         report: the verification report, or None if verification was skipped.
         notes: what the user should know, one sentence each.
+        source: what was converted, with the digests of its files, as in manifest.json.
     """
 
     output: str
@@ -119,6 +121,7 @@ class Result:
     files: tuple[WrittenFile, ...]
     report: Report | None
     notes: tuple[str, ...]
+    source: Mapping[str, object]
 
     def __repr__(self) -> str:
         verdict = "not verified" if self.report is None else "verified"
@@ -130,6 +133,7 @@ class Result:
             "output": self.output,
             "family": self.checkpoint.config.family,
             "task": self.checkpoint.config.task,
+            "source": dict(self.source),
             "files": [{"path": f.path, "size": f.nbytes, "sha256": f.sha256} for f in self.files],
             "verification": None if self.report is None else self.report.as_dict(),
             "notes": list(self.notes),
@@ -243,14 +247,20 @@ def convert(
             verified=options.verify is not None,
         )
         _refuse_notes(written.notes, options)
-        report = _verified(planned, staging.path, progress)
+        source_files = source_record(checkpoint, written.sources)
+        try:
+            report = _verified(planned, staging.path, progress)
+        except VerificationError as error:
+            error.source = source_files
+            raise
         _refuse_notes(report.notes if report else (), options)
         progress.stage("publishing")
         described = _describe(planned, written, staging.path, report)
         check_inputs_unchanged(before)
         staging.publish()
     notes = (*planned.notes, *deleted, *written.notes, *(report.notes if report else ()), *staging.notes)
-    return Result(output, planned.exports[0].checkpoint, (*written.files, *described), report, notes)
+    files = (*written.files, *described)
+    return Result(output, planned.exports[0].checkpoint, files, report, notes, source_files)
 
 
 @contextmanager

@@ -199,8 +199,8 @@ class Report:
     def to_rows(self) -> list[dict[str, object]]:
         """One flat row per artifact, runtime and probe group, for ``pandas.DataFrame(report.to_rows())``.
 
-        The columns are artifact, kind, runtime, group, ok, tokens, R and max_error of the task's outputs, R_present of
-        keys and values, top1, and problems. What was not measured is None.
+        The columns are artifact, kind, runtime, group, ok, tokens, R and max_error of the task's outputs,
+        R_present of keys and values, top1, and problems. What was not measured is None.
         """
         return rows_of(self)
 

@@ -1,0 +1,353 @@
+"""Charts as inline SVG, drawn by matplotlib, in colours of the page's style sheet.
+
+Every series differs in marker and fill as well as in colour, so that charts can be read in grey and by colour-blind
+people. The same figures give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from gptconvert.reporting.document import ratio_text
+
+#: The rule's limit for R, and the R of the mildest planted bug that outputs show with a checkpoint's own weights:
+#: attention scores in half precision in one layer, 5.5 times the limit (docs/verification.md).
+GATE, MILDEST_BUG = 4.0, 22.0
+#: Width of every chart in inches: text stays readable on a telephone.
+WIDTH = 4.3
+#: Placeholder colours, each of which the page replaces by a variable of its style sheet.
+COLOURS: Mapping[str, str] = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--rule)",
+    "#040404": "var(--series-1)",
+    "#050505": "var(--series-2)",
+    "#060606": "var(--series-3)",
+    "#070707": "var(--bad)",
+    "#080808": "var(--page)",
+    "#090909": "var(--band)",
+}
+INK, MUTED, RULE, FIRST, SECOND, THIRD, BAD, PAGE, BAND = COLOURS
+#: Colour, marker and fill of the series.
+STYLES = ((FIRST, "o", True), (SECOND, "D", False), (THIRD, "s", True), (INK, "^", False), (MUTED, "v", True))
+SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gptconvert",
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+}
+#: Ratios outside this range are drawn at its ends.
+LEAST, MOST = 0.1, 1e6
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart.
+
+    Attributes:
+        title: above it.
+        svg: the element.
+        caption: below it.
+    """
+
+    title: str
+    svg: str
+    caption: str
+
+
+class Charts:
+    """Draws charts whose identifiers are unique within one page.
+
+    Args:
+        page: distinguishes pages that are shown together, as in a notebook.
+    """
+
+    def __init__(self, page: str = "") -> None:
+        self._page, self._count = page, 0
+
+    @contextmanager
+    def _axes(self, height: float, alt: str, rows: int = 1) -> Iterator[tuple[list[Any], list[str]]]:
+        """The axes to draw on, one above the other; the list receives the SVG at the end."""
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        svg: list[str] = []
+        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS, "backend": "svg"}):
+            figure = Figure(figsize=(WIDTH, height), layout="constrained")
+            figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[call-arg, union-attr]
+            FigureCanvasSVG(figure)
+            yield list(figure.subplots(rows, 1, squeeze=False, sharex=rows > 1)[:, 0]), svg
+            out = io.StringIO()
+            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        self._count += 1
+        svg.append(_inline(out.getvalue(), f"{self._page}c{self._count}-", alt))
+
+    def ratios(self, run: Mapping[str, Any]) -> Chart | None:
+        """R of every probe group against the gate; None if nothing was run."""
+        groups = run["groups"]
+        if not groups:
+            return None
+        outputs = [_ratio(group, presents=False) for group in groups]
+        caches = [_ratio(group, presents=True) for group in groups]
+        failed = [group["group"] for group in groups if not group["ok"]]
+        known = [ratio for ratio in (*outputs, *caches) if ratio is not None]
+        largest = f"the largest is {_shown(max(known))}" if known else "no group has a figure"
+        alt = f"R of {len(groups)} probe groups on a logarithmic scale: {largest}; the gate is {GATE:g}; " + (
+            f"failed: {', '.join(failed)}" if failed else "all pass"
+        )
+        with self._axes(0.62 + 0.2 * len(groups), alt) as (axes, svg):
+            axis, places = axes[0], range(len(groups))
+            most = _scale(axis, known, "x")
+            _lines(axis, "x", most)
+            for values, style, label in ((caches, 1, "keys and values"), (outputs, 0, "outputs")):
+                if any(value is not None for value in values):
+                    drawn = [(_clipped(v, most), y) for v, y in zip(values, places, strict=True) if v is not None]
+                    _points(axis, drawn, style, label)
+            for y, group, value in zip(places, groups, outputs, strict=True):
+                if not group["ok"]:
+                    x = _clipped(math.inf if value is None else value, most)
+                    axis.plot([x], [y], marker="x", color=BAD, markersize=9, markeredgewidth=1.8, zorder=5)
+            axis.set_yticks(places, [group["group"] for group in groups])
+            axis.set_ylim(len(groups) - 0.4, -0.6)
+            axis.grid(axis="y")
+            axis.tick_params(axis="y", length=0)
+            axis.set_xlabel("R: error ÷ unavoidable rounding error")
+            _legend(axis)
+        return Chart("Error of every kind of input", svg[0], _caption(failed))
+
+    def blocks(self, run: Mapping[str, Any]) -> Chart | None:
+        """The error of every block; None if fewer than two tensors show it."""
+        names = list(dict.fromkeys(_block(tensor["tensor"]) for tensor in run["blocks"]))
+        if len(names) < 2:
+            return None
+        wrong = list(dict.fromkeys(_block(t["tensor"]) for t in run["blocks"] if not t["ok"]))
+        place = run["first_bad_block"]
+        alt = f"R of the embedding, blocks and outputs: {', '.join(names[:1])} to {names[-1]}; " + (
+            f"outside the limits from {wrong[0]} on" if wrong else f"all are below the gate of {GATE:g}"
+        )
+        with self._axes(2.3, alt) as (axes, svg):
+            axis = axes[0]
+            known = [_finite(tensor["ratio"]) for tensor in run["blocks"]]
+            most = _scale(axis, known, "y")
+            _lines(axis, "y", most)
+            for style, (label, matches) in enumerate(SERIES.items()):
+                points = [
+                    (names.index(_block(t["tensor"])), _clipped(_finite(t["ratio"]), most))
+                    for t in run["blocks"]
+                    if re.fullmatch(matches, t["tensor"])
+                ]
+                if points:
+                    _points(axis, points, style, label, joined=True)
+            bad = [(names.index(_block(t["tensor"])), _finite(t["ratio"])) for t in run["blocks"] if not t["ok"]]
+            axis.plot(
+                [x for x, _ in bad], [_clipped(y, most) for _, y in bad], "x", color=BAD, markersize=9,
+                markeredgewidth=1.8, zorder=5,
+            )  # fmt: skip
+            step = max(1, math.ceil(len(names) / 13))
+            ticks = [i for i in range(len(names)) if i % step == 0 or i == len(names) - 1]
+            axis.set_xticks(ticks, [names[i].removeprefix("block ") for i in ticks])
+            axis.set_xlim(-0.5, len(names) - 0.5)
+            axis.set_xlabel("block, in the order of computation")
+            axis.set_ylabel("R")
+            _legend(axis)
+        where = f"The error begins in {place}." if place else "No block leaves the range of rounding."
+        without = "" if run.get("first_bad_block") else " Keys and values show what reaches each block."
+        return Chart(
+            "Error of every block",
+            svg[0],
+            where + (without if any("present" in t["tensor"] for t in run["blocks"]) else ""),
+        )
+
+    def positions(self, graphs: Sequence[Mapping[str, Any]]) -> Chart | None:
+        """KL divergence and top-1 agreement by position; None if no graph has positions."""
+        graphs = [graph for graph in graphs if graph.get("by_position")]
+        if not graphs:
+            return None
+        alt = "Mean KL divergence, and agreement of the most likely token, by position in the text: " + "; ".join(
+            f"{graph['path']} {graph['kl_mean']:.2g} nats and {graph['top1']:.1%} overall" for graph in graphs
+        )
+        with self._axes(3.3, alt, rows=2) as ((above, below), svg):
+            for style, graph in enumerate(graphs):
+                rows, label = graph["by_position"], graph["path"].rpartition("/")[2]
+                _points(
+                    above, [(i, max(row["kl_mean"], 1e-12)) for i, row in enumerate(rows)], style, label, joined=True
+                )
+                _points(below, [(i, 100 * row["top1"]) for i, row in enumerate(rows)], style, label, joined=True)
+            rows = max((graph["by_position"] for graph in graphs), key=len)
+            above.set_yscale("log")
+            above.set_ylabel("mean KL, nats")
+            below.set_ylabel("same top-1, %")
+            below.set_ylim(top=100.9)
+            below.set_xticks(range(len(rows)), [_span(row) for row in rows])
+            below.set_xlabel("position in the text")
+            for axis in (above, below):
+                axis.grid(axis="y")
+            _legend(above)
+        return Chart("Quality by position", svg[0], "Lower divergence and higher agreement are better.")
+
+    def sizes(self, graphs: Sequence[Mapping[str, Any]], lossless: int | None) -> Chart | None:
+        """Size against KL divergence; None if fewer than two graphs can be compared.
+
+        ``lossless`` is the size of the graph in float32, if there is one.
+        """
+        graphs = [graph for graph in graphs if graph.get("kl_mean") and graph.get("size")]
+        if len(graphs) + bool(lossless) < 2 or not graphs:
+            return None
+        sizes = [f"{graph['path']} {graph['size'] / 1e6:.3g} MB, {graph['kl_mean']:.2g} nats" for graph in graphs]
+        lossless_text = f"; without loss {lossless / 1e6:.3g} MB" if lossless else ""
+        with self._axes(2.1, f"Size against mean KL divergence: {'; '.join(sizes)}{lossless_text}") as (axes, svg):
+            axis = axes[0]
+            for style, graph in enumerate(graphs):
+                name = graph["path"].rpartition("/")[2]
+                _points(axis, [(graph["size"] / 1e6, graph["kl_mean"])], style, name)
+            if lossless:
+                axis.axvline(lossless / 1e6, color=MUTED, linewidth=1, linestyle=(0, (4, 2)), label="without loss")
+            axis.set_yscale("log")
+            axis.set_xlim(0, 1.12 * max(lossless or 0, *(graph["size"] for graph in graphs)) / 1e6)
+            figures = [graph["kl_mean"] for graph in graphs]
+            axis.set_ylim(min(figures) / 4, max(figures) * 4)
+            axis.grid()
+            axis.set_xlabel("size, MB")
+            axis.set_ylabel("mean KL, nats")
+            _legend(axis)
+        return Chart("Size against quality", svg[0], "Down and to the left is better.")
+
+
+#: Legend of :meth:`Charts.blocks` → the tensors.
+SERIES = {"outputs": r"(?!present\.|h\.|embedding).+", "keys": r"present\.\d+\.key", "values": r"present\.\d+\.value"}
+SERIES["output of the block"] = r"embedding|h\.\d+"
+
+
+def _block(tensor: str) -> str:
+    """``block 3`` of ``present.3.key`` and ``h.3``; embedding and outputs by name."""
+    kind, _, rest = tensor.partition(".")
+    return f"block {rest.partition('.')[0]}" if kind in ("present", "h") and rest else tensor
+
+
+def _ratio(group: Mapping[str, Any], *, presents: bool) -> float | None:
+    """The largest R of a group's outputs, or of its keys and values; None if it has none."""
+    found = [_finite(m["ratio"]) for m in group["measures"] if m["tensor"].startswith("present.") == presents]
+    return max(found, default=None)
+
+
+def _finite(ratio: float | None) -> float:
+    return math.inf if ratio is None else ratio
+
+
+def _shown(ratio: float) -> str:
+    return ratio_text(None if math.isinf(ratio) else ratio)
+
+
+def _clipped(ratio: float, most: float) -> float:
+    return min(max(ratio, LEAST), most)
+
+
+def _scale(axis: Any, ratios: Sequence[float], which: str) -> float:
+    """Set a logarithmic axis that shows the gate and the mildest bug; returns the largest ratio that it shows."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    most = 10 ** math.ceil(
+        math.log10(min(MOST, max(100.0, *(ratio for ratio in (*ratios, 1.0) if ratio < math.inf))))
+    )
+    if any(math.isinf(ratio) for ratio in ratios):
+        most = min(MOST, most * 10)
+    getattr(axis, f"set_{which}scale")("log")
+    getattr(axis, f"set_{which}lim")(LEAST, most * 1.15)
+    scale = getattr(axis, f"{which}axis")
+    scale.set_major_locator(LogLocator(numticks=7))
+    scale.set_minor_locator(NullLocator())
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"10{_raised(value)}"))
+    axis.grid(axis=which)
+    return float(most)
+
+
+def _raised(value: float) -> str:
+    return str(round(math.log10(value))).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _lines(axis: Any, which: str, most: float) -> None:
+    """The gate, the mildest bug, and a band where everything fails."""
+    line, span = (axis.axvline, axis.axvspan) if which == "x" else (axis.axhline, axis.axhspan)
+    span(GATE, most * 1.15, color=BAND, linewidth=0, zorder=0)
+    line(GATE, color=INK, linewidth=1.2, label=f"gate: {GATE:g}")
+    line(MILDEST_BUG, color=MUTED, linewidth=1, linestyle=(0, (4, 2)), label=f"mildest planted bug: {MILDEST_BUG:g}")
+
+
+def _points(
+    axis: Any, points: Sequence[tuple[float, float]], style: int, label: str, *, joined: bool = False
+) -> None:
+    colour, marker, filled = STYLES[style % len(STYLES)]
+    axis.plot(
+        [x for x, _ in points],
+        [y for _, y in points],
+        linestyle=((0, ()), (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)))[style % 4] if joined else "none",
+        linewidth=1,
+        marker=marker,
+        markersize=4.6,
+        markeredgewidth=1,
+        color=colour,
+        markerfacecolor=colour if filled else PAGE,
+        label=label,
+        zorder=3 + 0.1 * style,
+    )
+
+
+def _legend(axis: Any) -> None:
+    """Above the axes, in two columns."""
+    axis.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.8, columnspacing=1.2,
+        handletextpad=0.5, labelspacing=0.25, borderpad=0,
+    )  # fmt: skip
+
+
+def _span(row: Mapping[str, int]) -> str:
+    return str(row["first"]) if row["first"] == row["last"] else f"{row['first']}–\n{row['last']}"
+
+
+def _caption(failed: Sequence[str]) -> str:
+    if failed:
+        return (
+            f"Marked ×: {len(failed)} that fail, by R, by the largest single error, or by a check without a figure."
+        )
+    return "1 is the error of a correct model in the same arithmetic; above 4, verification fails."
+
+
+def _inline(svg: str, prefix: str, alt: str) -> str:
+    """An SVG file as an element for a page, with unique identifiers, variable colours and a text alternative."""
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(?<=[\s])id="', f'id="{prefix}', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, variable)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    head = f'<svg role="img" aria-label="{escape(alt)}" viewBox="{size[0][9:-1] if size else ""}">'
+    body = svg[svg.index(">") + 1 :]
+    return re.sub(r"\s*\n\s*", "\n", head + body)
