@@ -23,7 +23,7 @@ from gptconvert.errors import (
     reason_and_file,
 )
 from gptconvert.families.registry import FAMILIES, family_named
-from gptconvert.inspection import open_checkpoint
+from gptconvert.inspection import open_checkpoint, summary
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import QUANTISED
 from gptconvert.model.export import Export, PlannedFile
@@ -102,6 +102,12 @@ class Plan:
     def __repr__(self) -> str:
         return f"<Plan: {', '.join(export.path for export in self.exports)}, {len(self.files)} files>"
 
+    def _repr_html_(self) -> str:
+        """The plan in a notebook."""
+        from gptconvert.reporting.html import fragment
+
+        return fragment({**summary(self.checkpoint), "command": "plan", "ok": True, **self.as_dict()})
+
 
 @dataclass(frozen=True)
 class Result:
@@ -126,6 +132,12 @@ class Result:
     def __repr__(self) -> str:
         verdict = "not verified" if self.report is None else "verified"
         return f"<Result {self.output!r}: {self.checkpoint.config.family}, {len(self.files)} files, {verdict}>"
+
+    def _repr_html_(self) -> str:
+        """The verdict, charts and figures in a notebook."""
+        from gptconvert.reporting.html import fragment
+
+        return fragment({**summary(self.checkpoint), "command": "convert", "ok": True, **self.as_dict()})
 
     def as_dict(self) -> dict[str, object]:
         """The output of ``--json``."""

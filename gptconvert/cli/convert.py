@@ -9,7 +9,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, emit, human_bytes, note, print_json, table
-from gptconvert.cli.reports import REPORT, described, recording
+from gptconvert.cli.reports import REPORT, recording
 from gptconvert.cli.sources import ALWAYS, FORMAT_COMMANDS
 from gptconvert.errors import printable
 
@@ -68,7 +68,7 @@ def convert(source: str, **given: Any) -> None:
 def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     options.quieten()
     from gptconvert import pipeline
-    from gptconvert.inspection import open_checkpoint
+    from gptconvert.inspection import open_checkpoint, summary
 
     quiet, as_json = given["quiet"], given["as_json"]
     chosen = options.chosen(given)
@@ -78,7 +78,7 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
             checkpoint = open_checkpoint(source, chosen, format=format)
             planned = pipeline.plan(checkpoint)
             notes = [*planned.notes, *pipeline.check_output(planned, output)]
-            record.add(output=output, **{**planned.as_dict(), "notes": notes, **described(checkpoint)})
+            record.add(output=output, **{**planned.as_dict(), "notes": notes, **summary(checkpoint)})
         for text in notes:
             note(text, quiet)
         if as_json:
@@ -89,7 +89,7 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     progress = Progress(quiet or as_json)
     with recording(given, "convert", output, source) as record:
         checkpoint = open_checkpoint(source, chosen, format=format)
-        record.add(output=output, **described(checkpoint))
+        record.add(output=output, **summary(checkpoint))
         try:
             result = pipeline.convert(checkpoint, output, progress=progress)
         finally:

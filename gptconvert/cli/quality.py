@@ -9,7 +9,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, emit, human_bytes, note, print_json, table
-from gptconvert.cli.reports import REPORT, described, digested, digested_files, recording
+from gptconvert.cli.reports import REPORT, digested, digested_files, recording
 from gptconvert.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def quality(artifact: str, against: str | None, as_json: bool, quiet: bool, **gi
     gptconvert have a limit by default, 0.01 for q8 and 0.2 for q4; those of other programs have none.
     """
     options.quieten()
-    from gptconvert.inspection import open_checkpoint
+    from gptconvert.inspection import open_checkpoint, summary
     from gptconvert.quality import measure_quality
 
     progress = Progress(quiet or as_json)
@@ -56,7 +56,7 @@ def quality(artifact: str, against: str | None, as_json: bool, quiet: bool, **gi
         error = record.error = _error(found, artifact)
         if record.wanted:
             checkpoint = open_checkpoint(against or artifact, chosen)
-            record.add(**described(checkpoint))
+            record.add(**summary(checkpoint))
             record.add(artifact=artifact, source={"files": digested(checkpoint)}, files=digested_files(artifact))
             record.add(graphs=[each.as_dict() for each in found])
     if as_json:

@@ -103,23 +103,6 @@ def _document(command: str, recorder: Recorder) -> dict[str, Any]:
     return document(command, arguments, **{**recorder.fields, "ok": error is None, "error": error})
 
 
-def described(checkpoint: Checkpoint) -> dict[str, object]:
-    """The fields ``model`` and ``source`` of a checkpoint."""
-    from gptconvert.families.registry import family_named
-
-    config, source = checkpoint.config, checkpoint.source
-    return {
-        "model": {
-            "title": family_named(config.family).title,
-            "family": config.family,
-            "task": config.task,
-            "parameters": sum(weight.size for weight in checkpoint.weights.values()),
-            "layers": config.n_layer,
-        },
-        "source": {"format": source.format, "repo": source.repo, "revision": source.revision},
-    }
-
-
 def digested(checkpoint: Checkpoint) -> list[dict[str, object]]:
     """Name, size and SHA-256 of every file of a checkpoint, which are read whole."""
     files = {os.path.basename(path): path for path in checkpoint.source.files if os.path.isfile(path)}

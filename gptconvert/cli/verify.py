@@ -8,7 +8,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, emit, note, print_json
-from gptconvert.cli.reports import REPORT, described, digested, digested_files, recording
+from gptconvert.cli.reports import REPORT, digested, digested_files, recording
 from gptconvert.errors import VerificationError
 
 
@@ -34,7 +34,7 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
     also stay within --max-kl; to measure those of other programs, use gptconvert quality.
     """
     options.quieten()
-    from gptconvert.inspection import open_checkpoint
+    from gptconvert.inspection import open_checkpoint, summary
     from gptconvert.pipeline import verify_export
 
     progress = Progress(quiet or as_json)
@@ -51,7 +51,7 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
         record.error = None if report.passed else error
         if record.wanted:
             checkpoint = open_checkpoint(source, chosen)
-            record.add(**described(checkpoint))
+            record.add(**summary(checkpoint))
             record.add(artifact=artifact, source={"files": digested(checkpoint)}, files=digested_files(artifact))
             record.add(verification=report.as_dict(), notes=list(report.notes))
     for text in report.notes:

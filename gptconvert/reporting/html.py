@@ -56,7 +56,9 @@ def page(found: Document) -> str:
             f"<style>\n{_style()}{PAGE_STYLE}</style>",
             "</head>",
             "<body>",
-            "\n".join(_body(found, Charts())),
+            '<main class="gptconvert">',
+            *_body(found, Charts()),
+            "</main>",
             "</body>",
             "</html>\n",
         ]
@@ -73,7 +75,7 @@ def fragment(fields: Mapping[str, Any]) -> str:
     found["verdict"] = verdict(found)
     unique = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:8]
     charts = Charts(f"g{unique}-") if importlib.util.find_spec("matplotlib") else None
-    return "\n".join([f"<style>\n{_style()}</style>", *_body(found, charts)])
+    return "\n".join(['<div class="gptconvert">', f"<style>\n{_style()}</style>", *_body(found, charts), "</div>"])
 
 
 def _style() -> str:
@@ -81,7 +83,6 @@ def _style() -> str:
 
 
 def _body(found: Document, charts: Charts | None) -> Iterator[str]:
-    yield '<main class="gptconvert">'
     yield from _header(found)
     yield from _faults(found)
     yield from _about(found)
@@ -93,7 +94,6 @@ def _body(found: Document, charts: Charts | None) -> Iterator[str]:
     yield from _notes(found)
     yield from _files(found)
     yield from _environment(found)
-    yield "</main>"
 
 
 METHOD = """<h2>How to read the figures</h2>
@@ -243,7 +243,7 @@ def _weights(weights: Mapping[str, Any]) -> Iterator[str]:
             for tensor in tensors
         ]
         table = _table(("tensor", "type", "shape", "size", ""), rows, right=(3,))
-        inner += _folded(layer, table, about, opened=bool(wrong))
+        inner += _folded(layer, table, about, opened=bool(wrong), printed=False)
     if inner:
         yield from _folded(title, inner, opened=bool(weights["problems"]))
 
@@ -355,8 +355,12 @@ def _figures(charts: Iterable[Chart | None]) -> Iterator[str]:
         yield "</div>"
 
 
-def _folded(title: str, inner: Iterable[str], about: str = "", *, opened: bool = False) -> Iterator[str]:
-    yield f"<details{' open' * opened}><summary>{_text(title)}{about}</summary>"
+def _folded(
+    title: str, inner: Iterable[str], about: str = "", *, opened: bool = False, printed: bool = True
+) -> Iterator[str]:
+    """A collapsible part; ``printed`` if it is printed although it is collapsed."""
+    kind = ' class="printed"' if printed else ""
+    yield f"<details{kind}{' open' * opened}><summary>{_text(title)}{about}</summary>"
     yield from inner
     yield "</details>"
 

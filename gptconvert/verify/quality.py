@@ -101,6 +101,16 @@ class Quality:
         """The gate."""
         return self.figures is not None and (self.limit is None or self.figures.kl_mean <= self.limit)
 
+    @property
+    def verdict(self) -> str:
+        """The figures on one line."""
+        if self.figures is None:
+            return f"not measured: {self.problem}"
+        return f"mean KL {self.figures.kl_mean:.2g}, top-1 {self.figures.top1:.1%}{'' if self.ok else ', FAILED'}"
+
+    def __repr__(self) -> str:
+        return f"<Quality: {self.verdict}>"
+
     def as_dict(self, figures: bool) -> dict[str, object]:
         """Plain values; the figures differ in their last digits between machines, the rest does not."""
         rule: dict[str, object] = {"ok": self.ok, "max_kl": self.limit}

@@ -90,7 +90,8 @@ class ArtifactReport:
     size: int | None = None
 
     def __repr__(self) -> str:
-        return f"<ArtifactReport {self.path!r}: {'verified' if self.ok else 'FAILED'}, {len(self.runs)} runs>"
+        verdict, runs = "verified" if self.ok else "FAILED", len(self.runs)
+        return f"<ArtifactReport {self.path!r}: {verdict}, {runs} run{'s' * (runs != 1)}>"
 
     @property
     def ok(self) -> bool:

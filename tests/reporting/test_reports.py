@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -257,7 +258,7 @@ def test_quality_by_position(lossy: tuple[Reports, Path]) -> None:
     quality = lossy[0].json["verification"]["artifacts"][2]["quality"]
     ranges = [(each["first"], each["last"]) for each in quality["by_position"]]
     assert ranges[:3] == [(0, 0), (1, 1), (2, 3)]
-    assert all(last + 1 == first for (_, last), (first, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(last + 1 == first for (_, last), (first, _) in itertools.pairwise(ranges))
     tokens = [each["tokens"] for each in quality["by_position"]]
     assert sum(tokens) == quality["tokens"]
     for figure in ("kl_mean", "top1"):
