@@ -246,4 +246,5 @@ def quieten() -> None:
         os.environ.setdefault(name, "3" if name.startswith("TF") else "ERROR")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("huggingface_hub", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ import click
 
 from gptconvert.cli.options import DISPLAY, own
 from gptconvert.cli.output import note
-from gptconvert.errors import GptConvertError, OutputError, VerificationError
+from gptconvert.errors import GptConvertError, OutputError, VerificationError, os_errors_as
 from gptconvert.model.options import INFO
 
 if TYPE_CHECKING:
     from gptconvert.model.checkpoint import Checkpoint
+    from gptconvert.reporting.files import ReportFiles
 
 REPORT = own(
     "--report",
@@ -79,15 +81,32 @@ def recording(given: Mapping[str, Any], command: str, output: str | None, source
         if isinstance(known, VerificationError):
             recorder.add(verification=known.report, source=known.source)
         try:
-            files.write(_document(command, recorder))
+            _write(files, _document(command, recorder))
         except OutputError as unwritten:
             note(str(unwritten))
         raise
     try:
-        files.write(_document(command, recorder))
+        _write(files, _document(command, recorder))
     except OutputError as error:
         error.hint = "only the report is missing; the rest of the command is done"
         raise
+
+
+def _write(files: ReportFiles, found: Mapping[str, Any]) -> None:
+    """Write the reports. matplotlib, which stores a list of fonts, leaves nothing in the home directory."""
+    if "MPLCONFIGDIR" in os.environ or not any(path.lower().endswith(".html") for path in files.paths):
+        files.write(found)
+        return
+    from gptconvert.publish.scratch import Scratch
+
+    with os_errors_as(OutputError, "a temporary directory cannot be created", tempfile.gettempdir()):
+        scratch = Scratch()
+    try:
+        os.environ["MPLCONFIGDIR"] = scratch.path
+        files.write(found)
+    finally:
+        del os.environ["MPLCONFIGDIR"]
+        scratch.remove()
 
 
 def _paths(given: Mapping[str, Any]) -> Iterable[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from gptconvert.errors import printable
 from gptconvert.reporting.document import ratio_text
 
 #: The rule's limit for R, and the R of the mildest planted bug that outputs show with a checkpoint's own weights:
@@ -40,6 +41,7 @@ STYLES = ((FIRST, "o", True), (SECOND, "D", False), (THIRD, "s", True), (INK, "^
 SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "gptconvert",
+    "text.parse_math": False,  # names may contain dollar signs
     "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.edgecolor": MUTED,
@@ -59,6 +61,8 @@ SETTINGS = {
     "axes.facecolor": "none",
     "axes.axisbelow": True,
 }
+#: Longest name in a chart, in characters.
+LONGEST = 28
 #: Ratios outside this range are drawn at its ends.
 LEAST, MOST = 0.1, 1e6
 
@@ -131,7 +135,7 @@ class Charts:
                 if not group["ok"]:
                     x = _clipped(math.inf if value is None else value, most)
                     axis.plot([x], [y], marker="x", color=BAD, markersize=9, markeredgewidth=1.8, zorder=5)
-            axis.set_yticks(places, [group["group"] for group in groups])
+            axis.set_yticks(places, [_label(group["group"]) for group in groups])
             axis.set_ylim(len(groups) - 0.4, -0.6)
             axis.grid(axis="y")
             axis.tick_params(axis="y", length=0)
@@ -169,7 +173,7 @@ class Charts:
             )  # fmt: skip
             step = max(1, math.ceil(len(names) / 13))
             ticks = [i for i in range(len(names)) if i % step == 0 or i == len(names) - 1]
-            axis.set_xticks(ticks, [names[i].removeprefix("block ") for i in ticks])
+            axis.set_xticks(ticks, [_label(names[i].removeprefix("block ")) for i in ticks])
             axis.set_xlim(-0.5, len(names) - 0.5)
             axis.set_xlabel("block, in the order of computation")
             axis.set_ylabel("R")
@@ -192,13 +196,13 @@ class Charts:
         )
         with self._axes(3.3, alt, rows=2) as ((above, below), svg):
             for style, graph in enumerate(graphs):
-                rows, label = graph["by_position"], graph["path"].rpartition("/")[2]
+                rows, label = graph["by_position"], _label(graph["path"])
                 _points(
                     above, [(i, max(row["kl_mean"], 1e-12)) for i, row in enumerate(rows)], style, label, joined=True
                 )
                 _points(below, [(i, 100 * row["top1"]) for i, row in enumerate(rows)], style, label, joined=True)
             rows = max((graph["by_position"] for graph in graphs), key=len)
-            above.set_yscale("log")
+            _logarithmic(above)
             above.set_ylabel("mean KL, nats")
             below.set_ylabel("same top-1, %")
             below.set_ylim(top=100.9)
@@ -222,11 +226,11 @@ class Charts:
         with self._axes(2.1, f"Size against mean KL divergence: {'; '.join(sizes)}{lossless_text}") as (axes, svg):
             axis = axes[0]
             for style, graph in enumerate(graphs):
-                name = graph["path"].rpartition("/")[2]
+                name = _label(graph["path"])
                 _points(axis, [(graph["size"] / 1e6, graph["kl_mean"])], style, name)
             if lossless:
                 axis.axvline(lossless / 1e6, color=MUTED, linewidth=1, linestyle=(0, (4, 2)), label="without loss")
-            axis.set_yscale("log")
+            _logarithmic(axis)
             axis.set_xlim(0, 1.12 * max(lossless or 0, *(graph["size"] for graph in graphs)) / 1e6)
             figures = [graph["kl_mean"] for graph in graphs]
             axis.set_ylim(min(figures) / 4, max(figures) * 4)
@@ -283,6 +287,23 @@ def _scale(axis: Any, ratios: Sequence[float], which: str) -> float:
     scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"10{_raised(value)}"))
     axis.grid(axis=which)
     return float(most)
+
+
+def _logarithmic(axis: Any) -> None:
+    """Set a logarithmic y-axis for KL divergence."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(numticks=6))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _label(path: str) -> str:
+    """The last part of a name, shortened. Legends omit labels that begin with an underscore."""
+    name = printable(path.rpartition("/")[2])
+    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}…{name[-8:]}"
+    return f" {name}" if name.startswith("_") else name
 
 
 def _raised(value: float) -> str:

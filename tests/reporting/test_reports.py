@@ -243,6 +243,43 @@ def test_what_was_not_verified_is_said(run: Any, tmp_path: Path, option: str, wo
     assert "onnx/model.onnx" in reports.read("html")
 
 
+def test_names_from_files_are_harmless(lossy: tuple[Reports, Path], failed: Reports) -> None:
+    """In HTML, Markdown, XML and charts."""
+    hostile = "_<script>alert('x')</script> $\\frac | `a` \x00\x1b\ud800 & \"b\" *c*.onnx"
+    for reports in (lossy[0], failed):
+        found = reports.json
+        for artifact in found["verification"]["artifacts"]:
+            for text in [artifact["path"], "h.1.mlp", "length 1"]:
+                artifact = _replaced(artifact, text, hostile)
+            found["verification"]["artifacts"] = [artifact]
+            page = Page(FORMATS[".html"](found))
+            assert not {"script"} & page.tags.keys()
+            ET.fromstring(FORMATS[".xml"](found))
+            table = next(line for line in FORMATS[".md"](found).splitlines() if "alert" in line and line[0] == "|")
+            assert len(re.findall(r"(?<!\\)\|", table)) == 7
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(each, old, new) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_replaced(each, old, new) for each in value]
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def test_figures_that_json_cannot_express(failed: Reports) -> None:
+    """R may be infinite, and a run may have problems without any figure."""
+    found = failed.json
+    run = found["verification"]["artifacts"][0]["runs"][0]
+    for figure in (*run["blocks"], *run["groups"][0]["measures"]):
+        figure["ratio"] = None
+    run["groups"][1] |= {"measures": [], "similarity": {}, "problems": ["the run failed: no"]}
+    page = Page(FORMATS[".html"](found))
+    assert any("∞" in label for label in page.values("aria-label"))
+    assert "∞" in FORMATS[".md"](found)
+    assert "the run failed: no" in FORMATS[".xml"](found) and "the run failed: no" in "".join(page.text)
+
+
 def test_quality(run: Any, lossy: tuple[Reports, Path]) -> None:
     code, reports = run("quality", lossy[1], "--max-kl", "10")
     assert code == 0
