@@ -63,6 +63,17 @@ def test_html_without_matplotlib(result: Result, monkeypatch: pytest.MonkeyPatch
     assert "<svg" not in html and "Verified" in html
 
 
+def test_settings_of_the_notebook_are_left_alone(result: Result) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    matplotlib.rcParams["font.size"] = 33.0
+    result._repr_html_()
+    assert matplotlib.rcParams["font.size"] == 33.0
+    matplotlib.rcParams["font.size"] = before["font.size"]
+    assert {key for key, value in matplotlib.rcParams.items() if value != before[key]} == set()
+
+
 def test_rows(result: Result) -> None:
     assert result.report is not None
     rows = result.report.to_rows()

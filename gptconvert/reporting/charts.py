@@ -1,68 +1,31 @@
-"""Charts as inline SVG, drawn by matplotlib, in colours of the page's style sheet.
-
-Every series differs in marker and fill as well as in colour, so that charts can be read in grey and by colour-blind
-people. The same figures give the same bytes.
-"""
+"""The charts of a report."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from gptconvert.errors import printable
 from gptconvert.reporting.document import ratio_text
+from gptconvert.reporting.drawing import (
+    BAND,
+    CROWDED,
+    INK,
+    MUTED,
+    draw_series,
+    legend,
+    logarithmic,
+    mark_bad,
+    new_axes,
+    short_name,
+)
 
 #: The rule's limit for R, and the R of the mildest planted bug that outputs show with a checkpoint's own weights:
 #: attention scores in half precision in one layer, 5.5 times the limit (docs/verification.md).
 GATE, MILDEST_BUG = 4.0, 22.0
-#: Width of every chart in inches: text stays readable on a telephone.
-WIDTH = 4.3
-#: Placeholder colours, each of which the page replaces by a variable of its style sheet.
-COLOURS: Mapping[str, str] = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--rule)",
-    "#040404": "var(--series-1)",
-    "#050505": "var(--series-2)",
-    "#060606": "var(--series-3)",
-    "#070707": "var(--bad)",
-    "#080808": "var(--page)",
-    "#090909": "var(--band)",
-}
-INK, MUTED, RULE, FIRST, SECOND, THIRD, BAD, PAGE, BAND = COLOURS
-#: Colour, marker and fill of the series.
-STYLES = ((FIRST, "o", True), (SECOND, "D", False), (THIRD, "s", True), (INK, "^", False), (MUTED, "v", True))
-SETTINGS = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "gptconvert",
-    "text.parse_math": False,  # names may contain dollar signs
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.axisbelow": True,
-}
-#: Longest name in a chart, in characters.
-LONGEST = 28
 #: Ratios outside this range are drawn at its ends.
 LEAST, MOST = 0.1, 1e6
 
@@ -92,23 +55,9 @@ class Charts:
     def __init__(self, page: str = "") -> None:
         self._page, self._count = page, 0
 
-    @contextmanager
-    def _axes(self, height: float, alt: str, rows: int = 1) -> Iterator[tuple[list[Any], list[str]]]:
-        """The axes to draw on, one above the other; the list receives the SVG at the end."""
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-
-        svg: list[str] = []
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS, "backend": "svg"}):
-            figure = Figure(figsize=(WIDTH, height), layout="constrained")
-            figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[call-arg, union-attr]
-            FigureCanvasSVG(figure)
-            yield list(figure.subplots(rows, 1, squeeze=False, sharex=rows > 1)[:, 0]), svg
-            out = io.StringIO()
-            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    def _axes(self, height: float, alt: str, rows: int = 1) -> AbstractContextManager[tuple[list[Any], list[str]]]:
         self._count += 1
-        svg.append(_inline(out.getvalue(), f"{self._page}c{self._count}-", alt))
+        return new_axes(height, alt, f"{self._page}c{self._count}-", rows)
 
     def ratios(self, run: Mapping[str, Any]) -> Chart | None:
         """R of every probe group against the gate; None if nothing was run."""
@@ -130,17 +79,17 @@ class Charts:
             for values, style, label in ((caches, 1, "keys and values"), (outputs, 0, "outputs")):
                 if any(value is not None for value in values):
                     drawn = [(_clipped(v, most), y) for v, y in zip(values, places, strict=True) if v is not None]
-                    _points(axis, drawn, style, label)
+                    draw_series(axis, drawn, style, label)
             for y, group, value in zip(places, groups, outputs, strict=True):
                 if not group["ok"]:
                     x = _clipped(math.inf if value is None else value, most)
-                    axis.plot([x], [y], marker="x", color=BAD, markersize=9, markeredgewidth=1.8, zorder=5)
-            axis.set_yticks(places, [_label(group["group"]) for group in groups])
+                    mark_bad(axis, [(x, y)])
+            axis.set_yticks(places, [short_name(group["group"]) for group in groups])
             axis.set_ylim(len(groups) - 0.4, -0.6)
             axis.grid(axis="y")
             axis.tick_params(axis="y", length=0)
             axis.set_xlabel("R: error ÷ unavoidable rounding error")
-            _legend(axis)
+            legend(axis)
         return Chart("Error of every kind of input", svg[0], _caption(failed))
 
     def blocks(self, run: Mapping[str, Any]) -> Chart | None:
@@ -165,19 +114,15 @@ class Charts:
                     if re.fullmatch(matches, t["tensor"])
                 ]
                 if points:
-                    _points(axis, points, style, label, joined=True)
+                    draw_series(axis, points, style, label, joined=True)
             bad = [(names.index(_block(t["tensor"])), _finite(t["ratio"])) for t in run["blocks"] if not t["ok"]]
-            axis.plot(
-                [x for x, _ in bad], [_clipped(y, most) for _, y in bad], "x", color=BAD, markersize=9,
-                markeredgewidth=1.8, zorder=5,
-            )  # fmt: skip
-            step = max(1, math.ceil(len(names) / 13))
-            ticks = [i for i in range(len(names)) if i % step == 0 or i == len(names) - 1]
-            axis.set_xticks(ticks, [_label(names[i].removeprefix("block ")) for i in ticks])
+            mark_bad(axis, [(x, _clipped(y, most)) for x, y in bad], crowded=len(names) > CROWDED)
+            ticks = _ticks(names)
+            axis.set_xticks(ticks, [short_name(names[i].removeprefix("block ")) for i in ticks])
             axis.set_xlim(-0.5, len(names) - 0.5)
             axis.set_xlabel("block, in the order of computation")
             axis.set_ylabel("R")
-            _legend(axis)
+            legend(axis)
         where = f"The error begins in {place}." if place else "No block leaves the range of rounding."
         without = "" if run.get("first_bad_block") else " Keys and values show what reaches each block."
         return Chart(
@@ -196,13 +141,13 @@ class Charts:
         )
         with self._axes(3.3, alt, rows=2) as ((above, below), svg):
             for style, graph in enumerate(graphs):
-                rows, label = graph["by_position"], _label(graph["path"])
-                _points(
+                rows, label = graph["by_position"], short_name(graph["path"])
+                draw_series(
                     above, [(i, max(row["kl_mean"], 1e-12)) for i, row in enumerate(rows)], style, label, joined=True
                 )
-                _points(below, [(i, 100 * row["top1"]) for i, row in enumerate(rows)], style, label, joined=True)
+                draw_series(below, [(i, 100 * row["top1"]) for i, row in enumerate(rows)], style, label, joined=True)
             rows = max((graph["by_position"] for graph in graphs), key=len)
-            _logarithmic(above)
+            logarithmic(above)
             above.set_ylabel("mean KL, nats")
             below.set_ylabel("same top-1, %")
             below.set_ylim(top=100.9)
@@ -210,7 +155,7 @@ class Charts:
             below.set_xlabel("position in the text")
             for axis in (above, below):
                 axis.grid(axis="y")
-            _legend(above)
+            legend(above)
         return Chart("Quality by position", svg[0], "Lower divergence and higher agreement are better.")
 
     def sizes(self, graphs: Sequence[Mapping[str, Any]], lossless: int | None) -> Chart | None:
@@ -226,18 +171,18 @@ class Charts:
         with self._axes(2.1, f"Size against mean KL divergence: {'; '.join(sizes)}{lossless_text}") as (axes, svg):
             axis = axes[0]
             for style, graph in enumerate(graphs):
-                name = _label(graph["path"])
-                _points(axis, [(graph["size"] / 1e6, graph["kl_mean"])], style, name)
+                name = short_name(graph["path"])
+                draw_series(axis, [(graph["size"] / 1e6, graph["kl_mean"])], style, name)
             if lossless:
                 axis.axvline(lossless / 1e6, color=MUTED, linewidth=1, linestyle=(0, (4, 2)), label="without loss")
-            _logarithmic(axis)
+            logarithmic(axis)
             axis.set_xlim(0, 1.12 * max(lossless or 0, *(graph["size"] for graph in graphs)) / 1e6)
             figures = [graph["kl_mean"] for graph in graphs]
             axis.set_ylim(min(figures) / 4, max(figures) * 4)
             axis.grid()
             axis.set_xlabel("size, MB")
             axis.set_ylabel("mean KL, nats")
-            _legend(axis)
+            legend(axis)
         return Chart("Size against quality", svg[0], "Down and to the left is better.")
 
 
@@ -250,6 +195,17 @@ def _block(tensor: str) -> str:
     """``block 3`` of ``present.3.key`` and ``h.3``; embedding and outputs by name."""
     kind, _, rest = tensor.partition(".")
     return f"block {rest.partition('.')[0]}" if kind in ("present", "h") and rest else tensor
+
+
+def _ticks(names: Sequence[str]) -> list[int]:
+    """Places of the names that fit below an axis: the ends, and blocks at even distances that do not touch them."""
+    last = len(names) - 1
+    step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 10**9) if len(names) / step <= 12)
+    if step == 1:
+        return [*range(len(names))]
+    free = range(math.ceil(0.13 * last), last - math.ceil(0.08 * last))
+    blocks = {i: names[i].removeprefix("block ") for i in free}
+    return [0, *(i for i, number in blocks.items() if number.isdigit() and int(number) % step == 0), last]
 
 
 def _ratio(group: Mapping[str, Any], *, presents: bool) -> float | None:
@@ -289,23 +245,6 @@ def _scale(axis: Any, ratios: Sequence[float], which: str) -> float:
     return float(most)
 
 
-def _logarithmic(axis: Any) -> None:
-    """Set a logarithmic y-axis for KL divergence."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(numticks=6))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _label(path: str) -> str:
-    """The last part of a name, shortened. Legends omit labels that begin with an underscore."""
-    name = printable(path.rpartition("/")[2])
-    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}…{name[-8:]}"
-    return f" {name}" if name.startswith("_") else name
-
-
 def _raised(value: float) -> str:
     return str(round(math.log10(value))).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
@@ -318,33 +257,6 @@ def _lines(axis: Any, which: str, most: float) -> None:
     line(MILDEST_BUG, color=MUTED, linewidth=1, linestyle=(0, (4, 2)), label=f"mildest planted bug: {MILDEST_BUG:g}")
 
 
-def _points(
-    axis: Any, points: Sequence[tuple[float, float]], style: int, label: str, *, joined: bool = False
-) -> None:
-    colour, marker, filled = STYLES[style % len(STYLES)]
-    axis.plot(
-        [x for x, _ in points],
-        [y for _, y in points],
-        linestyle=((0, ()), (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)))[style % 4] if joined else "none",
-        linewidth=1,
-        marker=marker,
-        markersize=4.6,
-        markeredgewidth=1,
-        color=colour,
-        markerfacecolor=colour if filled else PAGE,
-        label=label,
-        zorder=3 + 0.1 * style,
-    )
-
-
-def _legend(axis: Any) -> None:
-    """Above the axes, in two columns."""
-    axis.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.8, columnspacing=1.2,
-        handletextpad=0.5, labelspacing=0.25, borderpad=0,
-    )  # fmt: skip
-
-
 def _span(row: Mapping[str, int]) -> str:
     return str(row["first"]) if row["first"] == row["last"] else f"{row['first']}–\n{row['last']}"
 
@@ -355,20 +267,3 @@ def _caption(failed: Sequence[str]) -> str:
             f"Marked ×: {len(failed)} that fail, by R, by the largest single error, or by a check without a figure."
         )
     return "1 is the error of a correct model in the same arithmetic; above 4, verification fails."
-
-
-def _inline(svg: str, prefix: str, alt: str) -> str:
-    """An SVG file as an element for a page, with unique identifiers, variable colours and a text alternative."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(?<=[\s])id="', f'id="{prefix}', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for colour, variable in COLOURS.items():
-        svg = svg.replace(colour, variable)
-    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
-    head = f'<svg role="img" aria-label="{escape(alt)}" viewBox="{size[0][9:-1] if size else ""}">'
-    body = svg[svg.index(">") + 1 :]
-    return re.sub(r"\s*\n\s*", "\n", head + body)

@@ -116,22 +116,35 @@ def verdict(found: Document) -> str:
     if found["command"] == "plan":
         return "The checkpoint can be converted. Nothing was written or verified."
     if found["command"] == "quality":
-        return f"{_loss(found)}."
-    exact = [artifact["path"] for artifact in artifacts(found) if not artifact.get("quality")]
-    lossy = [artifact["path"] for artifact in artifacts(found) if artifact.get("quality")]
+        return f"{_loss(found)}.".replace("the least", "The least", 1)
+    lossy = [artifact["path"] for artifact in artifacts(found) if is_quantised(artifact)]
+    exact = [artifact["path"] for artifact in artifacts(found) if not is_quantised(artifact)]
     if not (exact or lossy):
         return "The checkpoint was converted, but the result was not compared with it (--no-verify)."
     sentences = []
     if exact:
-        computes = "computes" if len(exact) == 1 else "compute"
-        sentences.append(f"{listed(exact)} {computes} what the checkpoint computes, apart from unavoidable rounding.")
+        computes, its = ("computes", "its number format") if len(exact) == 1 else ("compute", "their number formats")
+        subject = _named(exact, "artifact")
+        sentences.append(f"{subject} {computes} what the checkpoint computes, apart from the rounding of {its}.")
     if lossy:
         one = len(lossy) == 1
-        smaller = f"{listed(lossy)} {'is a smaller approximation' if one else 'are smaller approximations'}"
-        sentences.append(
-            f"{smaller}, written correctly and within {'its' if one else 'their'} limits: {_loss(found)}."
+        smaller = (
+            f"{_named(lossy, 'quantised graph')} {'is a' if one else 'are'} smaller approximation{'s' * (not one)}"
         )
+        loss = f" and within {'its limit' if one else 'their limits'}: {_loss(found)}" if measured(found) else ""
+        sentences.append(f"{smaller}, written as intended{loss}.")
     return " ".join(sentences)
+
+
+def is_quantised(artifact: Mapping[str, Any]) -> bool:
+    """Whether an artifact approximates its checkpoint on purpose."""
+    tensors = artifact["weights"].get("tensors") or ()
+    return bool(artifact.get("quality")) or any(tensor["dtype"].startswith(("int", "uint")) for tensor in tensors)
+
+
+def _named(paths: Sequence[str], noun: str) -> str:
+    """One or two names, or how many there are."""
+    return listed(paths) if len(paths) < 3 else counted(len(paths), noun)
 
 
 def _loss(found: Document) -> str:
@@ -140,7 +153,8 @@ def _loss(found: Document) -> str:
     if not figures:
         return "Nothing could be measured"
     worst = min(figures, key=lambda graph: graph["top1"])
-    return f"{worst['path']} prefers the same next token as the checkpoint in {worst['top1']:.1%} of cases"
+    name = worst["path"] if len(figures) == 1 else f"the least exact, {worst['path']},"
+    return f"{name} prefers the same next token as the checkpoint in {worst['top1']:.1%} of cases"
 
 
 def _failure(found: Document) -> str:

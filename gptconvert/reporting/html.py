@@ -9,13 +9,11 @@ import hashlib
 import importlib.util
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
-from gptconvert.errors import printable
-from gptconvert.reporting.charts import Chart, Charts
+from gptconvert.reporting.charts import Charts
 from gptconvert.reporting.document import (
     Document,
     artifacts,
@@ -24,15 +22,26 @@ from gptconvert.reporting.document import (
     environment,
     faults_of,
     headline,
+    is_quantised,
     measured,
     ratio_text,
     verdict,
     worst_group,
 )
 from gptconvert.reporting.files import MARK
+from gptconvert.reporting.html_elements import (
+    MOST_LISTED,
+    code,
+    figures,
+    folded,
+    joined,
+    listing,
+    mark,
+    number,
+    table,
+    text,
+)
 
-#: Problems, notes or files listed in one place.
-MOST_LISTED = 200
 #: A table of weights shows whole layers up to this many; the rest of the rows would only repeat that all are equal.
 MOST_WEIGHTS = 5000
 #: Of a page of its own: the background beside the report too.
@@ -52,7 +61,7 @@ def page(found: Document) -> str:
             f'<meta name="generator" content="{MARK}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            f"<title>{_text(title)}</title>",
+            f"<title>{text(title)}</title>",
             f"<style>\n{_style()}{PAGE_STYLE}</style>",
             "</head>",
             "<body>",
@@ -109,13 +118,13 @@ divergence (KL) measures, in nats, how far the predicted distribution moves; 0 i
 def _header(found: Document) -> Iterator[str]:
     word = headline(found)
     kind = "bad" if not found["ok"] else "good" if word in ("Verified", "Measured") else "neutral"
-    mark = {"bad": "✗", "good": "✓", "neutral": "○"}[kind]
+    sign = {"bad": "✗", "good": "✓", "neutral": "○"}[kind]
     made = f"gptconvert {found['environment']['gptconvert']}"
     when = f", {found['created'].replace('T', ' ').replace('Z', ' UTC')}" if found["created"] else ""
     yield f'<header class="{kind}">'
-    yield f'<h1><span aria-hidden="true">{mark}</span> {word}</h1>'
-    yield f'<p class="verdict">{_text(found["verdict"])}</p>'
-    yield f'<p class="small">{_text(made + when)}</p>'
+    yield f'<h1><span aria-hidden="true">{sign}</span> {word}</h1>'
+    yield f'<p class="verdict">{text(found["verdict"])}</p>'
+    yield f'<p class="small">{text(made + when)}</p>'
     yield "</header>"
 
 
@@ -128,30 +137,30 @@ def _faults(found: Document) -> Iterator[str]:
         faults = faults_of(artifact)
         exact = [*artifact["weights"]["problems"], *artifact["problems"]]
         exact += [f"{g['group']}: {p}" for run in artifact["runs"] for g in run["groups"] for p in g["problems"]]
-        listing = _list(_text(problem) for problem in exact) if faults and exact else ""
-        lines += [f"{_code(artifact['path'])}: {_text('; '.join(faults))}{listing}"] if faults else []
-    lines += [_text(problem) for problem in _package(found).get("problems", ())]
+        located = listing(text(problem) for problem in exact) if faults and exact else ""
+        lines += [f"{code(artifact['path'])}: {text('; '.join(faults))}{located}"] if faults else []
+    lines += [text(problem) for problem in _package(found).get("problems", ())]
     error = found.get("error") or {}
     if not lines and error:
         keys = [key for key in ("file", "tensor", "expected", "found", "hint") if error.get(key)]
-        lines.append(_text(error["message"]) + _list(f"{key}: {_text(error[key])}" for key in keys))
+        lines.append(text(error["message"]) + listing(f"{key}: {text(error[key])}" for key in keys))
     elif error.get("hint"):
-        lines.append(f"What to do next: {_text(error['hint'])}")
+        lines.append(f"What to do next: {text(error['hint'])}")
     if lines:
         yield "<h2>What is wrong</h2>"
-        yield _list(lines)
+        yield listing(lines)
 
 
 def _about(found: Document) -> Iterator[str]:
     """What was read, what was written or examined, and the verdict on each artifact."""
     model, source = found.get("model") or {}, found.get("source") or {}
     facts = [
-        ("model", _text(model.get("title") or "")),
-        ("size", _joined(_count(model, "parameters"), _count(model, "layers"), model.get("task"))),
-        ("checkpoint", _joined(_code(source.get("path")), _text(source.get("format") or ""))),
-        ("revision", _code(source.get("revision"))),
-        ("output", _code(found.get("output"))),
-        ("artifact", _code(found.get("artifact"))),
+        ("model", text(model.get("title") or "")),
+        ("size", joined(_count(model, "parameters"), _count(model, "layers"), model.get("task"))),
+        ("checkpoint", joined(code(source.get("path")), text(source.get("format") or ""))),
+        ("revision", code(source.get("revision"))),
+        ("output", code(found.get("output"))),
+        ("artifact", code(found.get("artifact"))),
     ]
     rows = [f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in facts if value]
     verdicts = [_verdict_row(artifact) for artifact in artifacts(found)]
@@ -161,7 +170,7 @@ def _about(found: Document) -> Iterator[str]:
     if rows:
         yield f'<table class="facts">{"".join(rows)}</table>'
     head = ("artifact", "verdict", "size", "weights equal", "probe groups passed", "largest R")
-    yield from _table(head, verdicts, right=range(2, 6))
+    yield from table(head, verdicts, right=range(2, 6))
     package = _package(found)
     if package.get("files"):
         wrong = counted(len(package["problems"]), "difference") if package["problems"] else "all agree"
@@ -174,8 +183,8 @@ def _verdict_row(artifact: Mapping[str, Any]) -> tuple[str, ...]:
     ratios = [worst_group(run) for run in artifact["runs"] if run["groups"]]
     worst = max(ratios, key=lambda pair: float("inf") if pair[0] is None else pair[0], default=None)
     return (
-        _code(artifact["path"]),
-        _mark(artifact["ok"]),
+        code(artifact["path"]),
+        mark(artifact["ok"]),
         bytes_text(artifact.get("size")),
         f"{weights['equal']} of {weights['weights']}",
         f"{sum(group['ok'] for group in groups)} of {len(groups)}" if groups else "–",
@@ -184,14 +193,15 @@ def _verdict_row(artifact: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _artifact(artifact: Mapping[str, Any], charts: Charts | None) -> Iterator[str]:
-    yield f"<h2>{_code(artifact['path'])} {_mark(artifact['ok'])}</h2>"
+    yield f"<h2>{code(artifact['path'])} {mark(artifact['ok'])}</h2>"
     if faults := faults_of(artifact):
-        yield f"<p>{_text('; '.join(faults))}.</p>"
+        why = "; ".join(faults)
+        yield f"<p>{text(why[0].upper() + why[1:])}.</p>"
     for run in artifact["runs"]:
-        yield f"<h3>{_text(run['runtime'])}</h3>"
+        yield f"<h3>{text(run['runtime'])}</h3>"
         if charts is not None:
-            yield from _figures([charts.ratios(run), charts.blocks(run)])
-        yield from _folded(f"Figures of {counted(len(run['groups']), 'probe group')}", _groups(run))
+            yield from figures([charts.ratios(run), charts.blocks(run)])
+        yield from folded(f"Figures of {counted(len(run['groups']), 'probe group')}", _groups(run))
     yield from _weights(artifact["weights"])
 
 
@@ -205,17 +215,17 @@ def _groups(run: Mapping[str, Any]) -> Iterator[str]:
         main, similar = outputs[0] if outputs else {}, group.get("similarity") or {}
         rows.append(
             (
-                _text(group["group"]),
+                text(group["group"]),
                 str(group["tokens"]),
                 ratio_text(main["ratio"]) if main else "–",
-                _number(main.get("max_abs")),
+                number(main.get("max_abs")),
                 ratio_text(cache[0]["ratio"]) if cache else "–",
                 f"{similar['top1']:.1%}" if similar.get("top1") is not None else "–",
-                _mark(group["ok"]),
+                mark(group["ok"]),
             )
         )
     head = ("probe group", "tokens", "R", "largest error", "R of keys and values", "same top-1", "verdict")
-    yield from _table(head, rows, right=range(1, 6))
+    yield from table(head, rows, right=range(1, 6))
 
 
 def _weights(weights: Mapping[str, Any]) -> Iterator[str]:
@@ -234,18 +244,18 @@ def _weights(weights: Mapping[str, Any]) -> Iterator[str]:
         about = f'<span class="small">{counted(len(tensors), "tensor")}, {size}, {state}</span>'
         rows = [
             (
-                _code(tensor["tensor"] or tensor["weight"]),
+                code(tensor["tensor"] or tensor["weight"]),
                 tensor["dtype"],
                 "×".join(map(str, tensor["shape"])) or "scalar",
                 bytes_text(tensor["size"]),
-                _mark(tensor["ok"], ("equal", "differs", "outputs only")),
+                mark(tensor["ok"], ("equal", "differs", "outputs only")),
             )
             for tensor in tensors
         ]
-        table = _table(("tensor", "type", "shape", "size", ""), rows, right=(3,))
-        inner += _folded(layer, table, about, opened=bool(wrong), printed=False)
+        listed = table(("tensor", "type", "shape", "size", ""), rows, right=(3,))
+        inner += folded(layer, listed, about, opened=bool(wrong), printed=False)
     if inner:
-        yield from _folded(title, inner, opened=bool(weights["problems"]))
+        yield from folded(title, inner, opened=bool(weights["problems"]))
 
 
 def _layer(weight: str) -> str:
@@ -259,9 +269,9 @@ def _layer(weight: str) -> str:
 def _in_order(tensor: Mapping[str, Any]) -> tuple[int, int, str]:
     """Embedding, layers by number, head."""
     layer = _layer(tensor["weight"])
-    number = layer.removeprefix("layer ")
+    digits = layer.removeprefix("layer ")
     place = {"embedding": 0, "head": 2}.get(layer, 1)
-    return place, int(number) if number.isdigit() else 0, str(tensor["tensor"])
+    return place, int(digits) if digits.isdigit() else 0, str(tensor["tensor"])
 
 
 def _quality(found: Document, charts: Charts | None) -> Iterator[str]:
@@ -271,12 +281,12 @@ def _quality(found: Document, charts: Charts | None) -> Iterator[str]:
     yield "<h2>Quality against the checkpoint</h2>"
     rows = [
         (
-            _code(graph["path"]),
-            _mark(graph["ok"]),
+            code(graph["path"]),
+            mark(graph["ok"]),
             bytes_text(graph["size"]),
-            _number(graph["kl_mean"]),
+            number(graph["kl_mean"]),
             "–" if graph["max_kl"] is None else f"{graph['max_kl']:g}",
-            _number(graph["kl_99_9"]),
+            number(graph["kl_99_9"]),
             f"{graph['top1']:.1%}",
             f"{graph['top1_in_top5']:.1%}",
             _perplexity(graph),
@@ -284,19 +294,19 @@ def _quality(found: Document, charts: Charts | None) -> Iterator[str]:
         for graph in graphs
     ]
     head = ("graph", "verdict", "size", "mean KL", "limit", "99.9 % KL", "same top-1", "in top-5", "perplexity")
-    yield from _table(head, rows, right=range(2, 9))
-    yield f'<p class="small">On {counted(graphs[0]["tokens"], "token")}: {_text(graphs[0]["text"])}.</p>'
+    yield from table(head, rows, right=range(2, 9))
+    yield f'<p class="small">On {counted(graphs[0]["tokens"], "token")}: {text(graphs[0]["text"])}.</p>'
     if charts is not None:
-        yield from _figures([charts.sizes(graphs, _lossless(found)), charts.positions(graphs)])
+        yield from figures([charts.sizes(graphs, _lossless(found)), charts.positions(graphs)])
     for graph in graphs:
         if graph["worst_layers"]:
-            worst = ", ".join(f"{_code(name)} {error:.2%}" for name, error in graph["worst_layers"].items())
-            yield f"<p>{_code(graph['path'])} loses most in {worst} (error relative to the weights' size).</p>"
+            worst = ", ".join(f"{code(name)} {error:.2%}" for name, error in graph["worst_layers"].items())
+            yield f"<p>{code(graph['path'])} loses most in {worst} (error relative to the weights' size).</p>"
 
 
 def _lossless(found: Document) -> int | None:
-    """Bytes of the largest ONNX graph whose quality needs no measuring."""
-    sizes = [a["size"] for a in artifacts(found) if a["kind"] == "onnx" and not a.get("quality") and a.get("size")]
+    """Bytes of the largest ONNX graph that is not quantised."""
+    sizes = [a["size"] for a in artifacts(found) if a["kind"] == "onnx" and not is_quantised(a) and a.get("size")]
     return max(sizes, default=None)
 
 
@@ -308,7 +318,7 @@ def _perplexity(graph: Mapping[str, Any]) -> str:
 def _notes(found: Document) -> Iterator[str]:
     if found.get("notes"):
         yield "<h2>Notes</h2>"
-        yield _list(_text(note) for note in found["notes"])
+        yield listing(text(note) for note in found["notes"])
 
 
 def _files(found: Document) -> Iterator[str]:
@@ -322,74 +332,28 @@ def _files(found: Document) -> Iterator[str]:
             size = bytes_text(sum(file.get("size") or 0 for file in listed))
             rows = [_file_row(file) for file in listed[:MOST_LISTED]]
             about = f'<span class="small">{counted(len(listed), "file")}, {size}</span>'
-            yield from _folded(
-                title, _table(("file", "size", "digest"), rows, right=(1,)), about, opened=len(listed) < 20
+            yield from folded(
+                title, table(("file", "size", "digest"), rows, right=(1,)), about, opened=len(listed) < 20
             )
 
 
 def _file_row(file: Mapping[str, Any]) -> tuple[str, ...]:
     algorithm = next((name for name in ("sha256", "crc32c") if file.get(name)), None)
     digest = (
-        "–" if algorithm is None else f'<span class="hash"><code>{algorithm}:{_text(file[algorithm])}</code></span>'
+        "–" if algorithm is None else f'<span class="hash"><code>{algorithm}:{text(file[algorithm])}</code></span>'
     )
-    return _code(file.get("path") or file.get("name")), bytes_text(file.get("size")), digest
+    return code(file.get("path") or file.get("name")), bytes_text(file.get("size")), digest
 
 
 def _environment(found: Document) -> Iterator[str]:
     machine = found["environment"]
     yield "<h2>Command and environment</h2>"
     if found["arguments"]:
-        yield f"<pre><code>{_text(shlex.join(['gptconvert', *found['arguments']]))}</code></pre>"
+        yield f"<pre><code>{text(shlex.join(['gptconvert', *found['arguments']]))}</code></pre>"
     versions = {"gptconvert": machine["gptconvert"], "Python": machine["python"], **machine["libraries"]}
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     place = f"{machine['system']}, {machine['machine']}, {machine['cpus']} CPUs"
-    yield f'<p class="small">{_text(place)}<br>{_text(listed)}</p>'
-
-
-def _figures(charts: Iterable[Chart | None]) -> Iterator[str]:
-    drawn = [chart for chart in charts if chart is not None]
-    if drawn:
-        yield '<div class="charts">'
-        for chart in drawn:
-            yield f"<figure><h4>{chart.title}</h4>{chart.svg}<figcaption>{_text(chart.caption)}</figcaption></figure>"
-        yield "</div>"
-
-
-def _folded(
-    title: str, inner: Iterable[str], about: str = "", *, opened: bool = False, printed: bool = True
-) -> Iterator[str]:
-    """A collapsible part; ``printed`` if it is printed although it is collapsed."""
-    kind = ' class="printed"' if printed else ""
-    yield f"<details{kind}{' open' * opened}><summary>{_text(title)}{about}</summary>"
-    yield from inner
-    yield "</details>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:
-    """A table of cells that are HTML already."""
-    if not rows:
-        return
-    aligned = [' class="n"' if i in {*right} else "" for i in range(len(head))]
-    yield '<div class="scroll"><table>'
-    titles = "".join(f'<th{a} scope="col">{title}</th>' for a, title in zip(aligned, head, strict=True))
-    yield f"<thead><tr>{titles}</tr></thead><tbody>"
-    for row in rows:
-        yield "<tr>" + "".join(f"<td{a}>{cell}</td>" for a, cell in zip(aligned, row, strict=True)) + "</tr>"
-    yield "</tbody></table></div>"
-
-
-def _list(items: Iterable[str]) -> str:
-    """A list of items that are HTML already."""
-    listed = list(items)
-    more = [f"… {len(listed) - MOST_LISTED} more"] if len(listed) > MOST_LISTED else []
-    items = [f"<li>{item}</li>" for item in (*listed[:MOST_LISTED], *more)]
-    return f"<ul>{''.join(items)}</ul>" if items else ""
-
-
-def _mark(ok: bool | None, words: tuple[str, str, str] = ("passed", "failed", "–")) -> str:
-    if ok is None:
-        return words[2]
-    return f'<span class="{"pass" if ok else "fail"}">{"✓" if ok else "✗"} {words[0] if ok else words[1]}</span>'
+    yield f'<p class="small">{text(place)}<br>{text(listed)}</p>'
 
 
 def _package(found: Document) -> Mapping[str, Any]:
@@ -398,19 +362,3 @@ def _package(found: Document) -> Mapping[str, Any]:
 
 def _count(model: Mapping[str, Any], key: str) -> str:
     return f"{model[key]:,} {key}" if model.get(key) is not None else ""
-
-
-def _joined(*parts: str | None) -> str:
-    return ", ".join(part for part in parts if part)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
-
-
-def _code(value: object) -> str:
-    return f"<code>{_text(value)}</code>" if value else ""
-
-
-def _text(value: object) -> str:
-    return escape(printable(value))

@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from gptconvert.reporting.charts import GATE, MILDEST_BUG
+from gptconvert.reporting.document import verdict
 from gptconvert.reporting.files import FORMATS
 from gptconvert.verify.metrics import MAX_RMSE_RATIO
 from tests.commands import REPOSITORY, command, tree
@@ -144,7 +145,11 @@ def test_charts_use_the_colours_of_the_page(lossy: tuple[Reports, Path]) -> None
 def test_verdict_comes_first_and_names_the_loss(lossy: tuple[Reports, Path]) -> None:
     text = " ".join(" ".join(lossy[0].page.text).split())
     assert text.index("Verified") < text.index("What was converted") < text.index("How to read")
-    share = re.search(r"onnx/model_q4.onnx prefers the same next token as the checkpoint in ([\d.]+)% of cases", text)
+    assert "onnx/model.onnx and model.safetensors compute what the checkpoint computes" in text
+    assert "onnx/model_quantized.onnx and onnx/model_q4.onnx are smaller approximations" in text
+    share = re.search(
+        r"onnx/model_q4.onnx, prefers the same next token as the checkpoint in ([\d.]+)% of cases", text
+    )
     assert share is not None
     graphs = {a["path"]: a.get("quality") for a in lossy[0].json["verification"]["artifacts"]}
     assert float(share[1]) == round(100 * graphs["onnx/model_q4.onnx"]["top1"], 1)
@@ -184,6 +189,33 @@ def test_junit_has_a_case_per_probe_group_and_rule(lossy: tuple[Reports, Path]) 
     assert len([*suites[2].iter("testcase")]) == 3  # weights, contract, quality
     assert suites.get("tests") == str(sum(1 for _ in suites.iter("testcase")))
     assert (suites.get("failures"), suites.get("errors")) == ("0", "0")
+
+
+def test_graphs_on_quantised_weights_are_approximations_too(lossy: tuple[Reports, Path]) -> None:
+    """Those that share the weights of another are not measured themselves."""
+    found = lossy[0].json
+    for artifact in found["verification"]["artifacts"]:
+        artifact.pop("quality", None)
+    text = " ".join(" ".join(Page(FORMATS[".html"]({**found, "verdict": verdict(found)})).text).split())
+    assert "onnx/model_quantized.onnx and onnx/model_q4.onnx are smaller approximations, written as intended." in text
+
+
+def test_deep_models_have_readable_axes(failed: Reports) -> None:
+    """Labels of 48 blocks do not touch."""
+    found = failed.json
+    run = found["verification"]["artifacts"][0]["runs"][0]
+    names = ["embedding", *(f"h.{i}" for i in range(48)), "logits"]
+    run["blocks"] = [{"tensor": name, "ratio": 1.0, "ok": True} for name in names]
+    drawing = re.findall(r"<svg.*?</svg>", FORMATS[".html"](found), re.DOTALL)[1]
+    labels = re.findall(r"<text[^>]*>([^<]+)</text>", drawing)
+    assert [label for label in labels if label.isdigit() and int(label) not in (1, 10, 100)] == [
+        "8",
+        "16",
+        "24",
+        "32",
+        "40",
+    ]
+    assert {"embedding", "logits"} <= {*labels}
 
 
 def test_a_fault_can_be_seen(failed: Reports) -> None:

@@ -54,6 +54,15 @@ def test_commands_on_an_export(export: Path, capsys: Any) -> None:
     valid("generate", command(capsys, "generate", export, "a", "--max-new-tokens", "2", "--json").json)
 
 
+def test_lines_of_generated_text(export: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "prompts").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    beams = ("--num-beams", "2", "--num-return-sequences", "2", "--max-new-tokens", "2")
+    done = command(capsys, "generate", export, "--prompts", tmp_path / "prompts", *beams)
+    found = [valid("generate", json.loads(line)) for line in done.out.splitlines()]
+    assert [(each["line"], each["ok"]) for each in found] == [(1, True), (2, False)]
+    assert [len(each["continuations"]) for each in found if each["ok"]] == [2]
+
+
 def test_every_kind_of_checkpoint_is_inspected(capsys: Any) -> None:
     found = [command(capsys, "inspect", path, "--json") for path in sorted(ORIGINALS.iterdir()) if path.is_dir()]
     opened = [valid("inspect", done.json) for done in found if done.code == 0]
