@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 from gptconvert.errors import printable
 
@@ -80,7 +80,7 @@ def new_axes(height: float, alt: str, prefix: str, rows: int = 1) -> Iterator[tu
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
     with matplotlib.rc_context({**defaults, **SETTINGS}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+        cast("Any", figure.get_layout_engine()).set(w_pad=0.02, h_pad=0.02)
         FigureCanvasSVG(figure)
         yield list(figure.subplots(rows, 1, squeeze=False, sharex=rows > 1)[:, 0]), svg
         out = io.StringIO()

@@ -13,7 +13,7 @@ import pytest
 from gptconvert.cli import COMMANDS
 from gptconvert.pipeline import matrix
 from gptconvert.reporting.schemas import COMMON, NAMES, load
-from tests.commands import ORIGINALS, TINY, command
+from tests.commands import ORIGINALS, TINY, TRAINED, command
 from tests.reporting.runs import SOURCE, broken, converted, valid
 
 #: Command → name of its schema.
@@ -26,18 +26,23 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(tmp_path_factory.mktemp("export") / "out", *quantised)
 
 
+def result(capsys: Any, name: str, *arguments: object) -> Any:
+    """The valid output of a command that succeeds."""
+    done = command(capsys, *arguments)
+    assert done.code == 0, done.err
+    return valid(name, done.json)
+
+
 def test_every_command_has_a_schema() -> None:
     assert {*SCHEMAS.values()} <= {*NAMES}
 
 
 def test_conversions(tmp_path: Path, capsys: Any) -> None:
     options = ("--to", "onnx,safetensors", "--quantize", "q4", "--max-kl", "10", "--json")
-    found = valid("convert", command(capsys, "hf", SOURCE, "-o", tmp_path / "a", *options).json)
+    found = result(capsys, "convert", "hf", SOURCE, "-o", tmp_path / "a", *options)
     assert found["source"]["files"][0].keys() == {"name", "size", "sha256"}
-    valid(
-        "convert", command(capsys, "convert", TINY / "openai-tf", "-o", tmp_path / "b", "--no-verify", "--json").json
-    )
-    valid("plan", command(capsys, "hf", SOURCE, "-o", tmp_path / "c", "--dry-run", "--json").json)
+    result(capsys, "convert", "convert", TINY / "openai-tf", "-o", tmp_path / "b", "--no-verify", "--json")
+    result(capsys, "plan", "hf", SOURCE, "-o", tmp_path / "c", "--dry-run", "--json")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "unverified"])
@@ -47,17 +52,19 @@ def test_manifest(export: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_commands_on_an_export(export: Path, capsys: Any) -> None:
-    valid("inspect", command(capsys, "inspect", SOURCE, "--json").json)
-    verified = valid("verify", command(capsys, "verify", SOURCE, export, "--max-kl", "10", "--json").json)
+    result(capsys, "inspect", "inspect", SOURCE, "--json")
+    verified = result(capsys, "verify", "verify", SOURCE, export, "--max-kl", "10", "--json")
     assert {artifact["kind"] for artifact in verified["verification"]["artifacts"]} == {"onnx", "safetensors"}
-    valid("quality", command(capsys, "quality", export, "--json", "--max-kl", "10").json)
-    valid("generate", command(capsys, "generate", export, "a", "--max-new-tokens", "2", "--json").json)
+    result(capsys, "quality", "quality", export, "--json", "--max-kl", "10")
 
 
-def test_lines_of_generated_text(export: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "prompts").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+def test_generated_text(tmp_path: Path, capsys: Any) -> None:
+    export = tmp_path / "out"
+    assert command(capsys, "openai-tf", TRAINED, "-o", export, "--no-verify").code == 0
+    assert result(capsys, "generate", "generate", export, "a", "--max-new-tokens", "2", "--json")["ok"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
     beams = ("--num-beams", "2", "--num-return-sequences", "2", "--max-new-tokens", "2")
-    done = command(capsys, "generate", export, "--prompts", tmp_path / "prompts", *beams)
+    done = command(capsys, "generate", export, "--prompts", tmp_path / "prompts.jsonl", *beams)
     found = [valid("generate", json.loads(line)) for line in done.out.splitlines()]
     assert [(each["line"], each["ok"]) for each in found] == [(1, True), (2, False)]
     assert [len(each["continuations"]) for each in found if each["ok"]] == [2]
@@ -71,11 +78,11 @@ def test_every_kind_of_checkpoint_is_inspected(capsys: Any) -> None:
 
 
 def test_commands_about_the_program(capsys: Any) -> None:
-    valid("formats", command(capsys, "formats", "--json").json)
-    valid("version", command(capsys, "--version", "--json").json)
-    valid("version", command(capsys, "--json", "--version").json)
-    valid("schema", command(capsys, "schema", "--json").json)
-    assert valid("schema", command(capsys, "schema", "plan", "--json").json)["schema"] == load("plan")
+    result(capsys, "formats", "formats", "--json")
+    result(capsys, "version", "--version", "--json")
+    result(capsys, "version", "--json", "--version")
+    result(capsys, "schema", "schema", "--json")
+    assert result(capsys, "schema", "schema", "plan", "--json")["schema"] == load("plan")
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("formats", "schema")])
