@@ -59,7 +59,7 @@ cheap; the names below are imported on first use.
 
 def render() -> str:
     """Return the page."""
-    assert {*FUNCTIONS, "Options", "Sampling", "errors"} == {*gptconvert.__all__}, (
+    assert {*FUNCTIONS, "Options", "Progress", "Sampling", "errors"} == {*gptconvert.__all__}, (
         "a public name is missing from this page"
     )
     blocks = [HEAD, "## Functions\n", *(_function(getattr(gptconvert, name)) for name in FUNCTIONS)]

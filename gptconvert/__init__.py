@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from gptconvert.generation.sampling import Sampling
     from gptconvert.inspection import inspect, open_checkpoint
     from gptconvert.model.options import Options
+    from gptconvert.model.progress import Progress
     from gptconvert.pipeline import convert, plan, verify_export
     from gptconvert.quality import measure_quality
 
 __all__ = [
     "Options",
+    "Progress",
     "Sampling",
     "convert",
     "errors",
@@ -36,6 +38,7 @@ __all__ = [
 
 _MODULES = {
     "Options": "gptconvert.model.options",
+    "Progress": "gptconvert.model.progress",
     "Sampling": "gptconvert.generation.sampling",
     "convert": "gptconvert.pipeline",
     "generate": "gptconvert.generation.model",

@@ -6,7 +6,7 @@ import os
 import sys
 
 #: Commands that publish nothing and map no weights. They need no supervisor, and start faster without it.
-UNSUPERVISED = ("inspect", "formats", "generate")
+UNSUPERVISED = ("inspect", "formats", "schema", "generate")
 
 
 def main() -> None:

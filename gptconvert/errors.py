@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "h5": ("h5py>=3.11",),
     "flax": ("msgpack>=1.1",),
     "gguf": ("gguf>=0.19", "xllamacpp>=2026.10"),
+    "report": ("matplotlib>=3.9",),
     "gpt1-tokenizer": ("ftfy>=6.1", "spacy>=3.7"),
 }
 
@@ -137,6 +138,8 @@ class VerificationError(GptConvertError):
     kind = "verification"
     #: The report as plain values, for ``--json``.
     report: dict[str, object] | None = None
+    #: What was converted, with digests, as in manifest.json; None if unknown.
+    source: dict[str, object] | None = None
 
 
 class OutputError(GptConvertError):

@@ -17,6 +17,7 @@ from gptconvert.model.generation import GENERATION_CONFIG
 from gptconvert.model.options import Options, as_options
 from gptconvert.model.source import Source
 from gptconvert.sources.detect import open_source
+from gptconvert.targets.registry import check_names
 
 
 def open_checkpoint(
@@ -33,6 +34,7 @@ def open_checkpoint(
         GptConvertError: it is damaged, incomplete, unsupported or unsafe, or an option does not apply to it.
     """
     options, source = as_options(options), os.fsdecode(source)
+    check_names(options.targets)
     if options.base is not None:
         source, options = _adapted(source, options, options.base)
     opened = open_source(source, options, format=format)
@@ -51,6 +53,21 @@ def _adapted(adapter: str, options: Options, base: str) -> tuple[str, Options]:
         hint = "to merge one adapter, pass --adapter with the base as SOURCE, or --base with the adapter as SOURCE"
         raise UsageError("--adapter and --base exclude each other", path=adapter, hint=hint)
     return base, dataclasses.replace(options, adapter=adapter, base=None)
+
+
+def summary(checkpoint: Checkpoint) -> dict[str, object]:
+    """The fields ``model`` and ``source`` of a report."""
+    config, source = checkpoint.config, checkpoint.source
+    return {
+        "model": {
+            "title": family_named(config.family).title,
+            "family": config.family,
+            "task": config.task,
+            "parameters": sum(weight.size for weight in checkpoint.weights.values()),
+            "layers": config.n_layer,
+        },
+        "source": {"format": source.format, "repo": source.repo, "revision": source.revision},
+    }
 
 
 def inspect(source: str | os.PathLike[str], options: Options | None = None) -> dict[str, Any]:

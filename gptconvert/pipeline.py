@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from gptconvert.errors import (
     reason_and_file,
 )
 from gptconvert.families.registry import FAMILIES, family_named
-from gptconvert.inspection import open_checkpoint
+from gptconvert.inspection import open_checkpoint, summary
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import QUANTISED
 from gptconvert.model.export import Export, PlannedFile
@@ -40,6 +40,7 @@ from gptconvert.publish.manifest import (
     manifest_files,
     record_reading,
     snapshot,
+    source_record,
 )
 from gptconvert.publish.replaceable import deletion_notes
 from gptconvert.publish.source_scan import sha256_of
@@ -101,6 +102,12 @@ class Plan:
     def __repr__(self) -> str:
         return f"<Plan: {', '.join(export.path for export in self.exports)}, {len(self.files)} files>"
 
+    def _repr_html_(self) -> str:
+        """The plan in a notebook."""
+        from gptconvert.reporting.html import fragment
+
+        return fragment({**summary(self.checkpoint), "command": "plan", "ok": True, **self.as_dict()})
+
 
 @dataclass(frozen=True)
 class Result:
@@ -112,6 +119,7 @@ class Result:
         files: every file in the directory, with size and digest.
         report: the verification report, or None if verification was skipped.
         notes: what the user should know, one sentence each.
+        source: what was converted, with the digests of its files, as in manifest.json.
     """
 
     output: str
@@ -119,10 +127,17 @@ class Result:
     files: tuple[WrittenFile, ...]
     report: Report | None
     notes: tuple[str, ...]
+    source: Mapping[str, object]
 
     def __repr__(self) -> str:
         verdict = "not verified" if self.report is None else "verified"
         return f"<Result {self.output!r}: {self.checkpoint.config.family}, {len(self.files)} files, {verdict}>"
+
+    def _repr_html_(self) -> str:
+        """The verdict, charts and figures in a notebook."""
+        from gptconvert.reporting.html import fragment
+
+        return fragment({**summary(self.checkpoint), "command": "convert", "ok": True, **self.as_dict()})
 
     def as_dict(self) -> dict[str, object]:
         """The output of ``--json``."""
@@ -130,6 +145,7 @@ class Result:
             "output": self.output,
             "family": self.checkpoint.config.family,
             "task": self.checkpoint.config.task,
+            "source": dict(self.source),
             "files": [{"path": f.path, "size": f.nbytes, "sha256": f.sha256} for f in self.files],
             "verification": None if self.report is None else self.report.as_dict(),
             "notes": list(self.notes),
@@ -243,14 +259,20 @@ def convert(
             verified=options.verify is not None,
         )
         _refuse_notes(written.notes, options)
-        report = _verified(planned, staging.path, progress)
+        source_files = source_record(checkpoint, written.sources)
+        try:
+            report = _verified(planned, staging.path, progress)
+        except VerificationError as error:
+            error.source = source_files
+            raise
         _refuse_notes(report.notes if report else (), options)
         progress.stage("publishing")
         described = _describe(planned, written, staging.path, report)
         check_inputs_unchanged(before)
         staging.publish()
     notes = (*planned.notes, *deleted, *written.notes, *(report.notes if report else ()), *staging.notes)
-    return Result(output, planned.exports[0].checkpoint, (*written.files, *described), report, notes)
+    files = (*written.files, *described)
+    return Result(output, planned.exports[0].checkpoint, files, report, notes, source_files)
 
 
 @contextmanager

@@ -36,6 +36,9 @@ class Measured:
     size: int
     quality: Quality
 
+    def __repr__(self) -> str:
+        return f"<Measured {self.path!r}: {self.size} bytes, {self.quality.verdict}>"
+
     def as_dict(self) -> dict[str, object]:
         """Plain values, for ``--json``."""
         return {"path": self.path, "size": self.size, **self.quality.as_dict(figures=True)}

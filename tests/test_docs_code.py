@@ -43,6 +43,11 @@ def _readme(directory: Path, trained: Path) -> Path:
     return directory
 
 
+def _fixtures(directory: Path, trained: Path) -> Path:
+    (directory / "fixtures").symlink_to(ROOT / "fixtures")
+    return directory
+
+
 def _tokenizers(directory: Path, trained: Path) -> Path:
     if any(importlib.util.find_spec(name) is None for name in ("ftfy", "spacy")):
         pytest.skip("ftfy and spaCy are not installed: pip install 'gptconvert[gpt1-tokenizer]'")
@@ -64,6 +69,7 @@ SETTINGS: dict[str, Callable[[Path, Path], Path]] = {
     "README.md": _readme,
     "onnx.md": lambda _, trained: trained,
     "tokenizers.md": _tokenizers,
+    "reports.md": _fixtures,
 }
 ELSEWHERE = {"api.md", "serving.md"}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gptconvert.cli.limits import limit_error
-from gptconvert.cli.output import SIGPIPE, StreamError, emit_error, flush, lost, note, print_json
+from gptconvert.cli.output import SIGPIPE, StreamError, emit, emit_error, flush, lost, note, print_json
 from gptconvert.errors import (
     GptConvertError,
     InputError,
@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "quality": ("quality", "Measure what an export loses against its checkpoint."),
     "generate": ("generate", "Continue a text with an exported model."),
     "formats": ("formats", "List the supported formats, models and targets."),
+    "schema": ("schema", "Print the JSON Schema of a command's output."),
 }
 #: Import name → distribution, where they differ.
 PACKAGES: Mapping[str, str] = {"yaml": "pyyaml", "google_crc32c": "google-crc32c"}
@@ -73,6 +74,12 @@ Documentation: https://github.com/gptconvert/gptconvert/tree/main/docs
 
 class LazyGroup(click.Group):
     """A group that imports a command's module on lookup, and suggests a command for a misspelled one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """``--version --json``: the flag is not an option of the group, whose commands have it."""
+        shows_version = "--version" in args and not any(arg in COMMANDS for arg in args)
+        ctx.meta["gptconvert.as_json"] = shows_version and is_json(args)
+        return super().parse_args(ctx, [arg for arg in args if not (shows_version and arg == "--json")])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -104,12 +111,32 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="gptconvert", allow_from_autoenv=False)  # scripts set GPTCONVERT_VERSION
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    allow_from_autoenv=False,  # scripts set GPTCONVERT_VERSION
+    callback=lambda ctx, _, given: _show_version(ctx) if given and not ctx.resilient_parsing else None,
+    help="Show the version; with --json, those of the libraries too.",
+)
 @click.option("--debug", is_flag=True, allow_from_autoenv=False, help="Show the traceback of an error.")
 @click.pass_context
 def group(ctx: click.Context, debug: bool) -> None:
     """Convert GPT checkpoints to ONNX, safetensors and TensorFlow, and prove each export equal to its checkpoint."""
     ctx.obj = {"debug": debug}
+
+
+def _show_version(ctx: click.Context) -> None:
+    """Print the version and end."""
+    if ctx.meta["gptconvert.as_json"]:
+        from gptconvert.reporting.document import environment
+
+        found = environment()
+        print_json({"ok": True, "name": "gptconvert", "version": found.pop("gptconvert"), **found})
+    else:
+        emit(f"gptconvert, version {__version__}")
+    ctx.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, emit, human_bytes, note, print_json, table
+from gptconvert.cli.reports import REPORT, recording
 from gptconvert.cli.sources import ALWAYS, FORMAT_COMMANDS
 from gptconvert.errors import printable
 
@@ -30,6 +31,7 @@ CONVERTING = options.stack(
     options.NO_VERIFY,
     options.options_of("run"),
     options.own("--dry-run", is_flag=True, group="Output", help="Print what would be written, without writing it."),
+    REPORT,
     options.JSON,
     options.QUIET,
     options.VERBOSE,
@@ -66,15 +68,17 @@ def convert(source: str, **given: Any) -> None:
 def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     options.quieten()
     from gptconvert import pipeline
-    from gptconvert.inspection import open_checkpoint
+    from gptconvert.inspection import open_checkpoint, summary
 
     quiet, as_json = given["quiet"], given["as_json"]
     chosen = options.chosen(given)
     output = given["output"] or default_output(source)
-    checkpoint = open_checkpoint(source, chosen, format=format)
     if given["dry_run"]:
-        planned = pipeline.plan(checkpoint)
-        notes = [*planned.notes, *pipeline.check_output(planned, output)]
+        with recording(given, "plan", output, source) as record:
+            checkpoint = open_checkpoint(source, chosen, format=format)
+            planned = pipeline.plan(checkpoint)
+            notes = [*planned.notes, *pipeline.check_output(planned, output)]
+            record.add(output=output, **{**planned.as_dict(), "notes": notes, **summary(checkpoint)})
         for text in notes:
             note(text, quiet)
         if as_json:
@@ -83,10 +87,14 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
             emit(describe_plan(planned, output))
         return
     progress = Progress(quiet or as_json)
-    try:
-        result = pipeline.convert(checkpoint, output, progress=progress)
-    finally:
-        progress.close()
+    with recording(given, "convert", output, source) as record:
+        checkpoint = open_checkpoint(source, chosen, format=format)
+        record.add(output=output, **summary(checkpoint))
+        try:
+            result = pipeline.convert(checkpoint, output, progress=progress)
+        finally:
+            progress.close()
+        record.add(**result.as_dict())
     for text in result.notes:
         note(text, quiet)
     if as_json:

@@ -62,6 +62,11 @@ class Option(click.Option):
 class Command(click.Command):
     """A command whose help lists its options by section."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments, which reports show."""
+        ctx.meta["gptconvert.arguments"] = [*filter(None, [ctx.info_name]), *args]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, unless a value is empty or a variable of the command names no option.
 
@@ -241,4 +246,5 @@ def quieten() -> None:
         os.environ.setdefault(name, "3" if name.startswith("TF") else "ERROR")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("huggingface_hub", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)

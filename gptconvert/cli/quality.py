@@ -9,6 +9,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, emit, human_bytes, note, print_json, table
+from gptconvert.cli.reports import REPORT, digested, digested_files, recording
 from gptconvert.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ HEAD = ("", "size", "KL mean", "99.9 %", "largest", "top-1", "in top-5", "perple
 )
 @options.options_of("source", "checkpoint")
 @options.options_of("run", only=("eval_text", "max_kl", "strict"))
+@REPORT
 @options.JSON
 @options.QUIET
 @options.DEBUG
@@ -41,14 +43,22 @@ def quality(artifact: str, against: str | None, as_json: bool, quiet: bool, **gi
     gptconvert have a limit by default, 0.01 for q8 and 0.2 for q4; those of other programs have none.
     """
     options.quieten()
+    from gptconvert.inspection import open_checkpoint, summary
     from gptconvert.quality import measure_quality
 
     progress = Progress(quiet or as_json)
-    try:
-        found = measure_quality(artifact, against, options.chosen(given), progress=progress)
-    finally:
-        progress.close()
-    error = _error(found, artifact)
+    chosen = options.chosen(given)
+    with recording(given, "quality", artifact, against or artifact) as record:
+        try:
+            found = measure_quality(artifact, against, chosen, progress=progress)
+        finally:
+            progress.close()
+        error = record.error = _error(found, artifact)
+        if record.wanted:
+            checkpoint = open_checkpoint(against or artifact, chosen)
+            record.add(**summary(checkpoint))
+            record.add(artifact=artifact, source={"files": digested(checkpoint)}, files=digested_files(artifact))
+            record.add(graphs=[each.as_dict() for each in found])
     if as_json:
         failed = {} if error is None else {"error": error.as_dict()}
         print_json({"ok": error is None, **failed, "graphs": [each.as_dict() for each in found]})

@@ -8,6 +8,7 @@ import click
 
 from gptconvert.cli import options
 from gptconvert.cli.output import Progress, emit, note, print_json
+from gptconvert.cli.reports import REPORT, digested, digested_files, recording
 from gptconvert.errors import VerificationError
 
 
@@ -19,6 +20,7 @@ from gptconvert.errors import VerificationError
 @options.own(
     "--full", is_flag=True, group="Verification", help="Test all lengths up to the context; slow for large models."
 )
+@REPORT
 @options.JSON
 @options.QUIET
 @options.VERBOSE
@@ -32,20 +34,28 @@ def verify(source: str, artifact: str, full: bool, as_json: bool, quiet: bool, v
     also stay within --max-kl; to measure those of other programs, use gptconvert quality.
     """
     options.quieten()
+    from gptconvert.inspection import open_checkpoint, summary
     from gptconvert.pipeline import verify_export
 
     progress = Progress(quiet or as_json)
-    try:
-        chosen = options.chosen(given, verify="full" if full else "default")
-        report = verify_export(source, artifact, chosen, progress=progress)
-    finally:
-        progress.close()
+    chosen = options.chosen(given, verify="full" if full else "default")
+    with recording(given, "verify", artifact, source) as record:
+        try:
+            report = verify_export(source, artifact, chosen, progress=progress)
+        finally:
+            progress.close()
+        message = "the artifact does not compute what the checkpoint computes"
+        if report.misses_limit:
+            message = "quantisation loses more than --max-kl allows"
+        error = VerificationError(message, path=artifact)
+        record.error = None if report.passed else error
+        if record.wanted:
+            checkpoint = open_checkpoint(source, chosen)
+            record.add(**summary(checkpoint))
+            record.add(artifact=artifact, source={"files": digested(checkpoint)}, files=digested_files(artifact))
+            record.add(verification=report.as_dict(), notes=list(report.notes))
     for text in report.notes:
         note(text, quiet)
-    message = "the artifact does not compute what the checkpoint computes"
-    if report.misses_limit:
-        message = "quantisation loses more than --max-kl allows"
-    error = VerificationError(message, path=artifact)
     if as_json:
         failed = {} if report.passed else {"error": error.as_dict()}
         print_json({"ok": report.passed, **failed, "verification": report.as_dict(), "notes": list(report.notes)})

@@ -50,7 +50,8 @@ class Options:
         revision: hub branch, tag or commit.
         cache_dir: hub cache directory; None: the hub library's default.
         offline: use the hub cache only.
-        task: one of ``reference_model.config.TASKS``; None: chosen from the checkpoint's heads.
+        task: ``text-generation``, ``feature-extraction``, ``text-classification``, ``token-classification``,
+            ``question-answering`` or ``multiple-choice``; None: chosen from the checkpoint's heads.
         scope: the first part of the chosen model's tensor names, if one file holds several models.
         n_head: number of attention heads, for formats that do not record it.
         pad_token_id: token that text classification treats as padding; None: from the configuration.
@@ -59,9 +60,9 @@ class Options:
         ignore_key: keys of the source's configuration to ignore; ``outer.inner`` for a key of a nested object.
         ignore_tensor: patterns of the names of tensors to ignore (``*`` and ``?``).
         set_key: ``KEY=VALUE``, keys to set in the source's configuration before it is read; VALUE is JSON, else text.
-        targets: names of the formats to write, as in ``--to``.
+        targets: names of the formats to write, as in ``--to``: ``gptconvert formats`` lists them.
         dtype: storage type: ``fp32``, ``fp16`` or ``bf16``; None: each weight as stored.
-        opset: ONNX operator set.
+        opset: ONNX operator set, 17 to 21.
         kv_cache: whether the ONNX graph takes and returns cached keys and values; None: if it is a language model.
         position_ids: whether the ONNX graph takes ``position_ids`` for every task (a language model always does);
             otherwise its positions count slots, padding included.
@@ -442,6 +443,10 @@ class Options:
                 raise UsageError(
                     f"invalid value of {name}", item=info.flag, expected=str(error), found=repr(value)[:80]
                 ) from None
+
+    def __repr__(self) -> str:
+        """Only what differs from the defaults."""
+        return f"Options({', '.join(f'{name}={getattr(self, name)!r}' for name in self.given())})"
 
     def given(self, *stages: Stage) -> dict[str, OptionInfo]:
         """Fields of these stages (default: all) whose value is not the default, with their metadata."""

@@ -10,10 +10,23 @@ Stage = Callable[[str, int], Callable[[int], None]]
 
 
 class Progress(Protocol):
-    """Receives stages and steps; see ``gptconvert.cli.output.Progress``."""
+    """Receives the progress of a long run: an object with these two methods, passed as ``progress``.
 
-    def stage(self, name: str, total: int = 0) -> None: ...
-    def advance(self, count: int) -> None: ...
+    A run is a sequence of stages. ``stage`` is called in the thread that runs the conversion or verification,
+    ``advance`` in other threads too, perhaps in several at once. Both should return quickly. An exception that one of
+    them raises cancels the run: it reaches the caller, and nothing is published.
+    """
+
+    def stage(self, name: str, total: int = 0) -> None:
+        """A stage begins, and the one before it has ended.
+
+        Args:
+            name: for the user, such as ``writing``, ``running onnxruntime, default options`` or ``publishing``.
+            total: bytes (``writing``, ``comparing weights``) or steps (all others) in the stage; 0 if unknown.
+        """
+
+    def advance(self, count: int) -> None:
+        """``count`` more bytes or steps of the current stage are done."""
 
 
 class Silent:

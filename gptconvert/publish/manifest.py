@@ -69,7 +69,7 @@ def manifest_files(
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "gptconvert", "version": __version__},
         "libraries": {name: metadata.version(name) for name in recipe.libraries},
-        "source": _source(checkpoint, written.sources),
+        "source": source_record(checkpoint, written.sources),
         "config": checkpoint.config.as_dict(),
         "special_ids": dataclasses.asdict(checkpoint.special_ids),
         "targets": sorted(recipe.targets),
@@ -82,7 +82,8 @@ def manifest_files(
     return manifest, PlannedFile.of_bytes(SUMS_FILE, _sums(files, manifest))
 
 
-def _source(checkpoint: Checkpoint, digests: Mapping[str, FileDigest]) -> dict[str, object]:
+def source_record(checkpoint: Checkpoint, digests: Mapping[str, FileDigest]) -> dict[str, object]:
+    """What was converted, as plain values without local paths."""
     source = checkpoint.source
     files = [(os.path.basename(path), digest) for path, digest in digests.items()]
     return {

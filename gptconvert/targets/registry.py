@@ -38,9 +38,24 @@ def target_named(name: str) -> Target:
     Raises:
         UsageError: no such target.
     """
-    if name not in TARGETS:
-        raise UsageError(f"no target {name!r}", item="--to", expected=f"one of {', '.join(TARGETS)}", found=name)
+    check_names([name])
     return _imported(TARGETS[name])
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Check the names of targets, without importing them.
+
+    Raises:
+        UsageError: no such target.
+    """
+    for name in names:
+        if name not in TARGETS:
+            raise UsageError(
+                f"invalid value of targets: no target {name!r}",
+                item="--to",
+                expected=f"one of {', '.join(TARGETS)}",
+                found=name,
+            )
 
 
 def targets_for(names: Iterable[str], checkpoint: Checkpoint) -> list[Target]:

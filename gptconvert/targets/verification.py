@@ -98,7 +98,10 @@ def verify(
     def judge(candidate: Candidate, stage: Stage) -> ArtifactReport:
         started = time.monotonic()
         found = target_of(candidate.target).verify(candidate, known[level], stage)
-        return dataclasses.replace(found, seconds=time.monotonic() - started)
+        size = found.size
+        if size is None and candidate.export is not None:
+            size = sum(file.nbytes for file in candidate.export.files)
+        return dataclasses.replace(found, seconds=time.monotonic() - started, size=size)
 
     # Comparing bytes waits for the disk, so it runs in the background while the other artifacts run.
     run = [c for c in candidates if target_of(c.target).runs] or list(candidates)

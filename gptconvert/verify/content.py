@@ -22,7 +22,7 @@ from gptconvert.model.dtypes import FLOATS
 from gptconvert.model.schemes import expand, sizes_of
 from gptconvert.model.tensors import CHUNK_BYTES, Array, Box, Computed, LazyTensor, Shape, Stored, Transposed
 from gptconvert.model.transforms import Sizes, Transform, Transpose, cast, split, take_rows, transpose
-from gptconvert.verify.weights import WeightReport
+from gptconvert.verify.weights import Compared, WeightReport
 
 #: Elements read of every tensor to select the pairs that are compared whole.
 SAMPLES = 24
@@ -160,6 +160,10 @@ def match_by_content(found: Mapping[str, LazyTensor], checkpoint: Checkpoint) ->
     for name, weight in checkpoint.weights.items():
         wholes, blocks = ([p for p in parts if p.weight == name] for parts in (whole, in_blocks))
         holders = next((ps for ps in (wholes, blocks) if ps and all(p in matcher.held for p in ps)), [])
+        stored = ", ".join(dict.fromkeys(matcher.places[part][0][0] for part in holders)) or None
+        dtype = weight.dtype if stored is None else matcher.held[holders[0]]
+        size = weight.size * dtype.itemsize
+        report.compared.append(Compared(name, stored, dtype.name, weight.shape, size, True if stored else None))
         if holders:
             types[name] = matcher.held[holders[0]]
             report.equal, report.nbytes = report.equal + 1, report.nbytes + weight.size * types[name].itemsize

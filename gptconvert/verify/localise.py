@@ -6,9 +6,11 @@ This is all that can be said of a graph that returns only its result, without an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from gptconvert.verify.metrics import Measure
 from gptconvert.verify.outputs import Group
 
 #: Kind of sequence → where an error begins that affects no simpler kind; the simplest kind first.
@@ -18,6 +20,18 @@ KINDS: Mapping[str, str] = {
     "padded before": "the positions or the attention mask: only sequences with padding or holes before a token fail",
     "continued": "the cache: only sequences with a past fail",
 }
+
+
+class Location(NamedTuple):
+    """Where an error begins.
+
+    Attributes:
+        place: as text.
+        blocks: the outputs of the embedding and of every block, on the probe that was used; empty if unknown.
+    """
+
+    place: str
+    blocks: tuple[Measure, ...] = ()
 
 
 def from_groups(groups: Sequence[Group]) -> str | None:

@@ -43,6 +43,7 @@ class Figures:
         top1: share of positions where both find the same token most likely.
         top5: share where the source's most likely token is among the export's five.
         perplexity: (source, export), on the text; None for classifiers.
+        positions: figures by position, in ranges that double; empty for pooled outputs.
     """
 
     kl_mean: float
@@ -51,6 +52,26 @@ class Figures:
     top1: float
     top5: float
     perplexity: tuple[float, float] | None
+    positions: tuple[Position, ...] = ()
+
+
+@dataclass(frozen=True)
+class Position:
+    """Figures of the predictions at a range of positions in the windows of text.
+
+    Attributes:
+        first: the first position.
+        last: the last position.
+        tokens: predictions compared.
+        kl_mean: mean KL divergence in nats.
+        top1: share of predictions where both find the same token most likely.
+    """
+
+    first: int
+    last: int
+    tokens: int
+    kl_mean: float
+    top1: float
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,16 @@ class Quality:
         """The gate."""
         return self.figures is not None and (self.limit is None or self.figures.kl_mean <= self.limit)
 
+    @property
+    def verdict(self) -> str:
+        """The figures on one line."""
+        if self.figures is None:
+            return f"not measured: {self.problem}"
+        return f"mean KL {self.figures.kl_mean:.2g}, top-1 {self.figures.top1:.1%}{'' if self.ok else ', FAILED'}"
+
+    def __repr__(self) -> str:
+        return f"<Quality: {self.verdict}>"
+
     def as_dict(self, figures: bool) -> dict[str, object]:
         """Plain values; the figures differ in their last digits between machines, the rest does not."""
         rule: dict[str, object] = {"ok": self.ok, "max_kl": self.limit}
@@ -99,6 +130,7 @@ class Quality:
             "top1_in_top5": measured and measured.top5,
             "perplexity_source": source,
             "perplexity": export,
+            "by_position": [dict(vars(each)) for each in measured.positions] if measured else [],
             "worst_layers": dict(self.layers),
             "worst_weights": dict(self.weights),
         }
@@ -224,7 +256,20 @@ def _figures(columns: list[Columns]) -> Figures:
         top1=float(same.mean()),
         top5=float(within.mean()),
         perplexity=(_perplexity(own), _perplexity(other)) if len(own) else None,
+        positions=_by_position(columns),
     )
+
+
+def _by_position(columns: list[Columns]) -> tuple[Position, ...]:
+    """Figures of positions 0, 1, 2–3, 4–7 and so on; none if no window has more than one position."""
+    longest, found, first = max(len(column[0]) for column in columns), [], 0
+    while first < longest and longest > 1:
+        some = slice(first, max(1, 2 * first))
+        divergence, same = (np.concatenate([column[i][some] for column in columns]) for i in (0, 1))
+        last = min(some.stop, longest) - 1
+        found.append(Position(first, last, len(divergence), float(divergence.mean()), float(same.mean())))
+        first = some.stop
+    return tuple(found)
 
 
 def _perplexity(surprisals: Array) -> float:

@@ -10,6 +10,7 @@ from gptconvert.errors import printable
 from gptconvert.verify.metrics import FLOOR_ROUNDINGS, MAX_ABS_RATIO, MAX_RMSE_RATIO, MOST_NOISE, Measure
 from gptconvert.verify.outputs import Group
 from gptconvert.verify.quality import Quality
+from gptconvert.verify.report_rows import blocks_of, rows_of, worst_ratio
 from gptconvert.verify.weights import WeightReport
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class RunReport:
         first_bad: where the error begins; None if there is none or it was not located.
         stressed: whether stress weights ran in place of the checkpoint's.
         yardstick: what measured the rounding noise, if not the reference model in the computing type.
+        taps: figures of the embedding and of every block's output, where an error was located.
     """
 
     runtime: str
@@ -36,6 +38,7 @@ class RunReport:
     first_bad: str | None = None
     stressed: bool = False
     yardstick: str = ""
+    taps: tuple[Measure, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -46,7 +49,12 @@ class RunReport:
         """Plain values."""
         groups = [_group_dict(group, figures) for group in self.groups]
         fields = {"runtime": self.runtime, "ok": self.ok, "first_bad_block": self.first_bad, "groups": groups}
-        return {**fields, "yardstick": self.yardstick} if self.yardstick else fields
+        fields |= {"yardstick": self.yardstick} if self.yardstick else {}
+        return {**fields, "stressed": self.stressed, "blocks": blocks_of(self)} if figures else fields
+
+    def __repr__(self) -> str:
+        passed = sum(group.ok for group in self.groups)
+        return f"<RunReport {self.runtime!r}: {passed} of {len(self.groups)} probe groups within noise>"
 
 
 @dataclass
@@ -65,6 +73,7 @@ class ArtifactReport:
         seconds: wall time.
         greedy: its greedy continuation, to be checked against other artifacts; None if it cannot generate by itself.
         quality: rule 3; None if the artifact loses nothing, or was not measured.
+        size: bytes of its files; None if unknown.
     """
 
     kind: str
@@ -78,6 +87,11 @@ class ArtifactReport:
     seconds: float = 0.0
     greedy: Continuation | None = None
     quality: Quality | None = None
+    size: int | None = None
+
+    def __repr__(self) -> str:
+        verdict, runs = "verified" if self.ok else "FAILED", len(self.runs)
+        return f"<ArtifactReport {self.path!r}: {verdict}, {runs} run{'s' * (runs != 1)}>"
 
     @property
     def ok(self) -> bool:
@@ -96,13 +110,13 @@ class ArtifactReport:
             "kind": self.kind,
             "path": self.path,
             "ok": self.ok,
-            "weights": self.weights.as_dict(),
+            "weights": self.weights.as_dict(figures),
             "problems": list(self.problems),
             "runs": [run.as_dict(figures) for run in self.runs],
             "probes": self.probes,
             **({} if self.quality is None else {"quality": self.quality.as_dict(figures)}),
         }
-        return {**fields, "seconds": round(self.seconds, 2)} if figures else fields
+        return {**fields, "size": self.size, "seconds": round(self.seconds, 2)} if figures else fields
 
 
 @dataclass
@@ -182,6 +196,25 @@ class Report:
             **({} if self.package is None else {"package": self.package.as_dict()}),
             "artifacts": [artifact.as_dict(figures) for artifact in self.artifacts],
         }
+
+    def to_rows(self) -> list[dict[str, object]]:
+        """One flat row per artifact, runtime and probe group, for ``pandas.DataFrame(report.to_rows())``.
+
+        The columns are artifact, kind, runtime, group, ok, tokens, R and max_error of the task's outputs,
+        R_present of keys and values, top1, and problems. What was not measured is None.
+        """
+        return rows_of(self)
+
+    def __repr__(self) -> str:
+        worst = worst_ratio(group for artifact in self.artifacts for run in artifact.runs for group in run.groups)
+        largest = "" if worst is None else f", worst R {_ratio(worst)}"
+        return f"<Report: {self.verdict}; {len(self.artifacts)} artifacts{largest}>"
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        from gptconvert.reporting.html import fragment
+
+        return fragment({"command": "verify", "ok": self.passed, "verification": self.as_dict(), "notes": self.notes})
 
     def table(self, *, verbose: bool = False) -> str:
         """Readable text: one line per artifact and runtime, or every probe group.

@@ -31,6 +31,31 @@ class Pair(NamedTuple):
     found: LazyTensor
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The result for one stored tensor.
+
+    Attributes:
+        weight: canonical name of the weight that it belongs to.
+        tensor: its name in the file; None if the weight is not stored in a known form.
+        dtype: element type, as expected.
+        shape: as expected.
+        size: bytes.
+        ok: whether it is equal; None if only the outputs were compared.
+    """
+
+    weight: str
+    tensor: str | None
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    ok: bool | None
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return {**vars(self), "shape": list(self.shape)}
+
+
 @dataclass
 class WeightReport:
     """Result of rule 1.
@@ -43,6 +68,7 @@ class WeightReport:
         strict: whether a missing weight is a problem. It is in our own files; other exporters may fuse or fold
             weights, and there the outputs decide.
         outputs_only: the weights that are stored in no known form, so that the outputs alone vouch for them.
+        compared: the result for every stored tensor.
     """
 
     expected: int
@@ -51,14 +77,15 @@ class WeightReport:
     nbytes: int = 0
     problems: list[str] = field(default_factory=list)
     outputs_only: list[str] = field(default_factory=list)
+    compared: list[Compared] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Whether no problem was found."""
         return not self.problems
 
-    def as_dict(self) -> dict[str, object]:
-        """Plain values for ``--json`` and the manifest."""
+    def as_dict(self, figures: bool = False) -> dict[str, object]:
+        """Plain values for ``--json`` and, without ``figures``, the manifest."""
         return {
             "ok": self.ok,
             "weights": self.expected,
@@ -67,6 +94,7 @@ class WeightReport:
             "every_weight_required": self.strict,
             "problems": list(self.problems),
             **({} if self.strict else {"outputs_only": list(self.outputs_only)}),
+            **({"tensors": [each.as_dict() for each in self.compared]} if figures else {}),
         }
 
 
@@ -173,6 +201,10 @@ def compare(
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         verdicts = list(pool.map(judge, largest_first))
+    report.compared += [
+        Compared(p.weight, p.name, p.expected.dtype.name, p.expected.shape, p.expected.nbytes, verdict is None)
+        for p, verdict in zip(largest_first, verdicts, strict=True)
+    ]
     different = {pair.weight for pair, verdict in zip(largest_first, verdicts, strict=True) if verdict is not None}
     report.equal += len({pair.weight for pair in largest_first} - different)
     report.nbytes += sum(

@@ -115,6 +115,15 @@ def test_conversion_with_verification(export: Path) -> None:
     assert (export / "manifest.json").is_file()
 
 
+def test_report(sandbox: Sandbox, tmp_path: Path) -> None:
+    """matplotlib writes its list of fonts into the cache directory."""
+    report = tmp_path / "report.html"
+    words = ["--to", "onnx", "-o", tmp_path / "out", "--report", report, "-q"]
+    sandbox.run("-m", "gptconvert", "convert", TINY / "openai-tf", *words)
+    assert "<svg" in report.read_text()
+    assert (sandbox.sockets(), sandbox.files()) == ([], [])
+
+
 @pytest.mark.parametrize("runtime", ["onnx", "torch"])
 def test_generation(export: Path, sandbox: Sandbox, runtime: str) -> None:
     sandbox.run("-m", "gptconvert", "generate", export, "def main", "--runtime", runtime, "--max-new-tokens", "2")

@@ -13,7 +13,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import Array
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner
-from gptconvert.verify.localise import from_groups
+from gptconvert.verify.localise import Location, from_groups
 from gptconvert.verify.metrics import EPSILON, Errors, Measure
 from gptconvert.verify.outputs import YARDSTICKS, Group, OutputComparison
 from gptconvert.verify.probes import Probe
@@ -31,8 +31,8 @@ def first_bad_block(
     checkpoint: Checkpoint,
     groups: list[Group],
     replaced: Mapping[str, Array] | None = None,
-) -> str | None:
-    """Where the error of the failing ``groups`` begins, as text; None if no whole probe reproduces it.
+) -> Location | None:
+    """Where the error of the failing ``groups`` begins; None if no whole probe reproduces it.
 
     ``replaced`` is the content of tensors that differs from the file's.
     """
@@ -57,17 +57,19 @@ def first_bad_block(
     OutputComparison({(probe, False): outputs}, binding.compute, truth, config, found).judge()
     bad = [m.tensor for group in found.values() for m in group.measures.values() if not m.ok]
     presents = sorted((name for name in bad if name.startswith("present.")), key=_layer)
-    tap = next((name for name in taps if not _tap_ok(name, outputs, probe, truth)), None)
+    blocks = tuple(_tap(name, outputs, probe, truth) for name in taps)
+    tap = next((measure.tensor for measure in blocks if not measure.ok), None)
     if tap is not None:
-        return _in_block(tap, presents)
+        return Location(_in_block(tap, presents), blocks)
     if presents:
-        return _from_presents(presents[0], taps)
+        return Location(_from_presents(presents[0], taps), blocks)
     if not all(group.ok for group in found.values()):
         if taps:
-            return "the head (final norm, projection) or the output's shape"
-        return _untapped(groups, binding)
-    measured = any(not measure.ok for group in groups for measure in group.measures.values())
-    return "onnxruntime's graph optimisation: without it the same graph is correct" if measured else None
+            return Location("the head (final norm, projection) or the output's shape", blocks)
+        return Location(_untapped(groups, binding))
+    if any(not measure.ok for group in groups for measure in group.measures.values()):
+        return Location("onnxruntime's graph optimisation: without it the same graph is correct", blocks)
+    return None
 
 
 def _untapped(groups: list[Group], binding: Binding) -> str:
@@ -81,15 +83,15 @@ def _untapped(groups: list[Group], binding: Binding) -> str:
     return f"{place or 'an unknown place'}; {reason}"
 
 
-def _tap_ok(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> bool:
-    """Whether a block's output, [B * S, D] or [B, S, D], is within the noise."""
+def _tap(name: str, outputs: Outputs, probe: Probe, truth: Truth) -> Measure:
+    """The figures of a block's output, [B * S, D] or [B, S, D]."""
     array: Array = outputs.taps[name]
     rows = array.reshape(*probe.input_ids.shape, -1)
     measure = Measure(name, EPSILON["float32"])
     for row in truth.pack.rows:
         exact, noise = truth.values[name][row.tokens], truth.noise[name]
         measure.add(Errors.of(tensor_of(rows[row.row][row.new]), exact), noise.at(row.tokens), exact)
-    return measure.ok
+    return measure
 
 
 def _in_block(tap: str, bad_presents: list[str]) -> str:

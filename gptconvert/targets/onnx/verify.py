@@ -80,7 +80,7 @@ class OnnxVerifier:
         file = open_onnx(candidate.path, confined=candidate.export is None)
         checkpoint, weights, pairs, match = _weights(candidate, file)
         quantised = any(isinstance(weight, Quantised) for weight in checkpoint.weights.values())
-        report = ArtifactReport(NAME, candidate.shown_as, weights)
+        report = ArtifactReport(NAME, candidate.shown_as, weights, size=file.size)
         if candidate.export or file.is_own:
             report.problems = check_contract(file, checkpoint.config, not quantised and not file.is_in_place)
         if not weights.ok or report.problems:
@@ -268,7 +268,9 @@ class Runs:
         """Record where the error of a failed run begins."""
         if not run.ok:
             self.stage("locating the error", 0)
-            run.first_bad = first_bad_block(self.file, self.binding, self.checkpoint, run.groups, self.replaced)
+            found = first_bad_block(self.file, self.binding, self.checkpoint, run.groups, self.replaced)
+            if found is not None:
+                run.first_bad, run.taps = found
 
     @functools.cached_property
     def session(self) -> OnnxRunner:

@@ -44,9 +44,10 @@ class TensorFlowProcess(ChildProcess):
         require_tensorflow()
         self._scratch = Scratch()
         self.directory = self._scratch.path
-        # Keras's settings and AutoGraph's generated code would be left in the user's home and temporary directory.
+        # Keras's settings, the list of fonts of matplotlib (which Keras imports) and AutoGraph's generated code would
+        # be left in the user's home and temporary directory.
         try:
-            super().__init__(limits, {"KERAS_HOME": self.directory, "TMPDIR": self.directory})
+            super().__init__(limits, dict.fromkeys(("KERAS_HOME", "MPLCONFIGDIR", "TMPDIR"), self.directory))
         except BaseException:
             self._scratch.remove()
             raise
