@@ -100,7 +100,7 @@ def run(seed: int, seconds: float, start: int = 0, only: int | None = None) -> R
     with tempfile.TemporaryDirectory() as folder, remembered_truths(), one_tensorflow():
         bugs = Bugs(Path(folder), seed)
         for number in range(start, bugs.most) if only is None else (only,):
-            if time.monotonic() > end:
+            if only is None and time.monotonic() > end:
                 break
             bug = bugs[number]
             if bug is None:

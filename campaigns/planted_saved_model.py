@@ -33,8 +33,9 @@ from gptconvert.verify.runners import RunError
 from gptconvert.verify.stress import settings_of, stress_weights
 from tests.targets.saved_model.support import write
 
-#: Relative difference of two float64 runs that rounding explains.
-EXACT = 1e-9
+#: Relative difference of two float64 runs that rounding explains: constants of the graph, such as the tables of rotary
+#: angles, stay rounded to float32, so moving all positions by two changes the last of 8 digits.
+EXACT = 1e-7
 #: Pattern of a mutant's name → why outputs need not show it in a SavedModel without our manifest.
 TOO_SMALL: Mapping[str, str] = {
     r"\* 1\.00001$": "a part in 100,000 of a small part of a sum is below the limit of 4 roundings",
