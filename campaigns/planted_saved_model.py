@@ -33,7 +33,7 @@ from gptconvert.verify.runners import RunError
 from gptconvert.verify.stress import settings_of, stress_weights
 from tests.targets.saved_model.support import write
 
-#: Relative difference of two float64 runs that rounding explains: constants of the graph, such as the tables of rotary
+#: Relative difference of two float64 runs that rounding explains: constants of the graph, such as tables of rotary
 #: angles, stay rounded to float32, so moving all positions by two changes the last of 8 digits.
 EXACT = 1e-7
 #: Pattern of a mutant's name → why outputs need not show it in a SavedModel without our manifest.
