@@ -22,6 +22,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "tf": ("tensorflow>=2.18",),
     "h5": ("h5py>=3.11",),
     "flax": ("msgpack>=1.1",),
+    "cluster": ("dask[distributed]>=2024.5",),
+    "remote": ("fsspec>=2024.5",),
     "gpt1-tokenizer": ("ftfy>=6.1", "spacy>=3.7"),
 }
 

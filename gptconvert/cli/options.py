@@ -25,7 +25,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 DISPLAY = "Display"
 #: Sections of the help, in order.
-GROUPS: tuple[str, ...] = (*get_args(Group), "Runtime", "Sampling", DISPLAY)
+GROUPS: tuple[str, ...] = (*get_args(Group), "Batch", "Runtime", "Sampling", DISPLAY)
 #: Parameters that may be empty: the scope of names without a prefix.
 MAY_BE_EMPTY = ("prompt", "scope")
 #: Width of the flags column; longer flags get a line to themselves.
