@@ -40,11 +40,10 @@ class Process:
     Args:
         job: the job.
         environment: variables to set.
-        command: the program.
     """
 
-    def __init__(self, job: Job, environment: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND):
-        self._job, self._command, self._begun = job, command, time.monotonic()
+    def __init__(self, job: Job, environment: Mapping[str, str] | None = None) -> None:
+        self._job, self._begun = job, time.monotonic()
         # The options of a job are those in the list.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("GPTCONVERT_")}
         self._environment = {**inherited, **(environment or {})}
@@ -54,7 +53,7 @@ class Process:
     def _start(self) -> None:
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (until it ends)
         self._popen = subprocess.Popen(
-            self._command,
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=self._out,
             stderr=self._err,
