@@ -10,6 +10,7 @@ that dies, even one that has not begun. A job that Dask gives up is run again al
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import time
@@ -24,13 +25,15 @@ from gptconvert.batch.local import Emit, Waiting, finished, waiting_of
 from gptconvert.batch.memory import too_large
 from gptconvert.batch.process import GRACE, POLL, Process, stop_all
 from gptconvert.batch.results import Record, failure
+from gptconvert.containers.json import read_json_object
 from gptconvert.errors import GptConvertError, OutputError, UnsupportedError, UsageError, install_hint, reason
 from gptconvert.version import __version__
 
 #: The resource that workers declare, in bytes: ``dask worker --resources MEMORY=100e9``.
 RESOURCE = "MEMORY"
 #: Seconds to wait for the scheduler.
-CONNECT = 8.0
+CONNECT = 6.0
+MAX_SCHEDULER_FILE = 1 << 20
 #: Jobs that run in this process, if it is a worker.
 _running: set[Process] = set()
 
@@ -48,16 +51,41 @@ def connect(address: str) -> Any:
     except ModuleNotFoundError as error:
         what = f"--dask needs the Python package {error.name}, which is not installed"
         raise UnsupportedError(what, hint=install_hint("cluster")) from None
-    where = {"scheduler_file": address} if os.path.isfile(address) else {"address": address}
+    what, hint = (
+        "the Dask scheduler cannot be reached",
+        "check the address, and that the scheduler runs: dask scheduler",
+    )
     try:
-        return distributed.Client(**where, timeout=CONNECT, set_as_default=False, name="gptconvert-batch")
+        where = _address_in(address) if os.path.isfile(address) else address
+        asyncio.run(asyncio.wait_for(_require_scheduler(where), CONNECT))
+        return distributed.Client(where, timeout=CONNECT, set_as_default=False, name="gptconvert-batch")
     except ValueError as error:
         raise UsageError(f"not an address of a Dask scheduler ({error})", item="--dask", found=address) from error
-    except Exception as error:
-        hint = "check the address, and that the scheduler runs: dask scheduler"
-        raise OutputError(
-            f"the Dask scheduler cannot be reached ({reason(error)})", item="--dask", found=address, hint=hint
-        ) from error
+    except (OSError, TimeoutError) as error:
+        why = f" ({reason(error)})" if str(error) else f" within {CONNECT:.0f} seconds"
+        raise OutputError(f"{what}{why}", item="--dask", found=address, hint=hint) from error
+    except Exception as error:  # the answer of another program, which could mean anything
+        why = f"the answer is not that of a Dask scheduler ({type(error).__name__}: {error})"
+        raise OutputError(why, item="--dask", found=address, hint=hint) from error
+
+
+def _address_in(path: str) -> str:
+    """The address in a scheduler file."""
+    address = read_json_object(path, MAX_SCHEDULER_FILE, "the scheduler file").get("address")
+    if not isinstance(address, str):
+        raise ValueError(f"{path} has no `address`")
+    return address
+
+
+async def _require_scheduler(address: str) -> None:
+    """Check that a scheduler answers. A client that fails to connect takes long to give up."""
+    from distributed.core import rpc
+    from distributed.security import Security
+
+    async with rpc(address, timeout=CONNECT, connection_args=Security().get_connection_args("client")) as scheduler:
+        found = await scheduler.identity()
+    if found.get("type") != "Scheduler":
+        raise ValueError(f"it is that of a {found.get('type')}")
 
 
 class ClusterBatch:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gptconvert.batch.jobs import Entry, Job
-from gptconvert.batch.memory import needed, source_size, too_large
+from gptconvert.batch.memory import needed, too_large
 from gptconvert.batch.process import POLL, Process, stop_all
 from gptconvert.batch.results import Record, failure
 
@@ -35,7 +35,7 @@ class Waiting:
     def need(self) -> int:
         """Bytes of memory; computed on first use, since sources may be remote."""
         if self._need is None:
-            self._need = needed(self.job, source_size(self.job))
+            self._need = needed(self.job)
         return self._need
 
 

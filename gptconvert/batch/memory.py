@@ -26,15 +26,13 @@ MOST_PACKED = 512 * MIB
 USABLE = 0.9
 
 
-def needed(job: Job, size: int) -> int:
-    """Bytes of memory that a job needs: its own figure, or an estimate.
+def needed(job: Job) -> int:
+    """Bytes of memory that a job needs: its own figure, or an estimate."""
+    return estimate(job, source_size(job)) if job.memory is None else job.memory
 
-    Args:
-        job: the job.
-        size: bytes of its source; 0 if unknown.
-    """
-    if job.memory is not None:
-        return job.memory
+
+def estimate(job: Job, size: int) -> int:
+    """Bytes of memory that a job whose source has ``size`` bytes needs, at most."""
     need = float(WRITING)
     if "tf" in job.options.targets:
         need += TENSORFLOW

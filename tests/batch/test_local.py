@@ -17,7 +17,7 @@ import pytest
 from gptconvert.batch import process
 from gptconvert.batch.jobs import Entry, parse_job
 from gptconvert.batch.local import LocalBatch
-from gptconvert.batch.memory import GIB, MIB, available, needed, source_size
+from gptconvert.batch.memory import GIB, MIB, available, estimate, source_size
 from gptconvert.batch.results import Record
 from tests.batch.test_jobs import listed
 from tests.commands import TINY, command, tree
@@ -186,7 +186,7 @@ def test_a_job_that_does_not_stop_is_killed(program: Program, monkeypatch: pytes
 )
 def test_estimates_exceed_what_was_measured(size: int, options: dict[str, Any], targets: str, most: int) -> None:
     job = parse_job({"source": "m", "output": "o", "targets": targets, "options": options})
-    assert most * MIB < needed(job, size) < most * MIB + 2.5 * GIB
+    assert most * MIB < estimate(job, size) < most * MIB + 2.5 * GIB
 
 
 def test_sizes_of_local_sources(tmp_path: Path) -> None:
