@@ -144,11 +144,12 @@ def fetch(url: str, directory: str) -> tuple[str, list[str]]:
         _require_space(directory, sum(info.get("size") or 0 for info in entries.values()), url)
         # The name of the directory is part of some formats.
         root = os.path.join(directory, folder.rpartition("/")[2] or "source")
-        sums = {name: _download(files, info, root, name, url) for name, info in entries.items()}
+        base = url.rstrip("/") if folder == path else url.rpartition("/")[0]
+        sums = {name: _download(files, info, root, name, f"{base}/{name}") for name, info in entries.items()}
         recorded = _recorded_sums(root) if SUMS_FILE in entries else {}
         for name in sums.keys() & recorded.keys():
             if sums[name][0] != recorded[name]:
-                raise _damaged(f"{url.rstrip('/')}/{name}", SUMS_FILE, recorded[name], sums[name][0])
+                raise _damaged(f"{base}/{name}", SUMS_FILE, recorded[name], sums[name][0])
     unchecked = [name for name, (_, checked) in sums.items() if not checked and name not in recorded]
     unchecked = [name for name in unchecked if name != SUMS_FILE]
     some = ", ".join(sorted(unchecked)[:5])
@@ -164,10 +165,11 @@ def _require_space(directory: str, nbytes: int, url: str) -> None:
         raise OutputError(what, path=url, expected=f"{nbytes} bytes", found=f"{free} bytes in {directory}", hint=hint)
 
 
-def _download(files: Any, info: Mapping[str, Any], root: str, name: str, url: str) -> tuple[str, bool]:
+def _download(files: Any, info: Mapping[str, Any], root: str, name: str, shown: str) -> tuple[str, bool]:
     """Download one file; returns its SHA-256, and whether a digest of the store's was compared."""
-    target, shown = os.path.join(root, name), f"{url.rstrip('/')}/{name}"
+    target = os.path.join(root, name)
     os.makedirs(os.path.dirname(target), exist_ok=True)
+    before = files.info(info["name"])  # a listing may format its fields differently
     hashes, nbytes = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}, 0
     with files.open(info["name"], "rb") as source, open(target, "wb") as copy:
         while block := source.read(_BLOCK):
@@ -176,10 +178,10 @@ def _download(files: Any, info: Mapping[str, Any], root: str, name: str, url: st
                 each.update(block)
             _write(copy, block, target)
     now = files.info(info["name"])
-    if any(info.get(key) != now.get(key) for key in _STATE) or nbytes != now.get("size", nbytes):
+    if any(before.get(key) != now.get(key) for key in _STATE) or nbytes != now.get("size", nbytes):
         hint = "wait until it is complete, then run the job again"
         raise InputError("input changed while it was being read", path=shown, hint=hint)
-    checked = False
+    checked, info = False, {**info, **before}
     for key, (algorithm, decode) in _DIGESTS.items():
         expected = decode(info[key]) if info.get(key) else None
         if expected is not None:
