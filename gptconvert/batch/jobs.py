@@ -251,7 +251,8 @@ def _options_of(given: object, targets: object) -> Options:
         values["verify"] = DEFAULTS["verify"] if values["verify"] else None
     options = Options(**values, targets=_targets_of(targets))
     options.check_targets(values)
-    return dataclasses.replace(options, **dict(_absolute(options)))
+    absolute: dict[str, Any] = dict(_absolute(options))
+    return dataclasses.replace(options, **absolute)
 
 
 def _targets_of(value: object) -> tuple[str, ...]:

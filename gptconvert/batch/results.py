@@ -126,7 +126,7 @@ def summary(records: Sequence[Record], seconds: float, left: int = 0) -> str:
 
 def rows(records: Iterable[Record]) -> list[tuple[str, ...]]:
     """The table of a batch, by line."""
-    named = [("line", "status", "seconds", "output", "")]
+    named: list[tuple[str, ...]] = [("line", "status", "seconds", "output", "")]
     for record in sorted(records, key=lambda record: record.line):
         reason = "" if record.error is None else str(record.error["message"]).splitlines()[0]
         prefix = f"line {record.line}: "
