@@ -5,6 +5,7 @@ checkpoint: for the checkpoint, the copy and the export.
 
 ``python -m benchmarks scale`` measures how memory grows with the number of layers: see ``benchmarks/scale.py``.
 ``python -m benchmarks variants`` measures quantised, last-token and in-place graphs: see ``benchmarks/variants.py``.
+``python -m benchmarks batch`` measures many conversions at a time: see ``benchmarks/batch.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks import scale, variants
+from benchmarks import batch, scale, variants
 from benchmarks.checkpoints import SIZES, openai_checkpoint
 from benchmarks.measure import Run, interleaved, median_ratio
 from benchmarks.speed import report
@@ -85,7 +86,7 @@ def speeds(size: str, data: Path, peers: dict[str, Path]) -> str:
 
 def main() -> None:
     """Run the benchmarks and print their tables."""
-    for name, program in {"scale": scale.main, "variants": variants.main}.items():
+    for name, program in {"batch": batch.main, "scale": scale.main, "variants": variants.main}.items():
         if sys.argv[1:2] == [name]:
             program(sys.argv[2:])
             return

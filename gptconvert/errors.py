@@ -24,6 +24,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "flax": ("msgpack>=1.1",),
     "gguf": ("gguf>=0.19", "xllamacpp>=2026.10"),
     "report": ("matplotlib>=3.9",),
+    "cluster": ("dask[distributed]>=2024.5",),
+    "remote": ("fsspec>=2024.5",),
     "gpt1-tokenizer": ("ftfy>=6.1", "spacy>=3.7"),
 }
 

@@ -391,16 +391,21 @@ def _describe(planned: Plan, written: Written, directory: str, report: Report | 
     checkpoint, options = planned.exports[0].checkpoint, planned.options
     facts = CardFacts(checkpoint, planned.exports, options, {file.path: file.nbytes for file in written.files})
     readme = write_files(directory, [PlannedFile.of_bytes(CARD_FILE, model_card(facts, verification))])
-    libraries = [library for name in options.targets for library in target_named(name).libraries]
     manifest = manifest_files(
         checkpoint,
         planned.files,
         written,
-        Recipe(options.targets, options.recorded(), libraries),
+        recipe_of(options),
         also=readme,
         verification=verification or None,
     )
     return [*readme, *write_files(directory, manifest)]
+
+
+def recipe_of(options: Options) -> Recipe:
+    """The parameters of a conversion with these options, as its manifest records them."""
+    libraries = [library for name in options.targets for library in target_named(name).libraries]
+    return Recipe(options.targets, options.recorded(), libraries)
 
 
 def check_tied(checkpoint: Checkpoint) -> None:

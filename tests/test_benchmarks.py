@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import llama, scale, variants
+from benchmarks import batch, llama, scale, variants
 from benchmarks.checkpoints import SIZES, Large
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.pipeline import open_checkpoint
@@ -60,6 +60,21 @@ def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path) -> N
     with pytest.raises(SystemExit, match="not enough disk space"):
         scale.main(["--data", str(tmp_path)], small, spare_bytes=1 << 60)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [(), ("--dask",)])
+def test_a_row_for_each_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(SIZES, "small", {"n_vocab": 97, "n_ctx": 32, "n_embd": 48, "n_head": 3, "n_layer": 2})
+    words = ("--size", "small", "--count", "2", "--workers", "1", "2", "--data", str(tmp_path))
+    batch.main([*words, *engine])
+    title, _, first, second = capsys.readouterr().out.splitlines()
+    assert title.startswith("| 2 × small → safetensors, not verified")
+    assert first.startswith("| 1 at a time |") and "| 1.00 |" in first
+    assert second.startswith("| 2 at a time |")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import shlex
 import shutil
@@ -18,7 +20,7 @@ import pytest
 import gptconvert
 from gptconvert.generation.model import generate
 from gptconvert.generation.sampling import Sampling
-from tests.commands import TINY, TRAINED
+from tests.commands import TINY, TRAINED, command
 from tests.helpers import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -33,8 +35,22 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(*words: str, where: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *words], cwd=where, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def takes_arguments(path: Path) -> bool:
+    return re.search(rf"python examples/{path.name} [A-Z]", path.read_text()) is not None
+
+
+def directory_like_a_clone(path: Path) -> Path:
+    """A directory with the examples and fixtures, in which the examples may write."""
+    for name in ("examples", "fixtures"):
+        (path / name).symlink_to(ROOT / name)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +66,16 @@ def test_readme_commands_run_as_written(tmp_path: Path) -> None:
     commands = [shlex.split(line) for line in block.splitlines()]
     scripts = [words[1] for words in commands]
     assert sorted(scripts) == sorted(f"examples/{path.name}" for path in EXAMPLES.glob("*.py"))
+    clone = directory_like_a_clone(tmp_path)
     for words in commands:
         assert words[0] == "python"
-        done = run(*(str(tmp_path / word) if word == "gpt2" else word for word in words[1:]))
+        done = run(*words[1:], where=clone)
         assert done.returncode == 0, done.stderr
         assert done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py") if takes_arguments(path)))
 def test_usage_without_arguments(name: str) -> None:
     done = run(f"examples/{name}.py")
     assert done.returncode == 1
@@ -124,3 +141,20 @@ def test_verify_foreign_export_sees_one_damaged_weight(export: Path, tmp_path: P
     out = capsys.readouterr().out
     assert "DIFFERENT" in out
     assert "51 of 52 weights" in out
+
+
+@pytest.mark.slow
+def test_the_list_of_jobs_runs_on_dask_and_its_shards_find_it_done(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = directory_like_a_clone(tmp_path)
+    done = run("examples/dask_batch.py", where=clone)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split()[:2] for line in done.stdout.splitlines()) == [
+        ["converted", f"out-batch/{name}"] for name in ("gpt2-stdlib", "llmc", "nanogpt", "tiny")
+    ]
+    monkeypatch.chdir(clone)
+    for index in range(2):
+        again = command(capsys, "batch", "examples/jobs.jsonl", "--shard", f"{index}/2", "--jobs", 2)
+        assert again.code == 0, again.err
+        assert [json.loads(line)["status"] for line in again.out.splitlines()] == ["skipped", "skipped"]

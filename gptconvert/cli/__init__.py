@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "megatron": ("convert", "Convert a Megatron-LM GPT-2 checkpoint."),
     "gguf": ("convert", "Convert a GGUF file of llama.cpp."),
     "convert": ("convert", "Convert any supported checkpoint; the format is detected."),
+    "batch": ("batch", "Run a list of conversions, on this machine or a cluster."),
     "inspect": ("inspect", "Show configuration and tensors; reads headers only."),
     "verify": ("verify", "Check an existing export against its checkpoint."),
     "quality": ("quality", "Measure what an export loses against its checkpoint."),

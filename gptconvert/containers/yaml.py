@@ -89,6 +89,20 @@ def parse_yaml(text: str, path: str) -> object:
         raise InputError(f"not YAML: {error}", path=path) from error
 
 
+def line_numbers(text: str) -> list[int]:
+    """The lines, from 1, where the items of a document's outermost list begin. The document has been parsed."""
+    import yaml
+
+    found, depth = [], 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        ends = isinstance(event, yaml.CollectionEndEvent)
+        depth -= ends
+        if depth == 1 and not ends and isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
+            found.append(event.start_mark.line + 1)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+    return found
+
+
 class _Builder:
     """Builds plain data from the events of a loader, in one pass, and refuses what could take unbounded time.
 

@@ -41,6 +41,15 @@ class Recipe:
     options: Mapping[str, object]
     libraries: Iterable[str] = ()
 
+    def as_dict(self) -> dict[str, object]:
+        """The parts of a manifest that decide the bytes of the output, besides the source."""
+        return {
+            "tool": {"name": "gptconvert", "version": __version__},
+            "libraries": {name: metadata.version(name) for name in self.libraries},
+            "targets": sorted(self.targets),
+            "options": dict(self.options),
+        }
+
 
 def manifest_files(
     checkpoint: Checkpoint,
@@ -67,13 +76,10 @@ def manifest_files(
     files = sorted((*written.files, *also), key=lambda file: file.path)
     content = {
         "schema_version": SCHEMA_VERSION,
-        "tool": {"name": "gptconvert", "version": __version__},
-        "libraries": {name: metadata.version(name) for name in recipe.libraries},
+        **recipe.as_dict(),
         "source": source_record(checkpoint, written.sources),
         "config": checkpoint.config.as_dict(),
         "special_ids": dataclasses.asdict(checkpoint.special_ids),
-        "targets": sorted(recipe.targets),
-        "options": dict(recipe.options),
         "files": [{"path": f.path, "size": f.nbytes, "sha256": f.sha256} for f in files],
         "tensors": _tensors(planned, written.tensors),
         "verification": None if verification is None else dict(verification),

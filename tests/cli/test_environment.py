@@ -33,6 +33,7 @@ VALUES = {
     "--task": "text-generation",
     "--activation": "erf",
     "--to": "tf",
+    "--shard": "0/4",
     "--quantize": "q8",
     "--variant": "q8",
     "--early-stopping": "never",
