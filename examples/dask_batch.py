@@ -3,8 +3,8 @@
     python examples/dask_batch.py [JOBS]
 
 JOBS is a list for ``gptconvert batch``: examples/jobs.jsonl by default, which converts fixtures of a clone. The
-cluster is two workers on this machine; for others, pass the address of their scheduler. Finished jobs are skipped when
-the program runs again. The exit code is that of the worst job.
+cluster is two workers on this machine; for others, pass the address of their scheduler. Finished jobs are skipped
+when the program runs again. The exit code is that of the worst job.
 """
 
 from __future__ import annotations

@@ -70,6 +70,19 @@ def test_generated_text(tmp_path: Path, capsys: Any) -> None:
     assert [len(each["continuations"]) for each in found if each["ok"]] == [2]
 
 
+def test_batch(tmp_path: Path, capsys: Any) -> None:
+    jobs = [
+        {"source": str(TINY / "openai-tf"), "output": str(tmp_path / "a"), "options": {"verify": None}},
+        {"source": "x"},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("".join(f"{json.dumps(job)}\n" for job in jobs))
+    done = command(capsys, "batch", tmp_path / "jobs.jsonl")
+    found = [valid("batch", json.loads(line)) for line in done.out.splitlines()]
+    assert sorted((each["line"], each["status"]) for each in found) == [(1, "converted"), (2, "failed")]
+    found = valid("batch", command(capsys, "batch", tmp_path / "jobs.jsonl", "--json").json)
+    assert sorted((each["line"], each["status"]) for each in found["jobs"]) == [(1, "skipped"), (2, "failed")]
+
+
 def test_every_kind_of_checkpoint_is_inspected(capsys: Any) -> None:
     found = [command(capsys, "inspect", path, "--json") for path in sorted(ORIGINALS.iterdir()) if path.is_dir()]
     opened = [valid("inspect", done.json) for done in found if done.code == 0]

@@ -18,6 +18,7 @@ NAMES = (
     "verify",
     "quality",
     "generate",
+    "batch",
     "formats",
     "version",
     "schema",
