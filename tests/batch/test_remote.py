@@ -70,7 +70,13 @@ class Store(MemoryFileSystem):
 
 
 @pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+
+@pytest.fixture(autouse=True)
+def clean(scratch: None) -> Iterator[None]:
     fsspec.register_implementation("store", Store, clobber=True)
     yield
     for each in (MemoryFileSystem, Store):
@@ -79,12 +85,6 @@ def clean() -> Iterator[None]:
     for faults in (Store.log, Store.wrong, Store.fails, Store.cut):
         faults.clear()
     assert not [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("gptconvert-scratch-")]
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
 
 def put(url: str, directory: Path = SOURCE) -> str:
