@@ -135,15 +135,26 @@ def perform(root: Path, name: str, shim: Shim) -> Done:
         arguments = ["verify", source, str(root / "artifact" / "model.safetensors")]
     if "--force" in arguments:
         write_old(output)
-    old, before = tree(output), len(os.listdir("/proc/self/fd"))
+    old, before = tree(output), _open_files()
     with shim.active():
         code, messages = _call(arguments)
     published, left = tree(output), leftovers(root, "artifact")
     retried = clean_up_again()  # as at exit
     gc.collect()  # tracebacks keep mapped files
-    opened = len(os.listdir("/proc/self/fd")) - before
+    opened = len(_open_files() - before)
     retried += leftovers(root, "artifact")
     return Done(code, messages, old, published, tuple(left), opened, tuple(retried))
+
+
+def _open_files() -> set[tuple[str, str]]:
+    """(descriptor, path) of every open file on disk; other descriptors may come and go with libraries' threads."""
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if path.startswith("/") and not path.startswith(("/dev/", "/proc/")):
+                found.add((descriptor, path))
+    return found
 
 
 def _call(arguments: list[str]) -> tuple[int, str]:

@@ -76,6 +76,7 @@ def test_files_that_stay_open_are_reported(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _at(name: str, function: str, code: int) -> Any:
+    faults.expected(name)  # what a process asks once about its file system is known from here on
     shim = Shim(code=code)  # by name: threads make the numbers of calls vary
     shim.fails = lambda n: shim.calls[n].name == function and not shim.failed
     return faults.run_shim(0, name, shim, "once")
