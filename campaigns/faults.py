@@ -152,7 +152,7 @@ def _open_files() -> set[tuple[str, str]]:
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # that of the listing
             path = os.readlink(f"/proc/self/fd/{descriptor}")
-            if path.startswith("/") and not path.startswith(("/dev/", "/proc/")):
+            if path.startswith("/dev/shm/") or (path.startswith("/") and not path.startswith(("/dev/", "/proc/"))):
                 found.add((descriptor, path))
     return found
 
