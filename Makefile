@@ -53,7 +53,7 @@ tests/web/node_modules: tests/web/package-lock.json
 	npm ci --prefix tests/web --ignore-scripts --no-audit --no-fund
 	@touch $@
 
-test-web: $(VENV)/dev tests/web/node_modules  ## Run exports in onnxruntime-web and transformers.js; needs Node 20 and Chromium
+test-web: $(VENV)/dev tests/web/node_modules  ## Run exports in browsers, and the page of gptconvert web; needs Node 20 and Chromium
 	$(BIN)/python -m pytest tests/web
 
 docs: $(VENV)/dev  ## Write docs/api.md from the docstrings

@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "verify": ("verify", "Check an existing export against its checkpoint."),
     "quality": ("quality", "Measure what an export loses against its checkpoint."),
     "generate": ("generate", "Continue a text with an exported model."),
+    "web": ("web", "Add a page that writes with the model in a browser."),
     "formats": ("formats", "List the supported formats, models and targets."),
     "schema": ("schema", "Print the JSON Schema of a command's output."),
 }

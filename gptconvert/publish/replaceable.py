@@ -10,6 +10,8 @@ from gptconvert.publish.manifest import SUMS_FILE
 
 #: Files that desktops write by themselves.
 INCIDENTAL = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+#: Lists the files of the page that ``gptconvert web`` adds.
+WEB_SUMS = f"web/{SUMS_FILE}"
 #: The note names at most this many files.
 MOST_NAMED = 5
 
@@ -25,7 +27,8 @@ def deletion_notes(output: str) -> tuple[str, ...]:
 
 def _unlisted(output: str) -> Iterator[str]:
     """Relative paths of files, and of links to directories, that no conversion wrote."""
-    known = {SUMS_FILE, *_listed(os.path.join(output, SUMS_FILE))}
+    lists = (SUMS_FILE, WEB_SUMS)
+    known = {*lists, *(path for name in lists for path in _listed(os.path.join(output, name)))}
     for folder, folders, names in os.walk(output):
         folders.sort()
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]

@@ -38,6 +38,7 @@ VALUES = {
     "--variant": "q8",
     "--early-stopping": "never",
     "--block-size": "64",
+    "--serve": "8001",
     "--gguf-type": "q8_0",
 }
 

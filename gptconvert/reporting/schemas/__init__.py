@@ -19,6 +19,7 @@ NAMES = (
     "quality",
     "generate",
     "batch",
+    "web",
     "formats",
     "version",
     "schema",
