@@ -14,7 +14,7 @@ import struct
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from campaigns.report import Case, Report
 from gptconvert.containers.crc import crc32c, mask
+from gptconvert.containers.gguf import ALIGNMENT, TYPES, head_bytes, read_gguf
 from gptconvert.containers.leveldb import MAGIC, _block, write_table
 from gptconvert.containers.protobuf import bytes_field, integer_field, varint
 from gptconvert.errors import GptConvertError, UnforeseenError
@@ -237,6 +238,26 @@ def card(matter: Callable[[int], str]) -> Make:
     return file("tiny-gpt2/hf-safetensors", "README.md", lambda size: f"---\n{matter(size)}\n---\n".encode())
 
 
+def gguf(
+    metadata: Callable[[int], dict[str, Any]] = lambda n: {},
+    tensors: Callable[[int], Iterable[str]] = lambda n: (),
+) -> Make:
+    """A GGUF model with further keys and empty tensors."""
+
+    def make(folder: Path, size: int) -> Path:
+        (path,) = copied("originals/gguf", folder).glob("*.gguf")
+        model = read_gguf(path)
+        entries, end = [], 0
+        for name, each in model.tensors.items():
+            entries.append((name, each.type, each.shape, end))
+            end += -(-each.stored.nbytes // ALIGNMENT) * ALIGNMENT
+        entries += [(name, TYPES["F32"], (0,), end) for name in tensors(size)]
+        path.write_bytes(head_bytes({**model.metadata, **metadata(size)}, entries) + bytes(end))
+        return path
+
+    return make
+
+
 #: A BundleEntryProto: float32 of shape [0].
 ENTRY = b"\x08\x01\x12\x02\x12\x00"
 EMPTY = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
@@ -261,6 +282,15 @@ CASES: Mapping[str, Make] = {
         attention_types=lambda n: [[["global"], 9999]] * 3000 * n,
     ),
     "vocabulary: one large id": vocabulary(lambda n: {"zzz": 2**29 * n - 1}),
+    "gguf: layers": gguf(lambda n: {"gpt2.block_count": 2500 * n}),
+    "gguf: keys": gguf(lambda n: {f"k{i}": "v" for i in range(950 * n)}),
+    "gguf: too many keys": gguf(lambda n: {f"k{i}": i for i in range(5000 * n)}),
+    "gguf: tokens": gguf(lambda n: {"tokenizer.ggml.tokens": [""] * 900_000 * n}),
+    "gguf: numbers": gguf(lambda n: {"a": [1] * 900_000 * n}),
+    "gguf: merges": gguf(lambda n: {"tokenizer.ggml.merges": [f"{i} {i}" for i in range(250_000 * n)]}),
+    "gguf: a long text": gguf(lambda n: {"general.description": "x" * 30_000_000 * n}),
+    "gguf: tensors": gguf(tensors=lambda n: (f"blk.{i}.extra" for i in range(12_000 * n))),
+    "gguf: too many tensors": gguf(tensors=lambda n: (f"x{i}" for i in range(60_000 * n))),
     "merges: too many lines": file(
         "gpt2-stdlib", "vocab.bpe", lambda n: b"#version: 0.2\n" + b"abc\n" * 1_000_000 * n
     ),
