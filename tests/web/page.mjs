@@ -44,11 +44,18 @@ const actions = {
     await ready(page);
     await writeOn(page, prompt, { variant, count: 3, temperature: 0, length });
     const offered = await alternatives(page);
-    await page.click("#alternatives li:nth-child(2) button");
-    const chosen = await value(page);
-    const focused = await page.evaluate(() => document.activeElement.id);
-    await page.press("#text", "Escape");
-    return { offered, chosen, focused, back: await value(page) };
+    const chosen = [];
+    for (const keys of [["2"], ["ArrowDown", "ArrowDown", "Enter"], ["ArrowUp", "ArrowDown", "Space"]]) {
+      for (const key of keys) await page.keyboard.press(key);
+      chosen.push(await value(page), await page.evaluate(() => document.activeElement.id));
+      await page.press("#text", "Escape");
+      chosen.push(await value(page));
+      await page.press("#text", "Tab");
+      await written(page);
+    }
+    await page.click("#alternatives li:nth-child(3) button");
+    chosen.push(await value(page));
+    return { offered, chosen };
   },
 
   /** Stop after some tokens. */
@@ -138,11 +145,11 @@ const actions = {
     return { message: await page.textContent("#message"), canWrite: await page.isEnabled("#write") };
   },
 
-  /** Without WebAssembly SIMD. */
-  async old(page, { open }) {
+  /** In a browser where a statement has run before the worker: without SIMD, or without memory. */
+  async lesser(page, { open, statement }) {
     await page.route("**/worker.js", async (route) => {
       const response = await route.fetch();
-      await route.fulfill({ response, body: "WebAssembly.validate = () => false;\n" + (await response.text()) });
+      await route.fulfill({ response, body: `${statement};\n` + (await response.text()) });
     });
     return actions.broken(page, { file: "none", open });
   },

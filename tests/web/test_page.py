@@ -124,10 +124,11 @@ def test_webgpu(export: Path, url: str) -> None:
 
 def test_alternatives(export: Path, url: str) -> None:
     (found,) = browse({"do": "alternatives", "url": url, "prompt": PROMPT, "length": 6, "variant": "fp32"})
-    first, second, _ = found["offered"]
-    assert PROMPT + first == greedy(export, PROMPT, 6, "fp32")
-    assert len({*found["offered"]}) == 3
-    assert (found["chosen"], found["focused"], found["back"]) == (PROMPT + second, "text", PROMPT)
+    first, second, third = (PROMPT + each for each in found["offered"])
+    assert first == greedy(export, PROMPT, 6, "fp32")
+    assert len({first, second, third}) == 3
+    taken = [part for text in (second, third, first) for part in (text, "text", PROMPT)]  # then taken back
+    assert found["chosen"] == [*taken, third]
 
 
 def test_stop(export: Path, url: str) -> None:
@@ -196,12 +197,19 @@ def test_broken_files(url: str) -> None:
         assert message in found["message"] and not found["canWrite"], (file, status)
 
 
-def test_an_old_browser(url: str) -> None:
-    (found,) = browse({"do": "old", "url": url, "open": url})
-    assert found == {
-        "message": "This browser has no WebAssembly SIMD. Use a version from 2021 or later.",
-        "canWrite": False,
-    }
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("WebAssembly.validate = () => false", "This browser has no WebAssembly SIMD"),
+        (
+            "self.fetch = () => { throw new RangeError('Array buffer allocation failed'); }",
+            "There is not enough memory for this model",
+        ),
+    ],
+)
+def test_lesser_browsers(url: str, statement: str, message: str) -> None:
+    (found,) = browse({"do": "lesser", "url": url, "open": url, "statement": statement})
+    assert found["message"].startswith(message) and not found["canWrite"]
 
 
 def test_a_page_that_needs_the_network(tmp_path: Path) -> None:

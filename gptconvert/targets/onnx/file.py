@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from gptconvert.containers.untrusted import explain_file, file_beside, file_size
-from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
+from gptconvert.errors import GptConvertError, InputError, UnsafeInputError, reason
 from gptconvert.model.tensors import Array, Box, Computed, LazyTensor, Segment, Stored
 from gptconvert.targets.interface import Tensors
 from gptconvert.targets.onnx.safety import check_operators, check_text
@@ -131,6 +131,8 @@ def open_onnx(path: str, *, confined: bool = True) -> OnnxFile:
     inside = size > LARGE_BYTES
     try:
         model = onnx.load_model_from_string(without_weights(path)) if inside else onnx.load_model(path, None, False)
+    except OSError as error:
+        raise InputError(f"cannot be read ({reason(error)})", path=path) from error
     except Exception as error:  # protobuf's DecodeError moves between modules
         raise InputError("is not an ONNX model", path=path, found=str(error)[:200] or type(error).__name__) from error
     if not model.graph.node:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gptconvert.errors import GptConvertError, InputError, UnsupportedError
+from gptconvert.errors import GptConvertError, InputError, UnsupportedError, reason
 from gptconvert.model.tensors import Array, LazyTensor
 from gptconvert.publish.utf8_path import utf8_path
 from gptconvert.targets.child.client import Limits
@@ -223,6 +223,8 @@ class OnnxRunner:
                 return open_session(path, content, settings, self._values)
         except GptConvertError:
             raise
+        except OSError as error:
+            raise InputError(f"cannot be read ({reason(error)})", path=file.path) from error
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise InputError("onnxruntime cannot load the model", path=file.path, found=one_line(error)) from error
 

@@ -4,6 +4,8 @@ const $ = (id) => document.getElementById(id);
 const text = $("text");
 /** A variant larger than this, in bytes, is not the first choice; on a device with little memory, a smaller limit. */
 const LARGEST = (navigator.deviceMemory ?? 8) <= 4 ? 200e6 : 400e6;
+/** From this size of the float32 graph on, in bytes, the speed of a quantised one is felt. */
+const SLOW = 50e6;
 const NUMBERS = ["length", "temperature", "top_p", "top_k"];
 /** Upper limits of the probabilities of the shades p0, p1 …; above the last, the next. */
 const SHADES = [0.02, 0.1, 0.3, 0.7];
@@ -82,6 +84,7 @@ const handlers = {
     rows.forEach((_, row) => show(row));
     if (rows.length === 1) choose(0);
     refresh();
+    if (rows.length && document.activeElement === text) focus(0);
   },
   error({ during, message }) {
     $("loading").hidden = true;
@@ -127,6 +130,10 @@ function show(row) {
   content.append(...shaded(whole, parts));
   if (reason === "end") content.append(" ∎");
   $("alternatives").children[row].firstChild.replaceChildren(number, content);
+}
+
+function focus(row) {
+  $("alternatives").children[(row + rows.length) % rows.length].firstChild.focus();
 }
 
 /** Put an alternative into the text. While it is written, this stops it. */
@@ -274,6 +281,10 @@ function describe(variant, device, threads, loading) {
     }),
   );
   $("proof").textContent = proof(variant);
+  // WebAssembly unpacks quantised weights again for every token.
+  const exact = site.variants.find(({ name }) => name === "fp32");
+  $("advice").hidden = !exact || device !== "wasm" || !["q8", "q4"].includes(variant.name) || exact.size < SLOW;
+  $("advice").textContent = exact ? `fp32 (${bytes(exact.size)}) writes several times faster on WebAssembly.` : "";
 }
 
 function proof({ name, verified }) {
@@ -323,8 +334,16 @@ document.addEventListener("selectionchange", () => document.activeElement === te
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") back();
   else if (event.key !== "Shift") leaving = leaving && event.key === "Tab";
+});
+$("alternatives").addEventListener("keydown", (event) => {
+  if (writing) return;
   const row = Number(event.key) - 1;
-  if (rows.length && !writing && row in rows && event.target.closest("#choice, .toolbar")) choose(row);
+  const here = [...$("alternatives").children].findIndex((item) => item.contains(event.target));
+  const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  if (row in rows) choose(row);
+  else if (by) focus(here + by);
+  else return;
+  event.preventDefault();
 });
 new ResizeObserver(() => ($("shades").style.height = `${text.offsetHeight}px`)).observe(text);
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +25,7 @@ from gptconvert.targets.onnx.verify import DEFAULT, IN_PLACE, LENT, OnnxVerifier
 from gptconvert.verify.probes import make_probes
 from gptconvert.verify.run_probes import feeds_of
 from gptconvert.verify.weights import Pair, compare, in_one_piece
+from tests.commands import TINY, command
 from tests.families import witness
 from tests.families.witness import Case
 from tests.helpers import checkpoint_of, computed_tensors, tiny_gpt2
@@ -234,3 +237,16 @@ def test_full_finds_what_waits_for_a_batch_size(tmp_path: Path) -> None:
     verifiers = {"onnx": OnnxVerifier(runner=Triggered)}
     assert report_on(checkpoint, path, verifiers=verifiers).passed
     assert not report_on(checkpoint, path, "full", verifiers=verifiers).passed
+
+
+@pytest.mark.parametrize("name", ["gptconvert.targets.onnx.runner.open_session", "onnx.load_model"])
+def test_a_disk_that_fails_under_our_own_graph_is_an_error_of_the_output(
+    name: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(name, fail)
+    done = command(capsys, "convert", TINY / "openai-tf", "--to", "onnx", "-o", tmp_path / "out")
+    assert (done.code, os.listdir(tmp_path)) == (6, [])
+    assert os.strerror(errno.EIO) in done.err
