@@ -27,7 +27,7 @@ DISPLAY = "Display"
 #: Sections of the help, in order.
 GROUPS: tuple[str, ...] = (
     *get_args(Group),
-    *("Batch", "Prompts", "Runtime", "Choice of tokens", "Length", "Several texts"),
+    *("Batch", "Repository", "Model card", "Prompts", "Runtime", "Choice of tokens", "Length", "Several texts"),
     DISPLAY,
 )
 #: Parameters that may be empty: the scope of names without a prefix.

@@ -19,6 +19,7 @@ NAMES = (
     "quality",
     "generate",
     "batch",
+    "push",
     "formats",
     "version",
     "schema",
