@@ -22,7 +22,7 @@ README.md and its line in SHA256SUMS may differ from the local files.
 \b
 Examples:
   gptconvert push out org/name --dry-run
-  gptconvert push out org/name --license mit --base-model openai-community/gpt2
+  gptconvert push out org/name --license mit --base-model org/base
   gptconvert push out org/name --branch v2 --tag v2.0
 """
 

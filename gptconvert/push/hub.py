@@ -9,6 +9,7 @@ from typing import Any
 
 from gptconvert.errors import OutputError
 from gptconvert.push.hub_errors import translated
+from gptconvert.sources.hub_http import OFFICIAL
 
 #: Longest wait, in seconds. huggingface_hub itself waits for ever. A large commit takes the hub a minute.
 WAITS: Mapping[str, float] = {"connect": 10, "write": 60, "read": 180, "pool": 60}
@@ -164,9 +165,9 @@ def _stored(file: Any) -> Stored:
 
 
 @contextmanager
-def limited_waits() -> Iterator[None]:
-    """Limit the waits of huggingface_hub's requests, in all threads, to :data:`WAITS`."""
-    from huggingface_hub import set_client_factory
+def limited() -> Iterator[None]:
+    """Limit huggingface_hub, in all threads: its waits to :data:`WAITS`, and Xet to the official hub."""
+    from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import _http
 
     inner: Callable[[], Any] = _http._GLOBAL_CLIENT_FACTORY
@@ -177,11 +178,14 @@ def limited_waits() -> Iterator[None]:
         client.event_hooks = {**hooks, "request": [*hooks.get("request", ()), _limit]}
         return client
 
+    without_xet = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = without_xet or constants.ENDPOINT != OFFICIAL
     set_client_factory(create)
     try:
         yield
     finally:
         set_client_factory(inner)
+        constants.HF_HUB_DISABLE_XET = without_xet
 
 
 def _limit(request: Any) -> None:

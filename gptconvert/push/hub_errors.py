@@ -64,7 +64,7 @@ def _translation(error: Exception, repo: str, doing: str) -> GptConvertError:
     local = next((each for each in causes if isinstance(each, OSError) and each.strerror and each.filename), None)
     if local is not None:
         return InputError(f"{doing}: cannot be read ({reason(local)})", path=str(local.filename))
-    hint = f"check HF_ENDPOINT ({constants.ENDPOINT}) and proxies; if the hub has no Xet, set HF_HUB_DISABLE_XET=1"
+    hint = f"check HF_ENDPOINT ({constants.ENDPOINT}) and proxies, and try HF_HUB_DISABLE_XET=1"
     return OutputError(f"{doing}: the reply of the hub cannot be used", path=repo, found=described(error), hint=hint)
 
 

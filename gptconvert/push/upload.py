@@ -14,7 +14,7 @@ from gptconvert.errors import GptConvertError, OutputError
 from gptconvert.model.progress import Progress, Silent
 from gptconvert.publish import journal
 from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE
-from gptconvert.push.hub import HUB_FILES, HubRepository, PullRequest, Stored, limited_waits
+from gptconvert.push.hub import HUB_FILES, HubRepository, PullRequest, Stored, limited
 from gptconvert.push.plan import Upload
 from gptconvert.targets.package.model_card import CARD_FILE
 
@@ -74,7 +74,7 @@ def push(upload: Upload, progress: Progress | None = None) -> Pushed:
     """
     state = _State(upload)
     try:
-        with limited_waits():
+        with limited():
             return _push(upload, state, progress or Silent())
     except GptConvertError as error:
         error.hint = "; ".join(filter(None, (error.hint, state.left_behind())))

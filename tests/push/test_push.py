@@ -83,6 +83,17 @@ def test_several_commits(
     assert repo.refs["refs/tags/v1"] == found["oid"] == oids[-1]
 
 
+def test_only_the_official_hub_is_taken_to_have_xet(
+    hub: Hub, export: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    push(capsys, export)
+    assert "put" in hub.requests and "xet" not in hub.requests
+    assert constants.HF_HUB_DISABLE_XET is False
+
+
 def test_private(hub: Hub, export: Path, capsys: Any) -> None:
     push(capsys, export, "--private")
     assert hub.repos[REPO].private

@@ -341,12 +341,14 @@ def test_a_reply_that_no_hub_sends(hub: Hub, exported: Path, capsys: Any, monkey
     assert "uploading: the reply of the hub cannot be used" in done.err
 
 
-def test_a_hub_without_xet(hub: Hub, exported: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_xet(hub: Hub, exported: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr("gptconvert.push.hub.OFFICIAL", hub.endpoint)
     done = command(capsys, "push", exported, REPO)
     assert done.code == 6, done.err
+    assert hub.requests[-1] == "xet"
     assert "HF_HUB_DISABLE_XET=1" in done.err
 
 
