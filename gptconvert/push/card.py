@@ -50,9 +50,9 @@ def completed(content: bytes, manifest: Mapping[str, Any], stated: Mapping[str, 
         raise InputError(what, path="README.md", hint=hint) from error
     for key, value in _additions(before, manifest, stated).items():
         card.data[key] = value
+    text = str(card).encode()  # which also puts the keys back in the order of the file
     metadata: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
-    changed = str(card).encode() if metadata != before else content
-    return Card(changed, metadata, tuple(_notes(metadata, manifest)))
+    return Card(content if metadata == before else text, metadata, tuple(_notes(metadata, manifest)))
 
 
 def _additions(found: Mapping[str, Any], manifest: Mapping[str, Any], stated: Mapping[str, str]) -> dict[str, Any]:

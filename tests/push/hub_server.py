@@ -79,6 +79,7 @@ class Hub:
         requests: what was asked, in order, as named in ``ROUTES``.
         fail: request → status with which it is refused; 0 to never answer, -1 to hang up.
         after: request → how many succeed before ``fail`` applies.
+        until: request → the last to which it applies.
         refused: text with which every model card is refused.
         damage: LFS objects are stored damaged.
         endpoint: the address.
@@ -89,6 +90,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     fail: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
+    until: dict[str, int] = field(default_factory=dict)
     refused: str = ""
     damage: bool = False
     endpoint: str = ""
@@ -150,7 +152,9 @@ class Handler(BaseHTTPRequestHandler):
         )
         with self.hub.lock:
             self.hub.requests.append(name)
-            status = self.hub.fail.get(name) if self.hub.requests.count(name) > self.hub.after.get(name, 0) else None
+            nth = self.hub.requests.count(name)
+            fails = self.hub.after.get(name, 0) < nth <= self.hub.until.get(name, nth)
+            status = self.hub.fail.get(name) if fails else None
         if status == 0:
             time.sleep(3)
             self.close_connection = True
@@ -183,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         if message is not None:
             self.send_header("X-Error-Message", message)
-            if message == "Repository not found":
+            if message == "Repository not found" or (message == "planted" and status in (401, 404)):
                 self.send_header("X-Error-Code", "RepoNotFound")
         self.end_headers()
         self.wfile.write(data)

@@ -263,6 +263,7 @@ def test_a_hub_that_does_not_answer(
     done = command(capsys, "push", exported, REPO, "--tag", "v1")
     assert done.code == 6
     assert f"the hub cannot be reached; found {hub.endpoint}: " in done.err
+    assert "timed out" in done.err
 
 
 def test_nothing_listens(hub: Hub, exported: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +326,8 @@ def test_a_file_that_changes_during_the_upload(
 
     def changed(self: HubRepository, branch: str) -> None:
         really(self, branch)
-        append(export / "config.json")
+        config = export / "config.json"  # of the same size
+        config.write_bytes(config.read_bytes().replace(b"gpt2", b"gpt3"))
         append(export / "model.safetensors")
 
     monkeypatch.setattr(HubRepository, "ensure_branch", changed)
@@ -353,15 +355,25 @@ def test_a_failure_of_xet(hub: Hub, exported: Path, capsys: Any, monkeypatch: py
 
 
 def test_an_interrupt_says_what_is_left(hub: Hub, exported: Path, tmp_path: Path) -> None:
-    hub.fail, hub.after = {"commit": 0}, {"commit": 0}
+    hub.fail = {"tree": 0}
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     words = [sys.executable, "-m", "gptconvert", "push", str(exported), REPO]
     process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while "commit" not in hub.requests and time.monotonic() < deadline:
+    while "tree" not in hub.requests and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "interrupted; the default branch is unchanged; pull request" in err
-    assert "holds 0 of 1 commits; run again with --pr 1 to go on, or close it" in err
+    assert "holds 1 of 1 commits; run again with --pr 1 to go on, or close it" in err
+
+
+def test_a_hub_that_fails_for_a_while(hub: Hub, exported: Path, tmp_path: Path) -> None:
+    """In a process of its own, whose libraries are imported as for a user: attempts are repeated without a word."""
+    hub.fail, hub.until = {"preupload": 503}, {"preupload": 1}
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
+    words = [sys.executable, "-m", "gptconvert", "push", str(exported), REPO, "-q"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert hub.requests.count("preupload") == 2
