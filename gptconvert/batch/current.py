@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 from gptconvert.containers.json import parse_json
-from gptconvert.containers.untrusted import is_plain_name
 from gptconvert.errors import GptConvertError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.schema import SCHEMA_VERSION
 from gptconvert.pipeline import recipe_of
+from gptconvert.publish.checksums import MAX_SUMS, parse_sums, sha256_of_file
 from gptconvert.publish.io_settings import DEFAULT_IO
 from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE, source_record
 from gptconvert.publish.source_reader import FileDigest, digest_files
@@ -23,8 +21,7 @@ from gptconvert.targets.package.model_card import CARD_FILE
 #: Opens a file of an output by its relative path. Raises OSError.
 Open = Callable[[str], IO[bytes]]
 
-_SUM = re.compile(r"([0-9a-f]{64})  (\S.*)")
-_MAX_MANIFEST, _BLOCK = 256 << 20, 1 << 20
+_MAX_MANIFEST = 256 << 20
 
 
 def open_in(directory: str) -> Open:
@@ -119,31 +116,20 @@ def damaged(manifest: Mapping[str, Any], open_file: Open) -> Iterator[str]:
     """Files of an output that are missing, changed or not listed. The model card may be edited."""
     try:
         with open_file(SUMS_FILE) as file:
-            lines = file.read(_MAX_MANIFEST).decode("utf-8", "replace").splitlines()
+            sums, unreadable = parse_sums(file.read(MAX_SUMS))
     except OSError:
         yield f"{SUMS_FILE} is missing"
         return
-    sums = {match[2]: match[1] for line in lines if (match := _SUM.fullmatch(line))}
     listed = {MANIFEST_FILE, *(each.get("path") for each in manifest["files"] if isinstance(each, dict))}
-    if sums.keys() != listed:
+    if unreadable or sums.keys() != listed:
         yield f"{SUMS_FILE} lists other files than {MANIFEST_FILE}"
         return
     for name, digest in sums.items():
-        if not all(is_plain_name(part) for part in name.split("/")):
-            yield f"{SUMS_FILE} lists a file outside the output"
-            return
         try:
             with open_file(name) as file:
-                same = name == CARD_FILE or _sha256(file) == digest
+                same = name == CARD_FILE or sha256_of_file(file) == digest
         except OSError:
             yield f"{name} is missing"
             continue
         if not same:
             yield f"{name} was changed after it was published"
-
-
-def _sha256(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
-    return digest.hexdigest()

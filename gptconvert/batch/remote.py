@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from gptconvert.errors import (
     install_hint,
     reason,
 )
+from gptconvert.publish.checksums import MAX_SUMS, parse_sums
 from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE
 
 #: Most files of a source.
@@ -34,7 +34,6 @@ MAX_FILES = 10_000
 #: Largest file that is fetched because it is beside a source that is a file: configurations and tokenizers.
 MAX_BESIDE = 64 << 20
 _BLOCK = 4 << 20
-_SUM = re.compile(r"([0-9a-f]{64})  (\S.*)")
 #: Fields of a listing that change when a file is replaced.
 _STATE = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "generation", "created")
 #: Field of a listing → the algorithm of its digest, and the decoding. ETag is left out: it is not always an MD5.
@@ -204,8 +203,8 @@ def _damaged(path: str, record: str, expected: str, found: str) -> InputError:
 
 
 def _recorded_sums(root: str) -> dict[str, str]:
-    with open(os.path.join(root, SUMS_FILE), encoding="utf-8", errors="replace") as file:
-        return {match[2]: match[1] for line in file if (match := _SUM.fullmatch(line.rstrip("\n")))}
+    with open(os.path.join(root, SUMS_FILE), "rb") as file:
+        return parse_sums(file.read(MAX_SUMS)).digests
 
 
 class RemoteOutput:

@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show configuration and tensors; reads headers only."),
     "verify": ("verify", "Check an existing export against its checkpoint."),
     "quality": ("quality", "Measure what an export loses against its checkpoint."),
+    "push": ("push", "Upload a verified export to the Hugging Face hub."),
     "generate": ("generate", "Continue a text with an exported model."),
     "web": ("web", "Add a page that writes with the model in a browser."),
     "formats": ("formats", "List the supported formats, models and targets."),
@@ -240,9 +241,10 @@ def _system_error(error: OSError) -> GptConvertError:
 
 
 def outcome(begun: Journal) -> str:
-    """``nothing was published``, or what was."""
+    """``nothing was published``, or what was; and what an upload left on the hub."""
     published = [printable(path) for path in begun.values("published")]
-    return f"{', '.join(published)} was published" if published else "nothing was published"
+    remote = [printable(state) for state in begun.values("remote")[-1:]]
+    return f"{', '.join(published)} was published" if published else "; ".join(remote or ["nothing was published"])
 
 
 def _leftovers() -> list[str]:
@@ -295,7 +297,7 @@ def report(error: GptConvertError, code: int, as_json: bool, kind: str | None = 
     from gptconvert.publish import journal
 
     if isinstance(error, StreamError) and (published := journal.begin().values("published")):
-        error.hint = f"the conversion succeeded: {', '.join(published)} is published"
+        error.hint = f"the work is done: {', '.join(published)} is published"
     error.hint = "; ".join([*filter(None, (error.hint,)), *_leftovers()]) or None
     if as_json:
         fields = {**error.as_dict(), "exit_code": code, **({"kind": kind} if kind else {})}

@@ -14,6 +14,7 @@ from gptconvert.cli.sources import ALWAYS, FORMAT_COMMANDS
 from gptconvert.errors import printable
 
 if TYPE_CHECKING:
+    from gptconvert.model.checkpoint import Checkpoint
     from gptconvert.pipeline import Plan, Result
 
 CONVERTING = options.stack(
@@ -30,6 +31,12 @@ CONVERTING = options.stack(
     options.options_of("output"),
     options.NO_VERIFY,
     options.options_of("run"),
+    options.own(
+        "--reuse",
+        is_flag=True,
+        group="Output",
+        help="Keep an output that is up to date: of the same source, options and versions, and undamaged.",
+    ),
     options.own("--dry-run", is_flag=True, group="Output", help="Print what would be written, without writing it."),
     REPORT,
     options.JSON,
@@ -90,6 +97,13 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
     with recording(given, "convert", output, source) as record:
         checkpoint = open_checkpoint(source, chosen, format=format)
         record.add(output=output, **summary(checkpoint))
+        if given["reuse"] and (current := _current(checkpoint, output, given)):
+            record.keep()
+            if as_json:
+                print_json({"ok": True, **current})
+            else:
+                emit(f"{printable(output)} is up to date")
+            return
         try:
             result = pipeline.convert(checkpoint, output, progress=progress)
         finally:
@@ -101,6 +115,32 @@ def _convert(source: str, format: str | None, given: dict[str, Any]) -> None:
         print_json({"ok": True, **result.as_dict()})
     else:
         emit(describe_result(result, verbose=given["verbose"]))
+
+
+def _current(checkpoint: Checkpoint, output: str, given: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of a result, from the manifest of an output that is up to date; None if it is not, or not there.
+
+    Reports are part of it: their figures are in no other file.
+    """
+    from gptconvert.batch.current import difference, open_in, read_manifest
+
+    if not os.path.isdir(output) or not os.listdir(output):
+        return None
+    opened = open_in(output)
+    missing = [f"{path} is missing" for path in given["report"] if not os.path.isfile(path)]
+    reason, manifest = next(iter(missing), difference(checkpoint, opened)), read_manifest(opened)
+    if reason is not None or manifest is None:
+        note(f"{output} is not up to date: {reason}", given["quiet"])
+        return None
+    return {
+        "output": output,
+        "family": checkpoint.config.family,
+        "task": checkpoint.config.task,
+        "source": manifest["source"],
+        "files": manifest["files"],
+        "verification": manifest["verification"],
+        "notes": list(checkpoint.notes),
+    }
 
 
 def default_output(source: str) -> str:

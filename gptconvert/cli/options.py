@@ -27,11 +27,14 @@ DISPLAY = "Display"
 #: Sections of the help, in order.
 GROUPS: tuple[str, ...] = (
     *get_args(Group),
-    *("Batch", "Prompts", "Runtime", "Choice of tokens", "Length", "Several texts", "Page"),
+    *("Batch", "Page", "Repository", "Model card"),
+    *("Prompts", "Runtime", "Choice of tokens", "Length", "Several texts"),
     DISPLAY,
 )
 #: Parameters that may be empty: the scope of names without a prefix.
 MAY_BE_EMPTY = ("prompt", "scope")
+#: Environment variable of a library → the level at which it reports errors only. It is read at import.
+LEVELS = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR", "HF_HUB_VERBOSITY": "error"}
 #: Width of the flags column; longer flags get a line to themselves.
 FLAGS_WIDTH = 24
 #: Replaces "-" while lines are wrapped, so that flags and names are not split.
@@ -242,8 +245,8 @@ def _named_on_the_command_line() -> frozenset[str]:
 
 def quieten() -> None:
     """Keep libraries from writing to stderr."""
-    for name in ("TF_CPP_MIN_LOG_LEVEL", "GRPC_VERBOSITY"):
-        os.environ.setdefault(name, "3" if name.startswith("TF") else "ERROR")
+    for name, level in LEVELS.items():
+        os.environ.setdefault(name, level)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     for name in ("huggingface_hub", "matplotlib"):

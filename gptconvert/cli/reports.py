@@ -36,17 +36,22 @@ class Recorder:
         fields: of :func:`gptconvert.reporting.document.document`.
         error: why the command failed; None if it did not.
         wanted: whether a report was requested.
+        kept: whether the reports that exist are kept.
     """
 
     def __init__(self, wanted: bool) -> None:
         self.fields: dict[str, Any] = {}
         self.error: GptConvertError | None = None
-        self.wanted = wanted
+        self.wanted, self.kept = wanted, False
 
     def add(self, **fields: object) -> None:
         """Add fields; the keys of ``source`` extend those known."""
         source = {**self.fields.get("source", {}), **(fields.pop("source", None) or {})}  # type: ignore[dict-item]
         self.fields |= {**fields, **({"source": source} if source else {})}
+
+    def keep(self) -> None:
+        """Keep the reports that exist: the command did nothing."""
+        self.kept = True
 
 
 @contextmanager
@@ -85,6 +90,8 @@ def recording(given: Mapping[str, Any], command: str, output: str | None, source
         except OutputError as unwritten:
             note(str(unwritten))
         raise
+    if recorder.kept:
+        return
     try:
         _write(files, _document(command, recorder))
     except OutputError as error:

@@ -21,7 +21,8 @@ class Journal:
     Attributes:
         descriptor: file shared with the supervisor; None to record in this process only.
         entries: (event, value), in order: ``reading`` (path → file state), ``staging`` (absolute output path),
-            ``published`` (path as the user gave it), ``ended`` (absolute output path).
+            ``published`` (path as the user gave it, or address), ``ended`` (absolute output path), ``remote`` (what
+            an upload has left on the hub so far, for the user).
     """
 
     descriptor: int | None = None

@@ -20,6 +20,7 @@ from gptconvert.model.names import collapse
 from gptconvert.model.schema import SCHEMA_VERSION
 from gptconvert.model.source import Source
 from gptconvert.publish import journal
+from gptconvert.publish.checksums import dump_sums
 from gptconvert.publish.source_reader import FileDigest
 from gptconvert.publish.writer import Written, WrittenFile
 from gptconvert.version import __version__
@@ -129,7 +130,7 @@ def _tensors(planned: Iterable[PlannedFile], digests: Mapping[tuple[str, str], s
 
 def _sums(files: Iterable[WrittenFile], manifest: PlannedFile) -> bytes:
     sums = {file.path: file.sha256 for file in files} | {manifest.path: hashlib.sha256(manifest.head).hexdigest()}
-    return "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items())).encode()
+    return dump_sums(sums)
 
 
 @dataclass(frozen=True)

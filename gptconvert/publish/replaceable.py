@@ -10,8 +10,8 @@ from gptconvert.publish.manifest import SUMS_FILE
 
 #: Files that desktops write by themselves.
 INCIDENTAL = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
-#: Lists the files of the page that ``gptconvert web`` adds.
-WEB_SUMS = f"web/{SUMS_FILE}"
+#: The page that ``gptconvert web`` adds: its first file, and the list of all of them.
+WEB_INDEX, WEB_SUMS = "index.html", f"web/{SUMS_FILE}"
 #: The note names at most this many files.
 MOST_NAMED = 5
 

@@ -44,7 +44,7 @@ def _translation(error: BaseException, repo: str, options: Options) -> InputErro
         return InputError("not a valid repository name", path=repo, expected="org/name")
     if isinstance(error, errors.HfHubHTTPError):
         return _http_error(repo, options, error)
-    if isinstance(error, TimeoutError) or _CONNECTION & {each.__name__ for each in type(error).__mro__}:
+    if is_connection_error(error):
         return _unreachable(repo, error)
     return _not_a_hub(repo, error)
 
@@ -70,15 +70,20 @@ def _http_error(repo: str, options: Options, error: Any) -> InputError:
 
 def _unreachable(repo: str, error: BaseException) -> InputError:
     hint = "check the network, HF_ENDPOINT and proxies; to use a cached copy, pass --offline"
-    return _not_local(repo, "the hub cannot be reached", hint, found=_described(error))
+    return _not_local(repo, "the hub cannot be reached", hint, found=described(error))
 
 
 def _not_a_hub(repo: str, error: BaseException) -> InputError:
     hint = "check HF_ENDPOINT, proxies, and whether the network needs a login in the browser"
-    return InputError("the reply of the hub cannot be used", path=repo, found=_described(error), hint=hint)
+    return InputError("the reply of the hub cannot be used", path=repo, found=described(error), hint=hint)
 
 
-def _described(error: BaseException) -> str:
+def is_connection_error(error: BaseException) -> bool:
+    """Whether the hub could not be reached, or did not answer in time."""
+    return isinstance(error, TimeoutError) or bool(_CONNECTION & {each.__name__ for each in type(error).__mro__})
+
+
+def described(error: BaseException) -> str:
     """The address and the error, cut to one line."""
     from huggingface_hub import constants
 

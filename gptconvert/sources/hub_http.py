@@ -21,7 +21,7 @@ from typing import Any
 from gptconvert.errors import GptConvertError, InputError, UnsafeInputError
 
 #: The only hub whose replies may select Xet, a protocol that the guard does not see.
-_OFFICIAL = "https://huggingface.co"
+OFFICIAL = "https://huggingface.co"
 #: A full commit hash.
 COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 #: A file name for the cache that cannot be a path, on any system.
@@ -59,7 +59,7 @@ class _Guard:
 
     def __init__(self, address: str, most: int | None) -> None:
         self.address, self.most, self.secure = address, most, address.startswith("https:")
-        self.xet = address.startswith(f"{_OFFICIAL}/")
+        self.xet = address.startswith(f"{OFFICIAL}/")
         self.requests, self.expired = 0, False
         self.since, self.received = time.monotonic(), 0
         self.timer: threading.Timer | None = None

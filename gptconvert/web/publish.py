@@ -16,11 +16,12 @@ from gptconvert.errors import OutputError, os_errors_as
 from gptconvert.publish import signals
 from gptconvert.publish.file_system import OS, FileSystem
 from gptconvert.publish.manifest import SUMS_FILE
+from gptconvert.publish.replaceable import WEB_INDEX
 from gptconvert.publish.staging import Staging
 from gptconvert.web.libraries import copies
 from gptconvert.web.site import describe
 
-INDEX, FOLDER, DOCUMENT = "index.html", "web", "site.json"
+INDEX, FOLDER, DOCUMENT = WEB_INDEX, "web", "site.json"
 #: In every page that this program wrote.
 MARK = b'<meta name="generator" content="gptconvert">'
 ASSETS = ("app.js", "style.css", "worker.js")

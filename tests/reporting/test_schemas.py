@@ -100,7 +100,7 @@ def test_commands_about_the_program(capsys: Any) -> None:
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("formats", "schema")])
 def test_errors(name: str, capsys: Any, tmp_path: Path) -> None:
-    arguments = {"verify": [tmp_path / "b"], "generate": ["text"]}.get(name, [])
+    arguments = {"verify": [tmp_path / "b"], "generate": ["text"], "push": ["org/name"]}.get(name, [])
     done = command(capsys, name, tmp_path / "missing", *arguments, "--json")
     assert done.code
     found = valid(SCHEMAS[name], done.json)

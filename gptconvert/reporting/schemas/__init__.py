@@ -20,6 +20,7 @@ NAMES = (
     "generate",
     "batch",
     "web",
+    "push",
     "formats",
     "version",
     "schema",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gptconvert.errors import printable
@@ -78,13 +78,18 @@ def _targets(facts: CardFacts) -> list[Target]:
     return [target_named(name) for name in sorted({export.target for export in facts.exports})]
 
 
+def library_of(targets: Collection[str]) -> str | None:
+    """The hub's name of the library that loads an output with these targets; None if it has no name for it."""
+    return next((target_named(name).library for name in LIBRARY_OF if name in targets), None)
+
+
 def _front_matter(facts: CardFacts) -> str:
     targets = {target.name: target for target in _targets(facts)}
     family = family_named(facts.checkpoint.config.family)
     card = facts.checkpoint.source.card
     head: dict[str, Any] = {
         **{key: card.get(key) for key in ("license", "license_name", "license_link", "language")},
-        "library_name": next((targets[name].library for name in LIBRARY_OF if name in targets), None),
+        "library_name": library_of(targets),
         "pipeline_tag": facts.checkpoint.config.task,
         "base_model": facts.checkpoint.source.repo or card.get("base_model"),
         "datasets": card.get("datasets"),

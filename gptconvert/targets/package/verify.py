@@ -7,20 +7,19 @@ directory lacks is not required.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gptconvert.containers.json import read_json_object
-from gptconvert.containers.untrusted import boundary, file_size, is_plain_name, read_small
+from gptconvert.containers.untrusted import boundary, file_size, read_small
 from gptconvert.errors import GptConvertError, is_unreadable, short_repr
 from gptconvert.families.registry import family_named
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.config_table import USUAL, Reading
 from gptconvert.model.generation import GENERATION_CONFIG, GENERATION_DEFAULTS, special_ids
+from gptconvert.publish.checksums import MAX_SUMS, parse_sums, sha256_of_file
 from gptconvert.publish.manifest import MANIFEST_FILE, SUMS_FILE
 from gptconvert.targets.package.model_card import CARD_FILE
 from gptconvert.targets.package.sidecars import genai_config
@@ -43,8 +42,6 @@ CORPUS = (
     "<|endoftext|><unk></s>[CLS]",
     "\x00\x7f",
 )
-_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-_BLOCK = 1 << 20
 #: Bytes of a directory: so many copies of the weights, in all targets and variants, and so much beside them.
 MOST_COPIES, MOST_BESIDE = 32, 4 << 30
 
@@ -86,38 +83,25 @@ def _collect(report: PackageReport, name: str, differences: Iterator[str]) -> No
 
 def _sums(directory: str, report: PackageReport, most: int) -> Iterator[str]:
     """Files that do not have their checksum; at most ``most`` bytes are read, since links can list a file often."""
-    text = read_small(os.path.join(directory, SUMS_FILE), MAX_JSON_BYTES, "checksums").decode("utf-8", "replace")
-    computed: dict[str, str] = {}
-    for line in text.splitlines():
-        match = _SUM.fullmatch(line)
-        if match is None or not all(is_plain_name(part) for part in match[2].split("/")):
-            yield f"cannot be read: {line[:80]!r}"
-            continue
-        digest, name = match.groups()
+    sums = parse_sums(read_small(os.path.join(directory, SUMS_FILE), MAX_SUMS, "checksums"))
+    for line in sums.unreadable:
+        yield f"cannot be read: {line[:80]!r}"
+    for name, digest in sums.digests.items():
         path = os.path.join(directory, name)
         if not os.path.exists(path):
             yield f"lists {name}, which is missing"
             continue
-        if name not in computed:  # a hostile file could list one many times
-            most -= file_size(path)
-            if most < 0:
-                yield f"lists files that are too large for an export of this model, {name} among them"
-                return
-            computed[name] = _sha256(path)
-        if computed[name] != digest:
+        most -= file_size(path)
+        if most < 0:
+            yield f"lists files that are too large for an export of this model, {name} among them"
+            return
+        with open(path, "rb") as file:
+            found = sha256_of_file(file)
+        if found != digest:
             if name == CARD_FILE:
                 report.notes.append(f"{name} was edited after {SUMS_FILE} was written")
             else:
                 yield f"{name} was changed after it was published"
-
-
-def _sha256(path: str) -> str:
-    file_size(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _config(checkpoint: Checkpoint, path: str) -> Iterator[str]:
