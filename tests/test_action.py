@@ -304,13 +304,3 @@ def test_page_lists_the_inputs_and_uses_what_exists() -> None:
     assert {*used} <= {*ACTION["inputs"]}
     assert {*re.findall(r"steps\.model\.outputs\.(\w+)", BLOCKS[0])} <= {*ACTION["outputs"]}
     assert json.dumps(steps).count("subject-checksums") == 1
-
-
-def test_commands_of_the_gitlab_job_are_accepted() -> None:
-    from gptconvert.cli import group
-
-    (line,) = (each for each in yaml.safe_load(BLOCKS[1])["convert"]["script"] if each.startswith("gptconvert"))
-    _, name, *words = line.split()
-    found = group.get_command(group.make_context("gptconvert", ["formats"], resilient_parsing=True), name)
-    assert found is not None
-    found.make_context(name, words)

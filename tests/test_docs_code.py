@@ -149,11 +149,12 @@ def test_readme_loads_the_output(trained: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every ``gptconvert`` command in a page's code blocks."""
+    """The words of every ``gptconvert`` command in a page's code blocks: shell, workflows, rules of make."""
     text = "\n".join(
-        block for block in re.findall(r"^```(?:sh|console)?\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
+        block for block in re.findall(r"^```(?:sh|console|yaml|make)?\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
     )
-    lines = re.findall(r"^(?:\$ )?gptconvert (.*)$", text, re.MULTILINE)
+    text = re.sub(r"\$\{\{.*?\}\}|\$[A-Z_]+", "0", text)  # variables
+    lines = re.findall(r"^(?:\$ |\s+|\s*(?:- )?(?:\w+: )?)gptconvert (?!--)(.*)$", text, re.MULTILINE)
     found = []
     for line in lines:
         words = shlex.split(line.partition("; echo")[0], comments=True)
