@@ -150,9 +150,8 @@ def test_readme_loads_the_output(trained: Path, monkeypatch: pytest.MonkeyPatch)
 
 def commands(page: Path) -> list[list[str]]:
     """The words of every ``gptconvert`` command in a page's code blocks: shell, workflows, rules of make."""
-    text = "\n".join(
-        block for block in re.findall(r"^```(?:sh|console|yaml|make)?\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
-    )
+    fence = re.compile(r"^```(?:sh|console|yaml|make)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    text = "\n".join(fence.findall(page.read_text("utf-8")))
     text = re.sub(r"\$\{\{.*?\}\}|\$[A-Z_]+", "0", text)  # variables
     lines = re.findall(r"^(?:\$ |\s+|\s*(?:- )?(?:\w+: )?)gptconvert (?!--)(.*)$", text, re.MULTILINE)
     found = []
