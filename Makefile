@@ -56,8 +56,11 @@ tests/web/node_modules: tests/web/package-lock.json
 test-web: $(VENV)/dev tests/web/node_modules  ## Run exports in browsers, and the page of gptconvert web; needs Node 20 and Chromium
 	$(BIN)/python -m pytest tests/web
 
-docs: $(VENV)/dev  ## Write docs/api.md from the docstrings
+docs: $(VENV)/dev  ## Write the generated pages, and build the site in build/site; a warning is an error
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_commands.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site
+	@echo "build/site/index.html"
 
 campaign: $(VENV)/dev  ## Search for faults for two hours; QUICK=1 takes four minutes, STATE=FILE continues a run
 	$(BIN)/python -m campaigns $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED)) \

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ import pytest
 from tests.helpers import ROOT
 
 PAGES = sorted(
-    path for pattern in ("*.md", "docs/*.md", "examples/*.md", ".github/**/*.md") for path in ROOT.glob(pattern)
+    path for pattern in ("*.md", "docs/**/*.md", "examples/*.md", ".github/**/*.md") for path in ROOT.glob(pattern)
 )
 
 
-def test_api_page_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+@pytest.mark.parametrize("script", ["make_api", "make_commands"])
+def test_generated_page_is_up_to_date(script: str) -> None:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,6 +46,24 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     linked = set(re.findall(rf"\]\({BLOB}(docs/[^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Every page is in the navigation, and every link and anchor is valid."""
+    options = ["--fail-on-warning", "--keep-going", "--quiet", "--doctree-dir", tmp_path / "trees"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, ROOT / "docs", tmp_path / "site"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "site" / "verification.html").read_text("utf-8")
+    assert f'href="{BLOB}reference_model/model.py"' in page, "links out of docs/ lead to the repository"
+
+
+def test_index_lists_the_pages_of_its_navigation() -> None:
+    for section in (ROOT / "docs" / "index.md").read_text("utf-8").split("\n## ")[1:]:
+        text, _, tree = section.partition("```{toctree}")
+        entries = [line for line in tree.splitlines()[1:] if line and line[0] not in ":`"]
+        assert re.findall(r"\]\((.+)\.md\)", text) == entries
 
 
 def test_no_page_names_a_removed_api() -> None:

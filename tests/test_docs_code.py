@@ -6,9 +6,12 @@ import ast
 import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from gptconvert.families.registry import FAMILIES
 from tests.commands import TINY, TRAINED, command
 from tests.helpers import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -63,7 +66,8 @@ def _generate(directory: Path, trained: Path) -> Path:
     return directory
 
 
-#: Page → where its Python runs. ``api.md`` has signatures; ``tests/targets/saved_model`` runs ``serving.md``.
+#: Page → where its Python runs. ``api.md`` has signatures; ``tests/targets/saved_model`` runs ``serving.md``,
+#: ``test_tutorials`` the tutorials, and a test below ``mlflow.md``.
 SETTINGS: dict[str, Callable[[Path, Path], Path]] = {
     "generate.md": _generate,
     "README.md": _readme,
@@ -71,7 +75,7 @@ SETTINGS: dict[str, Callable[[Path, Path], Path]] = {
     "tokenizers.md": _tokenizers,
     "reports.md": _fixtures,
 }
-ELSEWHERE = {"api.md", "serving.md"}
+ELSEWHERE = {"api.md", "mlflow.md", "serving.md", "verify.md"}
 
 
 def test_every_page_with_python_is_run() -> None:
@@ -85,6 +89,21 @@ def test_python_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch: pyt
     space: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(block, space)
+
+
+def test_mlflow_gets_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a double, as mlflow has too many dependencies for the tests. The page was run with mlflow 3.17."""
+    logged: dict[str, float] = {}
+    double = SimpleNamespace(
+        start_run=lambda run_name: nullcontext(),
+        log_metric=logged.__setitem__,
+        log_artifacts=lambda directory, path: logged.update({path: len([*Path(directory).iterdir()])}),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", double)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs/howto/mlflow.md", "python")
+    exec(code.replace("fixtures/gpt2-stdlib", str(TINY / "openai-tf")), {})
+    assert 0 < logged["mean_kl"] < 0.01 and 0.9 < logged["top1"] <= 1 and logged["gpt2"] > 5
 
 
 def test_decode_loop_writes_what_the_example_writes(
@@ -130,14 +149,14 @@ def test_readme_loads_the_output(trained: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every ``gptconvert`` command in a page's code blocks."""
-    text = "\n".join(
-        block for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
-    )
-    lines = re.findall(r"^(?:\$ )?gptconvert (.*)$", text, re.MULTILINE)
+    """The words of every ``gptconvert`` command in a page's code blocks: shell, workflows, rules of make."""
+    fence = re.compile(r"^```(?:sh|console|yaml|make)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    text = "\n".join(fence.findall(page.read_text("utf-8")))
+    text = re.sub(r"\$\{\{.*?\}\}|\$[A-Z_]+", "0", text)  # variables
+    lines = re.findall(r"^(?:\$ |\s+|\s*(?:- )?(?:\w+: )?)gptconvert (?!--)(.*)$", text, re.MULTILINE)
     found = []
     for line in lines:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.partition("; echo")[0], comments=True)
         end = min((words.index(word) for word in (">", "||", "|") if word in words), default=len(words))
         found.append(words[:end])
     return found
