@@ -24,7 +24,7 @@ from gptconvert.web.site import describe
 INDEX, FOLDER, DOCUMENT = WEB_INDEX, "web", "site.json"
 #: In every page that this program wrote.
 MARK = b'<meta name="generator" content="gptconvert">'
-ASSETS = ("app.js", "style.css", "worker.js")
+ASSETS = ("app.js", "style.css", "unpack.js", "worker.js")
 _TEMPORARY = f".{INDEX}.gptconvert-"
 
 

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import gptconvert.web
 from gptconvert.generation.model import generate
 from gptconvert.generation.sampling import Sampling
 from gptconvert.model.options import Options
@@ -238,3 +240,23 @@ def test_gpt1(tmp_path: Path) -> None:
     with serving(tmp_path / "out") as url:
         (found,) = browse({"do": "greedy", "url": url, "prompt": prompt, "length": 12, "variant": "fp32"})
     assert found["text"] == greedy(tmp_path / "out", prompt, 12, "fp32")
+
+
+@pytest.mark.parametrize("single_file", [True, False])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_unpacked_graphs_compute_the_same(single_file: bool, block_size: int, tmp_path: Path) -> None:
+    """Rows of 144 weights end within a block; the matrix of the head shares its codes with the embedding."""
+    options = Options(
+        targets=("onnx",), quantize=("q8", "q4"), block_size=block_size, single_file=single_file, verify=None
+    )
+    convert(open_checkpoint(str(TRAINED)), str(tmp_path / "out"), options)
+    module = Path(gptconvert.web.__file__).parent / "assets" / "unpack.js"
+    arguments = ["node", "unpack.mjs", str(tmp_path / "out/onnx"), str(module), json.dumps(list(range(3, 40)))]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=200, cwd=HERE, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name: each["packed"] for name, each in found.items()} == dict.fromkeys(found, False) and len(found) == 3
+    assert all(each["limited"] for each in found.values())
+    for name, each in found.items():
+        before, after = np.array(each["asItIs"]), np.array(each["unpacked"])
+        np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max(), err_msg=name)

@@ -21,7 +21,10 @@ from gptconvert.web.site import describe
 from tests.commands import TRAINED, command, tree
 from tests.reporting.runs import valid
 
-WRITTEN = {INDEX, *(f"{FOLDER}/{name}" for name in ("SHA256SUMS", "app.js", "site.json", "style.css", "worker.js"))}
+WRITTEN = {
+    INDEX,
+    *(f"{FOLDER}/{name}" for name in ("SHA256SUMS", "app.js", "site.json", "style.css", "unpack.js", "worker.js")),
+}
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ const $ = (id) => document.getElementById(id);
 const text = $("text");
 /** A variant larger than this, in bytes, is not the first choice; on a device with little memory, a smaller limit. */
 const LARGEST = (navigator.deviceMemory ?? 8) <= 4 ? 200e6 : 400e6;
-/** From this size of the float32 graph on, in bytes, the speed of a quantised one is felt. */
-const SLOW = 50e6;
 const NUMBERS = ["length", "temperature", "top_p", "top_k"];
 /** Upper limits of the probabilities of the shades p0, p1 …; above the last, the next. */
 const SHADES = [0.02, 0.1, 0.3, 0.7];
@@ -281,10 +279,6 @@ function describe(variant, device, threads, loading) {
     }),
   );
   $("proof").textContent = proof(variant);
-  // WebAssembly unpacks quantised weights again for every token.
-  const exact = site.variants.find(({ name }) => name === "fp32");
-  $("advice").hidden = !exact || device !== "wasm" || !["q8", "q4"].includes(variant.name) || exact.size < SLOW;
-  $("advice").textContent = exact ? `fp32 (${bytes(exact.size)}) writes several times faster on WebAssembly.` : "";
 }
 
 function proof({ name, verified }) {

@@ -1,6 +1,10 @@
 // Loads an export and continues texts, off the page's thread. Messages in: load, write, stop. Messages out: progress,
 // ready, token, done, error.
 
+import { unpacked } from "./unpack.js";
+
+/** Matrices up to this size are unpacked, in bytes: for speed, where there is memory for it. */
+const MOST_UNPACKED = (navigator.deviceMemory ?? 8) <= 4 ? 200e6 : 1e9;
 const BEST = 5; // likely tokens that are reported with each token
 let site, ort, tokenizer, session, stopped;
 
@@ -43,10 +47,11 @@ async function load({ site: described, base, variant, device }) {
     ort.env.wasm.wasmPaths = { mjs: address(await get(runtime.glue)) };
     ort.env.wasm.wasmBinary = (await get(runtime.binary)).buffer;
   }
-  const graph = await get(chosen.graph);
-  const data = [];
+  let graph = await get(chosen.graph);
+  let data = [];
   for (const file of chosen.data) data.push({ path: file.path, data: await get(file) });
   progress.finish();
+  if (device === "wasm") ({ graph, data } = unpacked(graph, data, MOST_UNPACKED));
   session = await ort.InferenceSession.create(graph, {
     executionProviders: [device],
     logSeverityLevel: 3, // errors
