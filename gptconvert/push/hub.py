@@ -94,15 +94,20 @@ class HubRepository:
 
     def check_card(self, content: bytes) -> None:
         """Have the hub check the metadata of a model card, as it will when the card is committed."""
-        from huggingface_hub import ModelCard
+        from huggingface_hub import get_session
+        from huggingface_hub.errors import BadRequestError
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         with translated(self.name, "checking the model card"):
+            # Not ModelCard.validate: in version 1.0 it asks the official hub, whatever the endpoint.
+            body = {"repoType": "model", "content": content.decode("utf-8-sig")}
+            response = get_session().post(f"{self._api.endpoint}/api/validate-yaml", json=body)
             try:
-                ModelCard(content.decode("utf-8-sig")).validate(repo_type="model")
-            except ValueError as error:
-                what = "the hub does not accept the model card's front matter"
-                said = " ".join(str(error).split())[:400]
-                raise OutputError(what, path=self.name, item="README.md", found=said, hint="correct it") from error
+                hf_raise_for_status(response)
+            except BadRequestError as error:
+                what, said = "the hub does not accept the model card's front matter", error.server_message or ""
+                found = " ".join(said.split())[:400]
+                raise OutputError(what, path=self.name, item="README.md", found=found, hint="correct it") from error
 
     def open_pull_request(self, title: str, description: str) -> PullRequest:
         """Create a draft, which cannot be merged before it is complete."""

@@ -216,7 +216,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.hub.repos:
             raise Refused(409, "You already created this model repo")
-        self.hub.repos[name] = Repo(asked.get("visibility") == "private")
+        self.hub.repos[name] = Repo(asked.get("visibility") == "private" or asked.get("private", False))
         return {"url": f"{self.hub.endpoint}/{name}"}
 
     def on_refs(self, body: bytes, repo: str) -> object:

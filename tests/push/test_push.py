@@ -120,6 +120,15 @@ def test_the_card_is_completed_in_the_upload_only(hub: Hub, export: Path, capsys
     assert metadata.items() >= {**expected, "library_name": "transformers", "pipeline_tag": "text-generation"}.items()
 
 
+def test_a_download_is_complete_again(hub: Hub, export: Path, tmp_path: Path, capsys: Any) -> None:
+    first = push(capsys, export, "--license", "mit", "--base-model", "org/base")
+    for path, data in hub.repos[REPO].contents("refs/pr/1").items():
+        (tmp_path / "download" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "download" / path).write_bytes(data)
+    again = push(capsys, tmp_path / "download", "--dry-run")
+    assert (again["files"], again["card"], again["notes"]) == (first["files"], first["card"], [])
+
+
 def test_an_edited_card_is_uploaded_as_it_is(hub: Hub, export: Path, capsys: Any) -> None:
     with (export / "README.md").open("a") as file:
         file.write("\nMade by hand.\n")
