@@ -44,15 +44,22 @@ class LiteProcess(ChildProcess):
 
     module, program, subject, error = "gptconvert.targets.tflite.worker", "LiteRT", "LiteRT model", LiteError
 
-    def load(self, path: str, threads: int) -> Mapping[str, Any]:
-        """Load a model; returns its signatures, see :func:`.worker.load`.
+    def load(self, path: str, threads: int, *, float_products: bool = False) -> Mapping[str, Any]:
+        """Load a model; returns its signatures.
+
+        Args:
+            path: of the file.
+            threads: to compute in.
+            float_products: whether to multiply by 8-bit matrices in float32; LiteRT also rounds activations to 8 bits.
 
         Raises:
             LiteError: LiteRT refuses the file.
             UnsafeInputError: a confined process exceeded its time, or died.
         """
         with utf8_path(os.path.abspath(path)) as readable:
-            signatures: Mapping[str, Any] = self.call("load", path=readable, threads=threads)[0]["signatures"]
+            signatures: Mapping[str, Any] = self.call(
+                "load", path=readable, threads=threads, float_products=float_products
+            )[0]["signatures"]
             return signatures
 
     def run(self, signature: str, inputs: Mapping[str, Array], wanted: tuple[str, ...] = ()) -> dict[str, Array]:

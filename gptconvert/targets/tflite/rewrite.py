@@ -1,4 +1,4 @@
-"""Rewrites a converted model: names of the weights, and smaller types. Imported only in the TensorFlow process.
+"""Rewrites a converted model: names of the weights, and smaller types. Imported in child processes only.
 
 Weights in float16 are followed by ``DEQUANTIZE``, which LiteRT runs once. An 8-bit matrix stays in its
 ``FULLY_CONNECTED``, which then rounds activations to 8 bits too; rows of an 8-bit embedding are looked up, cast and
@@ -13,7 +13,7 @@ from typing import Any
 
 import flatbuffers
 import numpy as np
-from tensorflow.lite.python import schema_py_generated as schema
+from ai_edge_litert import schema_py_generated as schema
 
 from gptconvert.model.int8 import codes_of, scales_of
 from gptconvert.targets.tflite.forms import SCALES_SUFFIX, Form, form_of
@@ -78,6 +78,17 @@ def rewritten(content: bytes, labels: Sequence[Label], kind: str) -> bytes:
     return _packed(model)
 
 
+def with_float_products(content: bytes) -> bytes:
+    """The same bytes of weights in a graph that converts 8-bit matrices to float32 before it multiplies by them."""
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    rewriter = _Rewriter(model)
+    for graph in model.subgraphs:
+        for operator in [o for o in graph.operators if rewriter.code(o) == OPERATORS.FULLY_CONNECTED]:
+            if graph.tensors[operator.inputs[1]].type == INT8:
+                rewriter.to_float_product(graph, operator)
+    return _packed(model)
+
+
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(map(int, tensor.shape)) if tensor.shape is not None else ()
 
@@ -122,15 +133,25 @@ class _Rewriter:
         tensor.quantization.scale = self.scales[tensor.buffer][0]
         tensor.quantization.zeroPoint = np.zeros(len(tensor.quantization.scale), np.int64)
         for operator in [o for o in graph.operators if number in o.inputs]:
-            if self._code(operator) == OPERATORS.FULLY_CONNECTED:
+            if self.code(operator) == OPERATORS.FULLY_CONNECTED:
                 operator.opcodeIndex = self._code_index(OPERATORS.FULLY_CONNECTED)
                 operator.builtinOptions.asymmetricQuantizeInputs = True
             else:
                 self._scale_rows(graph, number, operator)
 
+    def to_float_product(self, graph: Graph, product: Operator) -> None:
+        """Convert the matrix of a product to float32 first."""
+        number = int(product.inputs[1])
+        tensor = graph.tensors[number]
+        graph.tensors.append(_new(tensor, FLOAT32, f"{tensor.name}/float32", 0))
+        converted = len(graph.tensors) - 1
+        product.inputs = [product.inputs[0], converted, *product.inputs[2:]]
+        product.builtinOptions.asymmetricQuantizeInputs = False
+        graph.operators.insert(0, self._operator(OPERATORS.DEQUANTIZE, [number], converted))
+
     def _scale_rows(self, graph: Graph, number: int, lookup: Operator) -> None:
         """Replace the lookup of float rows by that of codes, a cast, and the product with the looked-up scales."""
-        if self._code(lookup) != OPERATORS.GATHER:
+        if self.code(lookup) != OPERATORS.GATHER:
             raise ValueError("a matrix has an unexpected use")
         tensor, ids, result = graph.tensors[number], int(lookup.inputs[1]), int(lookup.outputs[0])
         looked_up, column = graph.tensors[result], tensor.shape[:1].tolist() + [1]
@@ -166,7 +187,7 @@ class _Rewriter:
         self.model.buffers.append(buffer)
         return len(self.model.buffers) - 1
 
-    def _code(self, operator: Operator) -> int:
+    def code(self, operator: Operator) -> int:
         code = self.model.operatorCodes[operator.opcodeIndex]
         return int(max(code.builtinCode, code.deprecatedBuiltinCode))
 

@@ -192,29 +192,45 @@ def _run(
     level: Level,
     stage: Stage,
 ) -> None:
-    """Rules 2 and 3."""
-    stage("loading the LiteRT file", 0)
-    try:
-        signatures = process.load(candidate.path, half_the_cores())
-    except LiteError as error:
-        raise InputError("LiteRT cannot load the file", path=candidate.path, found=error) from error
+    """Rules 2 and 3.
+
+    LiteRT rounds the activations that it multiplies by 8-bit matrices, which no reference can reproduce. So rule 2 runs
+    the same bytes with these products in float32, and rule 3 judges the file as it is.
+    """
+    lossy = {name: weight for name, weight in checkpoint.weights.items() if isinstance(weight, Int8Rows)}
+    signatures = _load(process, candidate, stage, float_products=bool(lossy))
     report.problems += contract_problems(signatures, checkpoint)
     if report.problems:
         return
     runner = LiteRunner(process, checkpoint.config)
-    lossy = {name: weight for name, weight in checkpoint.weights.items() if isinstance(weight, Int8Rows)}
     run = Run.of(runner, level, candidate.seed, stage)
-    found = run.report("LiteRT on the CPU", checkpoint)
+    found = run.report("LiteRT on the CPU" + (", products in float32" if lossy else ""), checkpoint)
     report.probes = [probe.as_dict() for probe in run.probes]
     report.runs.append(found)
     evaluation = candidate.evaluation
     if report.proven and lossy and evaluation is not None and measurable(checkpoint.config):
+        _load(process, candidate, stage)
 
         def logits(window: Probe) -> Array:
             return runner.run(feeds_of(window, checkpoint.config), False).named["logits"]
 
         advance = stage("measuring the quality", len(evaluation.windows))
         report.quality = measure(evaluation, logits, MAX_KL, lossy, advance)
+
+
+def _load(
+    process: LiteProcess, candidate: Candidate, stage: Stage, *, float_products: bool = False
+) -> Mapping[str, Any]:
+    """Load the file; returns its signatures.
+
+    Raises:
+        InputError: LiteRT refuses it.
+    """
+    stage("loading the LiteRT file", 0)
+    try:
+        return process.load(candidate.path, half_the_cores(), float_products=float_products)
+    except LiteError as error:
+        raise InputError("LiteRT cannot load the file", path=candidate.path, found=error) from error
 
 
 def contract_problems(signatures: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:

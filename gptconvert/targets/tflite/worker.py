@@ -11,6 +11,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from gptconvert.targets.child.frames import Arrays
 from gptconvert.targets.child.server import Command, serve
+from gptconvert.targets.tflite.rewrite import with_float_products
 
 PAST, PRESENT = "past_key_values", "present"
 #: The loaded model, and the state of :func:`step`.
@@ -20,8 +21,15 @@ Answer = tuple[Mapping[str, object], Arrays]
 
 
 def load(request: Mapping[str, Any], _: Arrays) -> Answer:
-    """Load the model at ``path``; return its signatures: inputs and outputs by name, as (type, shape)."""
-    interpreter = Interpreter(model_path=request["path"], num_threads=request["threads"])
+    """Load the model at ``path``; return its signatures: inputs and outputs by name, as (type, shape).
+
+    With ``float_products``, products with 8-bit matrices are computed in float32.
+    """
+    source: dict[str, Any] = {"model_path": request["path"]}
+    if request["float_products"]:
+        with open(request["path"], "rb") as file:
+            source = {"model_content": with_float_products(file.read())}
+    interpreter = Interpreter(**source, num_threads=request["threads"])
     LOADED.clear()
     LOADED["runners"] = {name: interpreter.get_signature_runner(name) for name in interpreter.get_signature_list()}
     described = {
