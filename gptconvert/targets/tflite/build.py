@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -59,8 +60,8 @@ def _converted(checkpoint: Checkpoint, kinds: Sequence[str], stop: threading.Eve
     stored = {name: _stored(weight, name in flipped) for name, weight in checkpoint.weights.items()}
     placed, size = place((name, stored[name], name) for name in sorted(stored))
     try:
-        with ConverterProcess() as tensorflow:
-            write_files(tensorflow.directory, [PlannedFile(WEIGHTS, size, tensors=placed)], stop=stop)
+        with ConverterProcess() as tensorflow, tempfile.TemporaryDirectory(dir=tensorflow.directory) as directory:
+            write_files(directory, [PlannedFile(WEIGHTS, size, tensors=placed)], stop=stop)
             tensorflow.ask(
                 "convert",
                 stop,
@@ -70,10 +71,10 @@ def _converted(checkpoint: Checkpoint, kinds: Sequence[str], stop: threading.Eve
                 flipped=flipped,
                 signatures=signatures_of(checkpoint.config),
                 kinds=list(kinds),
-                directory=tensorflow.directory,
+                directory=directory,
             )
             for kind in kinds:
-                with open(os.path.join(tensorflow.directory, kind), "rb") as file:
+                with open(os.path.join(directory, kind), "rb") as file:
                     yield kind, file.read()
     except TensorFlowError as error:
         raise UnsupportedError(
@@ -83,9 +84,6 @@ def _converted(checkpoint: Checkpoint, kinds: Sequence[str], stop: threading.Eve
 
 
 def _stored(weight: LazyTensor, flipped: bool) -> LazyTensor:
-    """The weight in float32; a matrix [in, out], as the graph multiplies best (``graph.Weights.linear``).
-
-    The converter transposes it back. Were it stored [out, in], the converter would multiply the norm before it into it.
-    """
+    """The weight in float32; a matrix [in, out], which the graph multiplies as a batch of one."""
     whole = cast(weight, np.dtype(np.float32))
     return transpose(whole) if flipped else whole

@@ -40,6 +40,21 @@ def convert(request: Mapping[str, Any], _: Arrays) -> tuple[Mapping[str, object]
     return {}, {}
 
 
+class _Weights(Weights):
+    """Weights that are all multiplied as a batch of one.
+
+    The converter multiplies a norm into the matrix after it, so that neither would be stored as in the checkpoint; an
+    axis more prevents that.
+    """
+
+    def linear(self, x: Any, prefix: str, *, weight: str | None = None, bias: bool = True) -> Any:
+        name = weight or f"{prefix}.weight"
+        if name in self.flipped:
+            return super().linear(x, prefix, weight=weight, bias=bias)
+        x = tf.matmul(tf.expand_dims(x, 0), self(name), transpose_b=True)[0]  # (N, out)
+        return tf.nn.bias_add(x, self(f"{prefix}.bias")) if bias else x
+
+
 def _mapped(directory: str, offset: int, shape: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.memmap(os.path.join(directory, "weights"), np.float32, "r", offset, tuple(shape))
 
@@ -50,7 +65,7 @@ def _save(request: Mapping[str, Any], weights: Mapping[str, Any], saved: str) ->
     special = SpecialIds(**{**request["special"], "eos": tuple(request["special"]["eos"])})
     variables = {name: tf.Variable(value, name=name) for name, value in weights.items()}
     shapes = {name: value.shape for name, value in weights.items()}
-    traced = Weights(variables, shapes, frozenset(request["flipped"]))
+    traced = _Weights(variables, shapes, frozenset(request["flipped"]))
     root = tf.Module()
     root.weights = variables
     names = request["signatures"]
