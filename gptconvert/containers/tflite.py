@@ -116,9 +116,8 @@ def read_tflite(path: str) -> TfliteModel:
     """
     size = file_size(path)
     if not 8 <= size <= MAX_BYTES:
-        raise InputError(
-            "not a LiteRT model", path=path, expected=f"8 to {MAX_BYTES} bytes", found=f"{size} bytes", hint=FETCH_AGAIN
-        )
+        expected = f"8 to {MAX_BYTES} bytes"
+        raise InputError("not a LiteRT model", path=path, expected=expected, found=f"{size} bytes", hint=FETCH_AGAIN)
     data = map_segment(Segment(path, 0, size))
     if data[4:8].tobytes() != MAGIC:
         explained = explain_file(path, {"tflite"})
@@ -196,13 +195,14 @@ class _Table:
 def _unpack(data: NDArray[np.uint8], code: str, at: int) -> int:
     if at < 0:
         raise ValueError(f"offset {at}")
-    value: int = struct.unpack_from(f"<{code}", data, at)[0]
+    value: int = struct.unpack_from(f"<{code}", data.data, at)[0]
     return value
 
 
 def _model(root: _Table, path: str, size: int) -> TfliteModel:
     if (version := root.number(0, "I")) != VERSION:
-        raise UnsupportedError("unknown version", path=path, expected=f"version {VERSION}", found=f"version {version}")
+        expected, found = f"version {VERSION}", f"version {version}"
+        raise UnsupportedError("unknown version of LiteRT's format", path=path, expected=expected, found=found)
     codes = [max(code.number(0, "b"), code.number(3, "i")) for code in root.tables(1)]
     buffers = list(root.tables(4))
     graphs = tuple(
@@ -229,9 +229,7 @@ def _tensor(table: _Table, buffers: list[_Table]) -> TfliteTensor:
     fixed, signature = tuple(table.numbers(0)), tuple(table.numbers(7))
     quantisation, buffer = table.table(4), buffers[number]
     if buffer.number(1, "Q") > 1:
-        raise UnsupportedError(
-            "constants outside the FlatBuffer are not supported", path=table.path, item=name, hint="use a smaller model"
-        )
+        raise UnsupportedError("constants outside the FlatBuffer are not supported", path=table.path, item=name)
     raw = None if dtype is None else buffer.stored(0, np.dtype(np.uint8))
     stored = None
     if raw is not None and dtype is not None:

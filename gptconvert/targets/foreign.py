@@ -48,8 +48,8 @@ def find_candidates(checkpoint: Checkpoint, path: str, seed: int = 0) -> list[Ca
 
 
 def _file(path: str) -> Iterator[Found]:
-    for ending, target in ((".onnx", "onnx"), (".safetensors", "safetensors"), (".gguf", "gguf"), (".tflite", "tflite")):
-        if path.endswith(ending):
+    for target in ("onnx", "safetensors", "gguf", "tflite"):
+        if path.endswith(f".{target}"):
             yield target, path, os.path.basename(path)
 
 

@@ -39,6 +39,7 @@ VALUES = {
     "--early-stopping": "never",
     "--block-size": "64",
     "--gguf-type": "q8_0",
+    "--tflite-type": "int8",
 }
 
 

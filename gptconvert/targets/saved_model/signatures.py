@@ -67,10 +67,7 @@ def signatures(weights: Weights, config: GPTConfig, special: SpecialIds, names: 
     arguments = (ids, ids, ids, [(cache, cache)] * config.n_layer)
     shared = traceable(body, weights, config, input_signature=arguments)
     model, fixed = Model(weights, config, shared, special), Model(weights, config, plain, special, drop=1)
-    return {
-        name: _traced(fixed, name, jit=True) if name.endswith(XLA) else _traced(model, name)
-        for name in names
-    }
+    return {name: _traced(fixed, name, jit=True) if name.endswith(XLA) else _traced(model, name) for name in names}
 
 
 def _traced(model: Model, name: str, *, jit: bool | None = None) -> Any:

@@ -1,1 +1,1 @@
-"""LiteRT (TensorFlow Lite) models."""
+"""Export to LiteRT (TensorFlow Lite)."""

@@ -7,7 +7,7 @@ in memory several times, and its file format ends at 2 GiB.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from gptconvert.containers.tflite import MAX_BYTES
 from gptconvert.errors import UnsupportedError, UsageError
@@ -15,6 +15,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, Placed, PlannedFile
 from gptconvert.model.int8 import Int8Rows
 from gptconvert.model.options import INFO, TFLITE_QUANTISED, Options
+from gptconvert.model.tensors import LazyTensor
 from gptconvert.targets.saved_model.process import require_tensorflow
 from gptconvert.targets.tflite.build import Built
 from gptconvert.targets.tflite.forms import FILES, form_of, stored_as
@@ -27,8 +28,10 @@ OF_DTYPE: Mapping[str | None, str] = {None: "f32", "fp32": "f32", "fp16": "f16"}
 OF_QUANTISED = ("eval_text", "max_kl")
 #: Generous size of the graph in bytes, constant and per layer (measured for GPT-2: 90 000 and 30 000).
 GRAPH_BYTES, LAYER_BYTES = 250_000, 80_000
-#: Memory of the converter beside the weights, and as a multiple of their bytes in float32.
-MEMORY, MEMORY_FACTOR = 1 << 30, 6
+#: Copies of the scales of 8-bit matrices: three graphs with a scale and a zero point of 8 bytes, and one for lookups.
+SCALE_COPIES = 10
+#: Memory of the converter beside the weights, and as a multiple of their bytes in float32 (measured: 7.1 at 355M).
+MEMORY, MEMORY_FACTOR = 1 << 30, 7
 #: Above this, a note states how much memory the conversion needs.
 MUCH = 4 << 30
 
@@ -113,13 +116,15 @@ def _graph_bytes(checkpoint: Checkpoint) -> int:
 
 def _export(checkpoint: Checkpoint, kind: str, built: Built, notes: tuple[str, ...]) -> Export:
     stored = stored_as(checkpoint, lambda name, shape: form_of(kind, name, shape))
-    nbytes = sum(part.nbytes for weight in stored.weights.values() for part in _parts(weight).values())
+    parts = [part for weight in stored.weights.values() for part in _parts(weight)]
+    nbytes = sum(part.nbytes for part in parts)
     file = PlannedFile(FILES[kind], nbytes + _graph_bytes(checkpoint), finish=_finish(built, kind))
     return Export(NAME, FILES[kind], stored, (file,), kind, notes)
 
 
-def _parts(weight: object) -> Mapping[str, object]:
-    return weight.parts if isinstance(weight, Int8Rows) else {"": weight}
+def _parts(weight: LazyTensor) -> Sequence[LazyTensor]:
+    """What stores a weight; each row of an 8-bit matrix has a scale and a zero point, in every graph."""
+    return [weight.codes, *[weight.scales] * SCALE_COPIES] if isinstance(weight, Int8Rows) else [weight]
 
 
 def _finish(built: Built, kind: str) -> Callable[[Callable[[Placed], int], threading.Event], bytes]:

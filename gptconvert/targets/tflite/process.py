@@ -50,7 +50,7 @@ class LiteProcess(ChildProcess):
         Args:
             path: of the file.
             threads: to compute in.
-            float_products: whether to multiply by 8-bit matrices in float32; LiteRT also rounds activations to 8 bits.
+            float_products: whether to multiply by 8-bit matrices in float32, instead of rounding activations too.
 
         Raises:
             LiteError: LiteRT refuses the file.

@@ -154,7 +154,7 @@ class _Rewriter:
         if self.code(lookup) != OPERATORS.GATHER:
             raise ValueError("a matrix has an unexpected use")
         tensor, ids, result = graph.tensors[number], int(lookup.inputs[1]), int(lookup.outputs[0])
-        looked_up, column = graph.tensors[result], tensor.shape[:1].tolist() + [1]
+        looked_up, column = graph.tensors[result], [*tensor.shape[:1].tolist(), 1]
         first, name = len(graph.tensors), tensor.name
         plain = _new(tensor, INT8, f"{name}/codes", tensor.buffer)
         scales = _new(tensor, FLOAT32, f"{name}{SCALES_SUFFIX}", self.scales[tensor.buffer][1])
@@ -245,7 +245,7 @@ class _Aligned(schema.BufferT):  # type: ignore[misc]
         builder.StartVector(1, len(self.data), ALIGNMENT)
         end = builder.Head()
         builder.head = end - len(self.data)
-        builder.Bytes[builder.head : end] = memoryview(np.ascontiguousarray(self.data, np.uint8))
+        builder.Bytes[builder.head : end] = np.ascontiguousarray(self.data, np.uint8).data
         vector = builder.EndVector()
         schema.BufferStart(builder)
         schema.BufferAddData(builder, vector)

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from gptconvert.containers.tflite import TfliteModel, TfliteTensor, read_tflite
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.blocks import CODES, SCALES
@@ -31,6 +29,7 @@ from gptconvert.verify.quality import measurable, measure
 from gptconvert.verify.report import ArtifactReport
 from gptconvert.verify.run_probes import feeds_of
 from gptconvert.verify.weights import Pair, WeightReport, compare
+from reference_model.config import GPTConfig
 
 #: Default limit of the mean KL divergence of 8-bit weights from the source, in nats per token.
 MAX_KL = 0.05
@@ -45,6 +44,9 @@ class LiteRunner(SavedModelRunner):
     """A loaded LiteRT file, whose signatures are those of the SavedModel."""
 
     program = "LiteRT"
+
+    def __init__(self, process: LiteProcess, config: GPTConfig) -> None:
+        super().__init__(process, config)  # type: ignore[arg-type]  # it has the one method that is called
 
 
 def verify(candidate: Candidate, level: Level, stage: Stage) -> ArtifactReport:
@@ -129,8 +131,6 @@ def _pairs(
             for tensor in found.get(f"{name}{SCALES_SUFFIX}", ()):
                 yield Pair(name, tensor.name, weight.scales, _flat(_stored(tensor)))
     report.weights.equal += omitted
-    if omitted:
-        report.notes.append(f"{report.path}: {omitted} weights of only zeros or ones are left out, as they change nothing")
 
 
 def _parts(name: str, weight: LazyTensor, tensor: TfliteTensor) -> Iterator[Pair]:
@@ -157,10 +157,10 @@ def _is_neutral(weight: LazyTensor) -> bool:
 
 def _other_constants(model: TfliteModel, checkpoint: Checkpoint) -> Iterator[str]:
     """Large constants that are no weights."""
-    known = {*checkpoint.weights, *(name + end for name in checkpoint.weights for end in (CODES_SUFFIX, SCALES_SUFFIX))}
+    known = {name + end for name in checkpoint.weights for end in ("", CODES_SUFFIX, SCALES_SUFFIX)}
     for name, tensors in named_constants(model).items():
         for tensor in tensors:
-            if name not in known and _stored(tensor).nbytes > MOST_CONSTANT_BYTES and ";" not in tensor.name:
+            if _stored(tensor).nbytes > MOST_CONSTANT_BYTES and not known & {*tensor.name.split(";")}:
                 yield f"{name}: a constant of {_stored(tensor).nbytes} bytes that is not a weight of this model"
 
 
@@ -194,8 +194,8 @@ def _run(
 ) -> None:
     """Rules 2 and 3.
 
-    LiteRT rounds the activations that it multiplies by 8-bit matrices, which no reference can reproduce. So rule 2 runs
-    the same bytes with these products in float32, and rule 3 judges the file as it is.
+    LiteRT rounds the activations that it multiplies by 8-bit matrices, which no reference can reproduce. So rule 2
+    runs the same bytes with these products in float32, and rule 3 judges the file as it is.
     """
     lossy = {name: weight for name, weight in checkpoint.weights.items() if isinstance(weight, Int8Rows)}
     signatures = _load(process, candidate, stage, float_products=bool(lossy))
