@@ -50,6 +50,7 @@ class TfliteTensor:
         buffer: number of its constant; 0 if it has none.
         stored: the constant; None if it has none.
         scales: of a quantised constant, one for each index of ``axis``; None for others.
+        zeros: the codes of zero, one for each scale; None for others.
         axis: along which the scales differ.
     """
 
@@ -59,6 +60,7 @@ class TfliteTensor:
     buffer: int
     stored: Stored | None
     scales: Stored | None
+    zeros: Stored | None
     axis: int
 
 
@@ -237,5 +239,6 @@ def _tensor(table: _Table, buffers: list[_Table]) -> TfliteTensor:
             raise ValueError(f"{name}: {raw.nbytes} bytes for the shape {list(fixed)}")
         stored = Stored(raw.parts, dtype, fixed)
     scales = None if quantisation is None else quantisation.stored(2, np.dtype("<f4"))
+    zeros = None if quantisation is None else quantisation.stored(3, np.dtype("<i8"))
     axis = 0 if quantisation is None else quantisation.number(6, "i")
-    return TfliteTensor(name, dtype, signature or fixed, number, stored, scales, axis)
+    return TfliteTensor(name, dtype, signature or fixed, number, stored, scales, zeros, axis)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gptconvert.containers.tflite import TfliteModel, TfliteTensor, read_tflite
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.model.blocks import CODES, SCALES
@@ -13,7 +15,7 @@ from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.int8 import Int8Rows
 from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
-from gptconvert.model.tensors import Array, LazyTensor, Stored
+from gptconvert.model.tensors import Array, Computed, LazyTensor, Stored
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.saved_model.contract import inputs_of, outputs_of
 from gptconvert.targets.saved_model.runner import Run, SavedModelRunner
@@ -124,7 +126,7 @@ def _pairs(
                 report.weights.problems.append(f"{name}: not in the file")
             continue
         for tensor in found[name]:
-            yield from _parts(name, weight, tensor)
+            yield from _parts(name, weight, tensor, report.weights.problems)
         if isinstance(weight, Int8Rows):
             for tensor in found.get(f"{name}{CODES_SUFFIX}", ()):
                 yield Pair(name, tensor.name, weight.codes, _stored(tensor))
@@ -133,13 +135,20 @@ def _pairs(
     report.weights.equal += omitted
 
 
-def _parts(name: str, weight: LazyTensor, tensor: TfliteTensor) -> Iterator[Pair]:
+def _zeros(rows: int) -> LazyTensor:
+    return Computed(lambda box: np.zeros(box[0].stop - box[0].start, np.int64), np.dtype(np.int64), (rows,))
+
+
+def _parts(name: str, weight: LazyTensor, tensor: TfliteTensor, problems: list[str]) -> Iterator[Pair]:
     if not isinstance(weight, Int8Rows):
         yield Pair(name, name, weight, _stored(tensor))
         return
     yield Pair(name, f"{name}.{CODES}", weight.codes, _stored(tensor))
-    if tensor.scales is not None:  # else the problem is that it is not quantised: its type differs
-        yield Pair(name, f"{name}.{SCALES}", weight.scales, tensor.scales)
+    if tensor.scales is None or tensor.zeros is None or tensor.axis != 0:
+        problems.append(f"{name}: expected a scale and a code of zero for each row")
+        return
+    yield Pair(name, f"{name}.{SCALES}", weight.scales, tensor.scales)
+    yield Pair(name, f"{name}.zeros", _zeros(weight.shape[0]), tensor.zeros)
 
 
 def _stored(tensor: TfliteTensor) -> Stored:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptconvert import pipeline
-from gptconvert.containers.tflite import MAX_BYTES
+from gptconvert.containers.tflite import MAX_BYTES, read_tflite
 from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Options
@@ -120,7 +120,9 @@ def test_command_line(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     (export,) = plan(open_checkpoint(str(TINY)), Options(targets=("tflite",), tflite_type=("int8",)))
     altered = bytearray((tmp_path / "out" / "model_int8.tflite").read_bytes())
-    altered[len(altered) // 2] ^= 1
+    model = read_tflite(str(tmp_path / "out" / "model_int8.tflite"))
+    bias = next(t for t in model.graphs[0].tensors if t.name == "h.1.mlp.c_fc.bias")
+    altered[bias.stored.parts[0].offset] ^= 1  # type: ignore[union-attr]
     finished = dataclasses.replace(export.files[0], finish=lambda crc32c, stop: bytes(altered))
     broken = dataclasses.replace(export, files=(finished,))
     monkeypatch.setattr(planning, "_export", lambda *_: broken)

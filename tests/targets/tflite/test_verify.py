@@ -81,6 +81,7 @@ DAMAGE = [
     ("model_fp16.tflite", "h.0.attn.c_attn.weight", "stored"),
     ("model_int8.tflite", "wte.weight", "stored"),
     ("model_int8.tflite", "h.1.mlp.c_proj.weight", "scales"),
+    ("model_int8.tflite", "h.0.attn.c_attn.weight", "zeros"),
     ("model_int8.tflite", "wte.weight/scales", "stored"),
 ]
 
