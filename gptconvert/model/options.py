@@ -89,8 +89,8 @@ class Options:
         seed: of the probes; any but 0 adds some of random length, batch size, mask and past.
         eval_text: UTF-8 text file that the quality of lossy exports is measured on; None: the language reference of
             Python, and text sampled from the model.
-        max_kl: most mean KL divergence of a lossy export from its source, in nats per token; None: 0.01 for 8 bits,
-            0.1 for 5, 0.2 for 4.
+        max_kl: most mean KL divergence of a lossy export from its source, in nats per token; None: 0.01 for 8 bits
+            (0.05 in LiteRT), 0.1 for 5, 0.2 for 4.
         force: replace an existing output.
         allow_nonfinite: convert weights that contain NaN or infinities.
         strict: treat notes as errors.
@@ -436,7 +436,7 @@ class Options:
         "Verification",
         "Fail if a quantised export's mean KL divergence from the source, in nats per token, exceeds this.",
         metavar="X",
-        default_text="0.01 for 8 bits, 0.1 for 5, 0.2 for 4",
+        default_text="0.01 for 8 bits (0.05 in LiteRT), 0.1 for 5, 0.2 for 4",
         shapes=False,
         targets=_ONNX | _GGUF | _TFLITE,
     )

@@ -12,7 +12,7 @@ TARGET = Target(
     load=run.LiteRuntime,
     snippets=card.SNIPPETS,
     graphs=card.graphs,
-    library="litert",
+    library="tflite",
     requires=(("tensorflow", "tf"), ("ai_edge_litert", "tflite")),
     libraries=("tensorflow",),
 )
