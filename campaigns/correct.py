@@ -42,13 +42,13 @@ from gptconvert.targets.tflite.build import ConverterProcess
 #: Targets → share of the cases. TensorFlow takes five times as long as onnxruntime.
 MIXTURE: Mapping[tuple[str, ...], float] = {
     ("onnx",): 0.5,
+    ("tflite",): 0.05,
     ("safetensors",): 0.05,
     ("onnx", "safetensors"): 0.05,
     ("openai-tf",): 0.1,
     ("tf",): 0.15,
     ("onnx", "tf"): 0.05,
     ("gguf",): 0.05,
-    ("tflite",): 0.05,
 }
 #: Share of the outputs that are verified once more, on their own.
 AGAIN = 1 / 3

@@ -58,9 +58,9 @@ LOSSES_IN_GGUF = (
 )
 #: The same of LiteRT files.
 LOSSES_IN_LITERT = (
-    "Quantised weights are rounded, so these files predict slightly different probabilities. Their mean KL divergence",
-    "from the checkpoint's, in nats per token of text, is below the limit in the table. Their outputs were compared with",
-    "the model of the rounded weights, without the rounding of activations.",
+    "Quantised weights are rounded, so these files predict slightly different probabilities. Their mean KL",
+    "divergence from the checkpoint's, in nats per token of text, is below the limit in the table. Their outputs",
+    "were compared with the model of the rounded weights, without the rounding of activations.",
 )
 #: Target → what its quantised artifacts lose. The first that has some explains them.
 LOSSES_OF: Mapping[str, Sequence[str]] = {"onnx": LOSSES, "tflite": LOSSES_IN_LITERT, "gguf": LOSSES_IN_GGUF}
