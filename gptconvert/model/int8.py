@@ -20,10 +20,10 @@ Floats = NDArray[np.float32]
 
 
 def scales_of(values: Array) -> Floats:
-    """The scale of each row of a matrix [N, K]; 1 if all its elements are 0."""
+    """The scale of each row of a matrix [N, K]; 1 if all its elements are 0, or too small for a normal scale."""
     largest = np.abs(np.asarray(values, np.float32)).max(axis=1)
     scales = largest / np.float32(LARGEST)
-    return np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    return np.where(scales >= np.finfo(np.float32).tiny, scales, np.float32(1)).astype(np.float32)
 
 
 def codes_of(values: Array, scales: Floats) -> NDArray[np.int8]:

@@ -16,7 +16,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from gptconvert.model.int8 import codes_of, scales_of
-from gptconvert.targets.tflite.forms import SCALES_SUFFIX, Form, form_of
+from gptconvert.targets.tflite.forms import CODES_SUFFIX, SCALES_SUFFIX, form_of
 
 FLOAT32, FLOAT16, INT8 = schema.TensorType.FLOAT32, schema.TensorType.FLOAT16, schema.TensorType.INT8
 OPERATORS = schema.BuiltinOperator
@@ -94,28 +94,30 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 class _Rewriter:
-    """Changes constants of a model, in place.
+    """Changes constants of a model.
 
     Attributes:
         model: the model.
-        forms: buffer → its new form; several graphs share one.
-        scales: buffer → scales of its rows, and the buffer that holds them as a column.
+        halves: buffer → that of the same constant in float16; several graphs share one.
+        codes: buffer and shape → the buffer of its codes, that of its scales, and the scales. Equal constants share a
+            buffer even if their shapes differ.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.forms: dict[int, Form] = {}
-        self.scales: dict[int, tuple[Any, int]] = {}
+        self.halves: dict[int, int] = {}
+        self.codes: dict[tuple[int, tuple[int, ...]], tuple[int, int, Any]] = {}
 
     def to_half(self, graph: Graph, number: int) -> None:
         """Store a constant in float16, and convert it in the graph."""
         tensor = graph.tensors[number]
-        half = _new(tensor, FLOAT16, tensor.name, tensor.buffer)
-        if tensor.buffer not in self.forms:
-            values = self._values(tensor).astype("<f2")
-            if not np.isfinite(values).all():
+        if tensor.buffer not in self.halves:
+            values = self._values(tensor)
+            halves = values.astype("<f2")
+            if np.isinf(halves).any() and not np.isinf(values).any():
                 raise ValueError(f"{tensor.name}: a weight is too large for float16")
-            self._store(tensor.buffer, "f16", values)
+            self.halves[tensor.buffer] = self._add_buffer(halves)
+        half = _new(tensor, FLOAT16, tensor.name, self.halves[tensor.buffer])
         tensor.name, tensor.buffer = f"{tensor.name}/float32", 0
         graph.tensors.append(half)
         graph.operators.insert(0, self._operator(OPERATORS.DEQUANTIZE, [len(graph.tensors) - 1], number))
@@ -123,21 +125,21 @@ class _Rewriter:
     def to_int8(self, graph: Graph, number: int) -> None:
         """Store a matrix in 8 bits, for all operators that use it."""
         tensor = graph.tensors[number]
-        if tensor.buffer not in self.forms:
+        key = tensor.buffer, _shape(tensor)
+        if key not in self.codes:
             values = self._values(tensor)
             scales = scales_of(values)
-            self._store(tensor.buffer, "int8", codes_of(values, scales))
-            self.scales[tensor.buffer] = scales, self._add_buffer(scales)
+            self.codes[key] = self._add_buffer(codes_of(values, scales)), self._add_buffer(scales), scales
+        tensor.buffer, column, scales = self.codes[key]
         tensor.type = INT8
         tensor.quantization = schema.QuantizationParametersT()
-        tensor.quantization.scale = self.scales[tensor.buffer][0]
-        tensor.quantization.zeroPoint = np.zeros(len(tensor.quantization.scale), np.int64)
+        tensor.quantization.scale, tensor.quantization.zeroPoint = scales, np.zeros(len(scales), np.int64)
         for operator in [o for o in graph.operators if number in o.inputs]:
             if self.code(operator) == OPERATORS.FULLY_CONNECTED:
                 operator.opcodeIndex = self._code_index(OPERATORS.FULLY_CONNECTED)
                 operator.builtinOptions.asymmetricQuantizeInputs = True
             else:
-                self._scale_rows(graph, number, operator)
+                self._scale_rows(graph, number, operator, column)
 
     def to_float_product(self, graph: Graph, product: Operator) -> None:
         """Convert the matrix of a product to float32 first."""
@@ -149,16 +151,16 @@ class _Rewriter:
         product.builtinOptions.asymmetricQuantizeInputs = False
         graph.operators.insert(0, self._operator(OPERATORS.DEQUANTIZE, [number], converted))
 
-    def _scale_rows(self, graph: Graph, number: int, lookup: Operator) -> None:
+    def _scale_rows(self, graph: Graph, number: int, lookup: Operator, column: int) -> None:
         """Replace the lookup of float rows by that of codes, a cast, and the product with the looked-up scales."""
         if self.code(lookup) != OPERATORS.GATHER:
             raise ValueError("a matrix has an unexpected use")
         tensor, ids, result = graph.tensors[number], int(lookup.inputs[1]), int(lookup.outputs[0])
-        looked_up, column = graph.tensors[result], [*tensor.shape[:1].tolist(), 1]
+        looked_up = graph.tensors[result]
         first, name = len(graph.tensors), tensor.name
-        plain = _new(tensor, INT8, f"{name}/codes", tensor.buffer)
-        scales = _new(tensor, FLOAT32, f"{name}{SCALES_SUFFIX}", self.scales[tensor.buffer][1])
-        scales.shape = np.array(column, np.int32)
+        plain = _new(tensor, INT8, f"{name}{CODES_SUFFIX}", tensor.buffer)
+        scales = _new(tensor, FLOAT32, f"{name}{SCALES_SUFFIX}", column)
+        scales.shape = np.array((tensor.shape[0], 1), np.int32)
         rows, floats, row_scales = (_new(looked_up, kind, f"{name}/{what}", 0) for kind, what in _STEPS)
         row_scales.shape, row_scales.shapeSignature = (
             None if sizes is None else np.array([*sizes[:-1], 1], np.int32)
@@ -177,13 +179,9 @@ class _Rewriter:
     def _values(self, tensor: Tensor) -> Any:
         return np.frombuffer(self.model.buffers[tensor.buffer].data, "<f4").reshape(_shape(tensor))
 
-    def _store(self, buffer: int, form: Form, values: Any) -> None:
-        self.model.buffers[buffer].data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        self.forms[buffer] = form
-
     def _add_buffer(self, values: Any) -> int:
         buffer = schema.BufferT()
-        buffer.data = values.view(np.uint8)
+        buffer.data = values.reshape(-1).view(np.uint8)
         self.model.buffers.append(buffer)
         return len(self.model.buffers) - 1
 
@@ -253,8 +251,10 @@ class _Aligned(schema.BufferT):  # type: ignore[misc]
 
 
 def _packed(model: Model) -> bytes:
-    """The bytes of a model."""
-    model.buffers = [_Aligned(buffer.data) for buffer in model.buffers]
+    """The bytes of a model, without the constants that nothing uses any more."""
+    used = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
+    used |= {entry.buffer for entry in model.metadata or ()}
+    model.buffers = [_Aligned(buffer.data if i in used else None) for i, buffer in enumerate(model.buffers)]
     size = sum(0 if buffer.data is None else len(buffer.data) + ALIGNMENT for buffer in model.buffers)
     builder = flatbuffers.Builder(size + (1 << 20))
     builder.Finish(model.Pack(builder), b"TFL3")

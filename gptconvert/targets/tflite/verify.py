@@ -189,7 +189,7 @@ def _in_file(checkpoint: Checkpoint, found: Mapping[str, Sequence[TfliteTensor]]
 def _longest(checkpoint: Checkpoint, level: Level, evaluation: Evaluation | None) -> int:
     """Most tokens in one run."""
     probes = make_probes(checkpoint.config, kv_cache=True, free_positions=True, level=level)
-    windows = evaluation.windows if evaluation is not None else ()
+    windows = evaluation.windows if evaluation is not None and measurable(checkpoint.config) else ()
     return max(checkpoint.config.n_ctx, *(probe.input_ids.size for probe in (*probes, *windows)))
 
 

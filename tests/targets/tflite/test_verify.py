@@ -261,6 +261,16 @@ def test_weights_that_are_left_out(shared: ConverterProcess, tmp_path: Path) -> 
     assert not any("h.0.ln_1.bias" in name for name in names)
 
 
+def test_equal_constants_of_different_shapes(shared: ConverterProcess, tmp_path: Path) -> None:
+    """The converter stores them once; in 8 bits they differ in their scales."""
+    raw, arrays = tiny_gpt2(n_inner=48)
+    for name, array in arrays.items():
+        if ".mlp." in name and name.endswith("weight"):
+            array[:] = 0.25
+    report = exported(checkpoint_of(raw, arrays), tmp_path, "int8", "f16")
+    assert report.passed, report.table()
+
+
 def test_a_weight_too_large_for_float16(shared: ConverterProcess, tmp_path: Path) -> None:
     raw, arrays = tiny_gpt2()
     arrays["transformer.h.0.mlp.c_fc.weight"][0, 0] = 1e6
