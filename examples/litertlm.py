@@ -2,10 +2,10 @@
 
     python examples/litertlm.py CHECKPOINT MODEL.litertlm PROMPT
 
-It needs TensorFlow and ``pip install litert-lm-builder litert-lm-api``. LiteRT-LM wants other graphs than ``--to tflite``
-writes: one for each length of prompt and one for a single token, with a cache of fixed size that each run returns. They
-are built here from the functions of the SavedModel's graph. This is an example, not a target, because the builder puts a
-random id and the time into every file, and nothing proves the file but the text that it generates.
+It needs TensorFlow and ``pip install litert-lm-builder litert-lm-api``. LiteRT-LM needs other graphs than
+``--to tflite`` writes: one for prompts and one for a single token, with a cache of fixed size that each run returns.
+They are built here from the functions of the SavedModel's graph. This is an example, not a target, because the
+builder puts a random id and the time into every file, and nothing proves the file but the text that it generates.
 """
 
 from __future__ import annotations

@@ -24,6 +24,11 @@ from gptconvert.verify.runners import available_memory
 NAME = "tflite"
 #: ``--dtype`` → the type of file that has it.
 OF_DTYPE: Mapping[str | None, str] = {None: "f32", "fp32": "f32", "fp16": "f16"}
+#: Activation → why LiteRT cannot compute it.
+REFUSED: Mapping[str, str] = {
+    "laplace": "it has no built-in operator for erf",
+    "sqrt_softplus": "it computes softplus as log(1 + exp(x)), whose square root is wrong far below 0",
+}
 #: Options that only quantised exports use, and only in verification.
 OF_QUANTISED = ("eval_text", "max_kl")
 #: Generous size of the graph in bytes, constant and per layer (measured for GPT-2: 90 000 and 30 000).
@@ -40,11 +45,17 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
     """One export for each type. TensorFlow starts only when the files are written.
 
     Raises:
-        UnsupportedError: TensorFlow is not installed, or cannot hold the model; or LiteRT lacks the type.
+        UnsupportedError: TensorFlow is not installed, or cannot hold the model; or LiteRT lacks the type, or the
+            activation.
         UsageError: an option has no effect.
     """
     require_tensorflow()
     check_used(options)
+    if reason := REFUSED.get(checkpoint.config.activation):
+        raise UnsupportedError(
+            f"LiteRT cannot compute the activation {checkpoint.config.activation}: {reason}",
+            hint="use --to onnx, which preserves it",
+        )
     chosen = kinds(options)
     notes = _check_size(checkpoint, available_memory())
     built = Built(checkpoint, chosen)

@@ -70,6 +70,14 @@ def test_bfloat16_is_refused(capsys: Any, tmp_path: Path) -> None:
     assert done.code == 4 and "--tflite-type f32" in done.err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("activation", ["laplace", "sqrt_softplus"])
+def test_activations_that_litert_lacks(activation: str) -> None:
+    checkpoint = checkpoint_of(*tiny_gpt2())
+    config = dataclasses.replace(checkpoint.config, activation=activation)
+    with pytest.raises(UnsupportedError, match=f"LiteRT cannot compute the activation {activation}"):
+        plan(dataclasses.replace(checkpoint, config=config), Options(targets=("tflite",)))
+
+
 def large(nbytes: int) -> Checkpoint:
     """A checkpoint whose embedding has so many bytes, which are never computed."""
     checkpoint = checkpoint_of(*tiny_gpt2())
