@@ -29,17 +29,20 @@ import numpy as np
 from campaigns.models import Model, random_model
 from campaigns.report import Case, Report
 from gptconvert.errors import GptConvertError
-from gptconvert.model.options import GGUF_QUANTISED, GGUF_TYPES, Options
+from gptconvert.model.options import GGUF_QUANTISED, GGUF_TYPES, TFLITE_QUANTISED, TFLITE_TYPES, Options
 from gptconvert.pipeline import convert, verify_export
 from gptconvert.targets.gguf.layout import ARCHITECTURES, why_not
 from gptconvert.targets.openai_tf.plan import FIXED, TASKS, TOKENIZER_NAMES
 from gptconvert.targets.saved_model import plan as tf_plan
 from gptconvert.targets.saved_model import verify as tf_verify
 from gptconvert.targets.saved_model.process import TensorFlowProcess
+from gptconvert.targets.tflite import build as tflite_build
+from gptconvert.targets.tflite.build import ConverterProcess
 
 #: Targets → share of the cases. TensorFlow takes five times as long as onnxruntime.
 MIXTURE: Mapping[tuple[str, ...], float] = {
-    ("onnx",): 0.55,
+    ("onnx",): 0.5,
+    ("tflite",): 0.05,
     ("safetensors",): 0.05,
     ("onnx", "safetensors"): 0.05,
     ("openai-tf",): 0.1,
@@ -135,6 +138,10 @@ def case(seed: int, number: int) -> Export:
         chosen["gguf_type"] = (kind := pick(*GGUF_TYPES),)
         if kind in GGUF_QUANTISED:  # what it loses is no fault
             chosen["max_kl"] = 1e9
+    if "tflite" in targets:
+        chosen["tflite_type"] = (kind := pick(*TFLITE_TYPES),)
+        if kind in TFLITE_QUANTISED:
+            chosen["max_kl"] = 1e9
     if "onnx" in targets:
         chosen |= {"opset": pick(17, 18, 21, 21), "single_file": pick(False, False, True)}
         chosen["position_ids"] = pick(False, True) if model.options.kv_cache is None else False
@@ -203,9 +210,9 @@ def _verified_again(made: Export, source: Path, output: Path) -> tuple[str, bool
 class _Shared:
     """A TensorFlow process that outlives each ``with``: importing TensorFlow takes seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[TensorFlowProcess] = TensorFlowProcess) -> None:
+        self.kind, self.graphs = kind, 0
         self.process: TensorFlowProcess | None = None
-        self.graphs = 0
 
     def __call__(self, limits: object = None) -> Self:
         return self
@@ -215,7 +222,7 @@ class _Shared:
         if self.graphs > MOST_GRAPHS:
             self.close()
         if self.process is None:
-            self.process, self.graphs = TensorFlowProcess(), 0
+            self.process, self.graphs = self.kind(), 0
         return self.process
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -228,17 +235,19 @@ class _Shared:
             self.process = None
 
 
-_SHARED = _Shared()
+_SHARED, _CONVERTER = _Shared(), _Shared(ConverterProcess)
 
 
 def one_tensorflow() -> ExitStack:
-    """Make planning and verification use one TensorFlow process."""
+    """Make planning and verification use one TensorFlow process, and one that converts to LiteRT."""
     stack = ExitStack()
+    stack.enter_context(mock.patch.object(tflite_build, "ConverterProcess", _CONVERTER))
     for module in (tf_plan, tf_verify):
         stack.enter_context(mock.patch.object(module, "TensorFlowProcess", _SHARED))
     return stack
 
 
 def close_tensorflow() -> None:
-    """End the TensorFlow process, if there is one."""
+    """End the TensorFlow processes, if there are any."""
     _SHARED.close()
+    _CONVERTER.close()

@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "h5": ("h5py>=3.11",),
     "flax": ("msgpack>=1.1",),
     "gguf": ("gguf>=0.19", "xllamacpp>=2026.10"),
+    "tflite": ("ai-edge-litert>=2.3",),
     "report": ("matplotlib>=3.9",),
     "cluster": ("dask[distributed]>=2024.5",),
     "remote": ("fsspec>=2024.5",),

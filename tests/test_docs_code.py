@@ -66,6 +66,11 @@ def _generate(directory: Path, trained: Path) -> Path:
     return directory
 
 
+def _litert(directory: Path, trained: Path) -> Path:
+    gptconvert.convert(TRAINED, directory / "t", gptconvert.Options(targets=("tflite",), verify=None))
+    return directory
+
+
 #: Page → where its Python runs. ``api.md`` has signatures; ``tests/targets/saved_model`` runs ``serving.md``,
 #: ``test_tutorials`` the tutorials, and a test below ``mlflow.md``.
 SETTINGS: dict[str, Callable[[Path, Path], Path]] = {
@@ -74,6 +79,7 @@ SETTINGS: dict[str, Callable[[Path, Path], Path]] = {
     "onnx.md": lambda _, trained: trained,
     "tokenizers.md": _tokenizers,
     "reports.md": _fixtures,
+    "litert.md": _litert,
 }
 ELSEWHERE = {"api.md", "mlflow.md", "serving.md", "verify.md"}
 
@@ -82,7 +88,18 @@ def test_every_page_with_python_is_run() -> None:
     assert {page.name for page in PAGES if blocks(page, "python")} == {*SETTINGS, *ELSEWHERE}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name in SETTINGS], ids=lambda page: page.name)
+#: Pages whose code needs an export by TensorFlow.
+BY_TENSORFLOW = {"litert.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[pytest.mark.tensorflow] if page.name in BY_TENSORFLOW else [])
+        for page in PAGES
+        if page.name in SETTINGS
+    ],
+)
 def test_python_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after another in one namespace, as when pasted into a session."""
     monkeypatch.chdir(SETTINGS[page.name](tmp_path, trained))

@@ -69,13 +69,22 @@ def test_readme_commands_run_as_written(tmp_path: Path) -> None:
     clone = directory_like_a_clone(tmp_path)
     for words in commands:
         assert words[0] == "python"
+        if words[1] == "examples/litertlm.py":
+            continue  # test_litert_lm_writes_the_same_text
         done = run(*words[1:], where=clone)
         assert done.returncode == 0, done.stderr
         assert done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py") if takes_arguments(path)))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.stem, marks=[pytest.mark.tensorflow] if path.stem == "litertlm" else [])
+        for path in sorted(EXAMPLES.glob("*.py"))
+        if takes_arguments(path)
+    ],
+)
 def test_usage_without_arguments(name: str) -> None:
     done = run(f"examples/{name}.py")
     assert done.returncode == 1
@@ -92,6 +101,16 @@ def test_convert_and_run(tmp_path: Path, capsys: Any) -> None:
     shares = [float(line.split("%")[0]) for line in tokens]
     assert shares == sorted(shares, reverse=True)
     assert 50 < sum(shares) <= 100.3
+
+
+@pytest.mark.tensorflow
+@pytest.mark.skipif(importlib.util.find_spec("litert_lm") is None, reason="LiteRT-LM is not installed")
+def test_litert_lm_writes_the_same_text(export: Path, tmp_path: Path) -> None:
+    """Its engine, which phones run, and onnxruntime choose the same tokens."""
+    prompt = PROMPTS[0]
+    done = run(str(EXAMPLES / "litertlm.py"), str(TRAINED), str(tmp_path / "model.litertlm"), prompt)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{prompt}{generate(str(export), prompt, Sampling(max_new_tokens=24)).text}\n"
 
 
 def test_decode_loop_writes_what_each_prompt_gives_alone(export: Path) -> None:

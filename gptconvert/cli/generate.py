@@ -54,8 +54,8 @@ def _option(group: str, flag: str, kind: Any, metavar: str, text: str, **setting
     default="onnx",
     show_default=True,
     group=RUNTIME,
-    help="Run onnx/ with onnxruntime, saved_model/ with TensorFlow, model.safetensors with PyTorch, or a GGUF file "
-    "with llama.cpp.",
+    help="Run onnx/ with onnxruntime, saved_model/ with TensorFlow, model.safetensors with PyTorch, a GGUF file with "
+    "llama.cpp, or model.tflite with LiteRT.",
 )
 @own(
     "--variant",

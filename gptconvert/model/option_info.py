@@ -12,7 +12,9 @@ from typing import Any, Literal
 #: When a field takes effect: opening files, reading the checkpoint, writing targets, or during the run.
 Stage = Literal["source", "checkpoint", "output", "run"]
 #: Section of the help text.
-Group = Literal["Source", "Checkpoint", "Output", "ONNX", "GGUF", "safetensors and TensorFlow", "Verification"]
+Group = Literal[
+    "Source", "Checkpoint", "Output", "ONNX", "GGUF", "LiteRT", "safetensors and TensorFlow", "Verification"
+]
 #: Kind of value of an option; the command line shows this word and checks the value accordingly.
 Metavar = Literal["N", "X", "SIZE", "FILE", "DIR", "NAME", "REVISION", "TASK", "PATTERN", "KEY=VALUE"]
 

@@ -30,8 +30,10 @@ SHARD_BYTES = 5_000_000_000
 
 #: Types of GGUF files, and those of them in which most matrices are quantised.
 GGUF_TYPES, GGUF_QUANTISED = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"), ("q8_0", "q5_0", "q4_0")
+#: Types of LiteRT files, and those of them in which most matrices are quantised.
+TFLITE_TYPES, TFLITE_QUANTISED = ("f32", "f16", "int8"), ("int8",)
 
-_ONNX, _TF, _GGUF = frozenset({"onnx"}), frozenset({"tf"}), frozenset({"gguf"})
+_ONNX, _TF, _GGUF, _TFLITE = (frozenset({name}) for name in ("onnx", "tf", "gguf", "tflite"))
 _SHARDED = frozenset({"safetensors", "gguf"})
 
 
@@ -79,14 +81,16 @@ class Options:
             runtime's choice.
         gguf_type: types of the GGUF files to write, one file each: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_0``,
             ``q4_0``; empty: that of ``dtype``, else ``f16``.
+        tflite_type: types of the LiteRT files to write, one file each: ``f32``, ``f16``, ``int8``; empty: that of
+            ``dtype``, else ``f32``.
         max_shard_size: largest safetensors or GGUF file, in bytes; None: 5 GB for safetensors, any for GGUF.
         xla: whether to add jit-compiled signatures of fixed shape to the SavedModel.
         verify: ``default`` or ``full``; None: skip verification.
         seed: of the probes; any but 0 adds some of random length, batch size, mask and past.
         eval_text: UTF-8 text file that the quality of lossy exports is measured on; None: the language reference of
             Python, and text sampled from the model.
-        max_kl: most mean KL divergence of a lossy export from its source, in nats per token; None: 0.01 for 8 bits,
-            0.1 for 5, 0.2 for 4.
+        max_kl: most mean KL divergence of a lossy export from its source, in nats per token; None: 0.01 for 8 bits
+            (0.05 in LiteRT), 0.1 for 5, 0.2 for 4.
         force: replace an existing output.
         allow_nonfinite: convert weights that contain NaN or infinities.
         strict: treat notes as errors.
@@ -366,6 +370,17 @@ class Options:
         targets=_GGUF,
         choices=GGUF_TYPES,
     )
+    tflite_type: tuple[str, ...] = option(
+        (),
+        "--tflite-type",
+        "output",
+        "LiteRT",
+        f"Write a LiteRT file of this type: {', '.join(TFLITE_TYPES)}; repeat for several.",
+        metavar="NAME",
+        default_text="as --dtype, else f32",
+        targets=_TFLITE,
+        choices=TFLITE_TYPES,
+    )
     max_shard_size: int | None = option(
         None,
         "--max-shard-size",
@@ -412,7 +427,7 @@ class Options:
         metavar="FILE",
         default_text="Python's language reference and text sampled from the model",
         shapes=False,
-        targets=_ONNX | _GGUF,
+        targets=_ONNX | _GGUF | _TFLITE,
     )
     max_kl: float | None = option(
         None,
@@ -421,9 +436,9 @@ class Options:
         "Verification",
         "Fail if a quantised export's mean KL divergence from the source, in nats per token, exceeds this.",
         metavar="X",
-        default_text="0.01 for 8 bits, 0.1 for 5, 0.2 for 4",
+        default_text="0.01 for 8 bits (0.05 in LiteRT), 0.1 for 5, 0.2 for 4",
         shapes=False,
-        targets=_ONNX | _GGUF,
+        targets=_ONNX | _GGUF | _TFLITE,
     )
     force: bool = option(
         False, "--force", "run", "Output", "Replace an existing output once the new one is complete.", shapes=False
@@ -460,7 +475,8 @@ class Options:
     def rounds(self) -> bool:
         """Whether an export has quantised weights, whose quality is measured."""
         graphs = "onnx" in self.targets and any(name in QUANTISED for name in self.quantize)
-        return graphs or ("gguf" in self.targets and any(name in GGUF_QUANTISED for name in self.gguf_type))
+        gguf = "gguf" in self.targets and any(name in GGUF_QUANTISED for name in self.gguf_type)
+        return graphs or gguf or ("tflite" in self.targets and any(t in TFLITE_QUANTISED for t in self.tflite_type))
 
     def check_targets(self, named: Container[str] = ()) -> None:
         """Reject options that none of the targets uses.

@@ -41,15 +41,15 @@ def find_candidates(checkpoint: Checkpoint, path: str, seed: int = 0) -> list[Ca
         raise UnsupportedError(
             "no artifact to verify",
             path=path,
-            expected=f"*.onnx, onnx/*.onnx, {', '.join(SAFETENSORS)}, *.gguf, saved_model/",
+            expected=f"*.onnx, onnx/*.onnx, {', '.join(SAFETENSORS)}, *.gguf, *.tflite, saved_model/",
             hint="pass a directory that holds one of these, or the file itself",
         )
     return [Candidate(target, artifact, shown_as, checkpoint, seed=seed) for target, artifact, shown_as in found]
 
 
 def _file(path: str) -> Iterator[Found]:
-    for ending, target in ((".onnx", "onnx"), (".safetensors", "safetensors"), (".gguf", "gguf")):
-        if path.endswith(ending):
+    for target in ("onnx", "safetensors", "gguf", "tflite"):
+        if path.endswith(f".{target}"):
             yield target, path, os.path.basename(path)
 
 
@@ -72,6 +72,8 @@ def _graphs_and_weights(path: str) -> Iterator[Found]:
                 yield "safetensors", os.path.join(inside, name), name
             elif name.endswith(".gguf") and not folder and not is_later_file(name):
                 yield "gguf", os.path.join(inside, name), name
+            elif name.endswith(".tflite") and not folder:
+                yield "tflite", os.path.join(inside, name), name
 
 
 def _saved_models(path: str) -> Iterator[Found]:

@@ -21,9 +21,16 @@ TARGETS: Mapping[str, str] = {
     "tf": "gptconvert.targets.saved_model.target",
     "openai-tf": "gptconvert.targets.openai_tf.target",
     "gguf": "gptconvert.targets.gguf.target",
+    "tflite": "gptconvert.targets.tflite.target",
 }
 #: ``--runtime`` name → the target whose artifact it runs.
-RUNTIMES: Mapping[str, str] = {"onnx": "onnx", "tf": "tf", "torch": "safetensors", "gguf": "gguf"}
+RUNTIMES: Mapping[str, str] = {
+    "onnx": "onnx",
+    "tf": "tf",
+    "torch": "safetensors",
+    "gguf": "gguf",
+    "tflite": "tflite",
+}
 
 
 @cache

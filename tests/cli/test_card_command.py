@@ -128,6 +128,7 @@ CASES: dict[str, Case] = {
     "in_place": Case(OPENAI, ("--in-place",)),
     "max_shard_size": Case(OPENAI, ("--max-shard-size", "30KB", "--to", "safetensors")),
     "gguf_type": Case(OPENAI, ("--gguf-type", "q8_0", "--gguf-type", "f32", "--to", "gguf")),
+    "tflite_type": Case(OPENAI, ("--tflite-type", "int8", "--tflite-type", "f16", "--to", "tflite")),
     "xla": Case(OPENAI, ("--xla", "--to", "tf")),
     "verify": Case(OPENAI, ("--verify", "full"), verified=True),
     "allow_nonfinite": Case(with_a_nan, ("--allow-nonfinite", "--to", "safetensors")),

@@ -40,6 +40,7 @@ VALUES = {
     "--block-size": "64",
     "--serve": "8001",
     "--gguf-type": "q8_0",
+    "--tflite-type": "int8",
 }
 
 
@@ -73,7 +74,7 @@ def test_comma_separated_targets(capsys: Any, tmp_path: Path) -> None:
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-@pytest.mark.parametrize("text", ["onnx,tflite", "", ","])
+@pytest.mark.parametrize("text", ["onnx,coreml", "", ","])
 def test_unknown_target(capsys: Any, text: str) -> None:
     done = command(capsys, *CONVERT, "--to", text)
     assert done.code == 2

@@ -25,6 +25,7 @@ from gptconvert.targets.registry import RUNTIMES, target_named
 from gptconvert.targets.safetensors import plan as safetensors
 from gptconvert.targets.saved_model import plan as saved_model
 from gptconvert.targets.target import Runtime
+from gptconvert.targets.tflite import plan as tflite
 from tests.commands import command as run_command
 from tests.families.witness import Case, reference
 from tests.targets.saved_model.support import understood, write
@@ -51,7 +52,7 @@ def export(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     directory = tmp_path_factory.mktemp("export")
-    for target in (onnx, safetensors, saved_model):
+    for target in (onnx, safetensors, saved_model, tflite):
         write(directory, target.plan(checkpoint, Options())[0].files)
     write(directory, gguf.plan(checkpoint, Options(gguf_type=("f32",)))[0].files)
     config = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3}
@@ -98,7 +99,7 @@ def test_same_text_on_every_runtime(sampling: Sampling, export: Path) -> None:
         texts[name] = running.text
         assert running.prompt_ids == tuple(PROMPT)
     assert len(texts["onnx"].split()) > 3
-    assert texts["onnx"] == texts["tf"] == texts["torch"] == texts["gguf"]
+    assert {*texts.values()} == {texts["onnx"]}
 
 
 @pytest.mark.parametrize("name", sorted(RUNTIMES))

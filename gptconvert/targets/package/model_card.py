@@ -16,6 +16,7 @@ from gptconvert.errors import printable
 from gptconvert.families.registry import family_named
 from gptconvert.model.blocks import Quantised
 from gptconvert.model.ggml import GgmlQuantised
+from gptconvert.model.int8 import Int8Rows
 from gptconvert.sources.documents import is_licence
 from gptconvert.targets.registry import target_named
 from gptconvert.targets.target import CardFacts, Target
@@ -23,9 +24,12 @@ from gptconvert.targets.target import CardFacts, Target
 #: Name of the card.
 CARD_FILE = "README.md"
 #: Targets whose library the hub's front matter names, the preferred one first.
-LIBRARY_OF = ("safetensors", "onnx", "gguf")
+LIBRARY_OF = ("safetensors", "onnx", "gguf", "tflite")
 #: Tags about the files of the source, which the output need not have.
 FORMAT_TAGS = frozenset("pytorch tf jax flax rust tflite onnx coreml openvino gguf safetensors keras".split())
+
+#: Target whose files have their types in their names → its name in text.
+TYPED: Mapping[str, str] = {"gguf": "GGUF", "tflite": "LiteRT"}
 
 #: How a graph that is not a language model's numbers tokens.
 POSITIONS = "count every token, padding included, as `transformers` does unless it is given `position_ids`"
@@ -52,6 +56,14 @@ LOSSES_IN_GGUF = (
     "of the model of the rounded weights from the checkpoint, in nats per token of text, is below the limit in the",
     "table.",
 )
+#: The same of LiteRT files.
+LOSSES_IN_LITERT = (
+    "Quantised weights are rounded, so these files predict slightly different probabilities. Their mean KL",
+    "divergence from the checkpoint's, in nats per token of text, is below the limit in the table. Their outputs",
+    "were compared with the model of the rounded weights, without the rounding of activations.",
+)
+#: Target → what its quantised artifacts lose. The first that has some explains them.
+LOSSES_OF: Mapping[str, Sequence[str]] = {"onnx": LOSSES, "tflite": LOSSES_IN_LITERT, "gguf": LOSSES_IN_GGUF}
 
 
 def model_card(facts: CardFacts, verification: Mapping[str, object]) -> bytes:
@@ -126,8 +138,8 @@ def _introduction(facts: CardFacts) -> str:
     name = named.rpartition("/")[2] if named else family_named(facts.checkpoint.config.family).title.partition(",")[0]
     own = "the checkpoint's own" if adapter is None else "the checkpoint's, with the adapter merged"
     changed = "their type only if `--dtype` is given"
-    gguf = any(export.target == "gguf" for export in facts.exports)
-    changed += ", and in GGUF files to the type in their names" if gguf else ""
+    named_types = [title for target, title in TYPED.items() if facts.all_of(target)]
+    changed += f", and in {' and '.join(named_types)} files to the type in their names" if named_types else ""
     changed += ", or `--quantize`, which rounds them" if facts.options.quantize else ""
     return "\n".join(
         [
@@ -176,7 +188,7 @@ def _architecture(facts: CardFacts) -> str:
     config, weights = facts.checkpoint.config, facts.checkpoint.weights.values()
     dtypes = sorted({str(weight.dtype.newbyteorder("=")) for weight in weights})
     rounded = any(
-        isinstance(weight, Quantised | GgmlQuantised) for weight in weights
+        isinstance(weight, Quantised | GgmlQuantised | Int8Rows) for weight in weights
     )  # stored in several types: the graphs' table
     rows = [
         ("Parameters", f"{sum(weight.size for weight in weights):,}"),
@@ -227,7 +239,7 @@ def _graphs(facts: CardFacts, verification: Mapping[str, Any]) -> str:
     lines = ["## Graphs", "", *table, ""]
     lossy = {each["kind"] for each in verification.get("artifacts", ()) if each.get("quality")}
     if lossy:
-        lines += [*(LOSSES if "onnx" in lossy else LOSSES_IN_GGUF), ""]
+        lines += [*next(words for target, words in LOSSES_OF.items() if target in lossy), ""]
     return "\n".join(lines)
 
 

@@ -290,10 +290,10 @@ def last_real(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
 
     Padding is detected by its id. Without a padding id it is the last token; if all tokens are padding, the first.
     """
-    batch, new = tf.unstack(tf.shape(input_ids, tf.int64))  # B, S
+    batch, new = tf.unstack(tf.shape(input_ids))  # B, S
     if pad_token_id is None:
         return tf.fill([batch], new - 1)
-    return tf.argmax(tf.range(new) * tf.cast(input_ids != pad_token_id, tf.int64), 1)  # (B)
+    return tf.argmax(tf.range(new) * tf.cast(input_ids != pad_token_id, tf.int32), 1)  # (B)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

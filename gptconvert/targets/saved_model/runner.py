@@ -12,8 +12,9 @@ import numpy as np
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.options import Level
 from gptconvert.model.progress import Stage
+from gptconvert.targets.child.client import ChildError
 from gptconvert.targets.saved_model.contract import POSITIONS, cache_names, inputs_of, outputs_of, signature_names
-from gptconvert.targets.saved_model.process import TensorFlowError, TensorFlowProcess
+from gptconvert.targets.saved_model.process import TensorFlowProcess
 from gptconvert.targets.saved_model.verify_signatures import check_other_signatures
 from gptconvert.verify.greedy import Continuation
 from gptconvert.verify.localise import from_groups
@@ -33,7 +34,7 @@ class SavedModelRunner:
     from ``decode``.
     """
 
-    compute = "float32"
+    compute, program = "float32", "TensorFlow"
 
     def __init__(self, tensorflow: TensorFlowProcess, config: GPTConfig) -> None:
         self.tensorflow, self.config = tensorflow, config
@@ -45,7 +46,7 @@ class SavedModelRunner:
         try:
             named = self._serving(signature, feeds) if signature else {}
             cache = self._decode(feeds, presents) if presents or not signature else {}
-        except TensorFlowError as error:
+        except ChildError as error:
             raise RunError(one_line(error)) from error
         pairs = [(cache.pop(key), cache.pop(value)) for key, value in self._present_names(presents)]
         return Outputs(named or cache, tuple(pairs))
@@ -125,7 +126,7 @@ class Run:
             truth = truth_pass().run(advance)
             if not groups and not ready():
                 break
-            answers = run_probes(runner, wave, config, stage("running TensorFlow", len(wave)))
+            answers = run_probes(runner, wave, config, stage(f"running {runner.program}", len(wave)))
 
             def measure_noise(yardsticks: int, truth_pass: Callable[..., TruthPass] = truth_pass) -> Truth:
                 return truth_pass(yardsticks=yardsticks).run(stage("measuring the rounding noise", config.n_layer))

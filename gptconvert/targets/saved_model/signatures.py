@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from gptconvert.model.generation import SpecialIds
-from gptconvert.targets.saved_model.contract import INT32, POSITIONS, XLA, cache_names, inputs_of, signature_names
+from gptconvert.targets.saved_model.contract import INT32, POSITIONS, XLA, cache_names, inputs_of
 from gptconvert.targets.saved_model.graph import (
     KeyValue,
     Tensor,
@@ -59,18 +59,15 @@ class Model:
         return tf.concat((state[:, self.drop :], tf.expand_dims(column, 1)), 1)
 
 
-def signatures(weights: Weights, config: GPTConfig, special: SpecialIds, xla: bool) -> dict[str, Any]:
-    """Traced functions by signature name; with ``xla`` also their compiled twins of fixed shape."""
+def signatures(weights: Weights, config: GPTConfig, special: SpecialIds, names: Sequence[str]) -> dict[str, Any]:
+    """Traced functions by signature name; compiled twins have fixed shapes."""
     plain = functools.partial(body, weights, config)
     cache = tf.TensorSpec((None, config.n_head, None, config.head_dim), tf.float32)
     ids = tf.TensorSpec((None, None), tf.int64)
     arguments = (ids, ids, ids, [(cache, cache)] * config.n_layer)
     shared = traceable(body, weights, config, input_signature=arguments)
     model, fixed = Model(weights, config, shared, special), Model(weights, config, plain, special, drop=1)
-    return {
-        name: _traced(fixed, name, jit=True) if name.endswith(XLA) else _traced(model, name)
-        for name in signature_names(config, xla)
-    }
+    return {name: _traced(fixed, name, jit=True) if name.endswith(XLA) else _traced(model, name) for name in names}
 
 
 def _traced(model: Model, name: str, *, jit: bool | None = None) -> Any:

@@ -15,7 +15,7 @@ import tensorflow as tf
 from gptconvert.model.generation import SpecialIds
 from gptconvert.targets.child.frames import Arrays
 from gptconvert.targets.child.server import Command, serve
-from gptconvert.targets.saved_model.contract import XLA
+from gptconvert.targets.saved_model.contract import XLA, signature_names
 from gptconvert.targets.saved_model.graph import Weights
 from gptconvert.targets.saved_model.graph_differences import differences
 from gptconvert.targets.saved_model.signatures import signatures
@@ -62,7 +62,8 @@ def save(request: Mapping[str, Any], saved: str) -> Any:
     weights = Weights(variables, shapes, frozenset(request["flipped"]))
     root = tf.Module()
     root.weights = variables  # a flat dictionary: modules within modules take seconds to save
-    tf.saved_model.save(root, saved, signatures=signatures(weights, config, special, request["xla"]))
+    names = signature_names(config, request["xla"])
+    tf.saved_model.save(root, saved, signatures=signatures(weights, config, special, names))
     return with_shapes(read_saved_model(saved), shapes)
 
 
