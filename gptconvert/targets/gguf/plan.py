@@ -16,20 +16,19 @@ from gptconvert.containers.gguf import (
     head_bytes,
     split_name,
 )
-from gptconvert.errors import UnsupportedError, UsageError
+from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, Placed, PlannedFile, place
 from gptconvert.model.ggml import BLOCK
-from gptconvert.model.options import GGUF_QUANTISED, INFO, Options
+from gptconvert.model.options import GGUF_QUANTISED, Options
 from gptconvert.targets.gguf.layout import FALLBACK, Item, as_computed, items_of, stored_as, type_of, why_not
 from gptconvert.targets.gguf.metadata import architecture_metadata, general_metadata, model_name
 from gptconvert.targets.gguf.tokenizer import tokenizer_metadata
+from gptconvert.targets.lossy import check_used
 
 NAME = "gguf"
 #: ``--dtype`` → the type of file that has it.
 OF_DTYPE: Mapping[str | None, str] = {None: "f16", "fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-#: Options that only quantised exports use, and only in verification.
-OF_QUANTISED = ("eval_text", "max_kl")
 
 Split = Mapping[str, Value | tuple[int, int]]
 
@@ -42,7 +41,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
             listed.
         UsageError: an option has no effect.
     """
-    _check_used(options)
+    check_used(options, options.gguf_type, GGUF_QUANTISED, "--gguf-type q8_0, q5_0 or q4_0")
     if reasons := why_not(checkpoint.config):
         raise UnsupportedError(
             "llama.cpp cannot compute this model: " + "; ".join(reasons), hint="use --to onnx, which preserves it"
@@ -62,20 +61,6 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
 def kinds(options: Options) -> list[str]:
     """The types of the files to write, each once."""
     return list(dict.fromkeys(options.gguf_type)) or [OF_DTYPE[options.dtype]]
-
-
-def _check_used(options: Options) -> None:
-    given = options.given()
-    unused = [INFO[name].flag for name in OF_QUANTISED if name in given]
-    if unused and not options.rounds:
-        raise UsageError(
-            f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without a quantised export",
-            hint="add --gguf-type q8_0, q5_0 or q4_0, or drop the option",
-        )
-    if unused and options.verify is None:
-        raise UsageError(f"{' and '.join(unused)} contradicts --no-verify", hint="drop one of the options")
-    if options.allow_nonfinite and any(kind in GGUF_QUANTISED for kind in options.gguf_type):
-        raise UsageError("--allow-nonfinite has no meaning for quantised weights", hint="drop one of the options")
 
 
 def _export(

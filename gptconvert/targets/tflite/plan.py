@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from gptconvert.containers.tflite import MAX_BYTES
-from gptconvert.errors import UnsupportedError, UsageError
+from gptconvert.errors import UnsupportedError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Export, Placed, PlannedFile
 from gptconvert.model.int8 import Int8Rows
-from gptconvert.model.options import INFO, TFLITE_QUANTISED, Options
+from gptconvert.model.options import TFLITE_QUANTISED, Options
 from gptconvert.model.tensors import LazyTensor
+from gptconvert.targets.lossy import check_used
 from gptconvert.targets.saved_model.process import require_tensorflow
 from gptconvert.targets.tflite.build import Built
 from gptconvert.targets.tflite.forms import FILES, form_of, stored_as
@@ -29,8 +30,6 @@ REFUSED: Mapping[str, str] = {
     "laplace": "it has no built-in operator for erf",
     "sqrt_softplus": "it computes softplus as log(1 + exp(x)), whose square root is wrong far below 0",
 }
-#: Options that only quantised exports use, and only in verification.
-OF_QUANTISED = ("eval_text", "max_kl")
 #: Generous size of the graph in bytes, constant and per layer (measured for GPT-2: 90 000 and 30 000).
 GRAPH_BYTES, LAYER_BYTES = 250_000, 80_000
 #: Copies of the scales of 8-bit matrices: three graphs with a scale and a zero point of 8 bytes, and one for lookups.
@@ -50,7 +49,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> tuple[Export, ...]:
         UsageError: an option has no effect.
     """
     require_tensorflow()
-    check_used(options)
+    check_used(options, options.tflite_type, TFLITE_QUANTISED, "--tflite-type int8")
     if reason := REFUSED.get(checkpoint.config.activation):
         raise UnsupportedError(
             f"LiteRT cannot compute the activation {checkpoint.config.activation}: {reason}",
@@ -79,21 +78,6 @@ def kinds(options: Options) -> list[str]:
             hint="choose the type of the file: --tflite-type f32",
         )
     return [OF_DTYPE[options.dtype]]
-
-
-def check_used(options: Options) -> None:
-    """Refuse options that have no effect on the files."""
-    given = options.given()
-    unused = [INFO[name].flag for name in OF_QUANTISED if name in given]
-    if unused and not options.rounds:
-        raise UsageError(
-            f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without a quantised export",
-            hint="add --tflite-type int8, or drop the option",
-        )
-    if unused and options.verify is None:
-        raise UsageError(f"{' and '.join(unused)} contradicts --no-verify", hint="drop one of the options")
-    if options.allow_nonfinite and any(kind in TFLITE_QUANTISED for kind in options.tflite_type):
-        raise UsageError("--allow-nonfinite has no meaning for quantised weights", hint="drop one of the options")
 
 
 def _check_size(checkpoint: Checkpoint, free: int) -> tuple[str, ...]:
