@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.mutations import Mutation, damaged, index_row, json_value, safetensors_header, zip_member
-from gptconvert.containers import gguf, msgpack, npy, safetensors, snappy, tf_index, yaml
+from gptconvert.containers import gguf, msgpack, npy, safetensors, snappy, tf_index, tflite, yaml
 from gptconvert.containers import json as strict_json
 from gptconvert.containers.hdf5 import is_dataset, lazy_tensor, open_hdf5
 from gptconvert.containers.leveldb import read_table
@@ -218,6 +218,40 @@ def gguf_files() -> Iterable[bytes]:
     yield gguf.head_bytes({}, [])
 
 
+def lite_models() -> Iterable[bytes]:
+    """A graph with a plain and a quantised constant, an operator and a signature."""
+    import flatbuffers
+    import numpy as np
+    from ai_edge_litert import schema_py_generated as schema
+
+    model, graph, signature = schema.ModelT(), schema.SubGraphT(), schema.SignatureDefT()
+    model.version, model.subgraphs, model.signatureDefs = 3, [graph], [signature]
+    model.buffers, model.operatorCodes = [schema.BufferT() for _ in range(3)], [schema.OperatorCodeT()]
+    model.buffers[1].data, model.buffers[2].data = np.arange(8, dtype=np.uint8), np.arange(2, dtype=np.uint8)
+    graph.tensors, graph.operators = [schema.TensorT() for _ in range(3)], [schema.OperatorT()]
+    for number, (tensor, kind) in enumerate(zip(graph.tensors, (0, 0, 9), strict=True)):
+        tensor.name, tensor.type, tensor.buffer, tensor.shape = f"t{number}", kind, number, np.array([2], np.int32)
+    graph.tensors[0].shapeSignature = np.array([-1], np.int32)
+    graph.tensors[2].quantization = schema.QuantizationParametersT()
+    graph.tensors[2].quantization.scale = np.array([1, 2], np.float32)
+    graph.tensors[2].quantization.zeroPoint = np.zeros(2, np.int64)
+    signature.signatureKey, signature.inputs = "decode", [schema.TensorMapT()]
+    signature.inputs[0].name, signature.inputs[0].tensorIndex = "x", 0
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    yield bytes(builder.Output())
+
+
+def lite_model(path: str) -> object:
+    """The safety check of a LiteRT model, and its constants."""
+    from gptconvert.targets.tflite.safety import check_model
+
+    model = tflite.read_tflite(path)
+    check_model(model)
+    tensors = [tensor for graph in model.graphs for tensor in graph.tensors]
+    return read_all(t for tensor in tensors for t in (tensor.stored, tensor.scales, tensor.zeros) if t is not None)
+
+
 def onnx_models() -> Iterable[bytes]:
     """A branch, a function, and weights in every form."""
     import numpy as np
@@ -313,6 +347,7 @@ PARSERS: Mapping[str, Parser] = {
     "snappy": Parser(lambda data, _: snappy.decompress(data), snappy_blocks, refusals=(MalformedError,)),
     "state": Parser(state, _texts(STATE)),
     "tf_index": Parser(at("m.index", lambda path: tf_index.read_index(path[:-6])), tables, index_row),
+    "tflite": Parser(at("model.tflite", lite_model), lite_models, needs="ai_edge_litert"),
     "tokenizer": Parser(at("tokenizer.json", tokenizer("tokenizer.json")), tokenizers, json_value),
     "torch": Parser(
         at("m.bin", lambda path: read_all(read_torch(path).values())),

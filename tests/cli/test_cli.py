@@ -70,7 +70,7 @@ def test_unknown_command_suggests_a_similar_one(capsys: Capture) -> None:
         ("convert", TINY / "openai-tf", "--opset", "16"),
         ("convert", TINY / "openai-tf", "--opset", "22"),
         ("convert", TINY / "openai-tf", "--dtype", "fp8"),
-        ("convert", TINY / "openai-tf", "--to", "tflite"),
+        ("convert", TINY / "openai-tf", "--to", "coreml"),
         ("convert", TINY / "openai-tf", "--max-shard-size", "lots"),
         ("convert", TINY / "openai-tf", "--n-head", "0"),
         ("convert", TINY / "openai-tf", "--n-head", "4"),

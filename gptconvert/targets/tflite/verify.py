@@ -39,6 +39,9 @@ MAX_KL = 0.05
 MOST_CONSTANT_BYTES = 1 << 20
 #: Constants that the converter may leave out, because adding or multiplying by them changes nothing.
 NEUTRAL = (0.0, 1.0)
+#: Type and shape of an input or output; None for any size.
+Description = tuple[str, tuple[int | None, ...]]
+#: NumPy's name of the type of a stored matrix → the form.
 FORMS: Mapping[str, Form] = {"float32": "f32", "float16": "f16", "int8": "int8"}
 
 
@@ -249,9 +252,15 @@ def contract_problems(signatures: Mapping[str, Any], checkpoint: Checkpoint) -> 
     yield from (f"signature {name} is not in the contract" for name in signatures if name not in expected)
     for name in (name for name in expected if name in signatures):
         for side, table in (("inputs", inputs_of(config, name)), ("outputs", outputs_of(config, name))):
-            found = {key: (kind, len(shape)) for key, (kind, shape) in signatures[name][side].items()}
-            agreed = {key: (kind, len(shape)) for key, (kind, shape) in table.items()}
-            wrong = [key for key in {**agreed, **found} if agreed.get(key) != found.get(key)]
+            found = {key: (str(kind), tuple(shape)) for key, (kind, shape) in signatures[name][side].items()}
+            wrong = [key for key in {**table, **found} if not _agree(table.get(key), found.get(key))]
             if wrong:
-                shown = [f"{key} is {found.get(key)}, expected {agreed.get(key)}" for key in wrong]
+                shown = [f"{key} is {found.get(key)}, expected {table.get(key)}" for key in wrong]
                 yield f"{side} of {name}: {'; '.join(shown)}"
+
+
+def _agree(expected: Description | None, found: Description | None) -> bool:
+    """Whether types and ranks are equal, and sizes where both are fixed: the converter knows fewer."""
+    if expected is None or found is None or expected[0] != found[0] or len(expected[1]) != len(found[1]):
+        return False
+    return all(None in pair or pair[0] == pair[1] for pair in zip(expected[1], found[1], strict=True))

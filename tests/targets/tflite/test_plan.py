@@ -119,8 +119,8 @@ def test_without_litert(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: 
 
 def test_command_line(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Converted, verified and described; and altered bytes end in exit code 5, with nothing published."""
-    words = ("openai-tf", TINY, "--to", "tflite", "--to", "onnx", "--tflite-type", "int8", "-o", tmp_path / "out")
-    done = command(capsys, *words)
+    words = ("openai-tf", TINY, "--to", "tflite", "--tflite-type", "int8")
+    done = command(capsys, *words, "-o", tmp_path / "out")
     assert done.code == 0 and "quality: mean KL" in done.out, done.err
     card = (tmp_path / "out" / "README.md").read_text()
     assert (
@@ -134,7 +134,7 @@ def test_command_line(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     finished = dataclasses.replace(export.files[0], finish=lambda crc32c, stop: bytes(altered))
     broken = dataclasses.replace(export, files=(finished,))
     monkeypatch.setattr(planning, "_export", lambda *_: broken)
-    done = command(capsys, *words[:3], "tflite", *words[6:8], "-o", tmp_path / "broken")
+    done = command(capsys, *words, "-o", tmp_path / "broken")
     assert done.code == 5 and "differs from its source" in done.err and not (tmp_path / "broken").exists()
     done = command(capsys, "verify", TINY, tmp_path / "out")
     assert done.code == 0, done.err
