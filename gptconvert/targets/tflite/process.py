@@ -44,22 +44,24 @@ class LiteProcess(ChildProcess):
 
     module, program, subject, error = "gptconvert.targets.tflite.worker", "LiteRT", "LiteRT model", LiteError
 
-    def load(self, path: str, threads: int, *, float_products: bool = False) -> Mapping[str, Any]:
+    def load(
+        self, path: str, threads: int, *, float_products: bool = False, delegates: bool = True
+    ) -> Mapping[str, Any]:
         """Load a model; returns its signatures.
 
         Args:
             path: of the file.
             threads: to compute in.
             float_products: whether to multiply by 8-bit matrices in float32, instead of rounding activations too.
+            delegates: whether to use XNNPACK, LiteRT's faster kernels.
 
         Raises:
             LiteError: LiteRT refuses the file.
             UnsafeInputError: a confined process exceeded its time, or died.
         """
         with utf8_path(os.path.abspath(path)) as readable:
-            signatures: Mapping[str, Any] = self.call(
-                "load", path=readable, threads=threads, float_products=float_products
-            )[0]["signatures"]
+            fields = {"threads": threads, "float_products": float_products, "delegates": delegates}
+            signatures: Mapping[str, Any] = self.call("load", path=readable, **fields)[0]["signatures"]  # type: ignore[arg-type]
             return signatures
 
     def run(self, signature: str, inputs: Mapping[str, Array], wanted: tuple[str, ...] = ()) -> dict[str, Array]:

@@ -1,6 +1,6 @@
 """Rewrites a converted model: names of the weights, and smaller types. Imported in child processes only.
 
-Weights in float16 are followed by ``DEQUANTIZE``, which LiteRT runs once. An 8-bit matrix stays in its
+Weights in float16 are followed by ``DEQUANTIZE``, whose result LiteRT keeps. An 8-bit matrix stays in its
 ``FULLY_CONNECTED``, which then rounds activations to 8 bits too; rows of an 8-bit embedding are looked up, cast and
 scaled, so a tied head uses the same codes. The graph's own constants stay float32.
 """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptconvert.containers.tflite import read_tflite
+from gptconvert.containers.tflite import TfliteModel, read_tflite
 from gptconvert.errors import InputError, UnsupportedError
 from gptconvert.targets.child.client import Limits
 from gptconvert.targets.context import context_length
@@ -33,7 +33,9 @@ class LiteRuntime:
         limits = Limits.of(path, model.constant_bytes, check_model(model), None, self.n_ctx)
         self.process = LiteProcess(limits)
         try:
-            self.vocab_size = self._check(self.process.load(path, 2 * half_the_cores()))
+            # XNNPACK converts float16 weights anew whenever a length changes, which is at every token.
+            signatures = self.process.load(path, 2 * half_the_cores(), delegates=not _has_halves(model))
+            self.vocab_size = self._check(signatures)
         except LiteError as error:
             self.close()
             raise InputError("LiteRT cannot load the file", path=path, found=error) from error
@@ -63,6 +65,10 @@ class LiteRuntime:
 
     def reset(self) -> None:
         self.process.call("reset")
+
+
+def _has_halves(model: TfliteModel) -> bool:
+    return any(t.dtype == np.float16 and t.stored is not None for graph in model.graphs for t in graph.tensors)
 
 
 def find_tflite(directory: str) -> str:

@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from gptconvert.targets.child.frames import Arrays
 from gptconvert.targets.child.server import Command, serve
@@ -23,12 +23,15 @@ Answer = tuple[Mapping[str, object], Arrays]
 def load(request: Mapping[str, Any], _: Arrays) -> Answer:
     """Load the model at ``path``; return its signatures: inputs and outputs by name, as (type, shape).
 
-    With ``float_products``, products with 8-bit matrices are computed in float32.
+    With ``float_products``, products with 8-bit matrices are computed in float32; without ``delegates``, XNNPACK is
+    not used.
     """
     source: dict[str, Any] = {"model_path": request["path"]}
     if request["float_products"]:
         with open(request["path"], "rb") as file:
             source = {"model_content": with_float_products(file.read())}
+    if not request["delegates"]:
+        source["experimental_op_resolver_type"] = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     interpreter = Interpreter(**source, num_threads=request["threads"])
     LOADED.clear()
     LOADED["runners"] = {name: interpreter.get_signature_runner(name) for name in interpreter.get_signature_list()}
