@@ -204,4 +204,6 @@ def test_matrices_stored_in_columns(family: str, tmp_path: Path) -> None:
     assert result.report is not None
     assert result.report.passed
     plain = open_checkpoint(write(tmp_path / "plain", raw, tensors))
-    np.testing.assert_array_equal(logits(checkpoint), logits(plain))
+    # Matrices with other strides may be multiplied in another order, which on some processors rounds differently.
+    expected = logits(plain)
+    np.testing.assert_allclose(logits(checkpoint), expected, rtol=0, atol=1e-13 * np.abs(expected).max())

