@@ -20,8 +20,7 @@ CODES = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EACCES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("once", [True, False])
-@pytest.mark.parametrize("name", ["force", "missing parents", "verify"])
+@pytest.mark.parametrize(("name", "once"), [("force", True), ("missing parents", False), ("verify", True)])
 def test_every_call_that_fails_has_an_exit_code_and_a_reason(name: str, once: bool) -> None:
     calls, _ = faults.expected(name)
     chosen = _chosen(calls, lines=once and name == "force", seed=f"{name} {once}")

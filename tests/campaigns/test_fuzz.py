@@ -102,7 +102,7 @@ def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "known", lambda name: frozenset())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     report = fuzz.run(0, 0.0)
-    assert report.missing == ["hdf5 (needs h5py)"]
+    assert report.missing == ["hdf5 (needs h5py)", "tflite (needs ai_edge_litert)"]
     assert "NOT RUN: hdf5 (needs h5py)" in str(report)
 
 

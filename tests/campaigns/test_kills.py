@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="only Linux supervises conversions"),
 ]
-CASES = 6
+CASES = 4
 
 
 def test_signals_leave_nothing() -> None:
