@@ -31,6 +31,7 @@ def test_correct_exports_pass() -> None:
     assert report.outcomes["verified"] + report.outcomes["verified twice"] > 0.6 * report.cases
 
 
+@pytest.mark.campaign
 @pytest.mark.tensorflow
 def test_correct_saved_model_passes() -> None:
     number = next(n for n in count() if (c := case(0, n)).options.targets == ("onnx", "tf") and c.again)

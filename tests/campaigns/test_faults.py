@@ -19,7 +19,7 @@ from gptconvert.publish.staging import Staging
 CODES = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EACCES)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize(("name", "once"), [("force", True), ("missing parents", False), ("verify", True)])
 def test_every_call_that_fails_has_an_exit_code_and_a_reason(name: str, once: bool) -> None:
     calls, _ = faults.expected(name)

@@ -17,6 +17,7 @@ pytestmark = [
 CASES = 4
 
 
+@pytest.mark.campaign
 def test_signals_leave_nothing() -> None:
     cases = [kills.run_case(2026, number) for number in range(CASES)]
     assert [case for case in cases if case.failed] == []

@@ -104,6 +104,7 @@ SAVED_MODEL_OUTCOMES = {
 }
 
 
+@pytest.mark.campaign
 @pytest.mark.tensorflow
 def test_saved_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The correct one passes; each mutant has its outcome; one that the comparison of nodes misses is a failure."""
