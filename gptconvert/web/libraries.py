@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from gptconvert.containers.json import read_json_object
 from gptconvert.errors import GptConvertError, InputError
 
 CDN = "https://cdn.jsdelivr.net/npm"
@@ -36,6 +38,11 @@ class Library:
     path: str
     size: int
     integrity: str
+
+    @property
+    def package(self) -> str:
+        """Name of its package."""
+        return next(name for name in packages() if self.path.startswith(f"{name}/"))
 
     @property
     def name(self) -> str:
@@ -111,7 +118,7 @@ def _read(node_modules: str, library: Library) -> bytes:
         raise _WrongError(f"cannot be read ({error.strerror})") from error
     digest = base64.b64encode(hashlib.sha384(data).digest()).decode()
     if f"sha384-{digest}" != library.integrity:
-        package = next(name for name in packages() if library.path.startswith(f"{name}/"))
+        package = library.package
         raise _WrongError(
             f"is not the file of version {packages()[package]}; found {_version(node_modules, package)}"
         )
@@ -120,8 +127,6 @@ def _read(node_modules: str, library: Library) -> bytes:
 
 def _version(node_modules: str, package: str) -> str:
     """The version that a package states."""
-    from gptconvert.containers.json import read_json_object
-
     try:
         stated = read_json_object(os.path.join(node_modules, package, "package.json"), 1 << 20, "package.json")
     except GptConvertError:
@@ -141,10 +146,11 @@ def _licence(node_modules: str, package: str, file: str) -> bytes:
 def _url(library: Library, local: bool) -> str:
     if local:
         return f"{FOLDER}/{library.name}"
-    package = next(name for name in packages() if library.path.startswith(f"{name}/"))
+    package = library.package
     return f"{CDN}/{package}@{packages()[package]}{library.path[len(package) :]}"
 
 
+@functools.cache
 def _table() -> dict[str, Any]:
     """The pins: ``packages`` (name → version), and for each part of the page its files."""
     table: dict[str, Any] = json.loads(_own("libraries.json"))

@@ -14,6 +14,7 @@ from typing import Any
 from gptconvert.containers.json import dump_json
 from gptconvert.errors import OutputError, os_errors_as
 from gptconvert.publish import signals
+from gptconvert.publish.checksums import dump_sums
 from gptconvert.publish.file_system import OS, FileSystem
 from gptconvert.publish.manifest import SUMS_FILE
 from gptconvert.publish.replaceable import WEB_INDEX
@@ -89,7 +90,7 @@ def asset(name: str) -> bytes:
 
 def _sums(files: Mapping[str, bytes]) -> bytes:
     """For ``sha256sum -c web/SHA256SUMS`` in the export's directory."""
-    return "".join(f"{hashlib.sha256(data).hexdigest()}  {path}\n" for path, data in sorted(files.items())).encode()
+    return dump_sums({path: hashlib.sha256(data).hexdigest() for path, data in files.items()})
 
 
 def _check_ours(directory: str) -> None:

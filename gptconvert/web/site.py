@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError, os
 from gptconvert.families.registry import FAMILIES
 from gptconvert.generation.directory import TOKENIZER, WROTE, Exported, read_exported
 from gptconvert.model.schema import SCHEMA_VERSION
+from gptconvert.publish.checksums import sha256_of_file
 from gptconvert.publish.manifest import MANIFEST_FILE
 from gptconvert.web.libraries import described
 
@@ -23,7 +23,7 @@ VARIANTS: Mapping[str, str] = {"q8": "_quantized", "q4": "_q4", "fp32": "", "fp1
 TOKENIZER_CONFIG = "tokenizer_config.json"
 #: Settings of generation_config.json that the page has controls for.
 SETTINGS = ("temperature", "top_k", "top_p")
-_MAX_MANIFEST, _BLOCK = 256 << 20, 1 << 20
+_MAX_MANIFEST = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -193,20 +193,18 @@ def _file(directory: str, name: str, listed: Mapping[str, Mapping[str, Any]]) ->
     Raises:
         InputError: it is not the one in the manifest, so what the manifest says of it is not true.
     """
-    path, digest, size = os.path.join(directory, name), hashlib.sha256(), 0
+    path = os.path.join(directory, name)
     if not _has(directory, name):
         raise InputError("is missing", path=path)
     with os_errors_as(InputError, "cannot be read", path), open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
+        digest, size = sha256_of_file(file), file.tell()
     expected = listed.get(name, {}).get("sha256")
-    if expected not in (None, digest.hexdigest()):
+    if expected not in (None, digest):
         raise InputError(
             "was changed after it was published",
             path=path,
             expected=f"SHA-256 {expected}, as in manifest.json",
-            found=digest.hexdigest(),
+            found=digest,
             hint="convert the checkpoint again, or remove manifest.json, which no longer describes the export",
         )
-    return File(name, size, digest.hexdigest())
+    return File(name, size, digest)

@@ -35,7 +35,7 @@ def rewrite(export: Path, change: Callable[[Any], None]) -> None:
 
 
 def sign(export: Path) -> None:
-    """Write SHA256SUMS again, as somebody would after a change by hand."""
+    """Write SHA256SUMS again, as a user might after editing a file by hand."""
     names = [str(p.relative_to(export)) for p in export.rglob("*") if p.is_file() and p.name != "SHA256SUMS"]
     done = subprocess.run(["sha256sum", *names], cwd=export, capture_output=True, check=True)
     (export / "SHA256SUMS").write_bytes(done.stdout)

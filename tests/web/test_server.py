@@ -162,7 +162,7 @@ def test_only_this_machine_is_served(server: Server) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
 def test_signals_end_the_server(tmp_path: Path, number: int, code: int) -> None:
-    """Ctrl-C is how one ends it, so that is no error."""
+    """Ctrl-C is the normal way to stop it, so the exit code is 0."""
     from tests.commands import TRAINED
 
     program = [sys.executable, "-m", "gptconvert"]

@@ -9,6 +9,7 @@ from gptconvert.errors import UnsupportedError, UsageError
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.encodings import QUANTISED, Calibrator, cast_to, quantised, stored_tensors
 from gptconvert.model.options import INFO, Options
+from gptconvert.targets.lossy import OF_VERIFICATION, check_verified
 from gptconvert.targets.package.tokenizer import tokenizer_files
 from gptconvert.targets.package.tokenizer_process import text_encoder
 from reference_model.config import CACHED_TASKS, INPUTS, GPTConfig
@@ -25,11 +26,7 @@ HALF = "fp16"
 QUANTIZE_KEY, BLOCK_KEY = "gptconvert.quantize", "gptconvert.block_size"
 CALIBRATED_KEY = "gptconvert.calibrated"
 #: Fields of the options that only graphs of quantised weights use.
-OF_QUANTISED = ("block_size", "accuracy_level", "eval_text", "max_kl")
-#: Those of them that verification uses.
-OF_VERIFICATION = ("eval_text", "max_kl")
-#: Those of them that verification uses.
-OF_VERIFICATION = ("eval_text", "max_kl")
+OF_QUANTISED = ("block_size", "accuracy_level", *OF_VERIFICATION)
 
 
 @dataclass(frozen=True)
@@ -155,9 +152,7 @@ def _check_used(options: Options) -> None:
             f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without a quantised graph",
             hint="add --quantize q8 or q4, or drop the option",
         )
-    unused = [INFO[name].flag for name in OF_VERIFICATION if name in given]
-    if unused and options.verify is None:
-        raise UsageError(f"{' and '.join(unused)} contradicts --no-verify", hint="drop one of the options")
+    check_verified(options)
 
 
 def _check_graphs(graphs: Sequence[Graph], options: Options) -> None:

@@ -168,7 +168,7 @@ def _is_neutral(weight: LazyTensor) -> bool:
 
 
 def _other_constants(model: TfliteModel, checkpoint: Checkpoint) -> Iterator[str]:
-    """Large constants that are no weights."""
+    """Large constants that are not weights."""
     known = {name + end for name in checkpoint.weights for end in ("", CODES_SUFFIX, SCALES_SUFFIX)}
     for name, tensors in named_constants(model).items():
         for tensor in tensors:

@@ -56,11 +56,11 @@ const handlers = {
     $("progress").value = loaded / total;
     $("progress-text").textContent = `Loading ${bytes(loaded)} of ${bytes(total)}`;
   },
-  ready({ variant, device, threads, seconds }) {
+  ready({ variant, threads, seconds }) {
     ready = true;
     $("loading").hidden = true;
     const chosen = site.variants.find(({ name }) => name === variant);
-    describe(chosen, device, threads, seconds);
+    describe(chosen, threads, seconds);
     refresh();
     if (document.activeElement === document.body) text.focus();
   },
@@ -261,7 +261,7 @@ function pointed({ clientX, clientY }) {
   return index < 0 ? null : tokens[index].to;
 }
 
-function describe(variant, device, threads, loading) {
+function describe(variant, threads, loading) {
   const rows = [
     ["Size", bytes(variant.size)],
     ["Context", `${site.context} tokens`],

@@ -60,7 +60,7 @@ async function load({ site: described, base, variant, device }) {
   });
   checkGraph();
   const threads = device === "wasm" ? ort.env.wasm.numThreads || 1 : undefined;
-  postMessage({ type: "ready", variant, device, threads, seconds: (performance.now() - began) / 1000 });
+  postMessage({ type: "ready", variant, threads, seconds: (performance.now() - began) / 1000 });
 }
 
 function checkBrowser() {
