@@ -41,6 +41,13 @@ def conversions(size: str, data: Path, rounds: int, *, memory_at_hand: bool = Fa
             *(*GPTCONVERT, "openai-tf", str(source), "--to", "safetensors", "--no-verify"),
             *to,
         ],
+        **{
+            f"hf → gguf {kind}, --no-verify": [
+                *(*GPTCONVERT, "hf", str(hf), "--to", "gguf", "--gguf-type", kind, "--no-verify"),
+                *to,
+            ]
+            for kind in ("f16", "f32")
+        },
         "openai-tf → tf, --no-verify": [*GPTCONVERT, "openai-tf", str(source), "--to", "tf", "--no-verify", *to],
         "openai-tf → onnx, verified": [*GPTCONVERT, "openai-tf", str(source), *to],
         "hf → onnx, verified": [*GPTCONVERT, "hf", str(hf), *to],

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from gptconvert.errors import GptConvertError, InputError
 from gptconvert.publish import journal, signals
-from gptconvert.verify.heap import return_large_blocks
+from gptconvert.verify.heap import set_heap_limits
 
 _PR_SET_PDEATHSIG = 1
 #: Seconds that a child may take to clean up after a signal; then it is killed, and the parent cleans up.
@@ -42,7 +42,7 @@ def supervise(command: Callable[[], int]) -> None:
         os._exit(code)
     if parent:
         _end_with(parent)
-        return_large_blocks()
+        set_heap_limits()
         journal.begin(descriptor)
     sys.exit(_run(command))
 

@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 from gptconvert.errors import InputError, os_errors_as
 from gptconvert.model.dtypes import holding_all
 
-#: Maximum size in bytes of one block yielded by :meth:`LazyTensor.chunks`.
-CHUNK_BYTES = 8 << 20
+#: Maximum size in bytes of one block yielded by :meth:`LazyTensor.chunks`. Temporaries of this size stay in the heap.
+CHUNK_BYTES = 2 << 20
+#: Maximum size in bytes of the columns that :class:`Transposed` reads at once.
+_SLAB_BYTES = 32 << 20
+#: Columns that :func:`row_major` copies at once: enough bytes to fill whole cache lines of its source.
+_PANEL = 64
 
 Shape = tuple[int, ...]
 Box = tuple[slice, ...]
@@ -79,6 +83,16 @@ def map_segment(segment: Segment) -> NDArray[np.uint8]:
     return np.frombuffer(mapped, np.uint8, count=segment.nbytes, offset=segment.offset - start)
 
 
+def row_major(array: Array) -> Array:
+    """``numpy.ascontiguousarray``, but up to four times as fast if ``array`` is the transpose of a matrix."""
+    if array.ndim != 2 or array.strides[0] >= array.strides[1]:
+        return np.ascontiguousarray(array)
+    result = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[1], _PANEL):
+        result[:, start : start + _PANEL] = array[:, start : start + _PANEL]
+    return result
+
+
 class LazyTensor:
     """A tensor read on demand: ``dtype``, ``shape``, and access to its elements."""
 
@@ -112,7 +126,7 @@ class LazyTensor:
         step = max(1, max_bytes // row_bytes)
         rest = tuple(slice(0, n) for n in self.shape[1:])
         for start in range(0, self.shape[0], step):
-            yield np.ascontiguousarray(self.read((slice(start, min(start + step, self.shape[0])), *rest)))
+            yield row_major(self.read((slice(start, min(start + step, self.shape[0])), *rest)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +191,18 @@ class Transposed(LazyTensor):
 
     def read(self, box: Box | None = None) -> Array:
         return self.base.read(None if box is None else box[::-1]).T
+
+    def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[Array]:
+        if len(self.shape) != 2:
+            yield from LazyTensor.chunks(self, max_bytes)
+            return
+        # Reading some columns of a stored base visits every page of it, so read as many as memory allows.
+        rows, row_bytes = self.shape[0], max(1, self.shape[1] * self.dtype.itemsize)
+        wide, step = max(1, _SLAB_BYTES // row_bytes), max(1, max_bytes // row_bytes)
+        for first in range(0, rows, wide):
+            slab = self.read((slice(first, min(first + wide, rows)), slice(0, self.shape[1])))
+            for start in range(0, slab.shape[0], step):
+                yield row_major(slab[start : start + step])
 
 
 @dataclass(frozen=True, slots=True)

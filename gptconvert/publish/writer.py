@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from gptconvert.kernels.cast import with_fast_casts
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.export import Placed, PlannedFile
 from gptconvert.model.tensors import Segment, merge_segments
@@ -261,7 +262,7 @@ class _Writer:
     def _compute(self, stream: FileStream, placed: Placed, consumers: TensorConsumers) -> None:
         digests = {placed.name: hashlib.sha256()} if self.hash_tensors else {}
         stream.sink.tensor_digests |= digests
-        for chunk in checked_chunks(placed.name, placed.tensor):
+        for chunk in checked_chunks(placed.name, with_fast_casts(placed.tensor)):
             data = raw_bytes(chunk)
             consumers.update_crc32c(data)
             stream.write(data, digests=digests.values())

@@ -11,11 +11,11 @@ from gptconvert.errors import InputError, UsageError
 from gptconvert.generation.model import generate
 from gptconvert.generation.results import Generated
 from gptconvert.generation.sampling import Sampling
+from gptconvert.kernels.library import import_onnxruntime
 from gptconvert.model.options import Options
 from gptconvert.pipeline import convert
 from gptconvert.targets.onnx import decoding
 from gptconvert.targets.onnx.decoding import Decoding, DecodingInPlace
-from gptconvert.targets.onnx.library import import_onnxruntime
 from gptconvert.targets.onnx.run import find_onnx
 from tests.helpers import FIXTURES
 

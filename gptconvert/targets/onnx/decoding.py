@@ -112,7 +112,7 @@ class DecodingInPlace(Decoding):
 
     def _bind(self, buffers: Mapping[str, NDArray[np.generic]]) -> None:
         """Use these buffers for the cache."""
-        from gptconvert.targets.onnx.library import import_onnxruntime
+        from gptconvert.kernels.library import import_onnxruntime
 
         ort_value = import_onnxruntime().OrtValue
         self.values = {name: ort_value.ortvalue_from_numpy(buffer) for name, buffer in buffers.items()}

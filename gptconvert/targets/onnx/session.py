@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from gptconvert.kernels.library import import_onnxruntime
 from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.tensors import Array
-from gptconvert.targets.onnx.library import import_onnxruntime
 
 
 @dataclass(frozen=True)

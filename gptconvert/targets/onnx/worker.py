@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from gptconvert.kernels.library import import_onnxruntime
 from gptconvert.targets.child.frames import Arrays
 from gptconvert.targets.child.server import Command, serve
 from gptconvert.targets.onnx.decoding import Decoding, DecodingInPlace
-from gptconvert.targets.onnx.library import import_onnxruntime
 from gptconvert.targets.onnx.session import Settings, open_session, ort_value
 
 #: Number → session, and the values lent to it, which it does not keep alive.

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from gptconvert.targets.onnx.library import NO_TELEMETRY, import_onnxruntime
+from gptconvert.kernels.library import NO_TELEMETRY, import_onnxruntime
 from tests.commands import REPOSITORY, TINY
 
 RUN = f"from gptconvert import convert; convert({str(TINY / 'openai-tf')!r}, 'out')"
