@@ -35,7 +35,7 @@ def run(pytester: pytest.Pytester, body: str, *arguments: str) -> pytest.RunResu
     pytester.makepyfile(TESTS.format(body))
     allowed = pytester.maketxtfile(allowed="# comment\nplanned\nof old ; python_version < '3'\n")
     arguments = ("-p", "tests.strict_skips", "--allowed-skips", str(allowed), *arguments)
-    return pytester.runpytest_subprocess(*arguments)
+    return pytester.runpytest_subprocess(*arguments) if "2" in arguments else pytester.runpytest_inprocess(*arguments)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
