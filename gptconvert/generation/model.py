@@ -14,6 +14,7 @@ from gptconvert.containers.untrusted import boundary
 from gptconvert.errors import GptConvertError, UsageError
 from gptconvert.generation.checks import check_ids, first_ids, notes_on, runtime_of, vocabulary_of
 from gptconvert.generation.directory import TOKENIZER, read_exported
+from gptconvert.generation.processors import needed
 from gptconvert.generation.results import END, STOP, Continuation, Continued, Generated, reason, speed_of
 from gptconvert.generation.sampling import Sampling, Settings, settle
 from gptconvert.generation.search import beam_search, decode, never
@@ -165,7 +166,7 @@ class Model:
 
     def _rows(self, ids: list[int], settings: Settings, stop: Stop) -> tuple[list[Continuation], float | None]:
         """Greedy or sampled continuations."""
-        self._runtime.reset()
+        self._runtime.reset(needed(settings))
         rows = [list[int]() for _ in range(settings.num_return_sequences)]
         ended, clock = set[int](), list[float]()
         for tokens in decode(self._runtime, ids, settings, self._stops, stop.ends if settings.stop else never):
@@ -205,7 +206,7 @@ class Model:
     ) -> Iterator[str]:
         """Pieces of the text, each as long as what follows cannot change it."""
         with self._boundary():
-            self._runtime.reset()
+            self._runtime.reset(needed(settings))
             shown = 0
             for ((_, token),) in decode(self._runtime, ids, settings, self._stops):
                 if token is None:

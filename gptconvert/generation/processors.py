@@ -31,6 +31,18 @@ def processors(settings: Settings, prompt: int, stops: Sequence[int]) -> list[Pr
     return [processor for used, processor in table if used]
 
 
+def needed(settings: Settings) -> int | None:
+    """How many of the largest logits decide the next token; None for all.
+
+    A runtime that returns fewer must have those equal to the last of them, too.
+    """
+    if settings.repetition_penalty != 1 or settings.no_repeat_ngram_size or settings.min_new_tokens:
+        return None  # tokens change places
+    if settings.samples:
+        return settings.top_k or None
+    return 1
+
+
 def penalised(ids: Integers, scores: Floats, penalty: float) -> Floats:
     """Scores of tokens that occurred, divided by the penalty where positive and multiplied where negative."""
     scores = scores.copy()

@@ -64,8 +64,12 @@ class Runtime(Protocol):
         """
         ...
 
-    def reset(self) -> None:
-        """Forget the ids of earlier steps."""
+    def reset(self, most: int | None = None) -> None:
+        """Forget the ids of earlier steps.
+
+        Args:
+            most: how many of the largest logits the next steps must return; others may be −∞. None for all.
+        """
         ...
 
     def close(self) -> None:

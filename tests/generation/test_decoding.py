@@ -11,7 +11,7 @@ import pytest
 
 from gptconvert.errors import InputError, UsageError
 from gptconvert.families.registry import FAMILIES
-from gptconvert.generation.processors import nucleus, probabilities, without_repeats
+from gptconvert.generation.processors import best, needed, nucleus, probabilities, without_repeats
 from gptconvert.generation.sampling import Sampling, settle, stated
 from gptconvert.generation.search import beam_search, decode
 from tests.families.witness import Case, checkpoint, hf_model, reference
@@ -37,11 +37,21 @@ class Reference:
             logits, self.past = self.model(torch.tensor([list(row) for row in rows]), past=past)
         return logits[:, -1].float().numpy()
 
-    def reset(self) -> None:
+    def reset(self, most: int | None = None) -> None:
         self.past = []
 
     def close(self) -> None:
         pass
+
+
+class Largest(Reference):
+    """Returns the largest logits alone, as many as :func:`needed` says."""
+
+    most: int | None = None
+
+    def step(self, rows: Sequence[Sequence[int]], parents: Sequence[int]) -> Any:
+        logits = super().step(rows, parents)
+        return logits if self.most is None else best(logits, self.most)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +126,30 @@ def test_token_for_token(options: dict[str, Any], name: str, models: Any) -> Non
     free = ours(mine, (), **options)[0]
     for stops in ((), (free[3],), tuple({free[2], free[-1], 11, 12, 13})):
         assert ours(mine, stops, **options) == theirs(other, stops, **options), stops
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 1),
+        ({"temperature": 0.0}, 1),
+        ({"top_k": 5, "seed": 2, "num_return_sequences": 4}, 5),
+        ({"top_k": 9, "top_p": 0.7, "temperature": 1.8}, 9),
+        ({"seed": 2}, None),
+        ({"top_p": 0.7}, None),
+        ({"repetition_penalty": 1.7}, None),
+        ({"no_repeat_ngram_size": 2}, None),
+        ({"min_new_tokens": 7, "top_k": 3}, None),
+    ],
+    ids=str,
+)
+def test_the_largest_logits_are_enough(options: dict[str, Any], most: int | None, models: Any) -> None:
+    mine, _ = models("gpt2")
+    settings = settle(Sampling(NEW, **options), {}, len(PROMPT), 40)
+    assert needed(settings) == most
+    runtime = Largest(mine)
+    runtime.most = most
+    assert list(decode(runtime, PROMPT, settings, (11,))) == list(decode(Reference(mine), PROMPT, settings, (11,)))
 
 
 def test_samples_have_the_distribution(models: Any) -> None:

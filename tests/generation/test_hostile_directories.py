@@ -353,7 +353,7 @@ class Broken:
     def step(self, rows: object, parents: object) -> Any:
         return self.logits
 
-    def reset(self) -> None:
+    def reset(self, most: int | None = None) -> None:
         pass
 
     def close(self) -> None:

@@ -123,7 +123,7 @@ class Scripted:
         self.done += 1
         return logits
 
-    def reset(self) -> None:
+    def reset(self, most: int | None = None) -> None:
         self.done = 0
 
 

@@ -193,3 +193,18 @@ def test_why_a_continuation_ended(capsys: Any, export: Path, tmp_path: Path) -> 
     assert len(full.json["ids"]) == config["n_positions"] - len(PROMPT)
     note = "note: stopped after 35 tokens: the context of 40 tokens is full"
     assert [note in done.err for done in (few, full, ended)] == [False, True, False]
+
+
+def test_llama_cpp_returns_as_many_as_needed(export: Path) -> None:
+    runtime = load("gguf", export, {"n_positions": 40})
+    try:
+        (everything,) = runtime.step([PROMPT], [0])
+        runtime.reset(3)
+        (largest,) = runtime.step([PROMPT], [0])
+    finally:
+        runtime.close()
+    returned = np.isfinite(largest)
+    assert returned.sum() == 23
+    np.testing.assert_allclose(largest[returned], everything[returned], atol=1e-5)
+    assert everything[returned].min() >= everything[~returned].max()
+    assert (largest[~returned] == -np.inf).all()

@@ -24,7 +24,7 @@ PACKAGE = "xllamacpp"
 LARGE = 600 << 20
 #: Bytes of memory beside the weights, per id of the vocabulary: an answer names every id, as text.
 ANSWER_BYTES = 4096
-#: Tokens that are compared to find out whether two prompts are the same.
+#: Tokens that are compared to find out whether two prompts are the same, and that are asked for beside those needed.
 MOST_LIKELY = 20
 #: No debugger is started to describe a crash.
 VARIABLES: Mapping[str, str] = {"GGML_NO_BACKTRACE": "1"}
@@ -78,20 +78,26 @@ class LlamaProcess(ChildProcess):
             fields: dict[str, Any] = {"n_ctx": n_ctx, "threads": threads, "repack": nbytes <= LARGE}
             self.call("load", path=readable, **fields)
 
-    def log_probabilities(self, ids: Sequence[int], vocabulary: int, *, cached: bool = False) -> NDArray[np.float32]:
+    def log_probabilities(
+        self, ids: Sequence[int], vocabulary: int, most: int | None = None, *, cached: bool = False
+    ) -> NDArray[np.float32]:
         """Log-probabilities [V] of the token after ``ids``.
 
         Args:
             ids: the whole sequence.
             vocabulary: V.
+            most: how many of the largest are needed; the others may be −∞. None for all, of which each that llama.cpp
+                does not return is NaN.
             cached: whether to reuse keys and values of the longest common beginning with the request before.
 
         Raises:
             LlamaError: llama.cpp refuses the request.
             UnsafeInputError: a confined process exceeded its time, or died.
         """
-        tokens, values = self._predict(list(ids), len(ids), vocabulary, cached=cached)
-        found = np.full(vocabulary, np.nan, np.float32)
+        # A few more than needed, since equal ones may follow the last.
+        count = vocabulary if most is None else min(most + MOST_LIKELY, vocabulary)
+        tokens, values = self._predict(list(ids), len(ids), count, cached=cached)
+        found = np.full(vocabulary, np.nan if count == vocabulary else -np.inf, np.float32)
         inside = (tokens >= 0) & (tokens < vocabulary)
         found[tokens[inside]] = values[inside]
         return found

@@ -37,13 +37,15 @@ class GgufRuntime:
         self.vocab_size: int | None = _vocabulary(model, path)
         self.n_ctx = min(context_length(config), _size(model, "context_length"))
         self.texts: list[list[int]] = [[]]
+        self.most: int | None = None
         nbytes = sum(tensor.stored.nbytes for tensor in model.tensors.values())
         head = sum(os.path.getsize(file) for file in model.files) - nbytes
         width = 8 * _size(model, "block_count") * _size(model, "embedding_length")  # of keys and values per token
         limits = limits_of(path, nbytes, head, self.vocab_size, self.n_ctx, width)
         self.process = LlamaProcess(limits)
         try:
-            self.process.load(path, nbytes, self.n_ctx, 2 * half_the_cores())
+            # llama.cpp's threads spin until all are done: one that has no core stops the others.
+            self.process.load(path, nbytes, self.n_ctx, half_the_cores())
         except LlamaError as error:
             self.close()
             raise InputError("llama.cpp cannot load the file", path=path, found=error) from error
@@ -63,11 +65,11 @@ class GgufRuntime:
         except LlamaError as error:
             raise InputError("llama.cpp cannot run the file", path=self.path, found=error) from error
 
-    def reset(self) -> None:
-        self.texts = [[]]
+    def reset(self, most: int | None = None) -> None:
+        self.texts, self.most = [[]], most
 
     def _after(self, text: Sequence[int]) -> Floats:
-        return self.process.log_probabilities(text, self.vocab_size or MOST, cached=True)
+        return self.process.log_probabilities(text, self.vocab_size or MOST, self.most, cached=True)
 
 
 def find_gguf(directory: str) -> str:

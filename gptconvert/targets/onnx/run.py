@@ -61,7 +61,7 @@ class OnnxRuntime:
             raise InputError("onnxruntime cannot run the graph", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]
 
-    def reset(self) -> None:
+    def reset(self, most: int | None = None) -> None:
         self.process.call("reset")
 
 

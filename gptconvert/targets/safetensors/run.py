@@ -49,5 +49,5 @@ class TorchRuntime:
         last: Floats = logits[:, -1].numpy()
         return last
 
-    def reset(self) -> None:
+    def reset(self, most: int | None = None) -> None:
         self.past = []

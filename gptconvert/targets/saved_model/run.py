@@ -74,5 +74,5 @@ class TensorFlowRuntime:
             raise InputError("TensorFlow cannot run the SavedModel", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]
 
-    def reset(self) -> None:
+    def reset(self, most: int | None = None) -> None:
         self.process.call("reset")

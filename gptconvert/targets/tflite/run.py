@@ -63,7 +63,7 @@ class LiteRuntime:
             raise InputError("LiteRT cannot run the file", path=self.path, found=error) from error
         return logits  # type: ignore[no-any-return]
 
-    def reset(self) -> None:
+    def reset(self, most: int | None = None) -> None:
         self.process.call("reset")
 
 
