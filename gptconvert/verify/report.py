@@ -296,11 +296,9 @@ def _package_lines(package: PackageReport) -> list[str]:
 
 def _artifact_lines(artifact: ArtifactReport, verbose: bool) -> list[str]:
     weights = artifact.weights
-    required = "" if weights.strict else " found as stored"
+    found = "equal" if weights.strict else "found and equal"
     lines = [f"{artifact.path}  ({artifact.kind})"]
-    lines.append(
-        f"  weights: {weights.equal} of {weights.expected} equal, byte for byte{required}{_mark(weights.ok)}"
-    )
+    lines.append(f"  weights: {weights.equal} of {weights.expected} {found}, byte for byte{_mark(weights.ok)}")
     lines += _some(weights.problems)
     if artifact.problems:
         lines += ["  contract: FAIL", *_some(artifact.problems)]

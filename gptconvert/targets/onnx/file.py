@@ -46,6 +46,7 @@ class OnnxFile:
         confined: whether it runs in a process with limits.
         omitted: name of an attribute that nodes do not have when it is run; empty to run the file as it is.
         inside: whether weights that the file itself holds are external data of ``model``, at their offsets in it.
+        rewritten: whether another program has optimised a graph of gptconvert, whose name it kept.
     """
 
     path: str
@@ -54,11 +55,12 @@ class OnnxFile:
     confined: bool = True
     omitted: str = ""
     inside: bool = False
+    rewritten: bool = False
 
     @property
     def is_own(self) -> bool:
         """Whether gptconvert wrote the file, so that every name in it is known."""
-        return bool(self.model.producer_name == "gptconvert")
+        return bool(self.model.producer_name == "gptconvert") and not self.rewritten
 
     @property
     def is_in_place(self) -> bool:

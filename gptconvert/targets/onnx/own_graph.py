@@ -13,6 +13,7 @@ from typing import Any
 from gptconvert.model.blocks import Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import LazyTensor, Transposed, filled
+from gptconvert.targets.onnx.contract import check_interface
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.foreign import orientations
 from gptconvert.version import __version__
@@ -44,6 +45,23 @@ def graph_differences(file: OnnxFile, checkpoint: Checkpoint) -> Iterator[str]:
             yield f"constant {name}: expected {_shown(before)}, found {_shown(after)}"
     others = {"function": file.model.functions, "sparse initializer": found.sparse_initializer}
     yield from (f"the graph has a {kind}" for kind, values in others.items() if len(values))
+
+
+def is_rewritten(file: OnnxFile, checkpoint: Checkpoint) -> bool:
+    """Whether an optimiser wrote the file: it keeps the producer's name, interface and weights, but fuses nodes.
+
+    Nodes that this version builds are missing then, whereas a graph that was edited or built wrongly has them.
+
+    Args:
+        file: a file that says that this program wrote it.
+        checkpoint: as stored in it.
+    """
+    if file.model.producer_version != __version__:
+        return False
+    if check_interface(file, checkpoint.config) or not checkpoint.weights.keys() <= file.initializers.keys():
+        return False
+    expected = _by_outputs(_built(file, checkpoint, _placeholders(file, checkpoint)).node)
+    return not expected.keys() <= _by_outputs(file.model.graph.node).keys()
 
 
 def _placeholders(file: OnnxFile, checkpoint: Checkpoint) -> dict[str, LazyTensor]:

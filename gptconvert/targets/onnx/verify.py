@@ -21,9 +21,16 @@ from gptconvert.targets.onnx.contract import check_contract
 from gptconvert.targets.onnx.file import OnnxFile, open_onnx
 from gptconvert.targets.onnx.foreign import other_sizes, pair_up, unplanned, used_tensors
 from gptconvert.targets.onnx.localise import first_bad_block
-from gptconvert.targets.onnx.own_graph import graph_differences, version_note
+from gptconvert.targets.onnx.own_graph import graph_differences, is_rewritten, version_note
 from gptconvert.targets.onnx.plan import NAME
-from gptconvert.targets.onnx.quantised import as_found, by_recipe, calibration_note, measured, with_float_activations
+from gptconvert.targets.onnx.quantised import (
+    as_found,
+    by_recipe,
+    calibration_note,
+    measured,
+    recorded,
+    with_float_activations,
+)
 from gptconvert.targets.onnx.runner import Binding, OnnxRunner, bind
 from gptconvert.targets.rotary import rotary_tables
 from gptconvert.targets.target import Candidate
@@ -79,6 +86,9 @@ class OnnxVerifier:
         """
         file = open_onnx(candidate.path, confined=candidate.export is None)
         checkpoint, weights, pairs, match = _weights(candidate, file)
+        if candidate.export is None and file.is_own and not recorded(file) and is_rewritten(file, checkpoint):
+            file = dataclasses.replace(file, rewritten=True)
+            checkpoint, weights, pairs, match = _weights(candidate, file)
         quantised = any(isinstance(weight, Quantised) for weight in checkpoint.weights.values())
         report = ArtifactReport(NAME, candidate.shown_as, weights, size=file.size)
         if candidate.export or file.is_own:
@@ -100,6 +110,8 @@ class OnnxVerifier:
         if file.is_own:
             report.notes += [*other, *calibration_note(file, candidate.shown_as)]
             report.problems += [] if other else graph_differences(file, checkpoint)
+        if file.rewritten:
+            report.notes.append(f"{report.path}: another program rewrote the graph: its nodes were not compared")
         if report.ok and other and not quantised:
             self._stress(report, runs, match or match_by_content(used_tensors(file), checkpoint), level)
         return report

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper, numpy_helper
 
@@ -105,6 +106,42 @@ def test_further_differences(tmp_path: Path) -> None:
 
     edit(path, function)
     assert differences(checkpoint, path)[-1] == "the graph has a function"
+
+
+def by_onnxruntime(path: Path, level: str) -> None:
+    """Optimised offline. The result imports every operator domain that onnxruntime knows."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+    options.optimized_model_filepath = str(path.with_name("optimised.onnx"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def by_onnxslim(path: Path, _: str) -> None:
+    import onnxslim
+
+    onnx.save(onnxslim.slim(str(path)), path.with_name("optimised.onnx"))
+
+
+OPTIMISERS = [(by_onnxruntime, "BASIC"), (by_onnxruntime, "EXTENDED"), (by_onnxslim, "")]
+
+
+@pytest.mark.parametrize(("optimise", "level"), OPTIMISERS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("bug", [None, finite_mask], ids=["correct", "wrong"])
+def test_optimised_graphs_are_judged_by_their_outputs(
+    optimise: Callable[[Path, str], None], level: str, bug: Callable[[Any], None] | None, tmp_path: Path
+) -> None:
+    checkpoint = tiny(tmp_path)
+    path = export(tmp_path, checkpoint)
+    if bug is not None:
+        edit(path, bug)
+    optimise(path, level)
+    (report,) = report_on(checkpoint, path.with_name("optimised.onnx")).artifacts
+    assert report.weights.ok
+    assert [note for note in report.notes if "another program rewrote the graph" in note]
+    assert report.ok == (bug is None), report.table()
+    assert not report.problems  # its outputs decide
 
 
 def test_graph_of_another_version_is_noted(tmp_path: Path) -> None:
