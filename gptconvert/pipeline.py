@@ -372,13 +372,23 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
     return report
 
 
+#: Target → options that lose less.
+BETTER = {
+    "onnx": "--calibrate self, a smaller --block-size or q8",
+    "gguf": "--gguf-type q8_0 or f16",
+    "tflite": "--tflite-type f16",
+}
+
+
 def _failure(report: Report) -> VerificationError:
     """The error of a failed verification, with its table and report."""
     message = "the export does not compute what the checkpoint computes"
     hint = "nothing was published; this is a bug in gptconvert, so please report it with the table above"
     if report.misses_limit:
         message = "quantisation loses more than --max-kl allows"
-        hint = "nothing was published; try --calibrate self, a smaller --block-size or q8, or accept it: --max-kl X"
+        kinds = {artifact.kind for artifact in report.artifacts if not artifact.ok}
+        better = ", or ".join(BETTER[kind] for kind in BETTER if kind in kinds)
+        hint = f"nothing was published; try {better}, or accept it: --max-kl X"
     error = VerificationError(f"{message}\n{report.table()}", hint=hint)
     error.report = report.as_dict()
     return error

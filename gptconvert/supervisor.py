@@ -56,6 +56,7 @@ def _run(command: Callable[[], int]) -> int:
     except signals.Interrupted as error:  # while the command line is imported
         code = 128 + error.signum
     signals.finish(code)
+    journal.record("code", code)
     return code
 
 
@@ -86,6 +87,8 @@ def _watch(child: int, descriptor: int) -> int:
     left = _clean_up(record)
     if code >= 0:
         return code
+    if record.values("code"):  # a second signal ended it after it had reported the first
+        return int(record.values("code")[-1])
     from gptconvert.publish.scratch import remove_abandoned
 
     remove_abandoned()
@@ -108,18 +111,21 @@ def _explain(signum: int, record: journal.Journal, left: list[str]) -> int:
     """Report that a signal killed the child; returns the exit code."""
     from gptconvert.cli import is_json, outcome, report
 
-    consequence = "; ".join((outcome(record), *left))
+    consequence = "; ".join(filter(None, (outcome(record, sys.argv[1:]), *left)))
     if signum in signals.SIGNALS:
         report(
-            GptConvertError(f"interrupted; {consequence}"), 128 + signum, is_json(sys.argv[1:]), kind="interrupted"
+            GptConvertError("; ".join(filter(None, ("interrupted", consequence)))),
+            128 + signum,
+            is_json(sys.argv[1:]),
+            kind="interrupted",
         )
         return 128 + signum
     name = signal.Signals(signum).name if signum in signal.Signals.__members__.values() else f"signal {signum}"
-    error, code = GptConvertError(f"the process was killed by {name}", hint=consequence), 128 + signum
+    error, code = GptConvertError(f"the process was killed by {name}", hint=consequence or None), 128 + signum
     if signum == signal.SIGBUS:
         error, code = _unreadable(record, consequence), InputError.exit_code
     elif signum == signal.SIGKILL:
-        error.hint = f"memory may have run out; {consequence}"
+        error.hint = "; ".join(filter(None, ("memory may have run out", consequence)))
     report(error, code, is_json(sys.argv[1:]))
     return code
 
@@ -132,7 +138,7 @@ def _unreadable(record: journal.Journal, consequence: str) -> InputError:
     with suppress(InputError):
         changed = [path for reading in record.values("reading") for path in changed_since(reading)]
     error = changed_error(changed) if changed else InputError(f"input cannot be read: {_UNREADABLE}")
-    error.hint = "; ".join(filter(None, (error.hint, consequence)))
+    error.hint = "; ".join(filter(None, (error.hint, consequence))) or None
     return error
 
 

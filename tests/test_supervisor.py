@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from gptconvert.cli import outcome
+from gptconvert.publish.journal import Journal
 from tests.commands import TINY, command
 from tests.helpers import ROOT
 
@@ -168,3 +170,34 @@ def test_lost_streams(root: Path, redirection: str, code: int, message: str) -> 
     assert names(root) == ["out", "source"]
     checked = subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=root / "out", capture_output=True)
     assert checked.returncode == 0, "text of a closed stream was written to an output file"
+
+
+def test_a_child_that_dies_after_it_has_reported_is_not_reported_again(tmp_path: Path) -> None:
+    """A second signal may end it while Python shuts down."""
+    program = """
+import os, signal, sys
+from gptconvert import supervisor
+
+def command():
+    import atexit
+    print("error: interrupted", file=sys.stderr, flush=True)
+    atexit.register(os.kill, os.getpid(), signal.SIGKILL)
+    return 143
+
+supervisor.supervise(command)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "error: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["generate", "out", "text"], ""),
+        (["--debug", "verify", "a", "b"], ""),
+        (["hf", "x"], "nothing was published"),
+    ],
+)
+def test_commands_that_only_read_publish_nothing(args: list[str], expected: str) -> None:
+    assert outcome(Journal(), args) == expected

@@ -59,13 +59,15 @@ def read_manifest(open_file: Open) -> dict[str, Any] | None:
 
 def _recipe_difference(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
     expected = {"schema_version": SCHEMA_VERSION, **recipe_of(checkpoint.options).as_dict()}
-    for name, value in expected.items():
+    for name, value in sorted(expected.items(), key=lambda item: item[0] == "libraries"):  # they follow the targets
         value, found = _plain(value), manifest.get(name)
         if value == found:
             continue
         if isinstance(value, dict) and isinstance(found, dict):
             keys = [key for key in sorted({*value, *found}) if value.get(key) != found.get(key)]
             return f"its {name} differ: {', '.join(keys)}"
+        if isinstance(value, list) and isinstance(found, list):
+            return f"its {name} are {', '.join(map(str, found))}, not {', '.join(map(str, value))}"
         return f"its {name} is {found!r:.80}, not {value!r:.80}"
     return _limit_difference(checkpoint.options.max_kl, manifest)
 

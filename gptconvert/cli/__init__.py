@@ -52,6 +52,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "formats": ("formats", "List the supported formats, models and targets."),
     "schema": ("schema", "Print the JSON Schema of a command's output."),
 }
+#: Commands that write no output.
+READING = frozenset({"inspect", "verify", "quality", "generate", "formats", "schema"})
 #: Import name → distribution, where they differ.
 PACKAGES: Mapping[str, str] = {"yaml": "pyyaml", "google_crc32c": "google-crc32c"}
 #: System errors that the user can mend → the hint.
@@ -160,7 +162,9 @@ def run(args: list[str]) -> int:
         with signals.raising():
             code = _run(args)
     except signals.Interrupted as error:
-        code = _interrupted(error.signum, f"interrupted; {outcome(begun)}", is_json(args))
+        code = _interrupted(
+            error.signum, "; ".join(filter(None, ("interrupted", outcome(begun, args)))), is_json(args)
+        )
     if "stdout" in lost and not code:
         note("standard output is closed, so the result was not printed")
     flush()
@@ -240,8 +244,10 @@ def _system_error(error: OSError) -> GptConvertError:
     return kind(reason(error), path=path, hint=hint)
 
 
-def outcome(begun: Journal) -> str:
-    """``nothing was published``, or what was; and what an upload left on the hub."""
+def outcome(begun: Journal, args: Sequence[str]) -> str:
+    """``nothing was published``, or what was; and what an upload left on the hub. Empty if ``args`` only read."""
+    if next((arg for arg in args if not arg.startswith("-")), "") in READING:
+        return ""
     published = [printable(path) for path in begun.values("published")]
     remote = [printable(state) for state in begun.values("remote")[-1:]]
     return f"{', '.join(published)} was published" if published else "; ".join(remote or ["nothing was published"])

@@ -22,7 +22,7 @@ class Journal:
         descriptor: file shared with the supervisor; None to record in this process only.
         entries: (event, value), in order: ``reading`` (path → file state), ``staging`` (absolute output path),
             ``published`` (path as the user gave it, or address), ``ended`` (absolute output path), ``remote`` (what
-            an upload has left on the hub so far, for the user).
+            an upload has left on the hub so far, for the user), ``code`` (exit code, once all has been reported).
     """
 
     descriptor: int | None = None

@@ -161,11 +161,14 @@ def _no_weights(names: Collection[str], where: str) -> Exception:
     strange = {name: what for name in sorted(names) if (what := unsupported_kind(name))}
     if strange:
         listed = ", ".join(f"{name} ({what})" for name, what in strange.items())
+        sources = [name for name in strange if name.endswith(".gguf")]
         return UnsupportedError(
             "no weights of a supported kind",
             path=where,
             expected=expected,
             found=listed,
-            hint="convert the checkpoint that they were made from",
+            hint=f"pass the file: {os.path.join(where, sources[0])}"
+            if sources
+            else "convert the checkpoint that they were made from",
         )
     return InputError("no weights", path=where, expected=expected, found=", ".join(sorted(names)[:8]) or "no files")

@@ -206,7 +206,8 @@ def _genai(checkpoint: Checkpoint, path: str) -> Iterator[str]:
     if not isinstance(decoder, dict):
         yield "has no decoder"
         return
-    own = genai_config(checkpoint, str(decoder.get("filename")))
+    graph = str(decoder.get("filename"))
+    own = genai_config(checkpoint, graph, in_place=graph.endswith("in_place.onnx"))
     whole = os.path.exists(os.path.join(os.path.dirname(path), MANIFEST_FILE))
     yield from _leaves(own, found, whole, "")
 
@@ -217,7 +218,7 @@ def _leaves(own: Mapping[str, Any], found: Mapping[str, Any], whole: bool, where
             inner = found.get(key)
             yield from _leaves(value, inner if isinstance(inner, dict) else {}, whole, f"{where}{key}.")
         elif (whole or type(value) is int) and found.get(key) != value:
-            yield _differs(where + key, found.get(key), value)
+            yield f"{where}{key} is {_short(found.get(key))}, expected {_short(value)}"
 
 
 def _differs(name: str, found: object, expected: object) -> str:

@@ -13,6 +13,7 @@ from gptconvert.families.registry import understand
 from gptconvert.model.options import Options
 from gptconvert.sources.hf import format as hf
 from gptconvert.sources.hf.files import could_be_weights
+from gptconvert.verify.background import half_the_cores, torch_threads
 
 Floats = NDArray[np.float32]
 
@@ -44,7 +45,9 @@ class TorchRuntime:
 
         chosen = list(parents)
         past = [(keys[chosen], values[chosen]) for keys, values in self.past]
-        with torch.no_grad():
+        # Threads wait for each other at every layer: one that has no core would stop the others.
+        with torch.no_grad(), torch_threads() as use:
+            use(half_the_cores())
             logits, self.past = self.model(torch.tensor([list(row) for row in rows]), past=past)
         last: Floats = logits[:, -1].numpy()
         return last

@@ -61,7 +61,8 @@ def _converted(checkpoint: Checkpoint, kinds: Sequence[str], stop: threading.Eve
     placed, size = place((name, stored[name], name) for name in sorted(stored))
     try:
         with ConverterProcess() as tensorflow, tempfile.TemporaryDirectory(dir=tensorflow.directory) as directory:
-            write_files(directory, [PlannedFile(WEIGHTS, size, tensors=placed)], stop=stop)
+            # Not with ``stop``, which a failure here would set: the error would count as a result of a cancellation.
+            write_files(directory, [PlannedFile(WEIGHTS, size, tensors=placed)])
             tensorflow.ask(
                 "convert",
                 stop,

@@ -14,6 +14,7 @@ import pytest
 
 from gptconvert.errors import InputError, UnsafeInputError, UnsupportedError
 from gptconvert.model.options import Options
+from gptconvert.pipeline import open_checkpoint
 from gptconvert.sources.hf.files import KINDS, choose_weights
 from gptconvert.sources.hf.format import FORMAT, open_hf
 from gptconvert.sources.tokenizer_files import HUGGING_FACE
@@ -303,3 +304,11 @@ def test_opening_reads_headers_only(checkpoint: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(gptconvert.model.tensors, "map_segment", forbidden)
     open_hf(str(checkpoint), PLAIN)
+
+
+def test_a_gguf_file_beside_a_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "m-F16.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedError) as error:
+        open_checkpoint(str(tmp_path))
+    assert error.value.hint == f"pass the file: {tmp_path / 'm-F16.gguf'}"

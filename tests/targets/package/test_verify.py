@@ -205,3 +205,12 @@ def test_keys_that_transformers_does_not_read_are_not_compared(export: Path, che
     """The source may have had them too: GPT-2's n_ctx may differ from n_positions, which decides."""
     edit(export / "config.json", lambda c: c.update(n_ctx=c["n_positions"] + 1))
     assert verify_package(checkpoint, str(export)).problems == []
+
+
+def test_a_graph_with_its_cache_in_place_agrees(tmp_path: Path, capsys: Any) -> None:
+    convert(TRAINED, tmp_path / "out", Options(targets=("onnx",), in_place=True, verify=None))
+    checkpoint = with_special_ids(open_checkpoint(TRAINED))
+    assert verify_package(checkpoint, str(tmp_path / "out")).problems == []
+    edit(tmp_path / "out" / "genai_config.json", lambda c: c["search"].update(past_present_share_buffer=False))
+    (problem, *_) = verify_package(checkpoint, str(tmp_path / "out")).problems[-1:]
+    assert problem == "genai_config.json: search.past_present_share_buffer is False, expected True"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +141,19 @@ def test_command_line(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert done.code == 5 and "differs from its source" in done.err and not (tmp_path / "broken").exists()
     done = command(capsys, "verify", TINY, tmp_path / "out")
     assert done.code == 0, done.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limits")
+def test_a_full_scratch_directory_is_an_output_error(tmp_path: Path) -> None:
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    words = [sys.executable, "-m", "gptconvert", "openai-tf", str(TINY), "--to", "tflite"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*words, "-o", str(tmp_path / "out")], preexec_fn=limit, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 6, done.stderr
+    assert "cannot be written (File too large)" in done.stderr
