@@ -13,7 +13,7 @@ from typing import Any
 from gptconvert.model.blocks import Quantised
 from gptconvert.model.checkpoint import Checkpoint
 from gptconvert.model.tensors import LazyTensor, Transposed, filled
-from gptconvert.targets.onnx.contract import check_interface
+from gptconvert.targets.onnx.contract import check_contract, check_interface
 from gptconvert.targets.onnx.file import OnnxFile
 from gptconvert.targets.onnx.foreign import orientations
 from gptconvert.version import __version__
@@ -48,9 +48,10 @@ def graph_differences(file: OnnxFile, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def is_rewritten(file: OnnxFile, checkpoint: Checkpoint) -> bool:
-    """Whether an optimiser wrote the file: it keeps the producer's name, interface and weights, but fuses nodes.
+    """Whether another program wrote the file from ours: it keeps the producer's name, but not what our files have.
 
-    Nodes that this version builds are missing then, whereas a graph that was edited or built wrongly has them.
+    Optimisers fuse nodes, converters change the operator set or the types, and others rename weights, all of them.
+    A graph that was edited or built wrongly has our nodes, or lacks some weights.
 
     Args:
         file: a file that says that this program wrote it.
@@ -58,8 +59,11 @@ def is_rewritten(file: OnnxFile, checkpoint: Checkpoint) -> bool:
     """
     if file.model.producer_version != __version__:
         return False
-    if check_interface(file, checkpoint.config) or not checkpoint.weights.keys() <= file.initializers.keys():
+    names, found = checkpoint.weights.keys(), checkpoint.weights.keys() & file.initializers.keys()
+    if check_interface(file, checkpoint.config) or 0 < len(found) < len(names):
         return False
+    if not found or check_contract(file, checkpoint.config, portable=not file.is_in_place):
+        return True
     expected = _by_outputs(_built(file, checkpoint, _placeholders(file, checkpoint)).node)
     return not expected.keys() <= _by_outputs(file.model.graph.node).keys()
 

@@ -124,7 +124,30 @@ def by_onnxslim(path: Path, _: str) -> None:
     onnx.save(onnxslim.slim(str(path)), path.with_name("optimised.onnx"))
 
 
-OPTIMISERS = [(by_onnxruntime, "BASIC"), (by_onnxruntime, "EXTENDED"), (by_onnxslim, "")]
+def by_onnx(path: Path, _: str) -> None:
+    """Converted to a later operator set than ours."""
+    from onnx import version_converter
+
+    onnx.save(version_converter.convert_version(onnx.load(path), 22), path.with_name("optimised.onnx"))
+
+
+def with_other_names(path: Path, _: str) -> None:
+    model = onnx.load(path)
+    names = {tensor.name: f"renamed_{tensor.name}" for tensor in model.graph.initializer}
+    for tensor in model.graph.initializer:
+        tensor.name = names[tensor.name]
+    for each in model.graph.node:
+        each.input[:] = [names.get(name, name) for name in each.input]
+    onnx.save(model, path.with_name("optimised.onnx"))
+
+
+OPTIMISERS = [
+    (by_onnxruntime, "BASIC"),
+    (by_onnxruntime, "EXTENDED"),
+    (by_onnxslim, ""),
+    (by_onnx, ""),
+    (with_other_names, ""),
+]
 
 
 @pytest.mark.parametrize(("optimise", "level"), OPTIMISERS, ids=lambda value: getattr(value, "__name__", value))
