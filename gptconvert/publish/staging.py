@@ -170,7 +170,12 @@ class Staging:
             missing.append(parent)
             parent = os.path.dirname(parent)
         for directory in reversed(missing):
-            self._file_system.make_directory(directory)
+            try:
+                self._file_system.make_directory(directory)
+            except FileExistsError:
+                if not os.path.isdir(directory):
+                    raise
+                continue  # made by another run in the meantime, which also removes it if it fails
             self._made_parents.append(directory)
             self._file_system.sync_path(os.path.dirname(directory))
 
@@ -242,7 +247,13 @@ class Staging:
 
     def _remove_parents(self) -> None:
         while self._made_parents and not self._published:
-            self._file_system.remove_directory(self._made_parents[-1])
+            try:
+                self._file_system.remove_directory(self._made_parents[-1])
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                self._made_parents.clear()  # another run has published in it
+                return
             self._made_parents.pop()
 
     def _release(self) -> None:

@@ -144,6 +144,40 @@ class TestParents:
         publish(tmp_path / "a" / "out")
         assert names(tmp_path) == ["a"]
 
+    def test_made_by_another_run_in_the_meantime(self, tmp_path: Path) -> None:
+        def make(path: str) -> None:
+            if path == str(tmp_path / "a"):
+                OS.make_directory(path)
+            OS.make_directory(path)
+
+        publish(tmp_path / "a" / "b" / "out", file_system=file_system(make_directory=make))
+        assert names(tmp_path) == ["a"]
+        assert names(tmp_path / "a" / "b") == ["out"]
+
+    def test_a_file_in_the_place_of_a_parent_is_an_error(self, tmp_path: Path) -> None:
+        def make(path: str) -> None:
+            if path == str(tmp_path / "a"):
+                (tmp_path / "a").touch()
+            OS.make_directory(path)
+
+        with pytest.raises(OutputError, match="File exists"):
+            publish(tmp_path / "a" / "out", file_system=file_system(make_directory=make))
+        assert names(tmp_path) == ["a"]
+
+    def test_stay_if_another_run_has_published_in_them(self, tmp_path: Path) -> None:
+        def rename(before: str, after: str) -> None:
+            publish(tmp_path / "a" / "other")
+            raise OSError(errno.EIO, "failed")
+
+        with (
+            pytest.raises(OutputError, match="cannot be published"),
+            Staging(tmp_path / "a" / "out", file_system=file_system(rename=rename)) as staging,
+        ):
+            staging.publish()
+        assert staging.discard() == []
+        assert names(tmp_path) == ["a"]
+        assert names(tmp_path / "a") == ["other"]
+
 
 class TestForce:
     @pytest.fixture(params=["exchange", "two renames"])
