@@ -372,22 +372,14 @@ def _verified(planned: Plan, directory: str, progress: Progress) -> Report | Non
     return report
 
 
-#: Target → options that lose less.
-BETTER = {
-    "onnx": "--calibrate self, a smaller --block-size or q8",
-    "gguf": "--gguf-type q8_0 or f16",
-    "tflite": "--tflite-type f16",
-}
-
-
 def _failure(report: Report) -> VerificationError:
     """The error of a failed verification, with its table and report."""
     message = "the export does not compute what the checkpoint computes"
     hint = "nothing was published; this is a bug in gptconvert, so please report it with the table above"
     if report.misses_limit:
         message = "quantisation loses more than --max-kl allows"
-        kinds = {artifact.kind for artifact in report.artifacts if not artifact.ok}
-        better = ", or ".join(BETTER[kind] for kind in BETTER if kind in kinds)
+        missed = dict.fromkeys(artifact.kind for artifact in report.artifacts if not artifact.ok)
+        better = ", or ".join(target_named(kind).loses_less for kind in missed)
         hint = f"nothing was published; try {better}, or accept it: --max-kl X"
     error = VerificationError(f"{message}\n{report.table()}", hint=hint)
     error.report = report.as_dict()

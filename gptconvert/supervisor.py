@@ -109,36 +109,31 @@ def _clean_up(record: journal.Journal) -> list[str]:
 
 def _explain(signum: int, record: journal.Journal, left: list[str]) -> int:
     """Report that a signal killed the child; returns the exit code."""
-    from gptconvert.cli import is_json, outcome, report
+    from gptconvert.cli import interrupted, is_json, joined, outcome, report
 
-    consequence = "; ".join(filter(None, (outcome(record, sys.argv[1:]), *left)))
+    consequence = joined(outcome(record, sys.argv[1:]), *left)
     if signum in signals.SIGNALS:
-        report(
-            GptConvertError("; ".join(filter(None, ("interrupted", consequence)))),
-            128 + signum,
-            is_json(sys.argv[1:]),
-            kind="interrupted",
-        )
-        return 128 + signum
+        return interrupted(signum, consequence, is_json(sys.argv[1:]))
     name = signal.Signals(signum).name if signum in signal.Signals.__members__.values() else f"signal {signum}"
     error, code = GptConvertError(f"the process was killed by {name}", hint=consequence or None), 128 + signum
     if signum == signal.SIGBUS:
         error, code = _unreadable(record, consequence), InputError.exit_code
     elif signum == signal.SIGKILL:
-        error.hint = "; ".join(filter(None, ("memory may have run out", consequence)))
+        error.hint = joined("memory may have run out", consequence)
     report(error, code, is_json(sys.argv[1:]))
     return code
 
 
 def _unreadable(record: journal.Journal, consequence: str) -> InputError:
     """The error for mapped input that could not be read: it names the files that changed."""
+    from gptconvert.cli import joined
     from gptconvert.publish.manifest import changed_error, changed_since
 
     changed: list[str] = []
     with suppress(InputError):
         changed = [path for reading in record.values("reading") for path in changed_since(reading)]
     error = changed_error(changed) if changed else InputError(f"input cannot be read: {_UNREADABLE}")
-    error.hint = "; ".join(filter(None, (error.hint, consequence))) or None
+    error.hint = joined(error.hint, consequence) or None
     return error
 
 

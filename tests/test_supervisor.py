@@ -172,7 +172,7 @@ def test_lost_streams(root: Path, redirection: str, code: int, message: str) -> 
     assert checked.returncode == 0, "text of a closed stream was written to an output file"
 
 
-def test_a_child_that_dies_after_it_has_reported_is_not_reported_again(tmp_path: Path) -> None:
+def test_a_child_that_dies_after_it_has_reported_is_not_reported_again() -> None:
     """A second signal may end it while Python shuts down."""
     program = """
 import os, signal, sys

@@ -162,9 +162,7 @@ def run(args: list[str]) -> int:
         with signals.raising():
             code = _run(args)
     except signals.Interrupted as error:
-        code = _interrupted(
-            error.signum, "; ".join(filter(None, ("interrupted", outcome(begun, args)))), is_json(args)
-        )
+        code = interrupted(error.signum, outcome(begun, args), is_json(args))
     if "stdout" in lost and not code:
         note("standard output is closed, so the result was not printed")
     flush()
@@ -193,7 +191,7 @@ def _run(args: list[str]) -> int:
                 error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
-        return _interrupted(signal.SIGINT, "interrupted", as_json)
+        return interrupted(signal.SIGINT, "", as_json)
     except GptConvertError as error:
         signals.check()  # libraries turn an interrupted import into an error of their own
         if debug:
@@ -219,10 +217,16 @@ def _run(args: list[str]) -> int:
         return code
 
 
-def _interrupted(number: int, message: str, as_json: bool) -> int:
+def interrupted(number: int, consequence: str, as_json: bool) -> int:
+    """Report that a signal ended the command, and what follows from it, if anything; returns the exit code."""
     code = 128 + number
-    report(GptConvertError(message), code, as_json, kind="interrupted")
+    report(GptConvertError(joined("interrupted", consequence)), code, as_json, kind="interrupted")
     return code
+
+
+def joined(*clauses: str | None) -> str:
+    """The clauses that are not empty, in one sentence."""
+    return "; ".join(filter(None, clauses))
 
 
 def _explained(error: BaseException) -> tuple[GptConvertError, int]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptconvert.containers.protobuf import bytes_field, integer_field
 from gptconvert.kernels.library import import_onnxruntime
+from gptconvert.model.dtypes import is_finite
 from gptconvert.model.tensors import Array, Box, Cast, Joined, LazyTensor, LeadingAxis, Rows, Transposed
 
 #: Elements of the smallest tensor for which loading onnxruntime pays.
@@ -61,8 +62,7 @@ def _to_half(values: NDArray[np.generic], halves: NDArray[np.generic]) -> None:
     for start in range(0, values.size, _BLOCK):
         block = values[start : start + _BLOCK]
         rounded = run(block)
-        finite = (rounded.view(np.uint16) & 0x7C00).max(initial=0) < 0x7C00
-        halves[start : start + block.size] = rounded if finite else block.astype(_HALF)
+        halves[start : start + block.size] = rounded if is_finite(rounded).all() else block.astype(_HALF)
 
 
 @cache
@@ -74,12 +74,7 @@ def _kernel() -> Callable[[Array], Array]:
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(_model(), options, providers=["CPUExecutionProvider"])
-    return partial(_run, session)
-
-
-def _run(session: object, values: Array) -> Array:
-    result: Array = session.run(None, {"x": values})[0]  # type: ignore[attr-defined]
-    return result
+    return lambda values: session.run(None, {"x": values})[0]
 
 
 def _model() -> bytes:

@@ -172,11 +172,10 @@ class Staging:
         for directory in reversed(missing):
             try:
                 self._file_system.make_directory(directory)
-            except FileExistsError:
+                self._made_parents.append(directory)
+            except FileExistsError:  # another run made it in the meantime, and removes it if that run fails
                 if not os.path.isdir(directory):
                     raise
-                continue  # made by another run in the meantime, which also removes it if it fails
-            self._made_parents.append(directory)
             self._file_system.sync_path(os.path.dirname(directory))
 
     def _swap(self) -> str:

@@ -155,6 +155,7 @@ class Target:
         families: names of the families it can express; empty for all.
         refused: family that it cannot express → why, for those that need a reason.
         libraries: distributions whose versions may affect the bytes.
+        loses_less: options to try if an artifact misses ``--max-kl``; empty if none has a limit.
 
     Raises:
         TypeError: ``verify`` is not callable.
@@ -175,6 +176,7 @@ class Target:
     families: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
+    loses_less: str = ""
 
     def __post_init__(self) -> None:
         if not callable(self.verify):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +19,17 @@ from gptconvert.model.dtypes import BFLOAT16
 from gptconvert.model.options import Options
 from gptconvert.model.tensors import (
     Array,
-    Box,
     Cast,
     Joined,
     LazyTensor,
     LeadingAxis,
     Rows,
-    Shape,
     Transposed,
 )
 from gptconvert.model.transforms import transpose
 from gptconvert.publish.finite import checked_chunks
 from tests.commands import TINY
+from tests.helpers import computed_tensors
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 #: Every finite non-negative float16, in float32.
@@ -39,20 +37,9 @@ HALVES = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
 MIDPOINTS = (HALVES[:-1] + HALVES[1:]) / np.float32(2)  # exact: one more bit
 
 
-@dataclass(frozen=True)
-class Held(LazyTensor):
+def held(values: Array) -> LazyTensor:
     """A tensor in memory."""
-
-    values: Array
-    dtype: np.dtype[np.generic] = field(init=False)
-    shape: Shape = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", self.values.dtype)
-        object.__setattr__(self, "shape", self.values.shape)
-
-    def read(self, box: Box | None = None) -> Array:
-        return self.values if box is None else self.values[box]
+    return computed_tensors({"": values})[""]
 
 
 def bits(values: Array) -> NDArray[np.uint16]:
@@ -62,7 +49,7 @@ def bits(values: Array) -> NDArray[np.uint16]:
 def assert_casts(values: Array) -> None:
     """The kernel agrees with numpy, bit for bit."""
     with np.errstate(over="ignore", invalid="ignore"):
-        found = FastCast(Held(values), F16).read()
+        found = FastCast(held(values), F16).read()
         expected = values.astype(F16)
     assert (found.dtype, found.shape) == (F16, values.shape)
     np.testing.assert_array_equal(bits(found), bits(expected))
@@ -111,11 +98,11 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_a_transposed_result_stays_transposed() -> None:
-    assert FastCast(Held(np.zeros((6, 4), np.float32).T), F16).read().flags.f_contiguous
+    assert FastCast(held(np.zeros((6, 4), np.float32).T), F16).read().flags.f_contiguous
 
 
-def matrix() -> Held:
-    return Held(np.random.default_rng(1).normal(size=(11, 7)).astype(np.float32))
+def matrix() -> LazyTensor:
+    return held(np.random.default_rng(1).normal(size=(11, 7)).astype(np.float32))
 
 
 NESTED: dict[str, Callable[[], LazyTensor]] = {
@@ -144,7 +131,7 @@ def test_every_cast_inside_a_large_tensor_is_replaced(name: str, monkeypatch: py
 
 @pytest.mark.parametrize(
     "tensor",
-    [Cast(matrix(), BFLOAT16), Cast(Held(np.zeros((11, 7))), F16), matrix()],
+    [Cast(matrix(), BFLOAT16), Cast(held(np.zeros((11, 7))), F16), matrix()],
     ids=["to bfloat16", "from float64", "no cast"],
 )
 def test_other_tensors_stay_as_they_are(tensor: LazyTensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +149,7 @@ def test_an_overflow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cast, "LARGE", 1)
     values = np.full((3, 5), 70000, np.float32)
     with pytest.raises(Exception, match="too large for float16") as error:
-        list(checked_chunks("h.0.weight", with_fast_casts(transpose(Cast(Held(values), F16)))))
+        list(checked_chunks("h.0.weight", with_fast_casts(transpose(Cast(held(values), F16)))))
     assert "h.0.weight" in str(error.value)
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptconvert.model.dtypes import BFLOAT16
-from gptconvert.publish.finite import FiniteCheck, is_finite, is_float
+from gptconvert.model.dtypes import BFLOAT16, is_finite
+from gptconvert.publish.finite import FiniteCheck, is_float
 
 
 @settings(max_examples=100, deadline=None)

@@ -24,8 +24,10 @@ PACKAGE = "xllamacpp"
 LARGE = 600 << 20
 #: Bytes of memory beside the weights, per id of the vocabulary: an answer names every id, as text.
 ANSWER_BYTES = 4096
-#: Tokens that are compared to find out whether two prompts are the same, and that are asked for beside those needed.
+#: Tokens that are compared to find out whether two prompts are the same.
 MOST_LIKELY = 20
+#: Tokens that are asked for beside those needed, since equally likely ones may follow the last.
+SPARE = 20
 #: No debugger is started to describe a crash.
 VARIABLES: Mapping[str, str] = {"GGML_NO_BACKTRACE": "1"}
 
@@ -94,8 +96,7 @@ class LlamaProcess(ChildProcess):
             LlamaError: llama.cpp refuses the request.
             UnsafeInputError: a confined process exceeded its time, or died.
         """
-        # A few more than needed, since equal ones may follow the last.
-        count = vocabulary if most is None else min(most + MOST_LIKELY, vocabulary)
+        count = vocabulary if most is None else min(most + SPARE, vocabulary)
         tokens, values = self._predict(list(ids), len(ids), count, cached=cached)
         found = np.full(vocabulary, np.nan if count == vocabulary else -np.inf, np.float32)
         inside = (tokens >= 0) & (tokens < vocabulary)

@@ -15,4 +15,5 @@ TARGET = Target(
     library="gguf",
     families=frozenset(layout.ARCHITECTURES),
     refused=layout.REFUSED,
+    loses_less="--gguf-type q8_0 or f16",
 )

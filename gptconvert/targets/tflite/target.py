@@ -15,4 +15,5 @@ TARGET = Target(
     library="tflite",
     requires=(("tensorflow", "tf"), ("ai_edge_litert", "tflite")),
     libraries=("tensorflow",),
+    loses_less="--tflite-type f16",
 )

@@ -207,7 +207,7 @@ def test_keys_that_transformers_does_not_read_are_not_compared(export: Path, che
     assert verify_package(checkpoint, str(export)).problems == []
 
 
-def test_a_graph_with_its_cache_in_place_agrees(tmp_path: Path, capsys: Any) -> None:
+def test_a_graph_with_its_cache_in_place_agrees(tmp_path: Path) -> None:
     convert(TRAINED, tmp_path / "out", Options(targets=("onnx",), in_place=True, verify=None))
     checkpoint = with_special_ids(open_checkpoint(TRAINED))
     assert verify_package(checkpoint, str(tmp_path / "out")).problems == []
